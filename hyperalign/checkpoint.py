@@ -1,0 +1,220 @@
+"""The hypernetwork file: one `.safetensors` with a versioned, validated JSON header.
+
+Header key `hyperalign` holds the JSON of `Header`. A loader refuses whatever it does not know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .errors import HyperAlignError
+from .hypernetwork import HyperNetwork, HyperNetworkConfig
+from .schedule import Schedule
+from .targets import BaseSpec, PerceptionMode, Target
+
+FORMAT_VERSION = 1
+HEADER_KEY = "hyperalign"
+MAX_BYTES = 2 << 30
+"""No hypernetwork comes near 2 GiB; a larger file is a base model in the wrong folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Everything a host must know before it touches a tensor."""
+
+    base: dict[str, Any]
+    """`BaseSpec.fingerprint()` of the base model."""
+    mode: PerceptionMode
+    feature_channels: tuple[int, ...]
+    targets: tuple[Target, ...]
+    network: HyperNetworkConfig
+    schedule: Schedule
+    training: dict[str, Any] = field(default_factory=dict[str, Any])
+    """How it was trained: recipe, reward, preference data and its licence, steps, figures."""
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def family(self) -> str:
+        """The base model family, as `BaseSpec.family`."""
+        return str(self.base.get("family", "unknown"))
+
+
+@dataclass(frozen=True, slots=True)
+class HyperAlign:
+    """A hypernetwork with its header."""
+
+    network: HyperNetwork
+    header: Header
+
+
+def save(path: Path, network: HyperNetwork, header: Header, dtype: torch.dtype = torch.float16) -> None:
+    """Writes the file atomically: a reader sees the old file or the whole new one."""
+    tensors = {_file_name(key, header.targets): value.detach().to("cpu", dtype).contiguous()
+               for key, value in network.state_dict().items()}  # fmt: skip
+    save_atomically(tensors, path, {HEADER_KEY: json.dumps(asdict(header))})
+
+
+def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file beside its target and moves it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+    os.close(handle)
+    try:
+        save_file(tensors, partial, metadata)
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+        raise
+
+
+def read_header(path: Path) -> Header:
+    """Returns the header without reading a tensor. Raises HyperAlignError."""
+    return _parse_header(_open_metadata(path), path)
+
+
+def load(path: Path, operations: ModuleType | Any = nn) -> HyperAlign:
+    """Reads a hypernetwork in float32, on the CPU, ready for inference.
+
+    Args:
+        path: the `.safetensors` file.
+        operations: where Linear and LayerNorm come from; a host may pass its own.
+
+    Raises:
+        HyperAlignError: not such a file, another version, shapes that contradict the header, or
+            values that are not finite.
+    """
+    header = read_header(path)
+    with torch.device("meta"):  # a header that lies about sizes must not allocate them
+        network = HyperNetwork(header.network, header.targets, header.feature_channels, operations)
+    expected = {_file_name(key, header.targets): key for key in network.state_dict()}
+    with safe_open(str(path), framework="pt") as file:
+        found = {name: tuple(cast("list[int]", file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+        _check_shapes(path, found, {name: tuple(network.state_dict()[key].shape) for name, key in expected.items()})
+        state = {key: cast(Tensor, file.get_tensor(name)).float() for name, key in expected.items()}
+    _check_finite(path, state)
+    network.load_state_dict(state, assign=True)
+    return HyperAlign(network.eval().requires_grad_(False), header)
+
+
+def check_base(header: Header, found: BaseSpec) -> None:
+    """Raises HyperAlignError unless the hypernetwork was trained for a base of these dimensions."""
+    expected = header.base
+    actual = found.fingerprint()
+    if expected == actual:
+        return
+    if expected.get("family") != actual["family"]:
+        raise HyperAlignError(
+            f"This hypernetwork was trained for the base model family {expected.get('family')!r}, but the MODEL "
+            f"is {actual['family']!r}. Load a hypernetwork trained for {actual['family']!r}, or connect "
+            f"a {expected.get('family')!r} model."
+        )
+    wrong = [key for key in actual if expected.get(key) != actual[key]]
+    details = "; ".join(f"{key} is {actual[key]} and should be {expected.get(key)}" for key in wrong)
+    raise HyperAlignError(
+        f"This hypernetwork fits another {actual['family']} model: {details}. "
+        "Load the base model it was trained on, or a hypernetwork trained for this one."
+    )
+
+
+def _file_name(key: str, targets: Sequence[Target]) -> str:
+    """Names A_aux and B_aux in the file after the module they belong to."""
+    kind, _, index = key.partition(".")
+    return f"targets.{targets[int(index)].name}.{kind}" if kind in ("a_aux", "b_aux") else key
+
+
+def _open_metadata(path: Path) -> str:
+    if not path.is_file():
+        raise HyperAlignError(f"There is no file {path}. Put the hypernetwork there or choose another.")
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise HyperAlignError(
+            f"{path.name} has {size / 2**30:.1f} GiB; a HyperAlign hypernetwork has less than "
+            f"{MAX_BYTES >> 30} GiB. It is probably a base model: put it into models/checkpoints."
+        )
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise HyperAlignError(
+            f"{path.name} is not a whole safetensors file ({error}). Download or copy it again; "
+            "other formats (.pt, .ckpt) are not read."
+        ) from error
+    if HEADER_KEY not in metadata:
+        raise HyperAlignError(
+            f"{path.name} is a safetensors file without a HyperAlign header, so it is not a hypernetwork. "
+            "A LoRA belongs into models/loras, a base model into models/checkpoints."
+        )
+    return metadata[HEADER_KEY]
+
+
+def _parse_header(text: str, path: Path) -> Header:
+    try:
+        raw = json.loads(text)
+        version = raw["format_version"]
+        if version != FORMAT_VERSION:
+            raise HyperAlignError(
+                f"{path.name} has format version {version}; this release reads version {FORMAT_VERSION}. "
+                "Update HyperAlign, or export the file again with a matching release."
+            )
+        unknown = set(raw) - {f.name for f in fields(Header)}
+        if unknown:
+            raise HyperAlignError(
+                f"The header of {path.name} has unknown fields {sorted(unknown)}. Update HyperAlign."
+            )
+        if raw["mode"] not in ("separate", "prefix"):
+            raise ValueError(f"perception mode is {raw['mode']!r}")
+        return Header(
+            base=dict(raw["base"]),
+            mode=raw["mode"],
+            feature_channels=tuple(int(c) for c in raw["feature_channels"]),
+            targets=tuple(Target(**target) for target in raw["targets"]),
+            network=HyperNetworkConfig(**raw["network"]),
+            schedule=Schedule(raw["schedule"]["variant"], tuple(raw["schedule"]["key_times"])),
+            training=dict(raw["training"]),
+        )
+    except HyperAlignError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise HyperAlignError(
+            f"The HyperAlign header of {path.name} cannot be read ({error!r}). Download or export it again."
+        ) from error
+
+
+def _check_shapes(path: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    wrong = [name for name in expected if name in found and found[name] != expected[name]]
+    if missing or extra:
+        raise HyperAlignError(
+            f"{path.name} does not hold the tensors its header promises: {len(missing)} missing "
+            f"({', '.join(missing[:2]) or 'none'}), {len(extra)} unexpected ({', '.join(extra[:2]) or 'none'}). "
+            "Download or export it again."
+        )
+    if wrong:
+        name = wrong[0]
+        raise HyperAlignError(
+            f"{path.name}: {name} has shape {found[name]}, its header says {expected[name]} "
+            f"({len(wrong)} such tensors). Download or export it again."
+        )
+
+
+def _check_finite(path: Path, state: dict[str, Tensor]) -> None:
+    bad = [key for key, value in state.items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise HyperAlignError(
+            f"{path.name} holds NaN or infinite weights ({bad[0]}, {len(bad)} tensors). "
+            "The training diverged or the file is damaged; use an earlier checkpoint."
+        )

@@ -1,0 +1,359 @@
+"""HyperAlign on a ComfyUI MODEL: patches a clone of a ModelPatcher, never the model itself.
+
+A run is opened by the host's OUTER_SAMPLE wrapper, an evaluation by PREDICT_NOISE; an APPLY_MODEL
+wrapper writes the weights that are due and replaces the adapted layers' forward for that one call.
+Modules, device and dtype are taken from the call, because the host moves and copies weights at will.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import comfy.model_management
+import comfy.ops
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor, nn
+
+from .. import checkpoint
+from ..checkpoint import Header, HyperAlign, check_base
+from ..errors import HyperAlignError
+from ..hypernetwork import HyperNetwork
+from ..schedule import Schedule, Variant
+from ..targets import BaseSpec, comfy_name, perception_input_blocks
+from .hooks import TargetHooks
+from .run_state import Chunk, Run
+
+LOG = logging.getLogger(__name__)
+KEY = "hyperalign"
+LAST_TIMESTEP = 999.0
+"""u = t / 999 for models with 1,000 timesteps."""
+FAMILIES = {128: "tiny", 768: "sd15", 2048: "sdxl"}
+OPTIONS_INDEX = 5
+"""Position of transformer_options among the arguments of the host's apply_model."""
+
+
+class _PerceptionDone(Exception):  # noqa: N818 - a signal, never an error
+    """Ends a forward once the down path has been seen."""
+
+
+def load(path: Path) -> HyperAlign:
+    """Reads a hypernetwork, built from the host's own layers so that it can be offloaded.
+
+    Raises HyperAlignError.
+    """
+    return checkpoint.load(path, operations=comfy.ops.manual_cast)
+
+
+def apply(
+    patcher: ModelPatcher,
+    hyperalign: HyperAlign,
+    strength: float = 1.0,
+    start_percent: float = 0.0,
+    end_percent: float = 1.0,
+    variant: Variant | Literal["auto"] = "auto",
+) -> ModelPatcher:
+    """Returns a clone of the MODEL that samples with generated weights.
+
+    Applying again to the result replaces the first hypernetwork.
+
+    Args:
+        patcher: the MODEL; it is not changed.
+        hyperalign: what `load` returned.
+        strength: 0 is the model without HyperAlign, bit for bit; 1 as trained.
+        start_percent, end_percent: the part of the noise range in which it acts; 0 is pure noise.
+        variant: when weights are written; `auto` as the hypernetwork was trained.
+
+    Raises:
+        HyperAlignError: a value out of range, or a hypernetwork for another base model.
+    """
+    _check_numbers(strength, start_percent, end_percent)
+    schedule = hyperalign.header.schedule
+    if variant != "auto":
+        schedule = Schedule(variant, schedule.key_times)
+    spec = spec_of(patcher.model)
+    check_base(hyperalign.header, spec)
+    _check_targets(hyperalign.header, spec, patcher.model)
+
+    clone = patcher.clone()
+    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.APPLY_MODEL):
+        clone.remove_wrappers_with_key(kind, KEY)
+    clone.remove_additional_models(KEY)
+    if strength == 0.0:
+        return clone
+    adapter = Adapter(hyperalign, spec, schedule, strength, (start_percent, end_percent))
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, adapter.outer_sample)
+    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, adapter.predict_noise)
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, adapter.apply_model)
+    clone.set_additional_models(KEY, [network_patcher(hyperalign.network)])
+    return clone
+
+
+def network_patcher(network: nn.Module) -> ModelPatcher:
+    """Puts a module of ours under the host's memory management."""
+    return ModelPatcher(
+        network,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+def spec_of(model: Any) -> BaseSpec:
+    """Returns the dimensions of a host BaseModel. Raises HyperAlignError if it is not a U-Net."""
+    config: Mapping[str, Any] = model.model_config.unet_config
+    if "num_res_blocks" not in config or "channel_mult" not in config:
+        raise HyperAlignError(
+            f"The MODEL is a {type(model).__name__}, which is not a U-Net; HyperAlign knows "
+            f"{', '.join(FAMILIES.values())} U-Nets. Connect such a model."
+        )
+    per_level: list[int] = list(config["num_res_blocks"])
+    depths: list[int] = list(config["transformer_depth"])
+    starts = [sum(per_level[:level]) for level in range(len(per_level))]
+    context = int(config.get("context_dim") or 0)
+    return BaseSpec(
+        family=FAMILIES.get(context, "unknown"),
+        in_channels=int(config["in_channels"]),
+        block_out_channels=tuple(int(config["model_channels"]) * mult for mult in config["channel_mult"]),
+        layers_per_block=per_level[0],
+        cross_attention_dim=context,
+        transformer_layers=tuple(depths[start] for start in starts),
+    )
+
+
+class Adapter:
+    """The three wrappers of one application of a hypernetwork, and the state of its current run."""
+
+    def __init__(
+        self,
+        hyperalign: HyperAlign,
+        spec: BaseSpec,
+        schedule: Schedule,
+        strength: float,
+        window: tuple[float, float],
+    ) -> None:
+        self._network: HyperNetwork = hyperalign.network
+        self._mode = hyperalign.header.mode
+        self._schedule = schedule
+        self._window = window
+        self._names = [comfy_name(t.name, spec.layers_per_block) for t in hyperalign.header.targets]
+        self._collector = _Collector(perception_input_blocks(spec))
+        self._hooks = TargetHooks(hyperalign.network, strength)
+        self._run: Run | None = None
+
+    def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Opens a run and drops its state at the end, also after an error or an interrupt."""
+        previous, self._run = self._run, Run(self._schedule)
+        self._hooks.new_run()
+        try:
+            result = executor(*args, **kwargs)
+            self._report(self._run)
+            return result
+        finally:
+            self._run = previous
+            self._hooks.new_run()
+
+    def predict_noise(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Opens an evaluation; all of its calls (cond, uncond, regions) belong together."""
+        run = self._run
+        if run is None:
+            return executor(*args, **kwargs)
+        run.begin_evaluation()
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            run.end_evaluation()
+
+    @torch.no_grad()
+    def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Runs one call with every row's own weights, writing those that are due."""
+        model, x_BCHW, sigma_B = executor.class_obj, args[0], args[1]
+        if not self._is_active(model, sigma_B):
+            return executor(*args, **kwargs)
+        run = self._run if self._run is not None else Run(self._schedule)
+        options = args[OPTIONS_INDEX] if len(args) > OPTIONS_INDEX else kwargs.get("transformer_options", {})
+        u = float(model.model_sampling.timestep(sigma_B).flatten()[0]) / LAST_TIMESTEP
+        chunks = run.enter_call(_chunks(x_BCHW, options), u)
+        due = run.due(chunks, u)
+
+        def write(features: Sequence[Tensor]) -> None:
+            self._write(run, chunks, due, u, features)
+
+        unet = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)
+        modules = [unet.get_submodule(name) for name in self._names]
+        if due and self._network.is_static:
+            write([x_BCHW])
+        elif due and self._mode == "separate":
+            write(self._perceive(model, unet, args, kwargs))
+        elif due:
+            # The unadapted down path of this very forward is the perception.
+            args, kwargs = _with_collector(args, kwargs, options, self._collector)
+            with self._hooks.installed(modules), self._collector.collecting(write):
+                return executor(*args, **kwargs)
+        with self._hooks.installed(modules):
+            self._hooks.cores_BMDA = run.cores(chunks)
+            return executor(*args, **kwargs)
+
+    def _is_active(self, model: Any, sigma_B: Tensor) -> bool:
+        start, end = (float(model.model_sampling.percent_to_sigma(percent)) for percent in self._window)
+        return end <= float(sigma_B.flatten()[0]) <= start
+
+    def _perceive(self, model: Any, unet: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Returns the unadapted features of each level for the inputs of a call.
+
+        The host's own `_apply_model` prepares the inputs. Patches and control of others are left
+        out, so that features are what the hypernetwork was trained on; control nets would also lose
+        their tensors to the first of two forwards.
+        """
+        positional, named = _fresh_options(args, kwargs, self._collector)
+        with _eager(model, unet), self._collector.collecting(_stop), contextlib.suppress(_PerceptionDone):
+            model._apply_model(*positional, **named)
+            raise HyperAlignError("The MODEL's U-Net ended before its last input block; update HyperAlign or ComfyUI.")
+        return self._collector.taken()
+
+    def _write(self, run: Run, chunks: Sequence[Chunk], due: Sequence[int], u: float, features: Sequence[Tensor]) -> None:
+        """Generates and keeps the weights of the chunks that are due."""
+        per_chunk = [feature.chunk(len(chunks)) for feature in features]
+        cores_BMDA = self._network([torch.cat([level[index] for index in due]) for level in per_chunk])
+        for index, cores_RMDA in zip(due, cores_BMDA.chunk(len(due)), strict=True):
+            run.write(chunks[index], cores_RMDA, u)
+        self._hooks.cores_BMDA = run.cores(chunks)
+
+    def _report(self, run: Run) -> None:
+        LOG.info(
+            "HyperAlign run: variant=%s targets=%d/%d evaluations=%d generations=%d",
+            run.schedule.variant,
+            len(self._hooks.called),
+            len(self._names),
+            run.evaluations,
+            run.generations,
+        )
+        if run.generations and len(self._hooks.called) < len(self._names):
+            LOG.warning(
+                "HyperAlign reached only %d of %d layers: another patch or a change of the host bypasses them. "
+                "Remove other model patches, or update HyperAlign.",
+                len(self._hooks.called),
+                len(self._names),
+            )
+
+
+class _Collector:
+    """The host's `input_block_patch`: gathers each level's last feature and hands them on at the end."""
+
+    def __init__(self, blocks: Sequence[int]) -> None:
+        self._blocks = tuple(blocks)
+        self._features: list[Tensor] = []
+        self._done: Callable[[Sequence[Tensor]], None] | None = None
+        # One object for all calls: torch.compile guards on its identity.
+        self.patch = torch.compiler.disable(self._collect)
+
+    @contextlib.contextmanager
+    def collecting(self, done: Callable[[Sequence[Tensor]], None]) -> Iterator[None]:
+        """Calls `done` with one (B, C, H, W) feature per level after the last input block."""
+        self._features, self._done = [], done
+        try:
+            yield
+        finally:
+            self._done = None
+
+    def taken(self) -> list[Tensor]:
+        """Returns the features of the last collection and forgets them."""
+        features, self._features = self._features, []
+        return features
+
+    def _collect(self, h_BCHW: Tensor, transformer_options: Mapping[str, Any]) -> Tensor:
+        block = transformer_options["block"][1]
+        if self._done is not None and block in self._blocks:
+            self._features.append(h_BCHW)
+            if block == self._blocks[-1]:
+                self._done(self._features)
+        return h_BCHW
+
+
+def _stop(_: Sequence[Tensor]) -> None:
+    raise _PerceptionDone
+
+
+@contextlib.contextmanager
+def _eager(model: Any, unet: nn.Module) -> Iterator[None]:
+    """Runs a model's U-Net uncompiled: an early exit has no place in a compiled graph."""
+    original = model.diffusion_model
+    model.diffusion_model = unet
+    try:
+        yield
+    finally:
+        model.diffusion_model = original
+
+
+def _chunks(x_BCHW: Tensor, options: Mapping[str, Any]) -> list[Chunk]:
+    roles: Sequence[int] = options.get("cond_or_uncond") or [0]
+    sources: Sequence[Any] = options.get("uuids") or [None] * len(roles)
+    shape = (x_BCHW.shape[0] // len(roles), *x_BCHW.shape[1:])
+    return [Chunk(source, role, shape) for source, role in zip(sources, roles, strict=True)]
+
+
+def _with_collector(
+    args: Sequence[Any], kwargs: dict[str, Any], options: Mapping[str, Any], collector: _Collector
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the call's arguments with the collector ahead of the other input block patches."""
+    patches: Mapping[str, Any] = options.get("patches", {})
+    blocks = [collector.patch, *patches.get("input_block_patch", [])]
+    return _replace_options(args, kwargs, {**options, "patches": {**patches, "input_block_patch": blocks}})
+
+
+def _fresh_options(
+    args: Sequence[Any], kwargs: dict[str, Any], collector: _Collector
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the call's arguments without control and without anybody's patches but the collector."""
+    options = args[OPTIONS_INDEX] if len(args) > OPTIONS_INDEX else kwargs.get("transformer_options", {})
+    kept = {key: options[key] for key in ("optimized_attention_override",) if key in options}
+    fresh = {**kept, "patches": {"input_block_patch": [collector.patch]}}
+    without_control = [None if index == OPTIONS_INDEX - 1 else value for index, value in enumerate(args)]
+    named = {key: value for key, value in kwargs.items() if key != "control"}
+    return _replace_options(without_control, named, fresh)
+
+
+def _replace_options(
+    args: Sequence[Any], kwargs: dict[str, Any], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if len(args) > OPTIONS_INDEX:
+        return (*args[:OPTIONS_INDEX], options, *args[OPTIONS_INDEX + 1 :]), kwargs
+    return tuple(args), {**kwargs, "transformer_options": options}
+
+
+def _check_numbers(strength: float, start_percent: float, end_percent: float) -> None:
+    if not math.isfinite(strength):
+        raise HyperAlignError(f"strength is {strength}; expected a number, 0 for off and 1 as trained.")
+    if not 0.0 <= start_percent < end_percent <= 1.0:
+        raise HyperAlignError(
+            f"start_percent is {start_percent} and end_percent is {end_percent}; expected "
+            "0 <= start_percent < end_percent <= 1. Use 0 and 1 for the whole run."
+        )
+
+
+def _check_targets(header: Header, spec: BaseSpec, model: Any) -> None:
+    """Finds every target in the model before any sampling. Raises HyperAlignError."""
+    if header.feature_channels != spec.block_out_channels:
+        raise HyperAlignError(
+            f"This hypernetwork reads features of widths {list(header.feature_channels)}, but the MODEL's levels "
+            f"have {list(spec.block_out_channels)}. Load a hypernetwork trained for this model."
+        )
+    for target in header.targets:
+        try:
+            module: Any = model.diffusion_model.get_submodule(comfy_name(target.name, spec.layers_per_block))
+        except AttributeError as error:
+            raise HyperAlignError(
+                f"The MODEL has no layer {target.name}, which this hypernetwork adapts. "
+                "Load the base model it was trained on."
+            ) from error
+        found = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+        if found != (target.in_features, target.out_features):
+            raise HyperAlignError(
+                f"The MODEL's layer {target.name} has widths {found}, the hypernetwork expects "
+                f"{(target.in_features, target.out_features)}. Load the base model it was trained on."
+            )

@@ -1,0 +1,97 @@
+"""Replaces the forward of adapted modules for the length of one call. No host inside."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HyperAlignError
+from ..factors import forward_delta
+from ..hypernetwork import HyperNetwork
+
+Forward = Callable[..., Tensor]
+
+
+class TargetHooks:
+    """The adapted forwards of one hypernetwork's targets.
+
+    Hooks are made once per module and kept: torch.compile guards on their identity, and new ones
+    would recompile at every call. They run outside the compiled graph.
+    """
+
+    def __init__(self, network: HyperNetwork, strength: float) -> None:
+        self.network = network
+        self.strength = strength
+        self.cores_BMDA: Tensor | None = None
+        """Set before the first adapted module runs, at the latest in the middle of the forward."""
+        self.called: set[int] = set()
+        self._aux: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._made: dict[int, tuple[nn.Module, Forward | None, Forward]] = {}
+
+    def new_run(self) -> None:
+        """Forgets what was called and drops every tensor of the last run."""
+        self.cores_BMDA = None
+        self.called.clear()
+        self._aux.clear()
+
+    @contextlib.contextmanager
+    def installed(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Replaces `forward` of every target's module; restores all of them, whatever happens."""
+        replaced: list[tuple[nn.Module, Forward | None]] = []
+        try:
+            for index, module in enumerate(modules):
+                previous: Forward | None = module.__dict__.get("forward")
+                replaced.append((module, previous))
+                module.forward = self._hook(index, module, previous)
+            yield
+        finally:
+            for module, previous in reversed(replaced):
+                _restore(module, previous)
+            self.cores_BMDA = None
+
+    def _hook(self, index: int, module: nn.Module, previous: Forward | None) -> Forward:
+        made = self._made.get(index)
+        if made is None or made[0] is not module or made[1] is not previous:
+            made = (module, previous, self._new_hook(index, module.forward))
+            self._made[index] = made
+        return made[2]
+
+    def _new_hook(self, index: int, original: Forward) -> Forward:
+        @torch.compiler.disable
+        def forward(x_BNI: Tensor, *args: object, **kwargs: object) -> Tensor:
+            self.called.add(index)
+            y_BNO = original(x_BNI, *args, **kwargs)
+            return y_BNO + self.strength * self._delta(index, x_BNI)
+
+        return forward
+
+    def _delta(self, index: int, x_BNI: Tensor) -> Tensor:
+        if self.cores_BMDA is None:
+            raise HyperAlignError("An adapted layer ran before its weights were written; choose another model patch.")
+        core_BDA = self.cores_BMDA[:, index].to(x_BNI)
+        tiles, rest = divmod(x_BNI.shape[0], core_BDA.shape[0])
+        if rest:
+            raise HyperAlignError(
+                f"A model patch changed the batch of an attention layer to {x_BNI.shape[0]} rows; expected "
+                f"a multiple of {core_BDA.shape[0]}. Remove that patch or HyperAlign from the model."
+            )
+        a_aux, b_aux = self._cast_aux(index, x_BNI)
+        # A patch that tiles attention turns one row into several neighbours.
+        return forward_delta(x_BNI, a_aux, b_aux, core_BDA.repeat_interleave(tiles, dim=0))
+
+    def _cast_aux(self, index: int, x_BNI: Tensor) -> tuple[Tensor, Tensor]:
+        key = (index, x_BNI.device, x_BNI.dtype)
+        if key not in self._aux:
+            a_aux, b_aux = self.network.aux(index)
+            self._aux[key] = (a_aux.to(x_BNI), b_aux.to(x_BNI))
+        return self._aux[key]
+
+
+def _restore(module: nn.Module, previous: Forward | None) -> None:
+    if previous is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.forward = previous

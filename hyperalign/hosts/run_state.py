@@ -1,0 +1,93 @@
+"""What one sampling run remembers: evaluations, and whose weights were written when. No host inside.
+
+Hosts split a model evaluation into calls and calls into chunks (cond, uncond, regions), one chunk
+being the whole batch for one conditioning. Weights of variants I and P outlive a call, so they are
+kept under the identity of their chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..schedule import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The identity of one conditioning's rows, stable over the evaluations of a run."""
+
+    source: Hashable
+    """What the host calls this conditioning."""
+    role: int
+    """The host's index of the prediction it belongs to; two roles may share a source."""
+    shape: tuple[int, ...]
+    """Shape of its latents; a region of another size needs weights of its own."""
+    occurrence: int = 0
+    """How often it was seen before in the same evaluation (tiles, context windows, PAG)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    cores_RMDA: Tensor
+    segment: int
+
+
+@dataclass(slots=True)
+class Run:
+    """State of one sampling run; dropped with the run."""
+
+    schedule: Schedule
+    evaluations: int = 0
+    generations: int = 0
+    _written: dict[Chunk, _Written] = field(default_factory=dict[Chunk, _Written])
+    _seen: dict[Chunk, int] = field(default_factory=dict[Chunk, int])
+    _u: float | None = None
+    _declared: bool = False
+    _generated: bool = False
+
+    def begin_evaluation(self, declared: bool = True) -> None:
+        """Opens an evaluation; `declared` False when it had to be guessed from the calls."""
+        self.evaluations += 1
+        self._seen.clear()
+        self._declared = declared
+        self._generated = False
+
+    def end_evaluation(self) -> None:
+        """Closes an evaluation; calls after it open one of their own."""
+        self._declared = False
+        self._u = None
+
+    def enter_call(self, chunks: Sequence[Chunk], u: float) -> list[Chunk]:
+        """Returns the call's chunks with their occurrence counted.
+
+        Some guiders never declare evaluations; outside a declared one, a new one starts when the
+        time changes or a chunk comes round again.
+        """
+        if not self._declared and (self._u != u or any(chunk in self._seen for chunk in chunks)):
+            self.begin_evaluation(declared=False)
+        self._u = u
+        return [self._count(chunk) for chunk in chunks]
+
+    def due(self, chunks: Sequence[Chunk], u: float) -> list[int]:
+        """Returns the indices of the chunks that need weights written at time u."""
+        segments = [self._written[chunk].segment if chunk in self._written else None for chunk in chunks]
+        return [index for index, segment in enumerate(segments) if self.schedule.is_due(u, segment)]
+
+    def write(self, chunk: Chunk, cores_RMDA: Tensor, u: float) -> None:
+        """Keeps the weights of a chunk's R rows; an evaluation counts as one generation at most."""
+        self.generations += not self._generated
+        self._generated = True
+        self._written[chunk] = _Written(cores_RMDA, self.schedule.segment(u))
+
+    def cores(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Returns the cores (B, M, b, a) of all rows of a call. All chunks must have been written."""
+        return torch.cat([self._written[chunk].cores_RMDA for chunk in chunks])
+
+    def _count(self, chunk: Chunk) -> Chunk:
+        occurrence = self._seen.get(chunk, 0)
+        self._seen[chunk] = occurrence + 1
+        return Chunk(chunk.source, chunk.role, chunk.shape, occurrence)

@@ -1,0 +1,69 @@
+"""Perception: features of the host model's own frozen down path become memory tokens.
+
+No encoder weights are stored; the base model looks at the noisy latent, the time and the prompt,
+and its features go through one linear layer per resolution ("Linear -> K, V" in the paper's
+framework figure).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MAX_IMAGE_TOKENS = 256
+
+
+def pool_features(features: Sequence[Tensor], limit: int = MAX_IMAGE_TOKENS) -> list[Tensor]:
+    """Halves the largest of the maps (B, C, H, W) until all together have at most `limit` cells."""
+    pooled = list(features)
+    while sum(f.shape[-1] * f.shape[-2] for f in pooled) > limit:
+        largest = max(range(len(pooled)), key=lambda i: pooled[i].shape[-1] * pooled[i].shape[-2])
+        if pooled[largest].shape[-1] * pooled[largest].shape[-2] == 1:
+            break
+        pooled[largest] = F.avg_pool2d(pooled[largest], 2, ceil_mode=True)
+    return pooled
+
+
+def sinusoidal_encoding(positions_N: Tensor, width: int) -> Tensor:
+    """Returns (N, width) sines and cosines at geometric frequencies (Vaswani et al. 2017, 3.5)."""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, device=positions_N.device) * (-9.21034 / max(1, half - 1)))
+    angles = positions_N.float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def grid_encoding(height: int, width: int, channels: int, device: torch.device) -> Tensor:
+    """Returns (height * width, channels): half the channels tell the row, half the column.
+
+    Positions are relative to the map's size (0 to 64), so that a cell means the same part of the
+    picture at every resolution.
+    """
+    rows = (torch.arange(height, device=device) + 0.5) * (64.0 / height)
+    columns = (torch.arange(width, device=device) + 0.5) * (64.0 / width)
+    by_row = sinusoidal_encoding(rows, channels // 2).repeat_interleave(width, dim=0)
+    by_column = sinusoidal_encoding(columns, channels // 2).repeat(height, 1)
+    return torch.cat([by_row, by_column], dim=-1)
+
+
+class Perception(nn.Module):
+    """Features of each resolution level to one sequence of memory tokens."""
+
+    def __init__(self, channels: Sequence[int], width: int, operations: ModuleType | Any = nn) -> None:
+        super().__init__()
+        self.width = width
+        self.norms = nn.ModuleList(operations.LayerNorm(c) for c in channels)
+        self.projections = nn.ModuleList(operations.Linear(c, width) for c in channels)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Returns memory (B, L, width) for one (B, C, H, W) map per level; L is at most 256."""
+        tokens: list[Tensor] = []
+        for feature, norm, project in zip(pool_features(features), self.norms, self.projections, strict=True):
+            flat_BLC = feature.flatten(2).transpose(1, 2).float()
+            place_LC = grid_encoding(*feature.shape[-2:], self.width, feature.device)
+            tokens.append(project(norm(flat_BLC)) + place_LC)
+        return torch.cat(tokens, dim=1)

@@ -1,0 +1,98 @@
+"""GenEval's six families scored by rules from what a detector found in a picture.
+
+Rules as in GenEval (Ghosh et al. 2023, arXiv 2310.11513): a picture is right when everything the
+prompt asks for is there. Extra objects do not make it wrong, except in `counting`, which asks for
+exactly that many and nothing else (GenEval only counts the class itself; our scenes are so small
+that a stray object is a wrong count).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import HyperAlignError
+from .prompts import FAMILIES, Content, Family, Group, Relation
+
+POSITION_MARGIN = 6.0
+"""Pixels by which one centre must lie beyond the other."""
+POSITION_ALIGNMENT = 0.5
+"""Least share of the centres' distance along the relation's axis (GenEval's threshold: 60 degrees)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """One object found; centre in pixels from the top left, `color` only for shapes."""
+
+    noun: str
+    color: str | None
+    x: float
+    y: float
+    score: float
+
+
+def matching(group: Group, detections: Sequence[Detection]) -> list[Detection]:
+    """Returns the detections of a group's noun and colour, the most certain first."""
+    found = [d for d in detections if d.noun == group.noun and d.color == group.color]
+    return sorted(found, key=lambda d: -d.score)
+
+
+def relation_holds(first: Detection, second: Detection, relation: Relation) -> bool:
+    """Whether `first` lies on the named side of `second`, judged by centres."""
+    dx, dy = first.x - second.x, first.y - second.y
+    along = {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation]
+    return along >= POSITION_MARGIN and along >= POSITION_ALIGNMENT * math.hypot(dx, dy)
+
+
+def is_correct(content: Content, detections: Sequence[Detection]) -> bool:
+    """Whether a picture with these detections shows the content (rules in the module's docstring)."""
+    found = [matching(group, detections) for group in content.groups]
+    if content.family == "counting":
+        return len(found[0]) == len(detections) == content.groups[0].count
+    if not all(found):
+        return False
+    if content.relation is None:
+        return True
+    return relation_holds(found[0][0], found[1][0], content.relation)
+
+
+def summarise(results: Iterable[tuple[Family, bool]]) -> dict[str, float]:
+    """Returns the share of right pictures per family and, as "overall", the mean of those shares.
+
+    Families without a picture are left out of both.
+
+    Raises:
+        HyperAlignError: there is no result at all.
+    """
+    by_family: dict[Family, list[bool]] = {family: [] for family in FAMILIES}
+    for family, correct in results:
+        by_family[family].append(correct)
+    shares = {str(family): sum(marks) / len(marks) for family, marks in by_family.items() if marks}
+    if not shares:
+        raise HyperAlignError(
+            "There is nothing to summarise: no picture was scored; score at least one picture."
+        )
+    return {"overall": sum(shares.values()) / len(shares), **shares}
+
+
+def diversity(embeddings_PSD: Tensor) -> Tensor:
+    """Returns (P,): per prompt, the mean of 1 - cosine over all pairs of its S seeds.
+
+    Raises:
+        HyperAlignError: not three dimensions, or fewer than two seeds.
+    """
+    if embeddings_PSD.dim() != 3 or embeddings_PSD.shape[1] < 2:
+        raise HyperAlignError(
+            f"Diversity was given embeddings of shape {tuple(embeddings_PSD.shape)}; it expects "
+            "(prompts, seeds, width) with at least two seeds. Draw every prompt with two seeds or more."
+        )
+    unit_PSD = F.normalize(embeddings_PSD.float(), dim=-1)
+    cosines_PSS = unit_PSD @ unit_PSD.transpose(1, 2)
+    seeds = embeddings_PSD.shape[1]
+    first, second = torch.triu_indices(seeds, seeds, offset=1)
+    return (1.0 - cosines_PSS[:, first, second]).mean(dim=1)

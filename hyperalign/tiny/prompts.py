@@ -1,0 +1,161 @@
+"""The prompt grammar of EmojiScenes: GenEval's six families over a small closed vocabulary.
+
+A `Content` says what a picture must show; `caption` puts it into words; `near_miss` changes one
+fact of it. Training data, preference pairs and the rule-based score all start from a `Content`.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+Family = Literal["single_object", "two_object", "counting", "colors", "position", "color_attribution"]
+Relation = Literal["left of", "right of", "above", "below"]
+Split = Literal["train", "test"]
+
+FAMILIES: tuple[Family, ...] = get_args(Family)
+RELATIONS: tuple[Relation, ...] = get_args(Relation)
+MIRRORED: dict[Relation, Relation] = {
+    "left of": "right of",
+    "right of": "left of",
+    "above": "below",
+    "below": "above",
+}
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black")
+SHAPES = ("heart", "circle", "square")
+THINGS = (
+    "dog", "cat", "fish", "apple", "banana", "tree", "car", "rocket", "sun", "moon",
+    "umbrella", "key", "guitar", "bell", "mushroom", "cactus", "pizza", "donut", "crown",
+    "frog", "penguin", "pig", "strawberry", "carrot", "snowman", "ghost", "robot", "house",
+)  # fmt: skip
+NOUNS = THINGS + SHAPES
+COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
+PLURALS = {"fish": "fish", "strawberry": "strawberries", "cactus": "cactuses", "snowman": "snowmen"}
+TEMPLATES = ("{}", "a picture of {}", "an emoji of {}", "a drawing of {}", "an icon of {}")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """`count` copies of one noun, `color` only for shapes (things have colours of their own)."""
+
+    noun: str
+    color: str | None = None
+    count: int = 1
+
+    def phrase(self) -> str:
+        """Returns the group in words: "a red heart", "three dogs"."""
+        noun = self.noun if self.count == 1 else plural(self.noun)
+        words = [self.color, noun] if self.color else [noun]
+        if self.count > 1:
+            return " ".join([COUNT_WORDS[self.count], *words])
+        article = "an" if words[0][0] in "aeiou" else "a"
+        return " ".join([article, *words])
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a scene must show; `relation` places the first group relative to the second."""
+
+    family: Family
+    groups: tuple[Group, ...]
+    relation: Relation | None = None
+
+    def phrase(self) -> str:
+        """Returns the content in words, without a template."""
+        joiner = f" {self.relation} " if self.relation else " and "
+        return joiner.join(group.phrase() for group in self.groups)
+
+
+def plural(noun: str) -> str:
+    """Returns the plural of a noun of the vocabulary."""
+    return PLURALS.get(noun, noun + "s")
+
+
+def caption(content: Content, template: str = "{}") -> str:
+    """Returns the prompt for a content."""
+    return template.format(content.phrase())
+
+
+def split_of(content: Content, template: str = "{}") -> Split:
+    """Returns which split a prompt belongs to; about one in five is `test`.
+
+    Families with many contents are split by content, so that no wording of a test content is
+    trained on; the two small ones (28 things, 24 coloured shapes) by the full prompt.
+    """
+    small = content.family in ("single_object", "colors")
+    key = caption(content, template if small else "{}")
+    if content.family == "position" and content.relation is not None:
+        # "a left of b" and "b right of a" are one scene and must share a split.
+        first, second = content.groups
+        mirrored = Content("position", (second, first), MIRRORED[content.relation]).phrase()
+        key = min(key, mirrored)
+    elif len(content.groups) == 2:
+        key = min(key, Content(content.family, content.groups[::-1]).phrase())
+    return "test" if zlib.crc32(key.encode()) % 5 == 0 else "train"
+
+
+def sample_content(rng: random.Random, family: Family | None = None) -> Content:
+    """Draws a content, uniform over families unless one is given."""
+    family = family or rng.choice(FAMILIES)
+    if family == "single_object":
+        return Content(family, (Group(rng.choice(THINGS)),))
+    if family == "colors":
+        return Content(family, (_shape(rng),))
+    if family == "counting":
+        group = _shape(rng) if rng.random() < 0.4 else Group(rng.choice(THINGS))
+        return Content(family, (replace(group, count=rng.choice((2, 3, 4))),))
+    if family == "color_attribution":
+        first = _shape(rng)
+        second = _shape(rng)
+        while second.noun == first.noun or second.color == first.color:
+            second = _shape(rng)
+        return Content(family, (first, second))
+    first, second = (Group(noun) for noun in rng.sample(THINGS, 2))
+    relation = rng.choice(RELATIONS) if family == "position" else None
+    return Content(family, (first, second), relation)
+
+
+def sample_prompt(rng: random.Random, split: Split, family: Family | None = None) -> tuple[str, Content]:
+    """Draws a prompt of the given split with its content."""
+    while True:
+        content = sample_content(rng, family)
+        template = rng.choice(TEMPLATES)
+        if split_of(content, template) == split:
+            return caption(content, template), content
+
+
+def near_miss(content: Content, rng: random.Random) -> Content:
+    """Returns the content with one fact changed: a count, a colour, a side or a noun."""
+    first = content.groups[0]
+    change_attribute = rng.random() < 0.7
+    if content.family == "counting" and change_attribute:
+        count = rng.choice([n for n in COUNT_WORDS if n != first.count])
+        return replace(content, groups=(replace(first, count=count),))
+    if content.family == "colors" and change_attribute:
+        return replace(content, groups=(_recolored(first, rng),))
+    if content.family == "position" and change_attribute and content.relation is not None:
+        return replace(content, relation=MIRRORED[content.relation])
+    if content.family == "color_attribution" and change_attribute:
+        second = content.groups[1]
+        swapped = (replace(first, color=second.color), replace(second, color=first.color))
+        return replace(content, groups=swapped)
+    index = rng.randrange(len(content.groups))
+    groups = list(content.groups)
+    groups[index] = _renamed(groups[index], rng, {group.noun for group in groups})
+    return replace(content, groups=tuple(groups))
+
+
+def _shape(rng: random.Random) -> Group:
+    return Group(rng.choice(SHAPES), rng.choice(COLORS))
+
+
+def _recolored(group: Group, rng: random.Random) -> Group:
+    return replace(group, color=rng.choice([color for color in COLORS if color != group.color]))
+
+
+def _renamed(group: Group, rng: random.Random, taken: set[str]) -> Group:
+    pool = THINGS if group.color is None else SHAPES
+    free = [noun for noun in pool if noun not in taken]
+    return replace(group, noun=rng.choice(free)) if free else _recolored(group, rng)

@@ -1,0 +1,59 @@
+"""The demo's picture: prompts as rows, methods as columns, scores under each image."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from scripts.drawing import METHODS, SEEDS
+from scripts.measure import Scored
+
+TILE = 192
+GAP = 12
+LABELS = 200
+UNDER = 26
+HEAD = 64
+INK, RIGHT, WRONG = (32, 33, 36), (24, 128, 56), (179, 38, 30)
+TITLES = {"base": "base model", "hyperalign-i": "HyperAlign-I", "hyperalign-p": "HyperAlign-P"}
+TITLES["hyperalign-s"] = "HyperAlign-S"
+
+
+def save_grid(scored: Sequence[Scored], path: Path) -> None:
+    """Draws the first seed's pictures of every prompt and method."""
+    shown = {(s.picture.request.prompt, s.picture.method): s for s in scored if s.picture.seed == SEEDS[0]}
+    prompts = list(dict.fromkeys(prompt for prompt, _ in shown))
+    width = LABELS + len(METHODS) * (TILE + GAP) + GAP
+    height = HEAD + len(prompts) * (TILE + UNDER + GAP) + GAP
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    note = (
+        f"One prompt and seed ({SEEDS[0]}) a row; under each picture its reward and the detector's verdict."
+    )
+    draw.text((GAP, GAP), note, INK, ImageFont.load_default(15))
+    for column, method in enumerate(METHODS):
+        centre = (_left(column) + TILE // 2, HEAD - 20)
+        draw.text(centre, TITLES[method], INK, ImageFont.load_default(18), anchor="mm")
+    for row, prompt in enumerate(prompts):
+        top = HEAD + row * (TILE + UNDER + GAP)
+        label = "\n".join(textwrap.wrap(prompt, 20))
+        draw.multiline_text((GAP, top + TILE // 2), label, INK, ImageFont.load_default(18), anchor="lm")
+        for column, method in enumerate(METHODS):
+            _place(sheet, draw, shown[prompt, method], (_left(column), top))
+    sheet.save(path)
+
+
+def _left(column: int) -> int:
+    return LABELS + GAP + column * (TILE + GAP)
+
+
+def _place(sheet: Image.Image, draw: ImageDraw.ImageDraw, scored: Scored, corner: tuple[int, int]) -> None:
+    picture = Image.open(scored.picture.path).convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS)
+    sheet.paste(picture, corner)
+    left, top = corner
+    draw.rectangle((left, top, left + TILE - 1, top + TILE - 1), outline=(218, 220, 224))
+    verdict, color = ("right", RIGHT) if scored.correct else ("wrong", WRONG)
+    centre = (left + TILE // 2, top + TILE + UNDER // 2)
+    draw.text(centre, f"{scored.reward:.2f}  {verdict}", color, ImageFont.load_default(16), anchor="mm")

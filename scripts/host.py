@@ -1,0 +1,193 @@
+"""A headless ComfyUI with this pack installed the way a user does, for the demo and the host tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from scripts.common import BUILD, ROOT, TAIL_LINES, ScriptError
+
+ADDRESS = "127.0.0.1"
+START_SECONDS = 240
+STOP_SECONDS = 8
+HOST_FOLDERS = ("custom_nodes", "models/hyperalign", "input", "output", "temp", "user")
+NOT_PART_OF_THE_PACK = {"build", "demo_output", "runs", "tests", "benchmarks"}
+
+
+def install_pack(custom_nodes: Path) -> Path:
+    """Copies the pack as a clone of the repository would look, and returns its folder."""
+    target = custom_nodes / "hyperalign"
+
+    def ignore(folder: str, names: list[str]) -> set[str]:
+        hidden = {n for n in names if n.startswith(".") or n == "__pycache__" or n.endswith(".egg-info")}
+        return hidden | (NOT_PART_OF_THE_PACK & set(names) if Path(folder) == ROOT else set())
+
+    shutil.copytree(ROOT, target, ignore=ignore)
+    return target
+
+
+def free_port(preferred: int | None = None) -> int:
+    """Returns the preferred port if nothing listens there, else any free one."""
+    for port in (preferred or 0, 0):
+        with socket.socket() as probe:
+            try:
+                probe.bind((ADDRESS, port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise ScriptError(f"No free port on {ADDRESS}: end a few programs that listen on it, then run again.")
+
+
+def exit_on_termination() -> None:
+    """Turns SIGTERM into SystemExit, so that `with Server(...)` ends its process then too."""
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
+@dataclass
+class Server:
+    """Runs ComfyUI between `__enter__` and `__exit__`, in a folder of its own under build/host.
+
+    Attributes:
+        tree: The ComfyUI source tree.
+        name: Tells apart the folders and logs of several users ("demo", "tests").
+        port: Wanted port; another is chosen if it is taken.
+        arguments: More command-line arguments for ComfyUI.
+    """
+
+    tree: Path
+    name: str
+    port: int | None = None
+    arguments: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.base = BUILD / "host" / f"{self.name}-{os.getpid()}"
+        self.log_path = BUILD / "host" / f"{self.name}.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """The server's address; known once it is entered."""
+        return f"http://{ADDRESS}:{self.port}"
+
+    @property
+    def models(self) -> Path:
+        """Where this server looks for hypernetwork files."""
+        return self.base / "models" / "hyperalign"
+
+    def __enter__(self) -> Server:
+        """Starts the server and returns when it answers.
+
+        Raises:
+            ScriptError: the server ended or did not answer in time; the message holds its last lines.
+        """
+        shutil.rmtree(self.base, ignore_errors=True)
+        for folder in HOST_FOLDERS:
+            (self.base / folder).mkdir(parents=True)
+        try:
+            install_pack(self.base / "custom_nodes")
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Ends the server and everything it started, and removes its folder (the log stays)."""
+        self.stop()
+
+    def log(self) -> str:
+        """Returns everything the server has said so far."""
+        return self.log_path.read_text(encoding="utf-8", errors="replace")
+
+    def stop(self) -> None:
+        """Ends the process tree; a second call does nothing."""
+        if self.process is not None:
+            _end_tree(self.process)
+            self.process = None
+        shutil.rmtree(self.base, ignore_errors=True)
+
+    def _start(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        self.port = free_port(self.port)
+        self.process = self._launch()
+        while not self._answers():
+            if self.process.poll() is not None:
+                raise ScriptError(f"ComfyUI ended while starting; {self._last_words()}")
+            if time.monotonic() > deadline:
+                raise ScriptError(f"ComfyUI gave no answer within {START_SECONDS} s; {self._last_words()}")
+            time.sleep(0.25)
+
+    def _launch(self) -> subprocess.Popen[bytes]:
+        database = (self.base / "user" / "comfyui.db").as_posix()
+        command = [sys.executable, "main.py", "--base-directory", str(self.base), "--disable-auto-launch"]
+        command += ["--listen", ADDRESS, "--port", str(self.port), "--database-url", f"sqlite:///{database}"]
+        # Without the API nodes the host talks to nobody outside and starts faster.
+        command += ["--disable-api-nodes", *_device_arguments(), *self.arguments]
+        # A foreign PYTHONPATH could put another `nodes` in front of ComfyUI's.
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONUNBUFFERED": "1"}
+        with self.log_path.open("wb") as log:
+            return subprocess.Popen(
+                command, cwd=self.tree, env=environment, stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT, start_new_session=os.name != "nt",
+            )  # fmt: skip
+
+    def _answers(self) -> bool:
+        try:
+            self.system_stats()
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+        return True
+
+    def system_stats(self) -> dict[str, Any]:
+        """Returns what the server says of itself and its devices."""
+        with urllib.request.urlopen(f"{self.url}/system_stats", timeout=10) as response:
+            return json.load(response)
+
+    def _last_words(self) -> str:
+        tail = self.log().rstrip().splitlines()[-TAIL_LINES:]
+        return f"its last lines (all of them: {self.log_path}):\n" + "\n".join(tail)
+
+    def check_alive(self) -> None:
+        """Raises ScriptError with the server's last lines if it has ended."""
+        if self.process is None or self.process.poll() is not None:
+            raise ScriptError(f"ComfyUI ended in the middle of the work; {self._last_words()}")
+
+
+def _device_arguments() -> list[str]:
+    import torch  # not before the environment is up
+
+    return [] if torch.cuda.is_available() else ["--cpu"]
+
+
+def _end_tree(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is not None:
+        return
+    if os.name == "nt":
+        subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], capture_output=True)
+        process.wait(STOP_SECONDS)
+        return
+    # The server leads its own session, so its group is exactly what it started.
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(STOP_SECONDS)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,0 +1,68 @@
+"""Sets up the environment and runs every check: `python3 scripts/test.py [--fast] [pytest arguments]`.
+
+Order: ruff, ruff format, import contracts, pyright, then pytest: unit and training tests, and last the
+tests in a real ComfyUI. `--fast` runs the unit tests alone.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # at the end: see "nodes" in CONTRIBUTING.md
+
+from scripts.common import ROOT, ScriptError, say
+from scripts.environment import enter_environment
+
+CHECKS = (
+    ("ruff", "check", "."),
+    ("ruff", "format", "--check", "."),
+    ("lint-imports", "--no-logo"),
+    ("pyright",),
+)
+UNIT = ("tests/unit",)
+EVERYTHING = ("tests/unit", "tests/train", "tests/host")
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the checks; returns the process's exit status."""
+    try:
+        tree = enter_environment(Path(__file__).resolve())
+    except ScriptError as error:
+        say(f"Error: {error}")
+        return 1
+    fast = "--fast" in arguments
+    passed_on = [argument for argument in arguments if argument != "--fast"]
+    environment = os.environ | {"COMFYUI_PATH": str(tree)}
+    failed = [] if fast else [check[0] for check in CHECKS if _run(_tool(check), environment) != 0]
+    places = [] if any(_is_place(a) for a in passed_on) else list(UNIT if fast else EVERYTHING)
+    if _run([sys.executable, "-m", "pytest", *places, *passed_on], environment) != 0:
+        failed.append("pytest")
+    if failed:
+        say(f"Failed: {', '.join(failed)}.")
+    return 1 if failed else 0
+
+
+def _tool(check: tuple[str, ...]) -> list[str]:
+    """Returns the command of a tool that pip put beside the interpreter."""
+    return [str(Path(sys.executable).parent / check[0]), *check[1:]]
+
+
+def _is_place(argument: str) -> bool:
+    return (ROOT / argument.split("::")[0]).exists()
+
+
+def _run(command: list[str], environment: dict[str, str]) -> int:
+    say(f"\n$ {Path(command[0]).name} {' '.join(command[1:])}")
+    started = time.monotonic()
+    status = subprocess.run(command, cwd=ROOT, env=environment).returncode
+    if status != 0:
+        say(f"{Path(command[0]).name} ended with status {status} after {time.monotonic() - started:.0f} s.")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,48 @@
+"""`--check`: everything that can go wrong with a recipe, found in seconds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+
+from hyperalign.errors import HyperAlignError
+from hyperalign.hypernetwork import HyperNetwork
+from hyperalign.targets import TINY, attention_targets
+from hyperalign.tiny.weights import part_path
+from train.config import TrainConfig
+from train.tiny.art import STYLES
+
+PARTS = ("unet", "autoencoder", "text_encoder", "reward", "heldout_reward", "detector", "style")
+
+
+def check(config: TrainConfig) -> str:
+    """Returns a summary of the run. Raises HyperAlignError for whatever would stop it later."""
+    missing = [part_path(name).name for name in PARTS if not part_path(name).is_file()]
+    if missing:
+        raise HyperAlignError(
+            f"The embedded model lacks {', '.join(missing)}. Rebuild it with `python train/tiny/build.py`."
+        )
+    out = config.run.out
+    existing = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise HyperAlignError(f"{existing} is not a folder that can be written to. Choose another --run.out.")
+    has_art = all((config.data.cache / "art" / f"{style}.json").exists() for style in STYLES)
+    if not has_art and shutil.which("npm") is None:
+        raise HyperAlignError(
+            f"The emoji art is not in {config.data.cache / 'art'} and npm, which fetches it, was not found. "
+            "Install Node.js, or copy the art there."
+        )
+    targets = attention_targets(TINY, config.model.mode)
+    with torch.device("meta"):
+        network = HyperNetwork(config.network, targets, TINY.block_out_channels)
+    numbers = sum(parameter.numel() for parameter in network.parameters())
+    o = config.objective
+    return "\n".join([
+        f"recipe is sound: variant {config.model.variant}, {config.model.mode} perception, {config.optim.steps} steps",
+        f"hypernetwork: {numbers / 1e6:.2f} M parameters for {len(targets)} attention projections",
+        f"a step: {o.prompts} prompts x {o.rollout_steps} rollout steps, {o.prompts * o.timesteps} pictures with "
+        f"reward gradient, {o.preferred} preferred pictures",
+        f"writes to: {out}",
+    ])  # fmt: skip

@@ -1,0 +1,244 @@
+"""Trains the embedded world's judges: reward, detector, held-out reward and style classifier."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hyperalign.tiny.judges import TinyDetector, TinyHeldoutReward, TinyReward, TinyStyleClassifier
+from hyperalign.tiny.prompts import COLORS, NOUNS, Split, sample_content
+from hyperalign.tiny.weights import save_part
+from train.tiny.art import Art
+from train.tiny.augment import jitter
+from train.tiny.fitting import Fit, run_fit
+from train.tiny.judge_figures import detector_figures, reward_figures, style_figures, tune_threshold
+from train.tiny.pairs import (
+    GROUP_IMAGES,
+    GROUP_TEXTS,
+    NO_COLOR,
+    PairBatch,
+    centre_targets,
+    draw,
+    sample_clutter,
+    sample_pairs,
+)
+from train.tiny.scenes import Scene, sample_scene
+
+Reconstruct = Callable[[Tensor], Tensor]
+"""Pictures (B, 3, 64, 64) in [0, 1] -> the autoencoder's version of them."""
+
+GROUPS = 16
+BATCH = GROUPS * GROUP_IMAGES
+RECONSTRUCTED = 16
+"""Pictures of every second batch that pass through the autoencoder (whole groups, the first ones)."""
+TASTE = 0.9
+"""How often the liked picture should win against its right but worse twin: a margin of 2.2."""
+CLUTTER = 0.3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairPlan:
+    """Where a reward's pairs come from."""
+
+    seed: int
+    split: Split | None
+    same_layout: float
+
+
+REWARD_FIT = Fit(name="reward", steps=1700, lr=1.5e-3, ema=0.99)
+REWARD_PLAN = PairPlan(seed=101, split="train", same_layout=0.7)
+HELDOUT_FIT = Fit(name="heldout_reward", steps=1900, lr=1.2e-3, ema=0.99)
+HELDOUT_PLAN = PairPlan(seed=202, split=None, same_layout=0.3)
+DETECTOR_FIT = Fit(name="detector", steps=1100, lr=2e-3, ema=0.99)
+STYLE_FIT = Fit(name="style", steps=250, lr=2e-3)
+
+
+class SpottedReward(nn.Module):
+    """A reward with a helper head that names what lies where, so that its features form quickly."""
+
+    def __init__(self, reward: TinyReward | TinyHeldoutReward) -> None:
+        super().__init__()
+        self.reward = reward
+        self.spotter = nn.Conv2d(reward.feature_channels, len(NOUNS) + len(COLORS), 1)
+
+    def forward(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """Returns scores (N, T) and the helper's logits (N, 39, 8, 8)."""
+        reward = self.reward
+        features = reward.feature_map(batch.images_NCHW * 2.0 - 1.0)
+        images = F.normalize(reward.pool_map(features).float(), dim=-1)
+        scores = reward.scale() * images @ reward.embed_texts(batch.tokens_TL).T
+        return scores, self.spotter(features).float()
+
+
+def contrast(scores_NT: Tensor, batch: PairBatch) -> Tensor:
+    """Every right combination against the wrong ones of its row and column (InfoNCE, both ways).
+
+    -log(e^s / (e^s + sum of wrong e^s')) = softplus(logsumexp(wrong) - s).
+    """
+    wrong_NT = scores_NT.masked_fill(~batch.wrong_NT, -1e4)
+    n, t = batch.own_NT.nonzero(as_tuple=True)
+    right = scores_NT[n, t]
+    by_picture = F.softplus(wrong_NT.logsumexp(dim=1)[n] - right)
+    by_prompt = F.softplus(wrong_NT.logsumexp(dim=0)[t] - right)
+    return 0.5 * (by_picture + by_prompt).mean()
+
+
+def taste(scores_NT: Tensor) -> Tensor:
+    """Bradley-Terry between the liked picture and its worse twin, with `TASTE` as the odds."""
+    rows = torch.arange(0, len(scores_NT), GROUP_IMAGES)
+    columns = torch.arange(0, scores_NT.shape[1], GROUP_TEXTS)
+    margin = scores_NT[rows, columns] - scores_NT[rows + 1, columns]
+    return F.binary_cross_entropy_with_logits(margin, torch.full_like(margin, TASTE))
+
+
+def spotting(logits_NKGG: Tensor, scenes: list[Scene]) -> dict[str, Tensor]:
+    """CenterNet's penalty-reduced focal loss for nouns, cross-entropy for the colours of shapes."""
+    heat, colors = centre_targets(scenes, logits_NKGG.shape[-1])
+    nouns_logits, color_logits = logits_NKGG.split((len(NOUNS), len(COLORS)), dim=1)
+    chance = nouns_logits.sigmoid()
+    at_centre = heat == 1.0
+    hits = (1.0 - chance).square() * F.logsigmoid(nouns_logits) * at_centre
+    others = (1.0 - heat).pow(4) * chance.square() * F.logsigmoid(-nouns_logits) * ~at_centre
+    focal = -(hits + others).sum() / at_centre.sum()
+    return {"centres": focal, "colors": F.cross_entropy(color_logits, colors, ignore_index=NO_COLOR)}
+
+
+def _blurred(images: Tensor, step: int, reconstruct: Reconstruct | None, bend: float = 0.0) -> Tensor:
+    if reconstruct is not None and step % 2:
+        with torch.no_grad():
+            images = torch.cat([reconstruct(images[:RECONSTRUCTED]).clamp(0.0, 1.0), images[RECONSTRUCTED:]])
+    return jitter(images, torch.Generator().manual_seed(step), bend)
+
+
+def train_reward(
+    reward: TinyReward | TinyHeldoutReward,
+    fit: Fit,
+    plan: PairPlan,
+    run_dir: Path,
+    art: Art,
+    reconstruct: Reconstruct | None,
+) -> TinyReward | TinyHeldoutReward:
+    """Trains either reward on preference pairs and returns its averaged weights."""
+    model = SpottedReward(reward)
+
+    def losses_of(step: int) -> dict[str, Tensor]:
+        pairs = sample_pairs(random.Random(f"{plan.seed}-{step}"), GROUPS, art, plan.split, plan.same_layout)
+        images = _blurred(pairs.images_NCHW, step, reconstruct)
+        batch = PairBatch(images, pairs.tokens_TL, pairs.own_NT, pairs.wrong_NT, pairs.scenes)
+        with torch.autocast("cpu", torch.bfloat16):
+            scores, spots = model(batch)
+        named = spotting(spots, pairs.scenes)
+        return {
+            "contrast": contrast(scores, batch),
+            "taste": 0.5 * taste(scores),
+            "centres": 0.3 * named["centres"],
+            "colors": 0.3 * named["colors"],
+        }
+
+    trained = run_fit(fit, model, losses_of, run_dir)
+    if not isinstance(trained, SpottedReward):
+        raise TypeError(f"expected a SpottedReward, found {type(trained).__name__}")
+    return trained.reward
+
+
+def _mixed_scenes(rng: random.Random, count: int) -> list[Scene]:
+    contents = [sample_clutter(rng) if rng.random() < CLUTTER else sample_content(rng) for _ in range(count)]
+    return [sample_scene(rng, content) for content in contents]
+
+
+def train_detector(
+    run_dir: Path, art: Art, reconstruct: Reconstruct | None, fit: Fit = DETECTOR_FIT
+) -> TinyDetector:
+    """Trains the detector on scenes of the grammar and on cluttered ones."""
+    model = TinyDetector()
+
+    def losses_of(step: int) -> dict[str, Tensor]:
+        scenes = _mixed_scenes(random.Random(f"303-{step}"), BATCH)
+        images = _blurred(draw(scenes, art), step, reconstruct, bend=1.5)
+        with torch.autocast("cpu", torch.bfloat16):
+            nouns, colors = model(images)
+        return spotting(torch.cat([nouns, colors], dim=1), scenes)
+
+    trained = run_fit(fit, model, losses_of, run_dir)
+    if not isinstance(trained, TinyDetector):
+        raise TypeError(f"expected a TinyDetector, found {type(trained).__name__}")
+    trained.threshold.fill_(tune_threshold(trained, art))
+    return trained
+
+
+def train_style(
+    run_dir: Path, art: Art, reconstruct: Reconstruct | None, fit: Fit = STYLE_FIT
+) -> TinyStyleClassifier:
+    """Trains the style classifier."""
+    model = TinyStyleClassifier()
+
+    def losses_of(step: int) -> dict[str, Tensor]:
+        scenes = _mixed_scenes(random.Random(f"404-{step}"), BATCH)
+        images = _blurred(draw(scenes, art), step, reconstruct, bend=1.0)
+        labels = torch.tensor([float(scene.style == "fluent") for scene in scenes])
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model.logits(images)
+        return {"style": F.binary_cross_entropy_with_logits(logits, labels)}
+
+    trained = run_fit(fit, model, losses_of, run_dir)
+    if not isinstance(trained, TinyStyleClassifier):
+        raise TypeError(f"expected a TinyStyleClassifier, found {type(trained).__name__}")
+    return trained
+
+
+def _save(
+    name: str, module: nn.Module, fit: Fit, figures: dict[str, Any], reconstruct: Reconstruct | None
+) -> None:
+    header = {
+        "part": name,
+        "training": asdict(fit),
+        "data": "EmojiScenes, drawn anew at every step",
+        "autoencoder_pictures": reconstruct is not None,
+        "figures": figures,
+    }
+    save_part(name, module.state_dict(), header)
+
+
+def train_judges(
+    run_dir: Path, art: Art, reconstruct: Reconstruct | None = None
+) -> dict[str, dict[str, Any]]:
+    """Trains, measures and saves the four judges, the reward first; resumes from `run_dir`.
+
+    Returns each judge's figures on held-out scenes, by part name.
+    """
+    figures: dict[str, dict[str, Any]] = {}
+
+    def finish(name: str, module: nn.Module, fit: Fit, measured: dict[str, Any], started: float) -> None:
+        figures[name] = measured | {"seconds": round(time.monotonic() - started)}
+        _save(name, module, fit, figures[name], reconstruct)
+        (run_dir / "judges.json").write_text(json.dumps(figures, indent=2), encoding="utf-8")
+
+    started = time.monotonic()
+    torch.manual_seed(1)
+    reward = train_reward(TinyReward(), REWARD_FIT, REWARD_PLAN, run_dir, art, reconstruct)
+    finish("reward", reward, REWARD_FIT, reward_figures(reward, art), started)
+
+    started = time.monotonic()
+    torch.manual_seed(3)
+    detector = train_detector(run_dir, art, reconstruct)
+    finish("detector", detector, DETECTOR_FIT, detector_figures(detector, art), started)
+
+    started = time.monotonic()
+    torch.manual_seed(2)
+    heldout = train_reward(TinyHeldoutReward(), HELDOUT_FIT, HELDOUT_PLAN, run_dir, art, reconstruct)
+    finish("heldout_reward", heldout, HELDOUT_FIT, reward_figures(heldout, art), started)
+
+    started = time.monotonic()
+    torch.manual_seed(4)
+    style = train_style(run_dir, art, reconstruct)
+    finish("style", style, STYLE_FIT, style_figures(style, art), started)
+    return figures

@@ -1,0 +1,112 @@
+"""EmojiScenes: 64x64 pictures of one to four emoji, drawn from a `Content`."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from hyperalign.tiny.prompts import Content, near_miss, sample_content
+from train.tiny.art import STYLES, Art, Style
+
+SIDE = 64
+BACKGROUNDS = ((255, 255, 255), (236, 240, 241), (232, 245, 253), (255, 246, 224), (234, 247, 232))
+CORRUPT_CAPTIONS = 0.35
+"""Share of base-training captions that state one fact wrongly, as web data does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """One emoji on the canvas; centre and size in pixels."""
+
+    noun: str
+    color: str | None
+    x: int
+    y: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A drawn content; everything needed to render it and to judge a detector on it."""
+
+    content: Content
+    style: Style
+    background: int
+    items: tuple[Placed, ...]
+
+
+def sample_scene(rng: random.Random, content: Content, style: Style | None = None) -> Scene:
+    """Lays a content out without overlap."""
+    looks = [(g.noun, g.color) for g in content.groups for _ in range(g.count)]
+    low, high = {1: (30, 44), 2: (22, 28)}.get(len(looks), (18, 22))
+    sizes = [rng.randrange(low, high + 1, 2) for _ in looks]
+    centres = _place(rng, sizes, content)
+    items = tuple(Placed(n, c, x, y, s) for (n, c), (x, y), s in zip(looks, centres, sizes, strict=True))
+    return Scene(content, style or rng.choice(STYLES), rng.randrange(len(BACKGROUNDS)), items)
+
+
+def _place(rng: random.Random, sizes: list[int], content: Content) -> list[tuple[int, int]]:
+    while True:
+        centres = [_uniform_centre(rng, size) for size in sizes]
+        if content.relation is not None and not _holds(content.relation, centres):
+            continue
+        pairs = [(i, j) for i in range(len(sizes)) for j in range(i)]
+        if all(math.dist(centres[i], centres[j]) >= 0.5 * (sizes[i] + sizes[j]) + 3 for i, j in pairs):
+            return centres
+
+
+def _uniform_centre(rng: random.Random, size: int) -> tuple[int, int]:
+    margin = size // 2 + 1
+    return rng.randint(margin, SIDE - margin), rng.randint(margin, SIDE - margin)
+
+
+def _holds(relation: str, centres: list[tuple[int, int]]) -> bool:
+    (x0, y0), (x1, y1) = centres
+    along, across = (x1 - x0, abs(y1 - y0)) if relation in ("left of", "right of") else (y1 - y0, abs(x1 - x0))
+    if relation in ("right of", "below"):
+        along = -along
+    return along >= 24 and across <= 12
+
+
+def render(scene: Scene, art: Art) -> npt.NDArray[np.uint8]:
+    """Returns the picture as (64, 64, 3) uint8."""
+    canvas = np.empty((SIDE, SIDE, 3), np.float32)
+    canvas[:] = np.asarray(BACKGROUNDS[scene.background], np.float32) / 255.0
+    for item in scene.items:
+        sprite = art.sprites[scene.style, item.noun, item.color, item.size]
+        top, left = item.y - item.size // 2, item.x - item.size // 2
+        window = canvas[top : top + item.size, left : left + item.size]
+        alpha = sprite[..., 3:]
+        window[:] = sprite[..., :3] * alpha + window * (1.0 - alpha)
+    return (canvas * 255.0 + 0.5).astype(np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class SceneSet:
+    """Rendered scenes with the content each was drawn from."""
+
+    pixels: npt.NDArray[np.uint8]
+    """N x 64 x 64 x 3."""
+    scenes: list[Scene]
+
+
+def build_scenes(count: int, seed: int, art: Art, style: Style | None = None) -> SceneSet:
+    """Draws `count` random scenes; the same seed gives the same set."""
+    rng = random.Random(seed)
+    scenes = [sample_scene(rng, sample_content(rng), style) for _ in range(count)]
+    return SceneSet(np.stack([render(scene, art) for scene in scenes]), scenes)
+
+
+def noisy_content(content: Content, rng: random.Random) -> Content:
+    """Returns what a web caption would claim: the truth, or with `CORRUPT_CAPTIONS` a near miss."""
+    return near_miss(content, rng) if rng.random() < CORRUPT_CAPTIONS else content
+
+
+def art_cache(build_dir: Path) -> Path:
+    """Where fetched art is kept, outside version control."""
+    return build_dir / "art"
