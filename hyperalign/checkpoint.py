@@ -5,10 +5,8 @@ Header key `hyperalign` holds the JSON of `Header`. A loader refuses whatever it
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -70,15 +68,12 @@ def save(path: Path, network: HyperNetwork, header: Header, dtype: torch.dtype =
 def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Writes a safetensors file beside its target and moves it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    os.close(handle)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         save_file(tensors, partial, metadata)
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
-        raise
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_header(path: Path) -> Header:
@@ -102,8 +97,10 @@ def load(path: Path, operations: ModuleType | Any = nn) -> HyperAlign:
         network = HyperNetwork(header.network, header.targets, header.feature_channels, operations)
     expected = {_file_name(key, header.targets): key for key in network.state_dict()}
     with safe_open(str(path), framework="pt") as file:
-        found = {name: tuple(cast("list[int]", file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
-        _check_shapes(path, found, {name: tuple(network.state_dict()[key].shape) for name, key in expected.items()})
+        found = {name: tuple(cast("list[int]", file.get_slice(name).get_shape())) for name in file.keys()}
+        _check_shapes(
+            path, found, {name: tuple(network.state_dict()[key].shape) for name, key in expected.items()}
+        )
         state = {key: cast(Tensor, file.get_tensor(name)).float() for name, key in expected.items()}
     _check_finite(path, state)
     network.load_state_dict(state, assign=True)
@@ -118,9 +115,9 @@ def check_base(header: Header, found: BaseSpec) -> None:
         return
     if expected.get("family") != actual["family"]:
         raise HyperAlignError(
-            f"This hypernetwork was trained for the base model family {expected.get('family')!r}, but the MODEL "
-            f"is {actual['family']!r}. Load a hypernetwork trained for {actual['family']!r}, or connect "
-            f"a {expected.get('family')!r} model."
+            f"This hypernetwork was trained for the base model family {expected.get('family')!r}, but the "
+            f"MODEL is {actual['family']!r}. Load a hypernetwork trained for {actual['family']!r}, or "
+            f"connect a {expected.get('family')!r} model."
         )
     wrong = [key for key in actual if expected.get(key) != actual[key]]
     details = "; ".join(f"{key} is {actual[key]} and should be {expected.get(key)}" for key in wrong)
@@ -194,14 +191,16 @@ def _parse_header(text: str, path: Path) -> Header:
         ) from error
 
 
-def _check_shapes(path: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+def _check_shapes(
+    path: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
+) -> None:
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     wrong = [name for name in expected if name in found and found[name] != expected[name]]
     if missing or extra:
         raise HyperAlignError(
             f"{path.name} does not hold the tensors its header promises: {len(missing)} missing "
-            f"({', '.join(missing[:2]) or 'none'}), {len(extra)} unexpected ({', '.join(extra[:2]) or 'none'}). "
-            "Download or export it again."
+            f"({', '.join(missing[:2]) or 'none'}), {len(extra)} unexpected "
+            f"({', '.join(extra[:2]) or 'none'}). Download or export it again."
         )
     if wrong:
         name = wrong[0]

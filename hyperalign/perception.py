@@ -64,6 +64,6 @@ class Perception(nn.Module):
         tokens: list[Tensor] = []
         for feature, norm, project in zip(pool_features(features), self.norms, self.projections, strict=True):
             flat_BLC = feature.flatten(2).transpose(1, 2).float()
-            place_LC = grid_encoding(*feature.shape[-2:], self.width, feature.device)
+            place_LC = grid_encoding(feature.shape[-2], feature.shape[-1], self.width, feature.device)
             tokens.append(project(norm(flat_BLC)) + place_LC)
         return torch.cat(tokens, dim=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -29,11 +30,15 @@ class Schedule:
     def __post_init__(self) -> None:
         """Checks variant and key times. Raises HyperAlignError."""
         if self.variant not in VARIANTS:
-            raise HyperAlignError(f"The schedule's variant is {self.variant!r}; expected one of {', '.join(VARIANTS)}.")
+            raise HyperAlignError(
+                f"The schedule's variant is {self.variant!r}; expected one of {', '.join(VARIANTS)}."
+            )
         times = self.key_times
         inside = all(math.isfinite(t) and 0.0 < t < 1.0 for t in times)
-        if not inside or any(later >= earlier for earlier, later in zip(times, times[1:], strict=False)):
-            raise HyperAlignError(f"Key times are {list(times)}; expected falling numbers strictly between 1 and 0.")
+        if not inside or any(later >= earlier for earlier, later in pairwise(times)):
+            raise HyperAlignError(
+                f"Key times are {list(times)}; expected falling numbers strictly between 1 and 0."
+            )
         if self.variant == "P" and not times:
             raise HyperAlignError(
                 "Variant P needs key times and the hypernetwork stores none; choose S or I, "
@@ -99,7 +104,8 @@ def find_key_times(
     """
     if len(distances_N) != len(times_N) or len(times_N) < 3:
         raise HyperAlignError(
-            f"Found {len(distances_N)} distances and {len(times_N)} times; expected the same number, at least 3."
+            f"Found {len(distances_N)} distances and {len(times_N)} times; "
+            "expected the same number, at least 3."
         )
     bend = curvature(torch.tensor(distances_N, dtype=torch.float64).clamp(min=1e-12).log())
     picked: list[int] = []

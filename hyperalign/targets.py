@@ -36,7 +36,9 @@ class BaseSpec:
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns the dimensions as JSON types, as the checkpoint header stores them."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+        }
 
 
 TINY = BaseSpec(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -36,12 +35,12 @@ class Result:
     Attributes:
         prompt_id: The server's name of the run.
         outputs: Per node id what the node showed: images, text.
-        seconds: Per node id how long it ran; nodes served from the cache are missing.
+        seconds: From start to end, by the server's clock.
     """
 
     prompt_id: str
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 class ComfyClient:
@@ -80,6 +79,7 @@ class ComfyClient:
         prompt: Prompt,
         on_event: Callable[[Event], None] | None = None,
         workflow: dict[str, Any] | None = None,
+        targets: list[str] | None = None,
     ) -> Result:
         """Runs a graph to its end.
 
@@ -87,21 +87,25 @@ class ComfyClient:
             prompt: The graph in API format.
             on_event: Called with every message about this run; may call `interrupt`.
             workflow: The same graph in the page's format, embedded in saved images.
+            targets: Ids of the output nodes to run; None runs all of them.
 
         Raises:
             ComfyError: a node refused its inputs or failed; the message is the node's own.
             ComfyInterrupted: the run was interrupted.
         """
-        return asyncio.run(self._run(prompt, on_event, workflow))
+        body: dict[str, Any] = {"prompt": prompt, "client_id": self.id}
+        if workflow is not None:
+            body["extra_data"] = {"extra_pnginfo": {"workflow": workflow}}
+        if targets is not None:
+            body["partial_execution_targets"] = targets
+        return asyncio.run(self._run(body, on_event))
 
-    async def _run(
-        self, prompt: Prompt, on_event: Callable[[Event], None] | None, workflow: dict[str, Any] | None
-    ) -> Result:
+    async def _run(self, body: dict[str, Any], on_event: Callable[[Event], None] | None) -> Result:
         socket_url = f"{self.url.replace('http', 'ws', 1)}/ws?clientId={self.id}"
         async with aiohttp.ClientSession() as session:
             try:
                 async with session.ws_connect(socket_url, max_msg_size=0) as socket:
-                    watch = _Watch(Result(self._queue(prompt, workflow)))
+                    watch = _Watch(Result(json.loads(self.post("/prompt", body))["prompt_id"]))
                     async for message in socket:
                         if message.type != aiohttp.WSMsgType.TEXT:
                             continue  # binary messages are preview pictures
@@ -116,12 +120,6 @@ class ComfyClient:
                 raise ComfyError(f"The connection to ComfyUI at {self.url} broke: {error}") from error
         raise ComfyError(f"ComfyUI at {self.url} closed the connection before the run was done.")
 
-    def _queue(self, prompt: Prompt, workflow: dict[str, Any] | None) -> str:
-        body: dict[str, Any] = {"prompt": prompt, "client_id": self.id}
-        if workflow is not None:
-            body["extra_data"] = {"extra_pnginfo": {"workflow": workflow}}
-        return json.loads(self.post("/prompt", body))["prompt_id"]
-
     def _with_outputs(self, result: Result) -> Result:
         result.outputs = self.get(f"/history/{result.prompt_id}")[result.prompt_id]["outputs"]
         return result
@@ -135,17 +133,16 @@ class ComfyClient:
                 return response.read()
         except urllib.error.HTTPError as error:
             raise ComfyError(_refusal(error)) from error
-        except urllib.error.URLError as error:
-            raise ComfyError(f"ComfyUI at {self.url} does not answer: {error.reason}") from error
+        except OSError as error:
+            raise ComfyError(f"ComfyUI at {self.url} does not answer: {error}") from error
 
 
 class _Watch:
-    """Follows the messages of one run and takes each node's time."""
+    """Follows the messages of one run."""
 
     def __init__(self, result: Result) -> None:
         self.result = result
-        self.node: str | None = None
-        self.since = time.perf_counter()
+        self.started = 0.0
 
     def see(self, event: Event) -> bool:
         """Takes one message in; returns True when the run is done.
@@ -158,15 +155,12 @@ class _Watch:
             raise ComfyError(f"{data['node_type']}: {data['exception_message'].strip()}")
         if kind == "execution_interrupted":
             raise ComfyInterrupted(f"The run was interrupted at {data['node_type']}.")
-        if kind == "executing":
-            self._switch(data["node"])
-        return kind == "execution_success" or (kind == "executing" and data["node"] is None)
-
-    def _switch(self, node: str | None) -> None:
-        now = time.perf_counter()
-        if self.node is not None:
-            self.result.seconds[self.node] = self.result.seconds.get(self.node, 0.0) + now - self.since
-        self.node, self.since = node, now
+        if kind == "execution_start":
+            self.started = data["timestamp"]
+        if kind == "execution_success":
+            self.result.seconds = (data["timestamp"] - self.started) / 1000.0
+        # Only this last message says that the outputs are in the history.
+        return kind == "executing" and data["node"] is None
 
 
 def _refusal(error: urllib.error.HTTPError) -> str:

@@ -52,4 +52,4 @@ def run_pip(python: Path, arguments: list[str], purpose: str) -> None:
 
 def _show_status(line: str) -> None:
     if sys.stdout.isatty() and (not line or line.startswith(("Collecting", "Downloading", "Installing"))):
-        print(f"\r\033[K{line[:100]}", end="", flush=True)
+        print(f"\r{line[:78]:78s}\r", end="", flush=True)

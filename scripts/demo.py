@@ -34,31 +34,32 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Runs the whole demo.
+def run(tree: Path, arguments: argparse.Namespace) -> None:
+    """Draws, judges and reports.
 
     Raises:
         ScriptError: a step failed; the message says which, and what to do.
     """
-    tree = enter_environment(Path(__file__).resolve())
-    # From here on the environment is there, and with it what these modules import.
+    # Only inside the environment is there what these modules import.
+    from hyperalign.errors import HyperAlignError
     from scripts.comfy_client import ComfyClient, ComfyError
     from scripts.drawing import choose_prompts, draw_all
     from scripts.grid import save_grid
     from scripts.measure import measure, print_table, write_report
 
-    exit_on_termination()
     say(f"Starting ComfyUI from {tree} ...")
     with Server(tree, "demo", arguments.port) as server:
         say(f"ComfyUI answers at {server.url}.")
         try:
-            drawing = draw_all(
-                server, ComfyClient(server.url), choose_prompts(arguments.per_family), arguments.output
-            )
+            requests = choose_prompts(arguments.per_family)
+            drawing = draw_all(server, ComfyClient(server.url), requests, arguments.output)
         except ComfyError as error:
             server.check_alive()
             raise ScriptError(f"ComfyUI could not run the workflow: {error}") from error
-    scored = measure(drawing.pictures)
+    try:
+        scored = measure(drawing.pictures)
+    except HyperAlignError as error:
+        raise ScriptError(f"The pictures could not be judged: {error}") from error
     report = write_report(drawing, scored, arguments.output / "report.json")
     save_grid(scored, arguments.output / "grid.png")
     print_table(report)
@@ -67,9 +68,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     """Runs the demo; returns the process's exit status."""
+    exit_on_termination()
     try:
-        run(parse_arguments())
-    except ScriptError as error:
+        arguments = parse_arguments()
+        run(enter_environment(Path(__file__).resolve()), arguments)
+    except (ScriptError, OSError) as error:
         say(f"Error: {error}")
         return 1
     except KeyboardInterrupt:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import re
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hyperalign.tiny.prompts import FAMILIES, Content, sample_prompt
-from scripts.comfy_client import ComfyClient, Event, Prompt, Result
+from scripts.comfy_client import ComfyClient, Event, Prompt
 from scripts.common import ROOT, ScriptError
 from scripts.host import Server
 from scripts.workflow import ObjectInfo, Workflow, load, to_prompt, upstream, widget_names, with_values
@@ -41,7 +42,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawn picture; `seconds` is its sampling time, `generations` what the pack reported."""
+    """One drawn picture; `seconds` is the time from text to file, `generations` what the pack reported."""
 
     request: Request
     seed: int
@@ -82,15 +83,15 @@ class Graph:
     prompt: Prompt
 
     def variation(self, request: Request, seed: int, method: str) -> Workflow:
-        """Returns the workflow set to one prompt, seed and hypernetwork."""
-        file_widget = widget_names(self.info["HyperAlignLoader"])[0] or ""
+        """Returns the workflow set to one prompt, seed and method."""
         changes: dict[tuple[str, str], Any] = {
             (self.text, "text"): request.prompt,
             (self.base.sampler, "seed"): seed,
             (self.aligned.sampler, "seed"): seed,
-            (self.aligned.save, "filename_prefix"): method,
-            (self.loader, file_widget): HYPERNETWORKS[method],
         }
+        if method != BASE:
+            file_widget = widget_names(self.info["HyperAlignLoader"])[0] or ""
+            changes[self.loader, file_widget] = HYPERNETWORKS[method]
         return with_values(self.workflow, self.info, changes)
 
 
@@ -146,48 +147,34 @@ def draw_all(server: Server, client: ComfyClient, requests: Sequence[Request], o
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     pictures: list[Picture] = []
-    total = len(requests) * len(SEEDS) * len(METHODS)
-    with tqdm(total=total, desc="Drawing", unit="picture", smoothing=0.1) as progress:
-        for number, request in enumerate(requests, start=1):
-            for seed in SEEDS:
-                drawn = _draw(server, client, graph, request, seed)
-                for method, (data, seconds, generations) in drawn.items():
-                    path = folder / f"{number:02d}_seed{seed}_{method}.png"
-                    path.write_bytes(data)
-                    pictures.append(Picture(request, seed, method, path, seconds, generations))
-                progress.update(len(drawn))
+    jobs = [(n, r, s, m) for n, r in enumerate(requests, start=1) for s in SEEDS for m in METHODS]
+    often = 0.2 if sys.stderr.isatty() else 10.0
+    for number, request, seed, method in tqdm(jobs, desc="Drawing", unit="picture", mininterval=often):
+        path = folder / f"{number:02d}_seed{seed}_{method}.png"
+        pictures.append(_draw(server, client, graph, request, seed, method, path))
     sampler = graph.prompt[graph.base.sampler]["inputs"]
     return Drawing(pictures, int(sampler["steps"]), float(sampler["cfg"]), _host(server))
 
 
 def _draw(
-    server: Server, client: ComfyClient, graph: Graph, request: Request, seed: int
-) -> dict[str, tuple[bytes, float, int]]:
-    """Returns per method the picture's file, its sampling seconds and its generations.
-
-    The base branch is the same in all three runs: ComfyUI draws it in the first and remembers it.
-    """
-    drawn: dict[str, tuple[bytes, float, int]] = {}
-    for method in HYPERNETWORKS:
-        workflow = graph.variation(request, seed, method)
-        said_before = len(server.log())
-        result = client.run(to_prompt(workflow, graph.info), _alive(server), workflow)
-        if BASE not in drawn:
-            drawn[BASE] = (*_picture(client, result, graph.base), 0)
-        drawn[method] = (*_picture(client, result, graph.aligned), _generations(server.log()[said_before:]))
-    return drawn
+    server: Server, client: ComfyClient, graph: Graph, request: Request, seed: int, method: str, path: Path
+) -> Picture:
+    """Runs the workflow's branch of one method and keeps the picture, workflow embedded, at `path`."""
+    branch = graph.base if method == BASE else graph.aligned
+    workflow = graph.variation(request, seed, method)
+    said_before = len(server.log())
+    result = client.run(to_prompt(workflow, graph.info), _alive(server), workflow, [branch.save])
+    images = result.outputs[branch.save]["images"]
+    path.write_bytes(client.image(images[0]))
+    generations = 0 if method == BASE else _generations(server.log()[said_before:])
+    return Picture(request, seed, method, path, result.seconds / len(images), generations)
 
 
-def _alive(server: Server) -> Any:
+def _alive(server: Server) -> Callable[[Event], None]:
     def check(_event: Event) -> None:
         server.check_alive()
 
     return check
-
-
-def _picture(client: ComfyClient, result: Result, branch: Branch) -> tuple[bytes, float]:
-    images = result.outputs[branch.save]["images"]
-    return client.image(images[0]), result.seconds[branch.sampler] / len(images)
 
 
 def _generations(said: str) -> int:

@@ -99,8 +99,11 @@ def _create_venv() -> None:
 
 
 def _digest(tree: Path) -> str:
-    files = (Path(__file__), ROOT / "pyproject.toml", tree / "requirements.txt")
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    """Returns a name for everything that decides what is installed; the tools' settings do not."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("\n[tool.")[0]
+    texts = (project, (tree / "requirements.txt").read_text(encoding="utf-8"))
+    constants = repr((TORCH, MATCHING_TORCHVISION, TOLERANT_TORCHVISION, sorted(SKIPPED)))
+    return hashlib.sha256("\0".join((*texts, constants)).encode()).hexdigest()
 
 
 def _host_requirements(tree: Path) -> tuple[list[str], list[str]]:

@@ -56,4 +56,6 @@ def _place(sheet: Image.Image, draw: ImageDraw.ImageDraw, scored: Scored, corner
     draw.rectangle((left, top, left + TILE - 1, top + TILE - 1), outline=(218, 220, 224))
     verdict, color = ("right", RIGHT) if scored.correct else ("wrong", WRONG)
     centre = (left + TILE // 2, top + TILE + UNDER // 2)
-    draw.text(centre, f"{scored.reward:.2f}  {verdict}", color, ImageFont.load_default(16), anchor="mm")
+    draw.text(
+        centre, f"reward {scored.reward:.2f}, {verdict}", color, ImageFont.load_default(16), anchor="mm"
+    )

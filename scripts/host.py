@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +41,8 @@ def free_port(preferred: int | None = None) -> int:
     """Returns the preferred port if nothing listens there, else any free one."""
     for port in (preferred or 0, 0):
         with socket.socket() as probe:
+            if os.name != "nt":  # a port left a moment ago counts as free, as it does for the server
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((ADDRESS, port))
             except OSError:
@@ -51,12 +52,16 @@ def free_port(preferred: int | None = None) -> int:
 
 
 def exit_on_termination() -> None:
-    """Turns SIGTERM into SystemExit, so that `with Server(...)` ends its process then too."""
+    """Turns SIGTERM into SystemExit and SIGINT, even where a shell had it ignored, into KeyboardInterrupt.
+
+    `with Server(...)` then ends its process in both cases.
+    """
 
     def leave(number: int, _frame: object) -> None:
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass
@@ -152,7 +157,7 @@ class Server:
     def _answers(self) -> bool:
         try:
             self.system_stats()
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
+        except OSError:  # refused, reset or timed out: not there yet
             return False
         return True
 

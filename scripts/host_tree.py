@@ -35,9 +35,10 @@ def _is_tree(path: Path) -> bool:
 
 
 def _checked(path: Path) -> Path:
-    if not _is_tree(path):
+    missing = [mark for mark in MARKS if not (path / mark).is_file()]
+    if missing:
         raise ScriptError(
-            f"COMFYUI_PATH is {path}, which lacks {' or '.join(MARKS)}; "
+            f"COMFYUI_PATH is {path}, which has no {', no '.join(missing)}; "
             "set it to the root of a ComfyUI checkout, or unset it to fetch ComfyUI 0.3.75."
         )
     return path

@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # at the end: see "no
 
 from scripts.common import ROOT, ScriptError, say
 from scripts.environment import enter_environment
+from scripts.host import exit_on_termination
 
 CHECKS = (
     ("ruff", "check", "."),
@@ -29,9 +30,10 @@ EVERYTHING = ("tests/unit", "tests/train", "tests/host")
 
 def main(arguments: list[str]) -> int:
     """Runs the checks; returns the process's exit status."""
+    exit_on_termination()
     try:
         tree = enter_environment(Path(__file__).resolve())
-    except ScriptError as error:
+    except (ScriptError, OSError) as error:
         say(f"Error: {error}")
         return 1
     fast = "--fast" in arguments
@@ -58,11 +60,21 @@ def _is_place(argument: str) -> bool:
 def _run(command: list[str], environment: dict[str, str]) -> int:
     say(f"\n$ {Path(command[0]).name} {' '.join(command[1:])}")
     started = time.monotonic()
-    status = subprocess.run(command, cwd=ROOT, env=environment).returncode
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()  # pytest then ends the server it started, which takes seconds
+            process.wait()
+            raise
     if status != 0:
         say(f"{Path(command[0]).name} ended with status {status} after {time.monotonic() - started:.0f} s.")
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        say("Stopped; nothing is left running.")
+        sys.exit(130)

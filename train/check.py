@@ -40,9 +40,10 @@ def check(config: TrainConfig) -> str:
     numbers = sum(parameter.numel() for parameter in network.parameters())
     o = config.objective
     return "\n".join([
-        f"recipe is sound: variant {config.model.variant}, {config.model.mode} perception, {config.optim.steps} steps",
+        f"recipe is sound: variant {config.model.variant}, {config.model.mode} perception, "
+        f"{config.optim.steps} steps",
         f"hypernetwork: {numbers / 1e6:.2f} M parameters for {len(targets)} attention projections",
-        f"a step: {o.prompts} prompts x {o.rollout_steps} rollout steps, {o.prompts * o.timesteps} pictures with "
-        f"reward gradient, {o.preferred} preferred pictures",
+        f"a step: {o.prompts} prompts x {o.rollout_steps} rollout steps, {o.prompts * o.timesteps} pictures "
+        f"with reward gradient, {o.preferred} preferred pictures",
         f"writes to: {out}",
     ])  # fmt: skip

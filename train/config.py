@@ -136,7 +136,12 @@ class TrainConfig:
         )
         _require(o.rollout_steps >= 2, "objective.rollout_steps", o.rollout_steps, "2 or more")
         room = o.rollout_steps - o.skip_first
-        _require(0 <= o.skip_first < o.rollout_steps, "objective.skip_first", o.skip_first, "0 to rollout_steps - 1")
+        _require(
+            0 <= o.skip_first < o.rollout_steps,
+            "objective.skip_first",
+            o.skip_first,
+            "0 to rollout_steps - 1",
+        )
         _require(1 <= o.timesteps <= room, "objective.timesteps", o.timesteps, f"1 to {room}")
         _require(o.prompts >= 1, "objective.prompts", o.prompts, "1 or more")
         _require(o.preferred >= 1, "objective.preferred", o.preferred, "1 or more")
@@ -146,7 +151,9 @@ class TrainConfig:
         _require(p.lr > 0, "optim.lr", p.lr, "above 0")
         _require(p.clip > 0, "optim.clip", p.clip, "above 0")
         _require(0 <= p.ema < 1, "optim.ema", p.ema, "0 up to 1")
-        _require(self.data.scenes >= o.preferred, "data.scenes", self.data.scenes, "objective.preferred or more")
+        _require(
+            self.data.scenes >= o.preferred, "data.scenes", self.data.scenes, "objective.preferred or more"
+        )
         _require(self.run.save_every >= 1, "run.save_every", self.run.save_every, "1 or more")
         if self.model.key_times or self.model.variant != "P":
             self.schedule()
@@ -158,7 +165,9 @@ class TrainConfig:
 
 def _require(holds: bool, name: str, found: object, expected: str) -> None:
     if not holds:
-        raise HyperAlignError(f"{name} is {found}; expected {expected}. Change it in the recipe or on the command line.")
+        raise HyperAlignError(
+            f"{name} is {found}; expected {expected}. Change it in the recipe or on the command line."
+        )
 
 
 def load_recipe(path: Path) -> TrainConfig:
@@ -184,7 +193,9 @@ def _from_table(kind: type[Any], table: dict[str, Any], where: str) -> Any:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"Did you mean {close[0]!r}? " if close else ""
-            raise HyperAlignError(f"{where} has the unknown key {key!r}. {hint}Known keys: {', '.join(known)}.")
+            raise HyperAlignError(
+                f"{where} has the unknown key {key!r}. {hint}Known keys: {', '.join(known)}."
+            )
         values[key] = _coerce(getattr(defaults, key), value, f"{where}: {key}")
     return kind(**values)
 

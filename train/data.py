@@ -66,7 +66,9 @@ def preferred_pictures(base: TinyBase, config: DataConfig) -> Preferred:
             images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255.0
             latents.append(base.encode(images.to(base.device)).cpu())
             texts += [text for text, _ in chunk]
-        save_atomically({"latents": torch.cat(latents), "tokens": tokenize_batch(texts)}, path, {})
+        save_atomically(
+            {"latents": torch.cat(latents).contiguous(), "tokens": tokenize_batch(texts)}, path, {}
+        )
     stored = load_file(path)
     return Preferred(stored["latents"], stored["tokens"])
 

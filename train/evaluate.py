@@ -15,7 +15,7 @@ from hyperalign.hosts.diffusers_tiny import TinyBase
 from hyperalign.schedule import Schedule
 from hyperalign.tiny.geneval import diversity, is_correct, summarise
 from hyperalign.tiny.judges import load_detector, load_heldout_reward, load_reward, load_style_classifier
-from hyperalign.tiny.prompts import Content
+from hyperalign.tiny.prompts import Content, Family
 from hyperalign.tiny.text_encoder import tokenize_batch
 from train.data import heldout_prompts
 from train.rollout import rollout
@@ -80,7 +80,14 @@ def sample_all(
         noise = torch.stack([initial_noise(*job) for job in chunk]).to(base.device)
         with torch.autocast(base.device.type, torch.bfloat16, enabled=bf16):
             path = rollout(
-                base.unet, adapter, schedule, context, noise, steps=steps, guidance=guidance, strength=strength
+                base.unet,
+                adapter,
+                schedule,
+                context,
+                noise,
+                steps=steps,
+                guidance=guidance,
+                strength=strength,
             )
             images.append(base.decode(path.final).float().clamp(0.0, 1.0).cpu())
         generations = path.generations
@@ -104,18 +111,24 @@ def judge(samples: Samples) -> Judged:
         heldout_reward=heldout(flat, tokens).view(shape),
         correct=torch.tensor(correct).view(shape),
         style=load_style_classifier().eval()(flat).view(shape),
-        diversity=diversity(heldout.embed_images(flat).view(*shape, -1)) if shape[1] > 1 else torch.zeros(shape[0]),
+        diversity=diversity(heldout.embed_images(flat).view(*shape, -1))
+        if shape[1] > 1
+        else torch.zeros(shape[0]),
     )
 
 
 def figures(samples: Samples) -> dict[str, Any]:
     """Returns the means of every figure, as the log and the report hold them."""
     judged = judge(samples)
-    families = [content.family for content in samples.contents for _ in range(judged.correct.shape[1])]
+    marks: list[tuple[Family, bool]] = [
+        (content.family, bool(correct))
+        for content, row in zip(samples.contents, judged.correct.tolist(), strict=True)
+        for correct in row
+    ]
     return {
         "reward": float(judged.reward.mean()),
         "heldout_reward": float(judged.heldout_reward.mean()),
-        "geneval": summarise(list(zip(families, judged.correct.flatten().tolist(), strict=True))),
+        "geneval": summarise(marks),
         "style": float(judged.style.mean()),
         "diversity": float(judged.diversity.mean()),
         "seconds_per_image": samples.seconds_per_image,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -29,7 +28,7 @@ def save_grid(samples: Samples, path: Path, rows: int = 4) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     sheet.save(partial, "PNG")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def _wrapped(text: str, width: int = 24) -> list[str]:

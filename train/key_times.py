@@ -1,6 +1,6 @@
 """Finds the key times of variant P on a base model: where x0-hat changes its pace.
 
-    python -m train.key_times --count 2
+python -m train.key_times --count 2
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ STEPS = 25
 PROMPTS = 48
 
 
-def distance_curve(base: TinyBase, *, prompts: int, steps: int, guidance: float, seed: int = 5) -> list[float]:
+def distance_curve(
+    base: TinyBase, *, prompts: int, steps: int, guidance: float, seed: int = 5
+) -> list[float]:
     """Returns the mean relative distance of each evaluation's x0-hat to the one before it (Fig 4)."""
     texts = training_prompts(prompts, seed)
     context = base.encode_prompts(texts + [""] * len(texts))

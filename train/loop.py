@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import logging
-import os
 import time
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from hyperalign.schedule import Schedule
 from hyperalign.targets import attention_targets
 from hyperalign.tiny.judges import load_reward
 from hyperalign.tiny.text_encoder import tokenize_batch
+from train.attention import use_float32_attention
 from train.config import TrainConfig, as_table
 from train.data import preferred_pictures, training_prompts
 from train.key_times import base_key_times
@@ -78,6 +79,8 @@ class Trainer:
         self.accelerator = accelerator or Accelerator()
         self.device = self.accelerator.device
         self.base = load_tiny(self.device)
+        if config.optim.bf16 and self.device.type == "cpu":
+            use_float32_attention(self.base.unet)
         torch.manual_seed(config.run.seed)
         self.schedule = self._schedule()
         self.hyperalign = new_hyperalign(config, self.base, self.schedule)
@@ -103,7 +106,7 @@ class Trainer:
         """Returns the averaged hypernetwork: what is evaluated and saved."""
         return HyperAlign(self.average, self.hyperalign.header)
 
-    def fit(self, on_step: Any = None) -> None:
+    def fit(self, on_step: Callable[[Row], None] | None = None) -> None:
         """Trains to the last step; on interruption the state is saved and the exception goes on."""
         try:
             while self.step < self.config.optim.steps:
@@ -128,7 +131,7 @@ class Trainer:
             "recipe": as_table(self.config) | {"run": {"seed": self.config.run.seed}, "data": {
                 "scenes": self.config.data.scenes, "seed": self.config.data.seed}},
         }  # fmt: skip
-        header = Header(**{**_shallow(self.hyperalign.header), "training": training})
+        header = dataclasses.replace(self.hyperalign.header, training=training)
         if self.accelerator.is_main_process:
             checkpoint.save(self.path, self.average, header)
         return self.path
@@ -150,7 +153,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         return torch.randn(rows, *self.preferred.latents.shape[1:], generator=generator).to(self.device)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[None]:
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.optim.bf16)
 
     def _train_step(self) -> Row:
@@ -175,7 +178,9 @@ class Trainer:
         o, rng = self.config.objective, self._generator(1)
         tokens = tokenize_batch(training_prompts(o.prompts, int(rng.integers(2**31)))).to(self.device)
         noise = self._noise(o.prompts, rng)
-        picks = sorted(rng.choice(np.arange(o.skip_first, o.rollout_steps), o.timesteps, replace=False).tolist())
+        picks = sorted(
+            rng.choice(np.arange(o.skip_first, o.rollout_steps), o.timesteps, replace=False).tolist()
+        )
         context = self._context(tokens)
         with self._autocast():
             trajectory = self._rollout(context, noise)
@@ -209,7 +214,9 @@ class Trainer:
         with torch.no_grad():
             context = self.base.text_encoder(tokens.to(self.device))
         with self._autocast():
-            loss = preference_loss(self.adapter, self.schedule, x0, self._noise(o.preferred, rng), t_B, context)
+            loss = preference_loss(
+                self.adapter, self.schedule, x0, self._noise(o.preferred, rng), t_B, context
+            )
         self.accelerator.backward(o.preference_weight * loss)
         return {"preference_loss": loss.item()}
 
@@ -232,7 +239,9 @@ class Trainer:
             flat = torch.cat([g.flatten() for g in grads])
             reduced = self.accelerator.reduce(flat, reduction="mean")
             if not isinstance(reduced, Tensor):
-                raise HyperAlignError(f"Accelerate returned a {type(reduced).__name__} for a reduced gradient.")
+                raise HyperAlignError(
+                    f"Accelerate returned a {type(reduced).__name__} for a reduced gradient."
+                )
             for grad, mean in zip(grads, reduced.split([g.numel() for g in grads]), strict=True):
                 grad.copy_(mean.view_as(grad))
         return nn.utils.clip_grad_norm_(parameters, self.config.optim.clip)
@@ -277,7 +286,7 @@ class Trainer:
         }
         partial = self._state_path.with_suffix(".partial")
         torch.save(state, partial)
-        os.replace(partial, self._state_path)
+        partial.replace(self._state_path)
 
     def _resume(self) -> None:
         log = self.config.run.out / "log.jsonl"
@@ -307,10 +316,6 @@ def _identity(config: TrainConfig) -> Row:
         "data": [config.data.scenes, config.data.seed],
         "seed": config.run.seed,
     }
-
-
-def _shallow(header: Header) -> Row:
-    return {key: getattr(header, key) for key in asdict(header)}
 
 
 def _rounded(value: Any) -> Any:

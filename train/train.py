@@ -1,9 +1,9 @@
 """Trains a hypernetwork from a recipe.
 
-    python train/train.py --recipe train/recipes/tiny_s.toml
-    python train/train.py --recipe train/recipes/tiny_s.toml --optim.lr 1e-4 --run.out runs/mine
-    accelerate launch train/train.py --recipe train/recipes/tiny_s.toml
-    python train/train.py --recipe train/recipes/tiny_s.toml --check
+python train/train.py --recipe train/recipes/tiny_s.toml
+python train/train.py --recipe train/recipes/tiny_s.toml --optim.lr 1e-4 --run.out runs/mine
+accelerate launch train/train.py --recipe train/recipes/tiny_s.toml
+python train/train.py --recipe train/recipes/tiny_s.toml --check
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     # `python train/train.py` puts train/ on the path, where this file would hide the package `train`.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import tyro  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import tyro
+from tqdm import tqdm
 
-from hyperalign.errors import HyperAlignError  # noqa: E402
-from train.check import check  # noqa: E402
-from train.config import TrainConfig, load_recipe  # noqa: E402
+from hyperalign.errors import HyperAlignError
+from train.check import check
+from train.config import TrainConfig, load_recipe
 
 
 def parse(arguments: list[str]) -> tuple[TrainConfig, bool]:
@@ -48,20 +49,23 @@ def main(arguments: list[str] | None = None) -> int:
     except HyperAlignError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    with tqdm(total=config.optim.steps, initial=trainer.step, disable=not trainer.accelerator.is_main_process) as bar:
-        try:
-            trainer.fit(lambda row: _show(bar, row))
-        except KeyboardInterrupt:
-            bar.close()
-            print(f"Stopped after step {trainer.step}; run the same command again to go on.", file=sys.stderr)
-            return 130
+    quiet = not trainer.accelerator.is_main_process
+    bar: tqdm[Any] = tqdm(total=config.optim.steps, initial=trainer.step, disable=quiet)
+
+    def show(row: dict[str, Any]) -> None:
+        figures = ("reward", "preference_loss", "grad_norm")
+        bar.set_postfix({key: f"{row[key]:.3f}" for key in figures if key in row})
+        bar.update()
+
+    try:
+        trainer.fit(show)
+    except KeyboardInterrupt:
+        print(f"\nStopped after step {trainer.step}; run the same command again to go on.", file=sys.stderr)
+        return 130
+    finally:
+        bar.close()
     print(f"Wrote {trainer.path}")
     return 0
-
-
-def _show(bar: "tqdm[None]", row: dict[str, object]) -> None:
-    bar.set_postfix({key: f"{row[key]:.3f}" for key in ("reward", "preference_loss", "grad_norm") if key in row})
-    bar.update()
 
 
 if __name__ == "__main__":

@@ -95,6 +95,13 @@ def apply(
     return clone
 
 
+def strength_problem(strength: float) -> str | None:
+    """Returns what is wrong with a strength, or None."""
+    if math.isfinite(strength):
+        return None
+    return f"strength is {strength}; expected a number, 0 for off and 1 as trained."
+
+
 def network_patcher(network: nn.Module) -> ModelPatcher:
     """Puts a module of ours under the host's memory management."""
     return ModelPatcher(
@@ -203,7 +210,9 @@ class Adapter:
         start, end = (float(model.model_sampling.percent_to_sigma(percent)) for percent in self._window)
         return end <= float(sigma_B.flatten()[0]) <= start
 
-    def _perceive(self, model: Any, unet: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    def _perceive(
+        self, model: Any, unet: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> list[Tensor]:
         """Returns the unadapted features of each level for the inputs of a call.
 
         The host's own `_apply_model` prepares the inputs. Patches and control of others are left
@@ -213,10 +222,14 @@ class Adapter:
         positional, named = _fresh_options(args, kwargs, self._collector)
         with _eager(model, unet), self._collector.collecting(_stop), contextlib.suppress(_PerceptionDone):
             model._apply_model(*positional, **named)
-            raise HyperAlignError("The MODEL's U-Net ended before its last input block; update HyperAlign or ComfyUI.")
+            raise HyperAlignError(
+                "The MODEL's U-Net ended before its last input block; update HyperAlign or ComfyUI."
+            )
         return self._collector.taken()
 
-    def _write(self, run: Run, chunks: Sequence[Chunk], due: Sequence[int], u: float, features: Sequence[Tensor]) -> None:
+    def _write(
+        self, run: Run, chunks: Sequence[Chunk], due: Sequence[int], u: float, features: Sequence[Tensor]
+    ) -> None:
         """Generates and keeps the weights of the chunks that are due."""
         per_chunk = [feature.chunk(len(chunks)) for feature in features]
         cores_BMDA = self._network([torch.cat([level[index] for index in due]) for level in per_chunk])
@@ -327,8 +340,8 @@ def _replace_options(
 
 
 def _check_numbers(strength: float, start_percent: float, end_percent: float) -> None:
-    if not math.isfinite(strength):
-        raise HyperAlignError(f"strength is {strength}; expected a number, 0 for off and 1 as trained.")
+    if problem := strength_problem(strength):
+        raise HyperAlignError(problem)
     if not 0.0 <= start_percent < end_percent <= 1.0:
         raise HyperAlignError(
             f"start_percent is {start_percent} and end_percent is {end_percent}; expected "

@@ -96,7 +96,9 @@ def build_model(state: Mapping[str, Tensor], scaling_factor: float) -> ModelPatc
     names: dict[str, str] = comfy.utils.unet_to_diffusers(config.unet_config)
     unknown = sorted(set(state) - set(names))
     if unknown:
-        raise HyperAlignError(f"The tiny U-Net's file has unknown weights ({unknown[0]}). Install the pack again.")
+        raise HyperAlignError(
+            f"The tiny U-Net's file has unknown weights ({unknown[0]}). Install the pack again."
+        )
     model = comfy.model_base.BaseModel(config, device=comfy.model_management.unet_offload_device())
     _fill(model.diffusion_model, {names[key]: value for key, value in state.items()}, "unet")
     return ModelPatcher(
@@ -127,7 +129,9 @@ def build_clip(state: Mapping[str, Tensor]) -> comfy.sd.CLIP:
 class TinyTokenizer:
     """Words to chunks of 16 (token, weight) pairs, with the host's (word:1.2) syntax."""
 
-    def __init__(self, embedding_directory: Any = None, tokenizer_data: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, embedding_directory: Any = None, tokenizer_data: Mapping[str, Any] | None = None
+    ) -> None:
         pass
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: Any) -> dict[str, Any]:
@@ -139,7 +143,9 @@ class TinyTokenizer:
         room = CONTEXT_LENGTH - 2
         chunks = [_framed(pairs[i : i + room]) for i in range(0, max(1, len(pairs)), room)]
         if return_word_ids:
-            chunks = [[(*pair, 0 if pair[0] <= END else i) for i, pair in enumerate(chunk)] for chunk in chunks]
+            chunks = [
+                [(*pair, 0 if pair[0] <= END else i) for i, pair in enumerate(chunk)] for chunk in chunks
+            ]
         return {CLIP_NAME: chunks}
 
     def untokenize(self, token_weight_pair: Sequence[tuple[Any, ...]]) -> list[tuple[tuple[Any, ...], str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, NoReturn
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -24,16 +24,14 @@ from ..targets import BaseSpec
 LAST_TIMESTEP = 999.0
 """u = t / 999 for models with 1,000 timesteps."""
 
-CoreSource = Tensor | Callable[[list[Tensor]], Tensor]
 
-
-class _PerceptionDone(Exception):  # noqa: N818 - a signal, never an error
+class _PerceptionDone(Exception):
     """Ends a forward once the down path has been seen."""
 
 
 def spec_of(unet: UNet2DConditionModel) -> BaseSpec:
     """Returns the dimensions of a diffusers U-Net."""
-    config = cast("dict[str, Any]", unet.config)
+    config: dict[str, Any] = unet.config
     channels = tuple(config["block_out_channels"])
     depth = config.get("transformer_layers_per_block", 1)
     depths = tuple(depth) if isinstance(depth, (list, tuple)) else (depth,) * len(channels)
@@ -171,7 +169,9 @@ class Session:
         if stale or self.schedule.is_due(u, self._segment):
             self.generations += 1
             self._segment = self.schedule.segment(u)
-            prediction, self._cores = self.adapter.generate_and_forward(x_BCHW, t_B, context_BLC, self.strength)
+            prediction, self._cores = self.adapter.generate_and_forward(
+                x_BCHW, t_B, context_BLC, self.strength
+            )
             return prediction
         return self.adapter.forward(x_BCHW, t_B, context_BLC, self._cores, self.strength)
 
@@ -203,7 +203,9 @@ def attach(
     original = unet.forward
     inside = False
 
-    def forward(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         nonlocal inside
         if inside or strength == 0.0:
             return original(sample, timestep, encoder_hidden_states, *args, **kwargs)

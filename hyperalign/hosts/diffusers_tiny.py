@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from torch import Tensor
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
 
 from ..tiny.text_encoder import TinyTextEncoder, tokenize_batch
 from ..tiny.weights import AUTOENCODER_CONFIG, NOISE_SCHEDULE, UNET_CONFIG, load_part
+
+
+def posterior(autoencoder: AutoencoderKL, images_BCHW: Tensor) -> DiagonalGaussianDistribution:
+    """Returns the latent distribution of pictures in [-1, 1]."""
+    return cast(Any, autoencoder).encode(images_BCHW).latent_dist
+
+
+def decode(autoencoder: AutoencoderKL, latents_BCHW: Tensor) -> Tensor:
+    """Returns pictures, about [-1, 1], of unscaled latents."""
+    return cast(Any, autoencoder).decode(latents_BCHW).sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +46,12 @@ class TinyBase:
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Returns pictures (B, 3, 64, 64), about [0, 1] and not clamped; keeps the graph."""
-        return self.autoencoder.decode(latents_BCHW / self.latent_scale).sample / 2 + 0.5
+        return decode(self.autoencoder, latents_BCHW / self.latent_scale) / 2 + 0.5
 
     @torch.no_grad()
     def encode(self, images_BCHW: Tensor) -> Tensor:
         """Returns scaled latents (B, 4, 16, 16) of pictures (B, 3, 64, 64) in [0, 1]."""
-        return self.autoencoder.encode(images_BCHW * 2 - 1).latent_dist.mode() * self.latent_scale
+        return posterior(self.autoencoder, images_BCHW * 2 - 1).mode() * self.latent_scale
 
 
 def load_tiny(device: torch.device | str = "cpu") -> TinyBase:
@@ -51,8 +63,7 @@ def load_tiny(device: torch.device | str = "cpu") -> TinyBase:
     autoencoder.load_state_dict(state)
     text_encoder = TinyTextEncoder()
     text_encoder.load_state_dict(load_part("text_encoder")[0])
-    for module in (unet, autoencoder, text_encoder):
-        module.eval().requires_grad_(False).to(device)
+    nn.ModuleList([unet, autoencoder, text_encoder]).eval().requires_grad_(False).to(device)
     return TinyBase(unet, autoencoder, text_encoder, float(header["scaling_factor"]))
 
 

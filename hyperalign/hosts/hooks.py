@@ -70,7 +70,9 @@ class TargetHooks:
 
     def _delta(self, index: int, x_BNI: Tensor) -> Tensor:
         if self.cores_BMDA is None:
-            raise HyperAlignError("An adapted layer ran before its weights were written; choose another model patch.")
+            raise HyperAlignError(
+                "An adapted layer ran before its weights were written; choose another model patch."
+            )
         core_BDA = self.cores_BMDA[:, index].to(x_BNI)
         tiles, rest = divmod(x_BNI.shape[0], core_BDA.shape[0])
         if rest:

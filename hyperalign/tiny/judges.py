@@ -217,7 +217,7 @@ class TinyDetector(nn.Module):
         self.centres = nn.Conv2d(64, len(NOUNS), 1)
         self.colors = nn.Conv2d(64, len(COLORS), 1)
         with torch.no_grad():
-            self.centres.bias.fill_(RARE_LOG_ODDS)
+            self.centres.get_parameter("bias").fill_(RARE_LOG_ODDS)
         self.register_buffer("threshold", torch.tensor(0.4))
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:

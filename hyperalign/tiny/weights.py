@@ -79,7 +79,7 @@ def load_part(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {})[HEADER_KEY])
-            state = {key: cast(Tensor, file.get_tensor(key)).float() for key in file.keys()}  # noqa: SIM118
+            state = {key: cast(Tensor, file.get_tensor(key)).float() for key in file.keys()}
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise HyperAlignError(
             f"The embedded model's part {path.name} cannot be read ({error!r}). Install the pack again."

@@ -1,5 +1,6 @@
 """A real ComfyUI for the tests: its source tree in this process, and one running server for all tests."""
 
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,5 +31,7 @@ def comfyui_path() -> Path:
 @pytest.fixture(scope="session")
 def server(comfyui_path: Path) -> Iterator[RunningHost]:
     """One server with this pack installed, for the whole session."""
+    # pytest tears fixtures down on KeyboardInterrupt, but dies at once of SIGTERM.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Server(comfyui_path, "tests") as running:
         yield RunningHost(running, ComfyClient(running.url), running.url)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperalign.errors import HyperAlignError
@@ -92,6 +92,7 @@ def laid_out(content: Content) -> list[Detection]:
     return [found(group.noun, 16 * i, 8, group.color) for group in content.groups for i in range(group.count)]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10_000))
 def test_a_near_miss_is_never_right(seed: int) -> None:
     rng = random.Random(seed)

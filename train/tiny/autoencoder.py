@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hyperalign.hosts.diffusers_tiny import decode, posterior
 from hyperalign.tiny.weights import AUTOENCODER_CONFIG
 from train.tiny.fitting import Fit, run_fit
 
@@ -31,15 +32,17 @@ def to_model_range(pixels: npt.NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
-def reconstruction_losses(model: AutoencoderKL, x_BCHW: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+def reconstruction_losses(
+    model: AutoencoderKL, x_BCHW: Tensor, generator: torch.Generator
+) -> dict[str, Tensor]:
     """L1 + MSE of pixels and of their gradients (edges), and a faint pull to a normal posterior."""
-    posterior = model.encode(x_BCHW).latent_dist
-    y_BCHW = model.decode(posterior.sample(generator)).sample
+    latents = posterior(model, x_BCHW)
+    y_BCHW = decode(model, latents.sample(generator))
     return {
         "l1": F.l1_loss(y_BCHW, x_BCHW),
         "mse": F.mse_loss(y_BCHW, x_BCHW),
         "edges": _edge_loss(y_BCHW, x_BCHW),
-        "kl": KL_WEIGHT * posterior.kl().mean(),
+        "kl": KL_WEIGHT * latents.kl().mean(),
     }
 
 
@@ -65,15 +68,13 @@ def polish_decoder(
 ) -> AutoencoderKL:
     """Trains the decoder alone for sharper details; latents, and so the base, stay what they are."""
     model = copy.deepcopy(model)
-    model.encoder.requires_grad_(False)
-    model.quant_conv.requires_grad_(False)
-    decoder = nn.ModuleList([model.post_quant_conv, model.decoder])
+    decoder = nn.ModuleList(model.get_submodule(name) for name in ("post_quant_conv", "decoder"))
 
     def losses_of(step: int) -> dict[str, Tensor]:
         rows = np.random.default_rng((3, step)).integers(len(pixels), size=BATCH)
         x_BCHW = to_model_range(pixels[rows])
         with torch.no_grad():
-            z_BCHW = model.encode(x_BCHW).latent_dist.mode()
+            z_BCHW = posterior(model, x_BCHW).mode()
         y_BCHW = decoder[1](decoder[0](z_BCHW))
         return {"l1": F.l1_loss(y_BCHW, x_BCHW), "edges": _edge_loss(y_BCHW, x_BCHW)}
 
@@ -84,11 +85,13 @@ def polish_decoder(
 
 def _edge_loss(y_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
     """L1 between horizontal and vertical differences: what keeps small faces sharp."""
-    return F.l1_loss(y_BCHW.diff(dim=-1), x_BCHW.diff(dim=-1)) + F.l1_loss(y_BCHW.diff(dim=-2), x_BCHW.diff(dim=-2))
+    return F.l1_loss(y_BCHW.diff(dim=-1), x_BCHW.diff(dim=-1)) + F.l1_loss(
+        y_BCHW.diff(dim=-2), x_BCHW.diff(dim=-2)
+    )
 
 
 @torch.no_grad()
 def encode_all(model: AutoencoderKL, pixels: npt.NDArray[np.uint8], batch: int = 256) -> Tensor:
     """Returns unscaled latents (N, 4, 16, 16) of every picture (posterior mode)."""
     chunks = [pixels[i : i + batch] for i in range(0, len(pixels), batch)]
-    return torch.cat([model.encode(to_model_range(chunk)).latent_dist.mode() for chunk in chunks])
+    return torch.cat([posterior(model, to_model_range(chunk)).mode() for chunk in chunks])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hyperalign.tiny.prompts import TEMPLATES, caption
 from hyperalign.tiny.text_encoder import TinyTextEncoder, tokenize_batch
 from hyperalign.tiny.weights import NOISE_SCHEDULE, UNET_CONFIG
+from train.attention import use_float32_attention
 from train.tiny.fitting import Fit, run_fit
 from train.tiny.scenes import Scene, noisy_content
 
@@ -55,6 +56,7 @@ def train_base(latents: Tensor, scenes: list[Scene], run_dir: Path, fit: Fit = F
     """
     torch.manual_seed(0)
     model = Base()
+    use_float32_attention(model.unet)
     tokens = web_captions(scenes, seed=2)
     empty = tokenize_batch([""])[0]
     alphas = noise_schedule().alphas_cumprod

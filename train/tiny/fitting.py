@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,7 +50,9 @@ def run_fit(fit: Fit, module: nn.Module, losses_of: LossFn, run_dir: Path) -> nn
     first = _resume(state_path, module, average, optimiser)
     started = time.monotonic()
     with (run_dir / f"{fit.name}.jsonl").open("a", encoding="utf-8") as log:
-        for step in tqdm(range(first, fit.steps), desc=fit.name, initial=first, total=fit.steps, mininterval=5):
+        for step in tqdm(
+            range(first, fit.steps), desc=fit.name, initial=first, total=fit.steps, mininterval=5
+        ):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, fit)
             losses = losses_of(step)
@@ -62,7 +63,11 @@ def run_fit(fit: Fit, module: nn.Module, losses_of: LossFn, run_dir: Path) -> nn
             if fit.ema:
                 _average(average, module, min(fit.ema, (step + 1) / (step + 10)))
             row = {key: round(float(value.detach()), 5) for key, value in losses.items()}
-            row |= {"step": step, "grad_norm": round(float(norm), 4), "seconds": round(time.monotonic() - started, 1)}
+            row |= {
+                "step": step,
+                "grad_norm": round(float(norm), 4),
+                "seconds": round(time.monotonic() - started, 1),
+            }
             log.write(json.dumps(row) + "\n")
             if (step + 1) % fit.save_every == 0 or step + 1 == fit.steps:
                 log.flush()
@@ -78,7 +83,9 @@ def _average(average: nn.Module, module: nn.Module, decay: float) -> None:
         mean.copy_(value)
 
 
-def _save(path: Path, step: int, module: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+def _save(
+    path: Path, step: int, module: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer
+) -> None:
     state = {
         "step": step,
         "module": module.state_dict(),
@@ -87,7 +94,7 @@ def _save(path: Path, step: int, module: nn.Module, average: nn.Module, optimise
     }
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def _resume(path: Path, module: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hyperalign.tiny.geneval import is_correct
 from hyperalign.tiny.judges import TinyDetector, TinyHeldoutReward, TinyReward, TinyStyleClassifier
-from hyperalign.tiny.prompts import FAMILIES, Content, near_miss, sample_prompt
+from hyperalign.tiny.prompts import FAMILIES, Content, Split, near_miss, sample_prompt
 from hyperalign.tiny.text_encoder import tokenize_batch
 from train.tiny.art import Art
 from train.tiny.augment import degrade, jitter
@@ -28,11 +28,13 @@ def _share(wins: Tensor) -> float:
 
 
 @torch.no_grad()
-def reward_figures(reward: TinyReward | TinyHeldoutReward, art: Art, count: int = 600) -> Figures:
+def reward_figures(
+    reward: TinyReward | TinyHeldoutReward, art: Art, split: Split | None = None, count: int = 600
+) -> Figures:
     """Share of held-out pairs that the reward orders rightly, and the mean margins, on jittered pictures."""
     rng = random.Random(9001)
     generator = torch.Generator().manual_seed(9001)
-    rights = [sample_right(rng, "test") for _ in range(count)]
+    rights = [sample_right(rng, split) for _ in range(count)]
     misses = [sample_miss(rng, content, None) for content, _ in rights]
     liked = [sample_scene(rng, content, "fluent") for content, _ in rights]
     clean = draw(liked, art)

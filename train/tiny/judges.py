@@ -14,10 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hyperalign.tiny.judges import TinyDetector, TinyHeldoutReward, TinyReward, TinyStyleClassifier
+from hyperalign.tiny.judges import (
+    EMBEDDING,
+    RARE_LOG_ODDS,
+    TinyDetector,
+    TinyHeldoutReward,
+    TinyReward,
+    TinyStyleClassifier,
+)
 from hyperalign.tiny.prompts import COLORS, NOUNS, Split, sample_content
 from hyperalign.tiny.weights import save_part
 from train.tiny.art import Art
+from train.tiny.attributes import ATTRIBUTES, binding
 from train.tiny.augment import jitter
 from train.tiny.fitting import Fit, run_fit
 from train.tiny.judge_figures import detector_figures, reward_figures, style_figures, tune_threshold
@@ -43,6 +51,8 @@ RECONSTRUCTED = 16
 TASTE = 0.9
 """How often the liked picture should win against its right but worse twin: a margin of 2.2."""
 CLUTTER = 0.3
+READOUT_GAIN = 16.0
+"""Unit embeddings enter the attribute read-out at this length, so that small weights can separate them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,29 +64,41 @@ class PairPlan:
     same_layout: float
 
 
-REWARD_FIT = Fit(name="reward", steps=1700, lr=1.5e-3, ema=0.99)
+REWARD_FIT = Fit(name="reward", steps=1800, lr=1.5e-3, ema=0.99)
 REWARD_PLAN = PairPlan(seed=101, split="train", same_layout=0.7)
-HELDOUT_FIT = Fit(name="heldout_reward", steps=1900, lr=1.2e-3, ema=0.99)
+HELDOUT_FIT = Fit(name="heldout_reward", steps=1800, lr=1.2e-3, ema=0.99)
 HELDOUT_PLAN = PairPlan(seed=202, split=None, same_layout=0.3)
 DETECTOR_FIT = Fit(name="detector", steps=1100, lr=2e-3, ema=0.99)
 STYLE_FIT = Fit(name="style", steps=250, lr=2e-3)
 
 
 class SpottedReward(nn.Module):
-    """A reward with a helper head that names what lies where, so that its features form quickly."""
+    """A reward with two helper heads that form its features quickly: what lies where, what is bound."""
 
     def __init__(self, reward: TinyReward | TinyHeldoutReward) -> None:
         super().__init__()
         self.reward = reward
         self.spotter = nn.Conv2d(reward.feature_channels, len(NOUNS) + len(COLORS), 1)
+        self.attributes = nn.Linear(EMBEDDING, ATTRIBUTES)
+        nn.init.constant_(self.spotter.get_parameter("bias"), RARE_LOG_ODDS)
+        nn.init.constant_(self.attributes.get_parameter("bias"), RARE_LOG_ODDS)
 
-    def forward(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """Returns scores (N, T) and the helper's logits (N, 39, 8, 8)."""
+    def forward(self, batch: PairBatch) -> dict[str, Tensor]:
+        """Returns the named losses of a batch."""
         reward = self.reward
         features = reward.feature_map(batch.images_NCHW * 2.0 - 1.0)
-        images = F.normalize(reward.pool_map(features).float(), dim=-1)
-        scores = reward.scale() * images @ reward.embed_texts(batch.tokens_TL).T
-        return scores, self.spotter(features).float()
+        images_ND = F.normalize(reward.pool_map(features).float(), dim=-1)
+        texts_TD = reward.embed_texts(batch.tokens_TL)
+        scores_NT = (reward.scale() * images_ND @ texts_TD.T).float()
+        spots = spotting(self.spotter(features).float(), batch.scenes)
+        image_labels, text_labels = (self.attributes(e * READOUT_GAIN).float() for e in (images_ND, texts_TD))
+        return {
+            "contrast": contrast(scores_NT, batch),
+            "taste": taste(scores_NT),
+            "binding": 0.3 * binding(image_labels, text_labels, batch.scenes, batch.prompts()),
+            "centres": 0.3 * spots["centres"],
+            "colors": 0.3 * spots["colors"],
+        }
 
 
 def contrast(scores_NT: Tensor, batch: PairBatch) -> Tensor:
@@ -135,14 +157,7 @@ def train_reward(
         images = _blurred(pairs.images_NCHW, step, reconstruct)
         batch = PairBatch(images, pairs.tokens_TL, pairs.own_NT, pairs.wrong_NT, pairs.scenes)
         with torch.autocast("cpu", torch.bfloat16):
-            scores, spots = model(batch)
-        named = spotting(spots, pairs.scenes)
-        return {
-            "contrast": contrast(scores, batch),
-            "taste": 0.5 * taste(scores),
-            "centres": 0.3 * named["centres"],
-            "colors": 0.3 * named["colors"],
-        }
+            return model(batch)
 
     trained = run_fit(fit, model, losses_of, run_dir)
     if not isinstance(trained, SpottedReward):

@@ -13,10 +13,12 @@ from torch import Tensor
 from hyperalign.tiny.geneval import Detection, is_correct
 from hyperalign.tiny.prompts import (
     COLORS,
+    FAMILIES,
     NOUNS,
     SHAPES,
     TEMPLATES,
     Content,
+    Family,
     Group,
     Split,
     caption,
@@ -36,6 +38,8 @@ GROUP_TEXTS = 3
 DAMAGED = 0.5
 """Share of worse twins that are damaged instead of drawn in the other style."""
 NO_COLOR = -100
+DRAWN_FAMILIES: tuple[Family, ...] = (*FAMILIES, "position", "color_attribution")
+"""The two families that ask for binding are the hard ones, hence drawn twice as often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,11 @@ class PairBatch:
     wrong_NT: Tensor
     """The picture does not show exactly what the prompt says."""
     scenes: list[Scene]
+
+    def prompts(self) -> list[Content]:
+        """Returns the contents of the T prompts."""
+        groups = range(0, len(self.scenes), GROUP_IMAGES)
+        return [self.scenes[first + k].content for first in groups for k in (0, 2, 3)]
 
 
 def draw(scenes: list[Scene], art: Art) -> Tensor:
@@ -78,7 +87,7 @@ def sample_wording(rng: random.Random, content: Content, split: Split | None) ->
 def sample_right(rng: random.Random, split: Split | None) -> tuple[Content, str]:
     """Draws a content with a caption in the split."""
     while True:
-        content = sample_content(rng)
+        content = sample_content(rng, rng.choice(DRAWN_FAMILIES))
         text = sample_wording(rng, content, split)
         if text is not None:
             return content, text

@@ -67,7 +67,9 @@ def _uniform_centre(rng: random.Random, size: int) -> tuple[int, int]:
 
 def _holds(relation: str, centres: list[tuple[int, int]]) -> bool:
     (x0, y0), (x1, y1) = centres
-    along, across = (x1 - x0, abs(y1 - y0)) if relation in ("left of", "right of") else (y1 - y0, abs(x1 - x0))
+    along, across = (
+        (x1 - x0, abs(y1 - y0)) if relation in ("left of", "right of") else (y1 - y0, abs(x1 - x0))
+    )
     if relation in ("right of", "below"):
         along = -along
     return along >= 24 and across <= 12

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+
 from hyperalign.checkpoint import Header, HyperAlign, save
 from hyperalign.hypernetwork import HyperNetwork, HyperNetworkConfig
 from hyperalign.schedule import Schedule
 from hyperalign.targets import TINY, BaseSpec, attention_targets
 from hyperalign.tiny.text_encoder import TinyTextEncoder
 from hyperalign.tiny.weights import AUTOENCODER_CONFIG, UNET_CONFIG
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[3]
 SCALING_FACTOR = 0.7
@@ -32,9 +33,6 @@ def comfy(comfyui_path: Path) -> ModuleType:
     from comfy.cli_args import args
 
     args.cpu = not torch.cuda.is_available()
-    import comfy.sample
-    import comfy.samplers
-    import comfy.sd
 
     return sys.modules["comfy"]
 
@@ -43,7 +41,9 @@ def comfy(comfyui_path: Path) -> ModuleType:
 def pack(comfy: ModuleType) -> ModuleType:
     """The pack, imported under a strange name as the host does it."""
     name = "custom_nodes_hyperalign_under_test"
-    spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    spec = importlib.util.spec_from_file_location(
+        name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -86,7 +86,12 @@ def save_hyperalign() -> Callable[..., Path]:
     """Writes a hypernetwork whose B_aux is not zero, so that it changes pictures."""
 
     def write(
-        path: Path, mode: str = "prefix", variant: str = "S", seed: int = 1, spec: BaseSpec = TINY, **config: Any
+        path: Path,
+        mode: str = "prefix",
+        variant: str = "S",
+        seed: int = 1,
+        spec: BaseSpec = TINY,
+        **config: Any,
     ) -> Path:
         torch.manual_seed(seed)
         targets = attention_targets(spec, mode)

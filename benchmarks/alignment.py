@@ -1,0 +1,207 @@
+"""Base against HyperAlign S, P, I and a static LoRA on held-out prompts of the embedded model.
+
+    python -m benchmarks.alignment
+
+Prints a table with 95 % bootstrap intervals of the paired differences to the base and writes
+benchmarks/results/alignment.json. Prompts and noise are the same for every method.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from hyperalign.checkpoint import load
+from hyperalign.hosts.diffusers_tiny import load_tiny
+from hyperalign.tiny.geneval import summarise
+from hyperalign.tiny.weights import HYPERNETWORKS
+from train.evaluate import Judged, Samples, judge, sample_all
+from train.grids import save_grid
+
+METHODS = ("base", "tiny_s", "tiny_p", "tiny_i", "tiny_static")
+RESULTS = Path(__file__).parent / "results"
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Measures every method on held-out prompts."""
+
+    prompts: int = 240
+    """Held-out prompts, forty of each family."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Noise seeds of each prompt."""
+    steps: int = 25
+    """DDIM steps."""
+    guidance: float = 4.0
+    """Classifier-free guidance."""
+    hypernetworks: Path = HYPERNETWORKS
+    """Folder with tiny_s, tiny_p, tiny_i and tiny_static."""
+    grids: Path | None = None
+    """Folder for one picture sheet per method."""
+    out: Path = RESULTS / "alignment.json"
+    """Where the figures go."""
+
+
+def overall(correct_PS: Tensor, families: list[str]) -> float:
+    """Returns GenEval's overall: the mean of the families' shares."""
+    return _overall(correct_PS.float().mean(dim=1), _members(families))
+
+
+def _members(families: list[str]) -> Tensor:
+    names = sorted(set(families))
+    return torch.tensor([[float(family == name) for family in families] for name in names])
+
+
+def _overall(share_P: Tensor, members_FP: Tensor) -> float:
+    return float((members_FP @ share_P / members_FP.sum(dim=1)).mean())
+
+
+def interval(difference_of: Callable[[Tensor], float], families: list[str]) -> tuple[float, float]:
+    """Returns the 95 % percentile bootstrap interval of a statistic of resampled prompts.
+
+    Prompts are resampled within their family, so that every family keeps its weight.
+    """
+    generator = torch.Generator().manual_seed(0)
+    groups = [
+        torch.tensor([i for i, f in enumerate(families) if f == name]) for name in sorted(set(families))
+    ]
+    values: list[float] = []
+    for _ in range(RESAMPLES):
+        rows = torch.cat([g[torch.randint(len(g), (len(g),), generator=generator)] for g in groups])
+        values.append(difference_of(rows))
+    low, high = torch.tensor(values, dtype=torch.float64).quantile(
+        torch.tensor([0.025, 0.975], dtype=torch.float64)
+    )
+    return float(low), float(high)
+
+
+def compare(judged: Judged, base: Judged, families: list[str]) -> dict[str, Any]:
+    """Returns the paired differences to the base with their intervals."""
+    result: dict[str, Any] = {}
+    members = _members(families)
+    gain_P = judged.correct.float().mean(dim=1) - base.correct.float().mean(dim=1)
+
+    def overall_of(rows: Tensor) -> float:
+        return _overall(gain_P[rows], members[:, rows])
+
+    low, high = interval(overall_of, families)
+    result["geneval_overall"] = {
+        "difference": overall_of(torch.arange(len(families))),
+        "low": low,
+        "high": high,
+    }
+    pairs = {
+        "reward": judged.reward - base.reward,
+        "heldout_reward": judged.heldout_reward - base.heldout_reward,
+        "style": judged.style - base.style,
+        "diversity": (judged.diversity - base.diversity)[:, None],
+    }
+    for name, difference_PS in pairs.items():
+        mean_P = difference_PS.mean(dim=1)
+        low, high = interval(lambda rows, mean_P=mean_P: float(mean_P[rows].mean()), families)
+        result[name] = {"difference": float(mean_P.mean()), "low": low, "high": high}
+    ratio = float(judged.diversity.mean() / base.diversity.mean())
+    low, high = interval(
+        lambda rows: float(judged.diversity[rows].mean() / base.diversity[rows].mean()), families
+    )
+    result["diversity_ratio"] = {"difference": ratio, "low": low, "high": high}
+    return result
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Samples and judges every method."""
+    base = load_tiny()
+    judged: dict[str, Judged] = {}
+    rows: dict[str, Any] = {}
+    families: list[str] = []
+    for name in tqdm(METHODS):
+        path = options.hypernetworks / f"{name}.safetensors"
+        if name != "base" and not path.exists():
+            continue
+        samples: Samples = sample_all(
+            base, None if name == "base" else load(path), options.prompts,
+            seeds=options.seeds, steps=options.steps, guidance=options.guidance,
+        )  # fmt: skip
+        if options.grids:
+            save_grid(samples, options.grids / f"{name}.png", rows=8)
+        families = [content.family for content in samples.contents]
+        judged[name] = judge(samples)
+        rows[name] = means(judged[name], families) | {
+            "seconds_per_image": samples.seconds_per_image,
+            "generations_per_run": samples.generations_per_run,
+        }
+        if name != "base":
+            rows[name]["versus_base"] = compare(judged[name], judged["base"], families)
+    if "tiny_static" in judged and "tiny_s" in judged:
+        rows["tiny_s"]["versus_static"] = compare(judged["tiny_s"], judged["tiny_static"], families)
+    setting = {
+        "prompts": options.prompts,
+        "seeds": list(options.seeds),
+        "steps": options.steps,
+        "cfg": options.guidance,
+        "sampler": "DDIM, trailing timesteps",
+        "torch": torch.__version__,
+        "device": f"{base.device.type}, {platform.machine()}",
+    }
+    return {"setting": setting, "methods": rows}
+
+
+def means(judged: Judged, families: list[str]) -> dict[str, Any]:
+    """Returns the means over all pictures."""
+    marks = [(f, bool(c)) for f, row in zip(families, judged.correct.tolist(), strict=True) for c in row]
+    return {
+        "reward": float(judged.reward.mean()),
+        "heldout_reward": float(judged.heldout_reward.mean()),
+        "geneval": summarise(marks),  # pyright: ignore
+        "style": float(judged.style.mean()),
+        "diversity": float(judged.diversity.mean()),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Returns the figures as a Markdown table."""
+    lines = [
+        "| method | GenEval | difference | held-out reward | difference | reward | Fluent | diversity ratio "
+        "| weights written |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in results["methods"].items():
+        versus = row.get("versus_base", {})
+
+        def cell(key: str, versus: dict[str, Any] = versus) -> str:
+            if key not in versus:
+                return ""
+            v = versus[key]
+            return f"{v['difference']:+.3f} [{v['low']:+.3f}, {v['high']:+.3f}]"
+
+        ratio = cell("diversity_ratio").replace("+", "") or "1"
+        lines.append(
+            f"| {name} | {row['geneval']['overall']:.3f} | {cell('geneval_overall')} "
+            f"| {row['heldout_reward']:.3f} | {cell('heldout_reward')} "
+            f"| {row['reward']:.3f} | {row['style']:.3f} | {ratio} "
+            f"| {row['generations_per_run']} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures, prints the table and writes the figures."""
+    options = tyro.cli(Options)
+    results = measure(options)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The embedded tiny model and its empty latents."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import torch
+from comfy_api.latest import io
+
+from ..hyperalign.hosts import comfy_tiny
+
+
+class HyperAlignTinyModel(io.ComfyNode):
+    """Loads the text-to-image model that comes with the pack."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declares the node."""
+        return io.Schema(
+            node_id="HyperAlignTinyModel",
+            display_name="HyperAlign Tiny Model",
+            category="HyperAlign",
+            description="A small text-to-image model that draws 64x64 emoji scenes, to try HyperAlign in seconds. "
+            "Use it with CLIP Text Encode, KSampler and VAE Decode like any other.",
+            inputs=[],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The diffusion model, for Apply HyperAlign or KSampler."),
+                io.Clip.Output(display_name="clip", tooltip="The text encoder; it knows some 80 words."),
+                io.Vae.Output(display_name="vae", tooltip="The autoencoder, 4 pixels per latent."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        """Returns the three parts."""
+        return io.NodeOutput(*comfy_tiny.load_tiny())
+
+
+class HyperAlignTinyLatent(io.ComfyNode):
+    """Makes empty latents of the tiny model's size."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Declares the node."""
+        return io.Schema(
+            node_id="HyperAlignTinyLatent",
+            display_name="HyperAlign Tiny Empty Latent",
+            category="HyperAlign",
+            description="Empty latents for HyperAlign Tiny Model: 64x64 pixels. Empty Latent Image would give 8 "
+            "pixels per latent, this model has 4.",
+            inputs=[
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=256,
+                    tooltip="Number of pictures to draw at once. 0 pictures cannot be drawn and are refused.",
+                )
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="For KSampler or HyperAlign Sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, batch_size: int) -> io.NodeOutput:
+        """Returns zeros (B, 4, 16, 16)."""
+        size = (batch_size, comfy_tiny.LATENT_CHANNELS, comfy_tiny.LATENT_SIZE, comfy_tiny.LATENT_SIZE)
+        return io.NodeOutput({"samples": torch.zeros(size, device=comfy.model_management.intermediate_device())})

@@ -1,0 +1,160 @@
+"""The file format: round trip, and one sentence for whatever is wrong with a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from hyperalign import checkpoint
+from hyperalign.checkpoint import HEADER_KEY, Header, HyperAlign
+from hyperalign.errors import HyperAlignError
+from hyperalign.hypernetwork import HyperNetwork, HyperNetworkConfig
+from hyperalign.schedule import Schedule
+from hyperalign.targets import TINY, attention_targets
+
+
+@pytest.fixture
+def saved(make_hyperalign: Any, tmp_path: Path) -> Path:
+    hyperalign = make_hyperalign()
+    path = tmp_path / "one.safetensors"
+    checkpoint.save(path, hyperalign.network, hyperalign.header, torch.float32)
+    return path
+
+
+def rewritten(path: Path, change: dict[str, Any] | None = None, drop: str = "", tensors: Any = None) -> Path:
+    header = json.loads(checkpoint._open_metadata(path)) | (change or {})
+    state = load_file(path) if tensors is None else tensors
+    state.pop(drop, None)
+    target = path.with_name("changed.safetensors")
+    save_file(state, target, {HEADER_KEY: json.dumps(header)})
+    return target
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9), st.sampled_from(["full", "none"]))
+def test_a_saved_hypernetwork_loads_exactly(
+    tmp_path: Path, rank: int, a: int, b: int, conditioning: Any
+) -> None:
+    config = HyperNetworkConfig(rank=rank, a=a, b=b, width=32, layers=1, heads=2, conditioning=conditioning)
+    targets = attention_targets(TINY, "prefix")
+    network = HyperNetwork(config, targets, TINY.block_out_channels)
+    header = Header(
+        TINY.fingerprint(),
+        "prefix",
+        TINY.block_out_channels,
+        targets,
+        config,
+        Schedule("P", (0.5,)),
+        {"steps": 3},
+    )
+    checkpoint.save(tmp_path / "x.safetensors", network, header, torch.float32)
+    loaded = checkpoint.load(tmp_path / "x.safetensors")
+    assert loaded.header == header
+    for key, value in network.state_dict().items():
+        assert torch.equal(loaded.network.state_dict()[key], value)
+
+
+def test_every_tensor_is_named_after_its_module(saved: Path) -> None:
+    assert "targets.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.b_aux" in load_file(saved)
+
+
+def test_an_interrupted_save_leaves_the_old_file(
+    make_hyperalign: Any, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = saved.read_bytes()
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_file", interrupted)
+    hyperalign = make_hyperalign()
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(saved, hyperalign.network, hyperalign.header)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def refused(path: Path, match: str) -> None:
+    with pytest.raises(HyperAlignError, match=match):
+        checkpoint.load(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    refused(tmp_path / "none.safetensors", "There is no file")
+
+
+def test_truncated_file(saved: Path) -> None:
+    saved.write_bytes(saved.read_bytes()[:-1000])
+    refused(saved, "not a whole safetensors file")
+
+
+def test_other_format(tmp_path: Path) -> None:
+    path = tmp_path / "pickle.safetensors"
+    torch.save({"a": torch.zeros(1)}, path)
+    refused(path, r"other formats \(.pt, .ckpt\) are not read")
+
+
+def test_oversized_file(tmp_path: Path) -> None:
+    path = tmp_path / "large.safetensors"
+    with path.open("wb") as file:
+        file.truncate(checkpoint.MAX_BYTES + 1)
+    refused(path, "probably a base model")
+
+
+def test_lora_without_header(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    save_file({"a": torch.zeros(1)}, path)
+    refused(path, "without a HyperAlign header")
+
+
+def test_other_version(saved: Path) -> None:
+    refused(rewritten(saved, {"format_version": 99}), "format version 99; this release reads version 1")
+
+
+def test_unknown_header_field(saved: Path) -> None:
+    refused(rewritten(saved, {"colour": 1}), r"unknown fields \['colour'\]")
+
+
+@pytest.mark.parametrize(
+    "change", [{"mode": "sideways"}, {"targets": 3}, {"network": {"rnak": 4}}, {"schedule": None}]
+)
+def test_unreadable_header(saved: Path, change: dict[str, Any]) -> None:
+    refused(rewritten(saved, change), "cannot be read")
+
+
+def test_header_that_lies_about_shapes(saved: Path) -> None:
+    network = json.loads(checkpoint._open_metadata(saved))["network"]
+    refused(rewritten(saved, {"network": network | {"a": 8}}), "its header says")
+
+
+def test_header_that_claims_enormous_widths_allocates_nothing(saved: Path) -> None:
+    network = json.loads(checkpoint._open_metadata(saved))["network"]
+    refused(rewritten(saved, {"network": network | {"width": 8192}}), "its header says")
+    refused(rewritten(saved, {"network": network | {"width": 10**9}}), "width is 1000000000")
+
+
+def test_missing_tensor(saved: Path) -> None:
+    refused(rewritten(saved, drop="queries"), "1 missing")
+
+
+def test_nan_weights(saved: Path) -> None:
+    state = load_file(saved)
+    state["queries"][0, 0] = float("nan")
+    refused(rewritten(saved, tensors=state), "NaN or infinite")
+
+
+def test_another_family_is_named(saved: Path) -> None:
+    loaded: HyperAlign = checkpoint.load(saved)
+    other = dataclasses.replace(loaded.header, base={"family": "sdxl"})
+    with pytest.raises(
+        HyperAlignError, match="trained for the base model family 'sdxl', but the MODEL is 'tiny'"
+    ):
+        checkpoint.check_base(other, TINY)

@@ -1,0 +1,61 @@
+"""The set-up scripts' decisions, without installing or starting anything."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from scripts import environment, host, host_tree
+from scripts.common import ScriptError
+
+
+def test_a_taken_port_is_replaced():
+    with socket.socket() as taken:
+        taken.bind((host.ADDRESS, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert host.free_port(port) not in (0, port)
+
+
+def test_a_free_port_is_kept():
+    port = host.free_port()
+    assert host.free_port(port) == port
+
+
+def test_comfyui_path_must_be_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    with pytest.raises(ScriptError, match=r"COMFYUI_PATH is .* has no main.py, no comfyui_version.py"):
+        host_tree.comfyui_tree(tmp_path)
+
+
+def test_comfyui_path_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for mark in host_tree.MARKS:
+        (tmp_path / mark).touch()
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    assert host_tree.comfyui_tree(tmp_path) == tmp_path.resolve()
+
+
+def test_a_full_disk_is_reported(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda _path: type("Usage", (), {"free": 1e9}))
+    with pytest.raises(ScriptError, match=r"1\.0 GB of free disk; the environment needs 6 GB"):
+        environment._check_disk()
+
+
+def test_an_old_python_is_reported(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(environment.sys, "version_info", (3, 9, 1))
+    with pytest.raises(ScriptError, match=r"needs 3\.10 or newer"):
+        environment._check_python()
+
+
+def test_host_requirements_leave_torch_to_us(tmp_path: Path):
+    lines = ["torch", "torchvision", "numpy>=1.25.0", "", "#notes", "spandrel", "pydantic~=2.0 # why"]
+    (tmp_path / "requirements.txt").write_text("\n".join(lines))
+    assert environment._host_requirements(tmp_path) == (["numpy>=1.25.0", "pydantic~=2.0"], ["spandrel"])
+
+
+def test_the_installed_pack_is_clean(tmp_path: Path):
+    pack = host.install_pack(tmp_path)
+    names = {path.name for path in pack.iterdir()}
+    assert {"__init__.py", "hyperalign", "nodes", "pyproject.toml"} <= names
+    assert not names & {".git", ".venv", "build", "demo_output", "tests"}
+    assert not list(pack.rglob("__pycache__"))
