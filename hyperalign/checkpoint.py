@@ -71,6 +71,7 @@ def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, 
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         save_file(tensors, partial, metadata)
+        partial.chmod(0o644)  # safetensors makes it readable by its owner alone
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -31,16 +31,21 @@ class HyperAlignLoader(io.ComfyNode):
                 ),
             ],
             outputs=[
-                HyperAlignType.Output(display_name="hypernetwork", tooltip="For Apply HyperAlign or HyperAlign Sampler."),
-                io.String.Output(display_name="info", tooltip="Base model, variant, sizes and training, as text."),
+                HyperAlignType.Output(
+                    display_name="hypernetwork", tooltip="For Apply HyperAlign or HyperAlign Sampler."
+                ),
+                io.String.Output(
+                    display_name="info", tooltip="Base model, variant, sizes and training, as text."
+                ),
             ],
         )
 
     @classmethod
-    def validate_inputs(cls, hypernetwork: str) -> bool | str:
-        """Reads the header before anything runs; the host shows the sentence on the node."""
+    def validate_inputs(cls, hypernetwork: str | None = None) -> bool | str:
+        """Reads the header before anything runs; the host leaves out a linked input's value."""
         try:
-            comfy_files.check_file(hypernetwork)
+            if hypernetwork is not None:
+                comfy_files.check_file(hypernetwork)
         except HyperAlignError as error:
             return str(error)
         return True
@@ -72,7 +77,9 @@ class HyperAlignApply(io.ComfyNode):
             description="Makes a MODEL sample with weights that a hypernetwork writes for the picture in the making. "
             "Works with any sampler; a second one replaces the first.",
             inputs=[
-                io.Model.Input("model", tooltip="The base model the hypernetwork was trained for. It is not changed."),
+                io.Model.Input(
+                    "model", tooltip="The base model the hypernetwork was trained for. It is not changed."
+                ),
                 HyperAlignType.Input("hypernetwork", tooltip="From HyperAlign Loader."),
                 strength_input(),
                 io.Float.Input(
@@ -104,7 +111,13 @@ class HyperAlignApply(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, hypernetwork: Any, strength: float, start_percent: float, end_percent: float, variant: Any
+        cls,
+        model: Any,
+        hypernetwork: Any,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        variant: Any,
     ) -> io.NodeOutput:
         """Returns the patched clone."""
         return io.NodeOutput(comfy.apply(model, hypernetwork, strength, start_percent, end_percent, variant))

@@ -63,7 +63,9 @@ class HyperAlignRewardScore(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Float.Output(display_name="scores", is_output_list=True, tooltip="One score per picture, as a list."),
+                io.Float.Output(
+                    display_name="scores", is_output_list=True, tooltip="One score per picture, as a list."
+                ),
                 io.Float.Output(display_name="mean", tooltip="The mean of the scores."),
                 io.String.Output(display_name="table", tooltip="Scores and prompts as a text table."),
             ],

@@ -24,7 +24,9 @@ class HyperAlignSampler(io.ComfyNode):
             category="HyperAlign",
             description="KSampler with a hypernetwork: the same as Apply HyperAlign followed by KSampler.",
             inputs=[*_sockets(), *_widgets(), variant_input(), strength_input()],
-            outputs=[io.Latent.Output(display_name="latent", tooltip="The denoised latents, for VAE Decode.")],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="The denoised latents, for VAE Decode.")
+            ],
         )
 
     @classmethod
@@ -44,10 +46,14 @@ class HyperAlignSampler(io.ComfyNode):
 
 def _sockets() -> list[io.Input]:
     return [
-        io.Model.Input("model", tooltip="The base model the hypernetwork was trained for. It is not changed."),
+        io.Model.Input(
+            "model", tooltip="The base model the hypernetwork was trained for. It is not changed."
+        ),
         HyperAlignType.Input("hypernetwork", tooltip="From HyperAlign Loader."),
         io.Conditioning.Input("positive", tooltip="What the picture should show, from CLIP Text Encode."),
-        io.Conditioning.Input("negative", tooltip="What it should not show, from CLIP Text Encode; unused at cfg 1."),
+        io.Conditioning.Input(
+            "negative", tooltip="What it should not show, from CLIP Text Encode; unused at cfg 1."
+        ),
         io.Latent.Input("latent_image", tooltip="The latents to start from; empty ones for a new picture."),
     ]
 

@@ -23,7 +23,9 @@ class HyperAlignTinyModel(io.ComfyNode):
             "Use it with CLIP Text Encode, KSampler and VAE Decode like any other.",
             inputs=[],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The diffusion model, for Apply HyperAlign or KSampler."),
+                io.Model.Output(
+                    display_name="model", tooltip="The diffusion model, for Apply HyperAlign or KSampler."
+                ),
                 io.Clip.Output(display_name="clip", tooltip="The text encoder; it knows some 80 words."),
                 io.Vae.Output(display_name="vae", tooltip="The autoencoder, 4 pixels per latent."),
             ],
@@ -63,4 +65,6 @@ class HyperAlignTinyLatent(io.ComfyNode):
     def execute(cls, batch_size: int) -> io.NodeOutput:
         """Returns zeros (B, 4, 16, 16)."""
         size = (batch_size, comfy_tiny.LATENT_CHANNELS, comfy_tiny.LATENT_SIZE, comfy_tiny.LATENT_SIZE)
-        return io.NodeOutput({"samples": torch.zeros(size, device=comfy.model_management.intermediate_device())})
+        return io.NodeOutput(
+            {"samples": torch.zeros(size, device=comfy.model_management.intermediate_device())}
+        )

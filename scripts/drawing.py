@@ -147,7 +147,8 @@ def draw_all(server: Server, client: ComfyClient, requests: Sequence[Request], o
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     pictures: list[Picture] = []
-    jobs = [(n, r, s, m) for n, r in enumerate(requests, start=1) for s in SEEDS for m in METHODS]
+    # Method by method, so that ComfyUI loads each hypernetwork once.
+    jobs = [(n, r, s, m) for m in METHODS for n, r in enumerate(requests, start=1) for s in SEEDS]
     often = 0.2 if sys.stderr.isatty() else 10.0
     for number, request, seed, method in tqdm(jobs, desc="Drawing", unit="picture", mininterval=often):
         path = folder / f"{number:02d}_seed{seed}_{method}.png"

@@ -54,7 +54,8 @@ def preferred_pictures(base: TinyBase, config: DataConfig) -> Preferred:
     from train.tiny.art import load_art
     from train.tiny.scenes import render, sample_scene
 
-    fingerprint = hashlib.sha256(b"".join(p.numpy().tobytes() for p in base.autoencoder.parameters()))
+    encoder = [p.cpu().numpy().tobytes() for p in base.autoencoder.encoder.parameters()]
+    fingerprint = hashlib.sha256(b"".join(encoder))
     path = config.cache / f"preferred-{config.scenes}-{config.seed}-{fingerprint.hexdigest()[:8]}.safetensors"
     if not path.exists():
         art, rng = load_art(config.cache / "art"), random.Random(config.seed)

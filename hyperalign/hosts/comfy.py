@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,31 +30,57 @@ from ..schedule import Schedule, Variant
 from ..targets import BaseSpec, comfy_name, perception_input_blocks
 from .hooks import TargetHooks
 from .run_state import Chunk, Run
+from .unet_calls import (
+    Collector,
+    PerceptionDone,
+    chunks_of,
+    eager,
+    options_of,
+    perception_arguments,
+    stop_perception,
+    with_collector,
+)
 
 LOG = logging.getLogger(__name__)
 KEY = "hyperalign"
 LAST_TIMESTEP = 999.0
 """u = t / 999 for models with 1,000 timesteps."""
 FAMILIES = {128: "tiny", 768: "sd15", 2048: "sdxl"}
-OPTIONS_INDEX = 5
-"""Position of transformer_options among the arguments of the host's apply_model."""
 
 
-class _PerceptionDone(Exception):  # noqa: N818 - a signal, never an error
-    """Ends a forward once the down path has been seen."""
+@dataclass(frozen=True, slots=True)
+class HostHyperAlign:
+    """A hypernetwork with the one patcher by which the host loads and unloads it.
+
+    A patcher made for each application would die before the network does, which the host takes for
+    a memory leak.
+    """
+
+    hyperalign: HyperAlign
+    patcher: ModelPatcher
+
+    @property
+    def header(self) -> Header:
+        """The file's header."""
+        return self.hyperalign.header
 
 
-def load(path: Path) -> HyperAlign:
+def load(path: Path) -> HostHyperAlign:
     """Reads a hypernetwork, built from the host's own layers so that it can be offloaded.
 
     Raises HyperAlignError.
     """
-    return checkpoint.load(path, operations=comfy.ops.manual_cast)
+    return hosted(checkpoint.load(path, operations=comfy.ops.manual_cast))
+
+
+def hosted(hyperalign: HyperAlign) -> HostHyperAlign:
+    """Puts a hypernetwork under the host's memory management."""
+    return HostHyperAlign(hyperalign, network_patcher(hyperalign.network))
 
 
 def apply(
     patcher: ModelPatcher,
-    hyperalign: HyperAlign,
+    loaded: HostHyperAlign,
     strength: float = 1.0,
     start_percent: float = 0.0,
     end_percent: float = 1.0,
@@ -65,21 +92,22 @@ def apply(
 
     Args:
         patcher: the MODEL; it is not changed.
-        hyperalign: what `load` returned.
+        loaded: what `load` returned.
         strength: 0 is the model without HyperAlign, bit for bit; 1 as trained.
-        start_percent, end_percent: the part of the noise range in which it acts; 0 is pure noise.
+        start_percent: where in the noise range it begins to act; 0 is pure noise.
+        end_percent: where it stops acting; 1 is the finished picture.
         variant: when weights are written; `auto` as the hypernetwork was trained.
 
     Raises:
         HyperAlignError: a value out of range, or a hypernetwork for another base model.
     """
     _check_numbers(strength, start_percent, end_percent)
-    schedule = hyperalign.header.schedule
+    schedule = loaded.header.schedule
     if variant != "auto":
         schedule = Schedule(variant, schedule.key_times)
     spec = spec_of(patcher.model)
-    check_base(hyperalign.header, spec)
-    _check_targets(hyperalign.header, spec, patcher.model)
+    check_base(loaded.header, spec)
+    _check_targets(loaded.header, spec, patcher.model)
 
     clone = patcher.clone()
     for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.APPLY_MODEL):
@@ -87,11 +115,11 @@ def apply(
     clone.remove_additional_models(KEY)
     if strength == 0.0:
         return clone
-    adapter = Adapter(hyperalign, spec, schedule, strength, (start_percent, end_percent))
+    adapter = Adapter(loaded.hyperalign, spec, schedule, strength, (start_percent, end_percent))
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, adapter.outer_sample)
     clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, adapter.predict_noise)
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, adapter.apply_model)
-    clone.set_additional_models(KEY, [network_patcher(hyperalign.network)])
+    clone.set_additional_models(KEY, [loaded.patcher])
     return clone
 
 
@@ -149,7 +177,7 @@ class Adapter:
         self._schedule = schedule
         self._window = window
         self._names = [comfy_name(t.name, spec.layers_per_block) for t in hyperalign.header.targets]
-        self._collector = _Collector(perception_input_blocks(spec))
+        self._collector = Collector(perception_input_blocks(spec))
         self._hooks = TargetHooks(hyperalign.network, strength)
         self._run: Run | None = None
 
@@ -183,9 +211,8 @@ class Adapter:
         if not self._is_active(model, sigma_B):
             return executor(*args, **kwargs)
         run = self._run if self._run is not None else Run(self._schedule)
-        options = args[OPTIONS_INDEX] if len(args) > OPTIONS_INDEX else kwargs.get("transformer_options", {})
         u = float(model.model_sampling.timestep(sigma_B).flatten()[0]) / LAST_TIMESTEP
-        chunks = run.enter_call(_chunks(x_BCHW, options), u)
+        chunks = run.enter_call(chunks_of(x_BCHW, options_of(args, kwargs)), u)
         due = run.due(chunks, u)
 
         def write(features: Sequence[Tensor]) -> None:
@@ -199,11 +226,11 @@ class Adapter:
             write(self._perceive(model, unet, args, kwargs))
         elif due:
             # The unadapted down path of this very forward is the perception.
-            args, kwargs = _with_collector(args, kwargs, options, self._collector)
+            args, kwargs = with_collector(args, kwargs, self._collector)
             with self._hooks.installed(modules), self._collector.collecting(write):
                 return executor(*args, **kwargs)
         with self._hooks.installed(modules):
-            self._hooks.cores_BMDA = run.cores(chunks)
+            self._hooks.set_cores(run.cores(chunks))
             return executor(*args, **kwargs)
 
     def _is_active(self, model: Any, sigma_B: Tensor) -> bool:
@@ -219,13 +246,14 @@ class Adapter:
         out, so that features are what the hypernetwork was trained on; control nets would also lose
         their tensors to the first of two forwards.
         """
-        positional, named = _fresh_options(args, kwargs, self._collector)
-        with _eager(model, unet), self._collector.collecting(_stop), contextlib.suppress(_PerceptionDone):
+        positional, named = perception_arguments(args, kwargs, self._collector)
+        collecting = self._collector.collecting(stop_perception)
+        with eager(model, unet), collecting as features, contextlib.suppress(PerceptionDone):
             model._apply_model(*positional, **named)
             raise HyperAlignError(
                 "The MODEL's U-Net ended before its last input block; update HyperAlign or ComfyUI."
             )
-        return self._collector.taken()
+        return features
 
     def _write(
         self, run: Run, chunks: Sequence[Chunk], due: Sequence[int], u: float, features: Sequence[Tensor]
@@ -235,7 +263,7 @@ class Adapter:
         cores_BMDA = self._network([torch.cat([level[index] for index in due]) for level in per_chunk])
         for index, cores_RMDA in zip(due, cores_BMDA.chunk(len(due)), strict=True):
             run.write(chunks[index], cores_RMDA, u)
-        self._hooks.cores_BMDA = run.cores(chunks)
+        self._hooks.set_cores(run.cores(chunks))
 
     def _report(self, run: Run) -> None:
         LOG.info(
@@ -248,95 +276,11 @@ class Adapter:
         )
         if run.generations and len(self._hooks.called) < len(self._names):
             LOG.warning(
-                "HyperAlign reached only %d of %d layers: another patch or a change of the host bypasses them. "
+                "HyperAlign reached only %d of %d layers: another patch or the host bypasses them. "
                 "Remove other model patches, or update HyperAlign.",
                 len(self._hooks.called),
                 len(self._names),
             )
-
-
-class _Collector:
-    """The host's `input_block_patch`: gathers each level's last feature and hands them on at the end."""
-
-    def __init__(self, blocks: Sequence[int]) -> None:
-        self._blocks = tuple(blocks)
-        self._features: list[Tensor] = []
-        self._done: Callable[[Sequence[Tensor]], None] | None = None
-        # One object for all calls: torch.compile guards on its identity.
-        self.patch = torch.compiler.disable(self._collect)
-
-    @contextlib.contextmanager
-    def collecting(self, done: Callable[[Sequence[Tensor]], None]) -> Iterator[None]:
-        """Calls `done` with one (B, C, H, W) feature per level after the last input block."""
-        self._features, self._done = [], done
-        try:
-            yield
-        finally:
-            self._done = None
-
-    def taken(self) -> list[Tensor]:
-        """Returns the features of the last collection and forgets them."""
-        features, self._features = self._features, []
-        return features
-
-    def _collect(self, h_BCHW: Tensor, transformer_options: Mapping[str, Any]) -> Tensor:
-        block = transformer_options["block"][1]
-        if self._done is not None and block in self._blocks:
-            self._features.append(h_BCHW)
-            if block == self._blocks[-1]:
-                self._done(self._features)
-        return h_BCHW
-
-
-def _stop(_: Sequence[Tensor]) -> None:
-    raise _PerceptionDone
-
-
-@contextlib.contextmanager
-def _eager(model: Any, unet: nn.Module) -> Iterator[None]:
-    """Runs a model's U-Net uncompiled: an early exit has no place in a compiled graph."""
-    original = model.diffusion_model
-    model.diffusion_model = unet
-    try:
-        yield
-    finally:
-        model.diffusion_model = original
-
-
-def _chunks(x_BCHW: Tensor, options: Mapping[str, Any]) -> list[Chunk]:
-    roles: Sequence[int] = options.get("cond_or_uncond") or [0]
-    sources: Sequence[Any] = options.get("uuids") or [None] * len(roles)
-    shape = (x_BCHW.shape[0] // len(roles), *x_BCHW.shape[1:])
-    return [Chunk(source, role, shape) for source, role in zip(sources, roles, strict=True)]
-
-
-def _with_collector(
-    args: Sequence[Any], kwargs: dict[str, Any], options: Mapping[str, Any], collector: _Collector
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the call's arguments with the collector ahead of the other input block patches."""
-    patches: Mapping[str, Any] = options.get("patches", {})
-    blocks = [collector.patch, *patches.get("input_block_patch", [])]
-    return _replace_options(args, kwargs, {**options, "patches": {**patches, "input_block_patch": blocks}})
-
-
-def _fresh_options(
-    args: Sequence[Any], kwargs: dict[str, Any], collector: _Collector
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the call's arguments without control and without anybody's patches but the collector."""
-    options = args[OPTIONS_INDEX] if len(args) > OPTIONS_INDEX else kwargs.get("transformer_options", {})
-    kept = {key: options[key] for key in ("optimized_attention_override",) if key in options}
-    fresh = {**kept, "patches": {"input_block_patch": [collector.patch]}}
-    without_control = [None if index == OPTIONS_INDEX - 1 else value for index, value in enumerate(args)]
-    named = {key: value for key, value in kwargs.items() if key != "control"}
-    return _replace_options(without_control, named, fresh)
-
-
-def _replace_options(
-    args: Sequence[Any], kwargs: dict[str, Any], options: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if len(args) > OPTIONS_INDEX:
-        return (*args[:OPTIONS_INDEX], options, *args[OPTIONS_INDEX + 1 :]), kwargs
-    return tuple(args), {**kwargs, "transformer_options": options}
 
 
 def _check_numbers(strength: float, start_percent: float, end_percent: float) -> None:
@@ -353,8 +297,8 @@ def _check_targets(header: Header, spec: BaseSpec, model: Any) -> None:
     """Finds every target in the model before any sampling. Raises HyperAlignError."""
     if header.feature_channels != spec.block_out_channels:
         raise HyperAlignError(
-            f"This hypernetwork reads features of widths {list(header.feature_channels)}, but the MODEL's levels "
-            f"have {list(spec.block_out_channels)}. Load a hypernetwork trained for this model."
+            f"This hypernetwork reads features of widths {list(header.feature_channels)}, but the "
+            f"MODEL's levels have {list(spec.block_out_channels)}. Load one trained for this model."
         )
     for target in header.targets:
         try:

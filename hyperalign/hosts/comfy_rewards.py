@@ -51,5 +51,8 @@ def prompts_for(text: str, count: int) -> list[str]:
 
 def score_table(name: str, prompts: Sequence[str], scores: Sequence[float]) -> str:
     """Returns a text table with one line per picture and the mean."""
-    lines = [f"{index:>3}  {score:+8.4f}  {prompt}" for index, (score, prompt) in enumerate(zip(scores, prompts, strict=True))]
+    lines = [
+        f"{index:>3}  {score:+8.4f}  {prompt}"
+        for index, (score, prompt) in enumerate(zip(scores, prompts, strict=True))
+    ]
     return "\n".join([f"{name}", *lines, f"mean {sum(scores) / len(scores):+8.4f}"])

@@ -45,6 +45,7 @@ def ksample(
     samples = comfy.sample.sample(
         model, noise, steps, cfg, sampler_name, scheduler, positive, negative, start,
         denoise=denoise, noise_mask=latent.get("noise_mask"), seed=seed,
-        callback=latent_preview.prepare_callback(model, steps), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        callback=latent_preview.prepare_callback(model, steps),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
     )  # fmt: skip
     return {**latent, "samples": samples}

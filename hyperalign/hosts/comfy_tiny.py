@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import comfy.latent_formats
 import comfy.model_base
@@ -112,7 +112,8 @@ def build_vae(state: Mapping[str, Tensor]) -> comfy.sd.VAE:
     """Returns a VAE from diffusers-named autoencoder weights (factor 4)."""
     converted = _vae_names(state)
     vae = comfy.sd.VAE(sd=converted, config={"params": VAE_CONFIG}, dtype=torch.float32)
-    _fill(vae.first_stage_model, converted, "autoencoder")  # the host only warns about misfits
+    # The host only warns about weights that do not fit.
+    _fill(cast(nn.Module, vae.first_stage_model), converted, "autoencoder")
     vae.downscale_ratio = PIXELS_PER_LATENT
     vae.upscale_ratio = PIXELS_PER_LATENT
     return vae
@@ -135,7 +136,10 @@ class TinyTokenizer:
         pass
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: Any) -> dict[str, Any]:
-        """Returns chunks of (token, weight), or (token, weight, word). Raises HyperAlignError on unknown words."""
+        """Returns chunks of (token, weight), or (token, weight, word).
+
+        Raises HyperAlignError on unknown words.
+        """
         escaped = comfy.sd1_clip.escape_important(text)
         pairs: list[tuple[int, float]] = []
         for segment, weight in comfy.sd1_clip.token_weights(escaped, 1.0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +24,21 @@ class TargetHooks:
     """
 
     def __init__(self, network: HyperNetwork, strength: float) -> None:
-        self.network = network
-        self.strength = strength
-        self.cores_BMDA: Tensor | None = None
-        """Set before the first adapted module runs, at the latest in the middle of the forward."""
-        self.called: set[int] = set()
-        self._aux: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._deltas = _Deltas(network, strength)
         self._made: dict[int, tuple[nn.Module, Forward | None, Forward]] = {}
+
+    @property
+    def called(self) -> set[int]:
+        """The targets that ran since `new_run`, by index."""
+        return self._deltas.called
+
+    def set_cores(self, cores_BMDA: Tensor) -> None:
+        """Gives the call its weights: before the first adapted module runs, at the latest mid-forward."""
+        self._deltas.cores_BMDA = cores_BMDA
 
     def new_run(self) -> None:
         """Forgets what was called and drops every tensor of the last run."""
-        self.cores_BMDA = None
-        self.called.clear()
-        self._aux.clear()
+        self._deltas.drop()
 
     @contextlib.contextmanager
     def installed(self, modules: Sequence[nn.Module]) -> Iterator[None]:
@@ -50,28 +53,38 @@ class TargetHooks:
         finally:
             for module, previous in reversed(replaced):
                 _restore(module, previous)
-            self.cores_BMDA = None
+            self._deltas.cores_BMDA = None
 
     def _hook(self, index: int, module: nn.Module, previous: Forward | None) -> Forward:
         made = self._made.get(index)
         if made is None or made[0] is not module or made[1] is not previous:
-            made = (module, previous, self._new_hook(index, module.forward))
+            made = (module, previous, _new_hook(self._deltas, index, module.forward))
             self._made[index] = made
         return made[2]
 
-    def _new_hook(self, index: int, original: Forward) -> Forward:
-        @torch.compiler.disable
-        def forward(x_BNI: Tensor, *args: object, **kwargs: object) -> Tensor:
-            self.called.add(index)
-            y_BNO = original(x_BNI, *args, **kwargs)
-            return y_BNO + self.strength * self._delta(index, x_BNI)
 
-        return forward
+class _Deltas:
+    """What hooks read. They must not refer to TargetHooks: the cycle would keep a base model in memory."""
 
-    def _delta(self, index: int, x_BNI: Tensor) -> Tensor:
+    def __init__(self, network: HyperNetwork, strength: float) -> None:
+        self.network = network
+        self.strength = strength
+        self.cores_BMDA: Tensor | None = None
+        self.called: set[int] = set()
+        self._aux: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def drop(self) -> None:
+        """Forgets a run."""
+        self.cores_BMDA = None
+        self.called.clear()
+        self._aux.clear()
+
+    def delta(self, index: int, x_BNI: Tensor) -> Tensor:
+        """Returns the scaled weight change of one target at work, (B, N, O). Raises HyperAlignError."""
         if self.cores_BMDA is None:
             raise HyperAlignError(
-                "An adapted layer ran before its weights were written; choose another model patch."
+                "An adapted layer ran before its weights were written; another patch reorders the model. "
+                "Remove that patch."
             )
         core_BDA = self.cores_BMDA[:, index].to(x_BNI)
         tiles, rest = divmod(x_BNI.shape[0], core_BDA.shape[0])
@@ -82,7 +95,8 @@ class TargetHooks:
             )
         a_aux, b_aux = self._cast_aux(index, x_BNI)
         # A patch that tiles attention turns one row into several neighbours.
-        return forward_delta(x_BNI, a_aux, b_aux, core_BDA.repeat_interleave(tiles, dim=0))
+        core_BDA = core_BDA.repeat_interleave(tiles, dim=0)
+        return self.strength * forward_delta(x_BNI, a_aux, b_aux, core_BDA)
 
     def _cast_aux(self, index: int, x_BNI: Tensor) -> tuple[Tensor, Tensor]:
         key = (index, x_BNI.device, x_BNI.dtype)
@@ -90,6 +104,14 @@ class TargetHooks:
             a_aux, b_aux = self.network.aux(index)
             self._aux[key] = (a_aux.to(x_BNI), b_aux.to(x_BNI))
         return self._aux[key]
+
+
+def _new_hook(deltas: _Deltas, index: int, original: Forward) -> Forward:
+    def forward(x_BNI: Tensor, *args: object, **kwargs: object) -> Tensor:
+        deltas.called.add(index)
+        return original(x_BNI, *args, **kwargs) + deltas.delta(index, x_BNI)
+
+    return cast(Forward, torch.compiler.disable(forward))
 
 
 def _restore(module: nn.Module, previous: Forward | None) -> None:

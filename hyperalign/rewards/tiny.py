@@ -28,10 +28,14 @@ class TinyPreference:
 
     @torch.no_grad()
     def score(self, images_BHWC: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns scores (B,) in float32, for pictures of any size. Raises HyperAlignError on unknown words."""
+        """Returns scores (B,) in float32, for pictures of any size.
+
+        Raises HyperAlignError on unknown words, or another number of prompts than pictures.
+        """
         if len(prompts) != images_BHWC.shape[0]:
             raise HyperAlignError(
-                f"Found {images_BHWC.shape[0]} pictures and {len(prompts)} prompts; expected one prompt per picture."
+                f"Found {images_BHWC.shape[0]} pictures and {len(prompts)} prompts; "
+                "expected one prompt per picture."
             )
         device = next(self.module.parameters()).device
         images_BCHW = images_BHWC[..., :3].permute(0, 3, 1, 2).float().to(device)

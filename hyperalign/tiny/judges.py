@@ -134,7 +134,7 @@ class TinyReward(_DualEncoder):
             nn.Linear(16 * width, 160), nn.SiLU(), nn.Linear(160, EMBEDDING),
         )  # fmt: skip
         self.token_embedding = nn.Embedding(len(VOCABULARY), width)
-        self.position_embedding = nn.Parameter(torch.randn(CONTEXT_LENGTH, width) * 0.02)
+        self.position_embedding = nn.Parameter(torch.randn(CONTEXT_LENGTH, width))
         layer = nn.TransformerEncoderLayer(
             width, 4, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
@@ -150,9 +150,9 @@ class TinyReward(_DualEncoder):
         return self.head(features_BCHW)
 
     def read(self, tokens_BL: Tensor) -> Tensor:
-        """Returns text embeddings (B, 128) from the start token."""
+        """Returns text embeddings (B, 128), the mean over the 16 tokens."""
         x_BLC = self.token_embedding(tokens_BL) + self.position_embedding
-        return self.text_head(self.transformer(x_BLC)[:, 0])
+        return self.text_head(self.transformer(x_BLC).mean(dim=1))
 
 
 class TinyHeldoutReward(_DualEncoder):
@@ -160,7 +160,7 @@ class TinyHeldoutReward(_DualEncoder):
 
     feature_channels = 112
 
-    def __init__(self, layers: int = 3, queries: int = 4) -> None:
+    def __init__(self, layers: int = 3) -> None:
         super().__init__()
         width = self.feature_channels
         self.patches = nn.Sequential(_down(3, 32), nn.GELU(), _down(32, 64), nn.GELU(), _down(64, width))
@@ -169,10 +169,11 @@ class TinyHeldoutReward(_DualEncoder):
             width, 4, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.transformer = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.queries = nn.Parameter(torch.randn(queries, width) * 0.1)
         self.pool_norm = nn.LayerNorm(width)
-        self.pool_attention = nn.MultiheadAttention(width, 4, batch_first=True)
-        self.head = nn.Sequential(nn.LayerNorm(queries * width), nn.Linear(queries * width, EMBEDDING))
+        self.head = nn.Sequential(
+            nn.Conv2d(width, 24, 1), nn.GELU(), nn.Flatten(),
+            nn.Linear(24 * 64, 160), nn.GELU(), nn.Linear(160, EMBEDDING),
+        )  # fmt: skip
         self.token_embedding = nn.Embedding(len(VOCABULARY), 64)
         self.gru = nn.GRU(64, 80, batch_first=True, bidirectional=True)
         self.text_head = nn.Linear(160, EMBEDDING)
@@ -184,11 +185,8 @@ class TinyHeldoutReward(_DualEncoder):
         return x_BLC.transpose(1, 2).unflatten(2, (8, 8))
 
     def pool_map(self, features_BCHW: Tensor) -> Tensor:
-        """Returns image embeddings (B, 128) by four learned queries' attention."""
-        memory_BLC = features_BCHW.flatten(2).transpose(1, 2)
-        queries_BQC = self.queries.expand(len(memory_BLC), -1, -1).to(memory_BLC)
-        pooled_BQC, _ = self.pool_attention(queries_BQC, memory_BLC, memory_BLC, need_weights=False)
-        return self.head(pooled_BQC.flatten(1))
+        """Returns image embeddings (B, 128) of the narrowed patches, each in its own place."""
+        return self.head(features_BCHW)
 
     def read(self, tokens_BL: Tensor) -> Tensor:
         """Returns text embeddings (B, 128), the mean state over the 16 tokens."""

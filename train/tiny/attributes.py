@@ -65,8 +65,12 @@ def attribute_loss(logits_NK: Tensor, labels: list[list[int]], blind: list[bool]
     return loss / target.sum()
 
 
-def binding(images_NK: Tensor, texts_TK: Tensor, scenes: list[Scene], prompts: list[Content]) -> Tensor:
-    """Attribute loss of the pictures' and the prompts' logits, from one shared linear read-out."""
-    pictures = attribute_loss(images_NK, [scene_labels(scene) for scene in scenes], [False] * len(scenes))
+def picture_binding(logits_NK: Tensor, scenes: list[Scene]) -> Tensor:
+    """Attribute loss of what was read out of pictures."""
+    return attribute_loss(logits_NK, [scene_labels(scene) for scene in scenes], [False] * len(scenes))
+
+
+def prompt_binding(logits_TK: Tensor, prompts: list[Content]) -> Tensor:
+    """Attribute loss of what was read out of prompts."""
     silent = [len(content.groups) == 2 and content.relation is None for content in prompts]
-    return pictures + attribute_loss(texts_TK, [prompt_labels(content) for content in prompts], silent)
+    return attribute_loss(logits_TK, [prompt_labels(content) for content in prompts], silent)

@@ -19,7 +19,7 @@ from train.tiny.fitting import Fit, run_fit
 BATCH = 24
 KL_WEIGHT = 1e-6
 FIT = Fit(name="autoencoder", steps=1400, lr=2e-3, ema=0.99)
-DECODER_FIT = Fit(name="decoder", steps=900, lr=1.5e-3, ema=0.99)
+DECODER_FIT = Fit(name="decoder", steps=500, lr=1.5e-3, ema=0.99)
 
 
 def new_autoencoder() -> AutoencoderKL:

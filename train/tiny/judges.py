@@ -6,7 +6,7 @@ import json
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from hyperalign.tiny.judges import (
     TinyReward,
     TinyStyleClassifier,
 )
-from hyperalign.tiny.prompts import COLORS, NOUNS, Split, sample_content
+from hyperalign.tiny.prompts import COLORS, NOUNS, Content, Split, sample_content
+from hyperalign.tiny.text_encoder import tokenize_batch
 from hyperalign.tiny.weights import save_part
 from train.tiny.art import Art
-from train.tiny.attributes import ATTRIBUTES, binding
+from train.tiny.attributes import ATTRIBUTES, picture_binding, prompt_binding
 from train.tiny.augment import jitter
 from train.tiny.fitting import Fit, run_fit
 from train.tiny.judge_figures import detector_figures, reward_figures, style_figures, tune_threshold
@@ -38,6 +39,7 @@ from train.tiny.pairs import (
     draw,
     sample_clutter,
     sample_pairs,
+    sample_right,
 )
 from train.tiny.scenes import Scene, sample_scene
 
@@ -69,6 +71,7 @@ REWARD_PLAN = PairPlan(seed=101, split="train", same_layout=0.7)
 HELDOUT_FIT = Fit(name="heldout_reward", steps=1800, lr=1.2e-3, ema=0.99)
 HELDOUT_PLAN = PairPlan(seed=202, split=None, same_layout=0.3)
 DETECTOR_FIT = Fit(name="detector", steps=1100, lr=2e-3, ema=0.99)
+READING_FIT = Fit(name="text", steps=1200, lr=1.5e-3)
 STYLE_FIT = Fit(name="style", steps=250, lr=2e-3)
 
 
@@ -83,6 +86,11 @@ class SpottedReward(nn.Module):
         nn.init.constant_(self.spotter.get_parameter("bias"), RARE_LOG_ODDS)
         nn.init.constant_(self.attributes.get_parameter("bias"), RARE_LOG_ODDS)
 
+    def read(self, prompts: list[tuple[Content, str]]) -> dict[str, Tensor]:
+        """Returns the loss of the prompts' read-out alone."""
+        texts_TD = self.reward.embed_texts(tokenize_batch([text for _, text in prompts]))
+        return {"prompts": prompt_binding(self.attributes(texts_TD * READOUT_GAIN), [c for c, _ in prompts])}
+
     def forward(self, batch: PairBatch) -> dict[str, Tensor]:
         """Returns the named losses of a batch."""
         reward = self.reward
@@ -91,11 +99,13 @@ class SpottedReward(nn.Module):
         texts_TD = reward.embed_texts(batch.tokens_TL)
         scores_NT = (reward.scale() * images_ND @ texts_TD.T).float()
         spots = spotting(self.spotter(features).float(), batch.scenes)
-        image_labels, text_labels = (self.attributes(e * READOUT_GAIN).float() for e in (images_ND, texts_TD))
+        seen = picture_binding(self.attributes(images_ND * READOUT_GAIN), batch.scenes)
+        read = prompt_binding(self.attributes(texts_TD * READOUT_GAIN), batch.prompts())
         return {
             "contrast": contrast(scores_NT, batch),
             "taste": taste(scores_NT),
-            "binding": 0.3 * binding(image_labels, text_labels, batch.scenes, batch.prompts()),
+            "pictures": 0.3 * seen,
+            "prompts": 0.3 * read,
             "centres": 0.3 * spots["centres"],
             "colors": 0.3 * spots["colors"],
         }
@@ -149,8 +159,17 @@ def train_reward(
     art: Art,
     reconstruct: Reconstruct | None,
 ) -> TinyReward | TinyHeldoutReward:
-    """Trains either reward on preference pairs and returns its averaged weights."""
+    """Trains either reward and returns its averaged weights.
+
+    Its text encoder learns to read first, which is cheap; then both encoders learn from pairs.
+    """
     model = SpottedReward(reward)
+
+    def reading_losses_of(step: int) -> dict[str, Tensor]:
+        rng = random.Random(f"{plan.seed}-text-{step}")
+        return model.read([sample_right(rng, plan.split) for _ in range(BATCH)])
+
+    run_fit(replace(READING_FIT, name=f"{fit.name}_text"), model, reading_losses_of, run_dir)
 
     def losses_of(step: int) -> dict[str, Tensor]:
         pairs = sample_pairs(random.Random(f"{plan.seed}-{step}"), GROUPS, art, plan.split, plan.same_layout)

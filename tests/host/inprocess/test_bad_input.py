@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from hyperalign.checkpoint import save
 from hyperalign.errors import HyperAlignError
 from hyperalign.targets import TINY
@@ -45,22 +46,28 @@ def test_another_family(tiny, make_hyperalign, apply):
 
 def test_other_widths(tiny, make_hyperalign, apply):
     spec = dataclasses.replace(TINY, block_out_channels=(64, 128, 256))
-    with pytest.raises(HyperAlignError, match=r"block_out_channels is \[64, 128, 128\] and should be \[64, 128, 256\]"):
+    with pytest.raises(
+        HyperAlignError, match=r"block_out_channels is \[64, 128, 128\] and should be \[64, 128, 256\]"
+    ):
         apply(tiny.model, make_hyperalign(spec=spec))
 
 
 def test_a_model_that_is_no_unet(make_hyperalign, apply):
-    flux = SimpleNamespace(model=SimpleNamespace(model_config=SimpleNamespace(unet_config={"image_model": "flux"})))
+    flux = SimpleNamespace(
+        model=SimpleNamespace(model_config=SimpleNamespace(unet_config={"image_model": "flux"}))
+    )
     with pytest.raises(HyperAlignError, match="not a U-Net"):
         apply(flux, make_hyperalign())
 
 
 def test_a_layer_the_model_lacks(tiny, make_hyperalign, apply):
-    hyperalign = make_hyperalign()
+    from hyperalign.hosts.comfy import hosted
+
+    hyperalign = make_hyperalign().hyperalign
     lying = dataclasses.replace(hyperalign.header.targets[0], name="mid_block.attentions.7.to_q")
     header = dataclasses.replace(hyperalign.header, targets=(lying, *hyperalign.header.targets[1:]))
     with pytest.raises(HyperAlignError, match=r"no layer mid_block.attentions.7.to_q"):
-        apply(tiny.model, dataclasses.replace(hyperalign, header=header))
+        apply(tiny.model, hosted(dataclasses.replace(hyperalign, header=header)))
 
 
 def test_bad_files_are_refused_and_the_base_stays_as_it_was(tiny, sample, make_hyperalign, tmp_path):
@@ -68,7 +75,7 @@ def test_bad_files_are_refused_and_the_base_stays_as_it_was(tiny, sample, make_h
 
     before = sample(tiny.model)
     good = tmp_path / "good.safetensors"
-    hyperalign = make_hyperalign()
+    hyperalign = make_hyperalign().hyperalign
     save(good, hyperalign.network, hyperalign.header)
     truncated, foreign = tmp_path / "truncated.safetensors", tmp_path / "foreign.safetensors"
     truncated.write_bytes(good.read_bytes()[:-100])

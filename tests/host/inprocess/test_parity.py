@@ -11,6 +11,7 @@ CFG = 4.0
 
 def alphas() -> torch.Tensor:
     from diffusers import DDIMScheduler
+
     from hyperalign.tiny.weights import NOISE_SCHEDULE
 
     return DDIMScheduler(**NOISE_SCHEDULE).alphas_cumprod
@@ -56,9 +57,11 @@ def test_latents_agree_to_1e_4(tiny, make_hyperalign, mode, variant):
     in_comfyui = euler_in_comfyui(apply(tiny.model, hyperalign), noise, positive, negative)
 
     context, empty = (cond[0][0].clone().expand(2, -1, -1) for cond in (positive, negative))
-    with torch.no_grad(), attach(tiny.unet, hyperalign) as session:
+    with torch.no_grad(), attach(tiny.unet, hyperalign.hyperalign) as session:
         in_diffusers = ddim_with_diffusers(tiny.unet, noise, context, empty)
     assert session.generations == {"S": 5, "P": 3, "I": 1}[variant]
     scaled = tiny.model.model.process_latent_in(in_comfyui)
     # An untrained model leaves its noise standing; compare in units of the latents' deviation.
-    torch.testing.assert_close(scaled / in_diffusers.std(), in_diffusers / in_diffusers.std(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        scaled / in_diffusers.std(), in_diffusers / in_diffusers.std(), atol=1e-4, rtol=0
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -246,3 +248,13 @@ def test_layers_out_of_reach_are_reported(tiny, sample, make_hyperalign, apply, 
     monkeypatch.setattr(TargetHooks, "_hook", lambda hooks, index, module, previous: module.forward)
     sample(apply(tiny.model, make_hyperalign()))
     assert "HyperAlign reached only 0 of 56 layers" in caplog.text
+
+
+def test_a_dropped_model_leaves_nothing_behind(tiny, sample, make_hyperalign, apply, caplog):
+    """The host warns about a leak when a network outlives its patcher or hides in a cycle."""
+    hyperalign = make_hyperalign()
+    for _ in range(2):
+        sample(apply(tiny.model, hyperalign), steps=1)
+    adapter = weakref.ref(next(iter(apply(tiny.model, hyperalign).get_all_wrappers("apply_model"))).__self__)
+    assert adapter() is None, "a cycle keeps the adapter, and with it the base model, in memory"
+    assert "leak" not in caplog.text

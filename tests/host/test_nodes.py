@@ -1,0 +1,173 @@
+"""The nodes as an artist meets them: through a running server, with the committed weights."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageChops
+
+from scripts.comfy_client import ComfyError, ComfyInterrupted
+from scripts.workflow import load, to_prompt
+
+WORKFLOWS = Path(__file__).resolve().parents[2] / "example_workflows"
+DISPLAY_NAMES = {
+    "HyperAlignLoader": "HyperAlign Loader",
+    "HyperAlignApply": "Apply HyperAlign",
+    "HyperAlignSampler": "HyperAlign Sampler (S/P/I)",
+    "HyperAlignRewardLoader": "Reward Model Loader",
+    "HyperAlignRewardScore": "Reward Score",
+    "HyperAlignTinyModel": "HyperAlign Tiny Model",
+    "HyperAlignTinyLatent": "HyperAlign Tiny Empty Latent",
+}
+MODEL, POSITIVE, NEGATIVE, LATENT, HYPERNETWORK = "1", "2", "3", "4", "5"
+
+
+@pytest.fixture(scope="module")
+def info(server):
+    return server.client.object_info()
+
+
+def graph(
+    steps: int = 4, strength: float = 1.0, prompt: str = "a red heart", file: str = "tiny_s.safetensors"
+):
+    """Apply HyperAlign and the stock nodes, saving one picture at node 9."""
+    return {
+        MODEL: {"class_type": "HyperAlignTinyModel", "inputs": {}},
+        POSITIVE: {"class_type": "CLIPTextEncode", "inputs": {"clip": [MODEL, 1], "text": prompt}},
+        NEGATIVE: {"class_type": "CLIPTextEncode", "inputs": {"clip": [MODEL, 1], "text": ""}},
+        LATENT: {"class_type": "HyperAlignTinyLatent", "inputs": {"batch_size": 1}},
+        HYPERNETWORK: {"class_type": "HyperAlignLoader", "inputs": {"hypernetwork": file}},
+        "6": {
+            "class_type": "HyperAlignApply",
+            "inputs": {
+                "model": [MODEL, 0], "hypernetwork": [HYPERNETWORK, 0], "strength": strength,
+                "start_percent": 0.0, "end_percent": 1.0, "variant": "auto",
+            },
+        },
+        "7": {"class_type": "KSampler", "inputs": {"model": ["6", 0], **sampling(steps)}},
+        "8": {"class_type": "VAEDecode", "inputs": {"samples": ["7", 0], "vae": [MODEL, 2]}},
+        "9": {"class_type": "SaveImage", "inputs": {"images": ["8", 0], "filename_prefix": "test"}},
+    }  # fmt: skip
+
+
+def sampling(steps: int):
+    return {
+        "positive": [POSITIVE, 0], "negative": [NEGATIVE, 0], "latent_image": [LATENT, 0], "seed": 5,
+        "steps": steps, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
+    }  # fmt: skip
+
+
+def base_graph(**options):
+    nodes = graph(**options)
+    nodes["7"]["inputs"]["model"] = [MODEL, 0]
+    return {key: node for key, node in nodes.items() if key not in (HYPERNETWORK, "6")}
+
+
+def sampler_graph(steps: int = 4, strength: float = 1.0):
+    nodes = graph(steps=steps)
+    inputs = {"model": [MODEL, 0], "hypernetwork": [HYPERNETWORK, 0], "variant": "auto", "strength": strength}
+    nodes["7"] = {"class_type": "HyperAlignSampler", "inputs": {**inputs, **sampling(steps)}}
+    del nodes["6"]
+    return nodes
+
+
+def picture(server, nodes) -> Image.Image:
+    result = server.client.run(nodes)
+    return Image.open(io.BytesIO(server.client.image(result.outputs["9"]["images"][0]))).convert("RGB")
+
+
+def same(first: Image.Image, second: Image.Image) -> bool:
+    return ImageChops.difference(first, second).getbbox() is None
+
+
+def test_every_node_is_there_under_its_name(info):
+    assert {key: info[key]["display_name"] for key in DISPLAY_NAMES} == DISPLAY_NAMES
+    assert {info[key]["category"] for key in DISPLAY_NAMES} == {"HyperAlign"}
+
+
+def test_every_input_has_a_tooltip(info):
+    for key in DISPLAY_NAMES:
+        for group in info[key]["input"].values():
+            for name, (_, options) in group.items():
+                assert options.get("tooltip"), f"{key}.{name} has no tooltip"
+
+
+def test_every_node_has_a_help_page():
+    docs = WORKFLOWS.parent / "web" / "docs"
+    assert {page.stem for page in docs.glob("*.md")} == set(DISPLAY_NAMES)
+
+
+@pytest.mark.parametrize("name", ["base_versus_aligned", "score_rewards"])
+def test_an_example_workflow_runs(server, info, name):
+    result = server.client.run(to_prompt(load(WORKFLOWS / f"{name}.json"), info))
+    assert sum("images" in output for output in result.outputs.values()) == 2
+
+
+def test_scores_come_one_per_picture_with_their_table(server, info):
+    result = server.client.run(to_prompt(load(WORKFLOWS / "score_rewards.json"), info))
+    tables = [output["text"][0] for output in result.outputs.values() if "text" in output]
+    assert (
+        len([table for table in tables if table.count("a red heart left of") == 4 and "mean" in table]) >= 2
+    )
+
+
+def test_alignment_changes_the_picture_and_strength_zero_does_not(server):
+    base = picture(server, base_graph())
+    assert not same(base, picture(server, graph()))
+    assert same(base, picture(server, graph(strength=0.0)))
+
+
+def test_the_sampler_node_is_apply_and_ksampler_in_one(server):
+    assert same(picture(server, graph()), picture(server, sampler_graph()))
+
+
+def test_after_an_interrupt_the_same_graph_gives_the_same_pictures(server):
+    before = picture(server, base_graph()), picture(server, graph())
+
+    def interrupt(event):
+        if event["type"] == "progress" and event["data"]["value"] == 3:
+            server.client.interrupt()
+
+    with pytest.raises(ComfyInterrupted):
+        server.client.run(graph(steps=5000), on_event=interrupt)
+    server.client.free()
+    assert same(before[0], picture(server, base_graph()))
+    assert same(before[1], picture(server, graph()))
+
+
+def test_an_unknown_word_is_named(server):
+    with pytest.raises(ComfyError, match="CLIPTextEncode: The prompt has the word 'zebra'.*does not know"):
+        server.client.run(graph(prompt="a zebra"))
+
+
+def test_a_missing_file_is_refused_before_anything_runs(server):
+    with pytest.raises(
+        ComfyError, match="no hypernetwork 'gone.safetensors'.*Put the .safetensors file into"
+    ):
+        server.client.run(graph(file="gone.safetensors"))
+
+
+def test_a_damaged_file_is_refused_before_anything_runs(server):
+    (server.server.models / "broken.safetensors").write_bytes(b"not a tensor")
+    assert "broken.safetensors" in json.dumps(server.client.get("/object_info/HyperAlignLoader"))
+    with pytest.raises(ComfyError, match="broken.safetensors is not a whole safetensors file"):
+        server.client.run(graph(file="broken.safetensors"))
+
+
+def test_a_strength_that_is_no_number_is_refused(server):
+    with pytest.raises(ComfyError, match="strength is nan; expected a number"):
+        server.client.run(graph(strength=math.nan))
+
+
+def test_zero_steps_are_refused(server):
+    with pytest.raises(ComfyError, match="steps is 0; expected at least 1"):
+        server.client.run(sampler_graph(steps=0))
+
+
+def test_the_run_is_reported_in_the_log(server):
+    server.client.run(sampler_graph(steps=6, strength=0.9))
+    assert "evaluations=6 generations=6" in server.server.log()
