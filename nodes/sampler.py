@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.samplers
 from comfy_api.latest import io
 
 from ..hyperalign.hosts import comfy as host
@@ -87,14 +86,14 @@ def _widgets() -> list[io.Input]:
         ),
         io.Combo.Input(
             "sampler_name",
-            options=comfy.samplers.KSampler.SAMPLERS,
+            options=comfy_sampling.SAMPLERS,
             default="euler",
             tooltip="The host's denoising algorithm. Second-order ones evaluate the model several times per step; "
             "variant S writes weights at each evaluation.",
         ),
         io.Combo.Input(
             "scheduler",
-            options=comfy.samplers.KSampler.SCHEDULERS,
+            options=comfy_sampling.SCHEDULERS,
             default="normal",
             tooltip="How noise falls over the steps.",
         ),

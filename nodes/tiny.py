@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import comfy.model_management
-import torch
 from comfy_api.latest import io
 
 from ..hyperalign.hosts import comfy_tiny
@@ -64,7 +62,4 @@ class HyperAlignTinyLatent(io.ComfyNode):
     @classmethod
     def execute(cls, batch_size: int) -> io.NodeOutput:
         """Returns zeros (B, 4, 16, 16)."""
-        size = (batch_size, comfy_tiny.LATENT_CHANNELS, comfy_tiny.LATENT_SIZE, comfy_tiny.LATENT_SIZE)
-        return io.NodeOutput(
-            {"samples": torch.zeros(size, device=comfy.model_management.intermediate_device())}
-        )
+        return io.NodeOutput({"samples": comfy_tiny.empty_latents(batch_size)})

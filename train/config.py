@@ -58,6 +58,10 @@ class ObjectiveConfig:
     """Classifier-free guidance of rollout and x0-hat; train at what you sample with."""
     preferred: int = 48
     """Preferred pictures in each step."""
+    preferred_range: tuple[float, float] = (0.0, 1.0)
+    """Times u of the noise on preferred pictures; high ones decide what is drawn, low ones how finely."""
+    snr_cap: float = float("inf")
+    """Min-SNR weighting of the preference loss (Hang et al. 2023); inf is Eq 9 as it stands."""
     drop_caption: float = 0.1
     """Share of preferred pictures shown without their caption."""
 
@@ -145,6 +149,9 @@ class TrainConfig:
         _require(1 <= o.timesteps <= room, "objective.timesteps", o.timesteps, f"1 to {room}")
         _require(o.prompts >= 1, "objective.prompts", o.prompts, "1 or more")
         _require(o.preferred >= 1, "objective.preferred", o.preferred, "1 or more")
+        low, high = o.preferred_range
+        _require(0 <= low < high <= 1, "objective.preferred_range", o.preferred_range, "0 <= low < high <= 1")
+        _require(o.snr_cap > 0, "objective.snr_cap", o.snr_cap, "above 0")
         _require(0 <= o.drop_caption < 1, "objective.drop_caption", o.drop_caption, "0 up to 1")
         _require(o.guidance >= 1, "objective.guidance", o.guidance, "1 or more")
         _require(p.steps >= 1, "optim.steps", p.steps, "1 or more")

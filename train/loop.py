@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hyperalign import checkpoint
 from hyperalign.checkpoint import Header, HyperAlign
 from hyperalign.errors import HyperAlignError
-from hyperalign.hosts.diffusers import Adapter, spec_of
+from hyperalign.hosts.diffusers import LAST_TIMESTEP, Adapter, spec_of
 from hyperalign.hosts.diffusers_tiny import TinyBase, load_tiny
 from hyperalign.hypernetwork import HyperNetwork
 from hyperalign.schedule import Schedule
@@ -210,12 +210,13 @@ class Trainer:
         x0 = self.preferred.latents[rows].to(self.device)
         tokens = self.preferred.tokens[rows].clone()
         tokens[torch.from_numpy(rng.random(o.preferred) < o.drop_caption)] = tokenize_batch([""])[0]
-        t_B = torch.from_numpy(rng.integers(1000, size=o.preferred)).to(self.device)
+        low, high = (round(u * LAST_TIMESTEP) for u in o.preferred_range)
+        t_B = torch.from_numpy(rng.integers(low, high + 1, size=o.preferred)).to(self.device)
         with torch.no_grad():
             context = self.base.text_encoder(tokens.to(self.device))
         with self._autocast():
             loss = preference_loss(
-                self.adapter, self.schedule, x0, self._noise(o.preferred, rng), t_B, context
+                self.adapter, self.schedule, x0, self._noise(o.preferred, rng), t_B, context, o.snr_cap
             )
         self.accelerator.backward(o.preference_weight * loss)
         return {"preference_loss": loss.item()}

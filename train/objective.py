@@ -75,18 +75,27 @@ def reward_loss(
 
 
 def preference_loss(
-    adapter: Adapter, schedule: Schedule, x0: Tensor, noise: Tensor, t_B: Tensor, context: Tensor
+    adapter: Adapter,
+    schedule: Schedule,
+    x0: Tensor,
+    noise: Tensor,
+    t_B: Tensor,
+    context: Tensor,
+    snr_cap: float = float("inf"),
 ) -> Tensor:
-    """Returns L_G = E || eps_adapted(x_t) - noise ||^2 on preferred pictures (Eq 9).
+    """Returns L_G = E w(t) || eps_adapted(x_t) - noise ||^2 on preferred pictures (Eq 9).
 
     The weights come from the noised preferred picture itself: at x_t for S, and for P and I at the
-    time when a run would have written the weights it uses at t.
+    time when a run would have written the weights it uses at t. w(t) = min(snr, snr_cap) / snr
+    (Hang et al. 2023, arXiv 2303.09556, eq 1) keeps the nearly clean pictures from drowning the rest.
     """
     alphas = alphas_cumprod().to(x0)
-    x_t = add_noise(x0, noise, alphas[t_B].view(-1, 1, 1, 1))
+    alpha_bar = alphas[t_B].view(-1, 1, 1, 1)
+    x_t = add_noise(x0, noise, alpha_bar)
     times = [schedule.generation_time(t / LAST_TIMESTEP) for t in t_B.tolist()]
     t_gen_B = torch.tensor([round(u * LAST_TIMESTEP) for u in times], device=t_B.device)
     same = bool((t_gen_B == t_B).all())
     x_gen = x_t if same else add_noise(x0, noise, alphas[t_gen_B].view(-1, 1, 1, 1))
     eps = adapted_prediction(adapter, x_t, t_B, context, x_gen, t_gen_B).float()
-    return F.mse_loss(eps, noise)
+    snr = alpha_bar / (1.0 - alpha_bar)
+    return ((snr.clamp(max=snr_cap) / snr) * (eps - noise).square()).mean()

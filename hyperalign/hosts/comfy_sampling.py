@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.sample
+import comfy.samplers
 import comfy.utils
 import latent_preview
 from comfy.model_patcher import ModelPatcher
 
 from ..errors import HyperAlignError
+
+SAMPLERS: list[str] = comfy.samplers.KSampler.SAMPLERS
+SCHEDULERS: list[str] = comfy.samplers.KSampler.SCHEDULERS
 
 
 def steps_problem(steps: int) -> str | None:

@@ -89,6 +89,12 @@ def load_tiny() -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     return model, build_clip(text_encoder), vae
 
 
+def empty_latents(batch: int) -> Tensor:
+    """Returns zeros (B, 4, 16, 16) where the host keeps its latents."""
+    size = (batch, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
+    return torch.zeros(size, device=comfy.model_management.intermediate_device())
+
+
 def build_model(state: Mapping[str, Tensor], scaling_factor: float) -> ModelPatcher:
     """Returns a MODEL from diffusers-named U-Net weights. Raises HyperAlignError if they do not fit."""
     config = TinyConfig(UNET_CONFIG)

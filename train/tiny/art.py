@@ -66,7 +66,7 @@ def fetch_icons(style: Style, cache: Path) -> dict[str, Any]:
             if member is None:
                 raise FileNotFoundError(f"{PACKAGES[style]} holds no package/icons.json")
             target.write_bytes(member.read())
-        archive.unlink()
+        archive.unlink(missing_ok=True)  # another run may fetch the same art
     return json.loads(target.read_text(encoding="utf-8"))
 
 

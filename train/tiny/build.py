@@ -9,6 +9,7 @@ weights to hyperalign/tiny/weights. About three hours on two CPU cores.
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ import tyro
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from hyperalign.hosts.diffusers_tiny import decode, posterior
+from hyperalign.hosts.diffusers_tiny import load_tiny
 from hyperalign.tiny.weights import AUTOENCODER_CONFIG, load_part, save_part
 from train.tiny import autoencoder as ae
 from train.tiny import base as base_stage
@@ -99,13 +100,13 @@ def build_base(art: Art, runs: Path) -> None:
 
 def build_judges(art: Art, runs: Path) -> None:
     """Last stage: two rewards, the detector and the style classifier."""
-    model, _ = stored_autoencoder()
+    base = load_tiny()
 
     @torch.no_grad()
     def reconstruct(images_BCHW: Tensor) -> Tensor:
-        return (decode(model, posterior(model, images_BCHW * 2 - 1).mode()) / 2 + 0.5).clamp(0, 1)
+        return base.decode(base.encode(images_BCHW)).clamp(0.0, 1.0)
 
-    train_judges(runs, art, reconstruct)
+    train_judges(runs, art, reconstruct, functools.partial(base_stage.one_step_guesses, base))
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from train.tiny.art import STYLES, Art, Style
 
 SIDE = 64
 BACKGROUNDS = ((255, 255, 255), (236, 240, 241), (232, 245, 253), (255, 246, 224), (234, 247, 232))
-CORRUPT_CAPTIONS = 0.35
+CORRUPT_CAPTIONS = 0.6
 """Share of base-training captions that state one fact wrongly, as web data does."""
 
 
