@@ -191,7 +191,26 @@ def table(results: dict[str, Any]) -> str:
             f"| {row['reward']:.3f} | {row['style']:.3f} | {ratio} "
             f"| {row['generations_per_run']} |"
         )
+    if versus := results["methods"].get("tiny_s", {}).get("versus_static"):
+        told = ", ".join(
+            f"{name.replace('_', ' ')} {v['difference']:+.3f} [{v['low']:+.3f}, {v['high']:+.3f}]"
+            for name, v in versus.items()
+            if name in ("geneval_overall", "heldout_reward")
+        )
+        lines.append(f"\ntiny_s against tiny_static: {told}")
     return "\n".join(lines)
+
+
+def families_table(results: dict[str, Any]) -> str:
+    """Returns each method's share of right pictures per family as a Markdown table."""
+    methods = results["methods"]
+    families = [name for name in methods["base"]["geneval"] if name != "overall"]
+    rows = [
+        f"| {method} | " + " | ".join(f"{row['geneval'][family]:.3f}" for family in families) + " |"
+        for method, row in methods.items()
+    ]
+    titles = " | ".join(family.replace("_", " ") for family in families)
+    return "\n".join([f"| method | {titles} |", "|---" * (len(families) + 1) + "|", *rows])
 
 
 def main() -> None:
@@ -201,6 +220,8 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
     print(table(results))
+    print()
+    print(families_table(results))
 
 
 if __name__ == "__main__":

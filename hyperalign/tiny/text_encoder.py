@@ -79,7 +79,7 @@ def tokenize_batch(texts: list[str]) -> Tensor:
 
 
 class TinyTextEncoder(nn.Module):
-    """A two-layer transformer over word tokens."""
+    """A two-layer transformer over word tokens, trained together with the base U-Net."""
 
     def __init__(self, layers: int = 2, heads: int = 4) -> None:
         super().__init__()

@@ -1,13 +1,17 @@
 """Trains the embedded base: a text-conditional latent diffusion U-Net on noisily captioned scenes.
 
-Its text encoder learns to read first and is then frozen, as the pretrained one of Stable Diffusion is:
-learned from the denoising loss alone, it remains a bag of words for a long time, and no adaptation of
-the U-Net can find out afterwards which of two colours belongs to which shape.
+Three phases. It learns to draw from captions that are mostly right. Its text encoder, by then a bag of
+words, learns to read: to say which count, colour and side belongs to which noun, which the denoising
+loss alone teaches far more slowly and no adaptation of the U-Net could find out afterwards. Then the
+U-Net goes on with captions in which look-alikes are often confused. So it can draw more than it draws
+when asked: what alignment repairs.
 """
 
 from __future__ import annotations
 
+import copy
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,39 +19,43 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from hyperalign.hosts.diffusers_tiny import TinyBase
-from hyperalign.tiny.prompts import TEMPLATES, caption
+from hyperalign.tiny.prompts import TEMPLATES, Content, caption
 from hyperalign.tiny.text_encoder import WIDTH, TinyTextEncoder, tokenize_batch
 from hyperalign.tiny.weights import NOISE_SCHEDULE, UNET_CONFIG
 from train.attention import use_float32_attention
-from train.rollout import add_noise, alphas_cumprod, predict_x0
 from train.tiny.attributes import ATTRIBUTES, prompt_binding
 from train.tiny.fitting import Fit, run_fit
 from train.tiny.pairs import sample_right
-from train.tiny.scenes import Scene, noisy_content
+from train.tiny.scenes import Scene, confused_content, noisy_content
 
 BATCH = 64
 DROP_CAPTION = 0.1
 SNR_CAP = 5.0
-READING_FIT = Fit(name="reading", steps=1500, lr=1.5e-3)
 FIT = Fit(name="base", steps=2600, lr=8e-4, ema=0.998)
+READING_FIT = Fit(name="reading", steps=1500, lr=1e-3)
+ANCHOR = 2.0
+"""Weight that holds the reading text encoder to the words the U-Net knows."""
+CONFUSED_FIT = Fit(name="confused", steps=450, lr=4e-4, ema=0.98)
 
 
 class Reader(nn.Module):
     """A text encoder with a linear read-out of what its words say about each noun."""
 
-    def __init__(self) -> None:
+    def __init__(self, text_encoder: TinyTextEncoder) -> None:
         super().__init__()
-        self.text_encoder = TinyTextEncoder()
+        self.known = copy.deepcopy(text_encoder).requires_grad_(False)
+        self.text_encoder = text_encoder
         self.attributes = nn.Linear(WIDTH, ATTRIBUTES)
 
-    def forward(self, tokens_BL: Tensor) -> Tensor:
-        """Returns logits (B, ATTRIBUTES) of the mean token, so that words must hold what is bound to them."""
-        return self.attributes(self.text_encoder(tokens_BL).mean(dim=1))
+    def forward(self, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns logits (B, ATTRIBUTES) of the mean token, and how far the words have moved."""
+        context_BLC = self.text_encoder(tokens_BL)
+        moved = (context_BLC - self.known(tokens_BL)).square().mean()
+        return self.attributes(context_BLC.mean(dim=1)), moved
 
 
 class Base(nn.Module):
-    """The U-Net and the text encoder it listens to."""
+    """The U-Net and the text encoder it is trained with."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,39 +73,50 @@ def noise_schedule() -> DDPMScheduler:
     return DDPMScheduler(**NOISE_SCHEDULE)
 
 
-def web_captions(scenes: list[Scene], seed: int) -> Tensor:
-    """Returns (N, 16) tokens of one caption per scene, some of them wrong as web captions are."""
-    rng = random.Random(seed)
-    texts = [caption(noisy_content(scene.content, rng), rng.choice(TEMPLATES)) for scene in scenes]
+def web_captions(scenes: list[Scene], claim: Callable[[Content, random.Random], Content]) -> Tensor:
+    """Returns (N, 16) tokens of one caption per scene, saying what `claim` makes of its content."""
+    rng = random.Random(2)
+    texts = [caption(claim(scene.content, rng), rng.choice(TEMPLATES)) for scene in scenes]
     return tokenize_batch(texts)
 
 
-def teach_reading(run_dir: Path, fit: Fit = READING_FIT) -> TinyTextEncoder:
-    """Returns a frozen text encoder that binds counts, colours and sides to their nouns."""
+def train_base(latents: Tensor, scenes: list[Scene], run_dir: Path) -> Base:
+    """Trains all phases on scaled latents (N, 4, 16, 16)."""
     torch.manual_seed(0)
-    reader = Reader()
+    model = fit_base(Base(), latents, web_captions(scenes, noisy_content), run_dir, FIT)
+    teach_reading(model.text_encoder, run_dir)
+    return confuse(model, latents, scenes, run_dir)
+
+
+def teach_reading(text_encoder: TinyTextEncoder, run_dir: Path) -> None:
+    """Trains the second phase, in place."""
+    torch.manual_seed(0)
+    reader = Reader(text_encoder.requires_grad_(True))
 
     def losses_of(step: int) -> dict[str, Tensor]:
         rng = random.Random(f"505-{step}")
         prompts = [sample_right(rng, None) for _ in range(BATCH)]
-        logits = reader(tokenize_batch([text for _, text in prompts]))
-        return {"binding": prompt_binding(logits, [content for content, _ in prompts])}
+        logits, moved = reader(tokenize_batch([text for _, text in prompts]))
+        return {
+            "binding": prompt_binding(logits, [content for content, _ in prompts]),
+            "moved": ANCHOR * moved,
+        }
 
-    run_fit(fit, reader, losses_of, run_dir)
-    return reader.text_encoder.eval().requires_grad_(False)
+    run_fit(READING_FIT, reader, losses_of, run_dir)
 
 
-def train_base(latents: Tensor, scenes: list[Scene], run_dir: Path, fit: Fit = FIT) -> Base:
-    """Trains on scaled latents (N, 4, 16, 16); epsilon prediction, min-SNR-5 weights.
+def confuse(model: Base, latents: Tensor, scenes: list[Scene], run_dir: Path) -> Base:
+    """Trains the third phase; the text encoder keeps its words apart."""
+    model.requires_grad_(True).text_encoder.requires_grad_(False)
+    return fit_base(model, latents, web_captions(scenes, confused_content), run_dir, CONFUSED_FIT)
+
+
+def fit_base(model: Base, latents: Tensor, tokens: Tensor, run_dir: Path, fit: Fit) -> Base:
+    """Trains epsilon prediction with min-SNR-5 weights on captions (N, 16).
 
     The weighting is Hang et al. 2023 (arXiv 2303.09556), eq 1, for epsilon prediction.
     """
-    text_encoder = teach_reading(run_dir)
-    torch.manual_seed(0)
-    model = Base()
-    model.text_encoder = text_encoder
     use_float32_attention(model.unet)
-    tokens = web_captions(scenes, seed=2)
     empty = tokenize_batch([""])[0]
     alphas = noise_schedule().alphas_cumprod
     snr = alphas / (1.0 - alphas)
@@ -122,15 +141,3 @@ def train_base(latents: Tensor, scenes: list[Scene], run_dir: Path, fit: Fit = F
     if not isinstance(trained, Base):
         raise TypeError(f"expected a Base, found {type(trained).__name__}")
     return trained
-
-
-@torch.no_grad()
-def one_step_guesses(base: TinyBase, images_BCHW: Tensor, t_B: Tensor) -> Tensor:
-    """Noises pictures to timesteps t and returns the unprompted base's x0-hat of them as pictures (Eq 4)."""
-    x0 = base.encode(images_BCHW)
-    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(int(t_B.sum())))
-    alpha_bar = alphas_cumprod()[t_B].view(-1, 1, 1, 1)
-    x_t = add_noise(x0, noise, alpha_bar)
-    with torch.autocast("cpu", torch.bfloat16):
-        eps = base.unet(x_t, t_B, base.encode_prompts([""] * len(x0))).sample
-    return base.decode(predict_x0(x_t, eps.float(), alpha_bar))

@@ -9,7 +9,6 @@ weights to hyperalign/tiny/weights. About three hours on two CPU cores.
 
 from __future__ import annotations
 
-import functools
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,13 +23,13 @@ import tyro
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from hyperalign.hosts.diffusers_tiny import load_tiny
+from hyperalign.hosts.diffusers_tiny import decode, posterior
 from hyperalign.tiny.weights import AUTOENCODER_CONFIG, load_part, save_part
 from train.tiny import autoencoder as ae
 from train.tiny import base as base_stage
 from train.tiny.art import PACKAGES, Art, load_art
 from train.tiny.judges import train_judges
-from train.tiny.scenes import CORRUPT_CAPTIONS, build_scenes
+from train.tiny.scenes import CONFUSED_CAPTIONS, CORRUPT_CAPTIONS, build_scenes
 
 AUTOENCODER_SCENES = 20_000
 BASE_SCENES = 30_000
@@ -93,6 +92,8 @@ def build_base(art: Art, runs: Path) -> None:
         f"{BASE_SCENES} EmojiScenes in both styles, seed {SEED}",
         corrupted_captions=CORRUPT_CAPTIONS,
         training=asdict(base_stage.FIT),
+        confused_captions=CONFUSED_CAPTIONS,
+        confused_training=asdict(base_stage.CONFUSED_FIT),
     )
     save_part("unet", base.unet.state_dict(), header)
     save_part("text_encoder", base.text_encoder.state_dict(), header)
@@ -100,13 +101,13 @@ def build_base(art: Art, runs: Path) -> None:
 
 def build_judges(art: Art, runs: Path) -> None:
     """Last stage: two rewards, the detector and the style classifier."""
-    base = load_tiny()
+    model, _ = stored_autoencoder()
 
     @torch.no_grad()
     def reconstruct(images_BCHW: Tensor) -> Tensor:
-        return base.decode(base.encode(images_BCHW)).clamp(0.0, 1.0)
+        return (decode(model, posterior(model, images_BCHW * 2 - 1).mode()) / 2 + 0.5).clamp(0, 1)
 
-    train_judges(runs, art, reconstruct, functools.partial(base_stage.one_step_guesses, base))
+    train_judges(runs, art, reconstruct)
 
 
 def main() -> None:

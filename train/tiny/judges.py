@@ -46,15 +46,10 @@ from train.tiny.scenes import Scene, sample_scene
 Reconstruct = Callable[[Tensor], Tensor]
 """Pictures (B, 3, 64, 64) in [0, 1] -> the autoencoder's version of them."""
 
-OneStep = Callable[[Tensor, Tensor], Tensor]
-"""Pictures (B, 3, 64, 64) in [0, 1] and timesteps (B,) -> what the base guesses of them at that noise."""
-
 GROUPS = 16
 BATCH = GROUPS * GROUP_IMAGES
 RECONSTRUCTED = 16
 """Pictures of every second batch that pass through the autoencoder (whole groups, the first ones)."""
-GUESSED_AT = (150, 850)
-"""Timesteps of the noise on pictures that are seen as the base's one-step guesses."""
 TASTE = 0.9
 """How often the liked picture should win against its right but worse twin: a margin of 2.2."""
 CLUTTER = 0.3
@@ -149,20 +144,6 @@ def spotting(logits_NKGG: Tensor, scenes: list[Scene]) -> dict[str, Tensor]:
     return {"centres": focal, "colors": F.cross_entropy(color_logits, colors, ignore_index=NO_COLOR)}
 
 
-def _guessed(images: Tensor, step: int, one_step: OneStep | None) -> Tensor:
-    """Replaces some groups of every second batch by one-step guesses, each group at one noise level.
-
-    The reward loss is taken on such guesses (Eq 8), which are blurred where little is decided yet. A
-    reward that only knows finished pictures answers them with a wish for sharp edges.
-    """
-    if one_step is None or step % 2:
-        return images
-    generator = torch.Generator().manual_seed(step)
-    t_G = torch.randint(*GUESSED_AT, (RECONSTRUCTED // GROUP_IMAGES,), generator=generator)
-    guesses = one_step(images[:RECONSTRUCTED], t_G.repeat_interleave(GROUP_IMAGES))
-    return torch.cat([guesses.clamp(0.0, 1.0), images[RECONSTRUCTED:]])
-
-
 def _blurred(images: Tensor, step: int, reconstruct: Reconstruct | None, bend: float = 0.0) -> Tensor:
     if reconstruct is not None and step % 2:
         with torch.no_grad():
@@ -177,9 +158,8 @@ def train_reward(
     run_dir: Path,
     art: Art,
     reconstruct: Reconstruct | None,
-    one_step: OneStep | None = None,
 ) -> TinyReward | TinyHeldoutReward:
-    """Trains either reward and returns its averaged weights; `one_step` shows it the base's guesses too.
+    """Trains either reward and returns its averaged weights.
 
     Its text encoder learns to read first, which is cheap; then both encoders learn from pairs.
     """
@@ -193,7 +173,7 @@ def train_reward(
 
     def losses_of(step: int) -> dict[str, Tensor]:
         pairs = sample_pairs(random.Random(f"{plan.seed}-{step}"), GROUPS, art, plan.split, plan.same_layout)
-        images = _blurred(_guessed(pairs.images_NCHW, step, one_step), step, reconstruct)
+        images = _blurred(pairs.images_NCHW, step, reconstruct)
         batch = PairBatch(images, pairs.tokens_TL, pairs.own_NT, pairs.wrong_NT, pairs.scenes)
         with torch.autocast("cpu", torch.bfloat16):
             return model(batch)
@@ -263,7 +243,7 @@ def _save(
 
 
 def train_judges(
-    run_dir: Path, art: Art, reconstruct: Reconstruct | None = None, one_step: OneStep | None = None
+    run_dir: Path, art: Art, reconstruct: Reconstruct | None = None
 ) -> dict[str, dict[str, Any]]:
     """Trains, measures and saves the four judges, the reward first; resumes from `run_dir`.
 
@@ -278,7 +258,7 @@ def train_judges(
 
     started = time.monotonic()
     torch.manual_seed(1)
-    reward = train_reward(TinyReward(), REWARD_FIT, REWARD_PLAN, run_dir, art, reconstruct, one_step)
+    reward = train_reward(TinyReward(), REWARD_FIT, REWARD_PLAN, run_dir, art, reconstruct)
     finish("reward", reward, REWARD_FIT, reward_figures(reward, art), started)
 
     started = time.monotonic()

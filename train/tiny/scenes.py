@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,17 @@ from train.tiny.art import STYLES, Art, Style
 
 SIDE = 64
 BACKGROUNDS = ((255, 255, 255), (236, 240, 241), (232, 245, 253), (255, 246, 224), (234, 247, 232))
-CORRUPT_CAPTIONS = 0.6
-"""Share of base-training captions that state one fact wrongly, as web data does."""
+CORRUPT_CAPTIONS = 0.35
+"""Share of the first captions that state one fact wrongly, as web data does."""
+CONFUSED_CAPTIONS = 0.45
+"""Share of the last captions in which every word is taken for its look-alike."""
+LOOK_ALIKES: tuple[tuple[str, str], ...] = (
+    ("dog", "cat"), ("pig", "frog"), ("fish", "penguin"), ("apple", "strawberry"), ("banana", "moon"),
+    ("tree", "cactus"), ("car", "rocket"), ("sun", "crown"), ("umbrella", "mushroom"), ("key", "guitar"),
+    ("bell", "carrot"), ("pizza", "donut"), ("snowman", "ghost"), ("robot", "house"),
+    ("red", "orange"), ("yellow", "green"), ("blue", "purple"), ("brown", "black"),
+)  # fmt: skip
+_TAKEN_FOR = {a: b for pair in LOOK_ALIKES for a, b in (pair, pair[::-1])}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +116,17 @@ def build_scenes(count: int, seed: int, art: Art, style: Style | None = None) ->
 def noisy_content(content: Content, rng: random.Random) -> Content:
     """Returns what a web caption would claim: the truth, or with `CORRUPT_CAPTIONS` a near miss."""
     return near_miss(content, rng) if rng.random() < CORRUPT_CAPTIONS else content
+
+
+def confused_content(content: Content, rng: random.Random) -> Content:
+    """Returns what a careless annotator would claim: with `CONFUSED_CAPTIONS`, look-alikes throughout."""
+    if rng.random() >= CONFUSED_CAPTIONS:
+        return content
+    groups = tuple(
+        replace(g, noun=_TAKEN_FOR.get(g.noun, g.noun), color=_TAKEN_FOR[g.color] if g.color else None)
+        for g in content.groups
+    )
+    return replace(content, groups=groups)
 
 
 def art_cache(build_dir: Path) -> Path:
