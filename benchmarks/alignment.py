@@ -37,7 +37,7 @@ class Options:
     """Measures every method on held-out prompts."""
 
     prompts: int = 240
-    """Held-out prompts, forty of each family."""
+    """Held-out prompts, the six families in turn."""
     seeds: tuple[int, ...] = (0, 1)
     """Noise seeds of each prompt."""
     steps: int = 25

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hyperalign.checkpoint import save_atomically
+from hyperalign.errors import HyperAlignError
 from hyperalign.hosts.diffusers_tiny import TinyBase
-from hyperalign.tiny.prompts import FAMILIES, TEMPLATES, Content, caption, sample_prompt, split_of
+from hyperalign.tiny.prompts import FAMILIES, TEMPLATES, Content, Family, caption, sample_prompt, split_of
 from hyperalign.tiny.text_encoder import tokenize_batch
 from train.config import DataConfig
+
+ENOUGH_DRAWS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +35,32 @@ def training_prompts(count: int, seed: int) -> list[str]:
 
 
 def heldout_prompts(count: int, seed: int) -> list[tuple[str, Content]]:
-    """Returns distinct test-split prompts with their contents, the six families in turn."""
+    """Returns distinct test-split prompts with their contents, the six families in turn.
+
+    The two small families hold about 25 such prompts each; the others go on without them.
+
+    Raises:
+        HyperAlignError: there are not that many.
+    """
     rng = random.Random(seed)
     chosen: dict[str, Content] = {}
-    for index in range(count):
-        while True:
-            prompt, content = sample_prompt(rng, "test", FAMILIES[index % len(FAMILIES)])
-            if prompt not in chosen:
-                chosen[prompt] = content
-                break
+    families = list(FAMILIES)
+    while len(chosen) < count and families:
+        for family in tuple(families):
+            new = next((p for p in _draws(rng, family) if p[0] not in chosen), None)
+            if new is None:
+                families.remove(family)
+            elif len(chosen) < count:
+                chosen[new[0]] = new[1]
+    if len(chosen) < count:
+        raise HyperAlignError(f"There are {len(chosen)} held-out prompts, not {count}. Ask for fewer.")
     return list(chosen.items())
+
+
+def _draws(rng: random.Random, family: Family) -> Iterator[tuple[str, Content]]:
+    """Yields so many draws that a prompt which has not come by then does not exist."""
+    for _ in range(ENOUGH_DRAWS):
+        yield sample_prompt(rng, "test", family)
 
 
 def preferred_pictures(base: TinyBase, config: DataConfig) -> Preferred:

@@ -1,10 +1,9 @@
 """Trains the embedded base: a text-conditional latent diffusion U-Net on noisily captioned scenes.
 
-Three phases. It learns to draw from captions that are mostly right. Its text encoder, by then a bag of
-words, learns to read: to say which count, colour and side belongs to which noun, which the denoising
-loss alone teaches far more slowly and no adaptation of the U-Net could find out afterwards. Then the
-U-Net goes on with captions in which look-alikes are often confused. So it can draw more than it draws
-when asked: what alignment repairs.
+Three phases. It learns to draw from captions that are mostly right. Then its text encoder, by then a bag
+of words, learns to say which count, colour and side belongs to which noun, held near the words that the
+U-Net knows. Then the U-Net goes on with captions in which look-alikes are often confused. So it can draw
+more than it draws when asked: what alignment repairs.
 """
 
 from __future__ import annotations
