@@ -102,7 +102,8 @@ def test_both_losses_reach_a_static_core(tmp_path: Path) -> None:
 
 def test_two_processes_train_together(tmp_path: Path) -> None:
     overrides = ["--optim.steps", "2", "--objective.prompts", "2", "--objective.rollout-steps", "3",
-                 "--objective.timesteps", "1", "--objective.preferred", "4", "--data.scenes", "16",
+                 "--objective.timesteps", "1", "--objective.skip-first", "1",
+                 "--objective.preferred", "4", "--data.scenes", "16",
                  "--eval.every", "0", "--run.out", str(tmp_path / "run")]  # fmt: skip
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
