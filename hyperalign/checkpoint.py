@@ -43,6 +43,8 @@ class Header:
     training: dict[str, Any] = field(default_factory=dict[str, Any])
     """How it was trained: recipe, reward, preference data and its licence, steps, figures."""
     format_version: int = FORMAT_VERSION
+    perception_blocks: int = 0
+    """How many of a transformer's first blocks perceive; 0 for U-Nets, whose whole down path does."""
 
     @property
     def family(self) -> str:
@@ -183,6 +185,7 @@ def _parse_header(text: str, path: Path) -> Header:
             network=HyperNetworkConfig(**raw["network"]),
             schedule=Schedule(raw["schedule"]["variant"], tuple(raw["schedule"]["key_times"])),
             training=dict(raw["training"]),
+            perception_blocks=int(raw.get("perception_blocks", 0)),
         )
     except HyperAlignError:
         raise

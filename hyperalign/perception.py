@@ -18,6 +18,15 @@ from torch.nn import functional as F
 MAX_IMAGE_TOKENS = 256
 
 
+def token_map(tokens_BLC: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Returns a transformer's image tokens as a map (B, C, H, W); tokens beyond the grid are left out.
+
+    What follows the picture's own tokens are reference pictures.
+    """
+    height, width = grid
+    return tokens_BLC[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
+
+
 def pool_features(features: Sequence[Tensor], limit: int = MAX_IMAGE_TOKENS) -> list[Tensor]:
     """Halves the largest of the maps (B, C, H, W) until all together have at most `limit` cells."""
     pooled = list(features)

@@ -8,8 +8,8 @@ import shutil
 import torch
 
 from hyperalign.errors import HyperAlignError
+from hyperalign.families.unet import TINY
 from hyperalign.hypernetwork import HyperNetwork
-from hyperalign.targets import TINY, attention_targets
 from hyperalign.tiny.weights import part_path
 from train.config import TrainConfig
 from train.tiny.art import STYLES
@@ -34,9 +34,9 @@ def check(config: TrainConfig) -> str:
             f"The emoji art is not in {config.data.cache / 'art'} and npm, which fetches it, was not found. "
             "Install Node.js, or copy the art there."
         )
-    targets = attention_targets(TINY, config.model.mode)
+    targets = TINY.targets(config.model.mode)
     with torch.device("meta"):
-        network = HyperNetwork(config.network, targets, TINY.block_out_channels)
+        network = HyperNetwork(config.network, targets, TINY.feature_channels)
     numbers = sum(parameter.numel() for parameter in network.parameters())
     o = config.objective
     return "\n".join([

@@ -12,7 +12,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from hyperalign.hosts.diffusers import LAST_TIMESTEP
+from hyperalign.families.unet import LAST_TIMESTEP
 from hyperalign.hosts.diffusers_tiny import TinyBase, load_tiny
 from hyperalign.schedule import Schedule, find_key_times, relative_distance
 from train.data import training_prompts

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from hyperalign import checkpoint
 from hyperalign.checkpoint import Header, HyperAlign
 from hyperalign.errors import HyperAlignError
-from hyperalign.hosts.diffusers import LAST_TIMESTEP, Adapter, spec_of
+from hyperalign.families.unet import LAST_TIMESTEP
+from hyperalign.hosts.diffusers import Adapter, spec_of
 from hyperalign.hosts.diffusers_tiny import TinyBase, load_tiny
 from hyperalign.hypernetwork import HyperNetwork
 from hyperalign.schedule import Schedule
-from hyperalign.targets import attention_targets
 from hyperalign.tiny.judges import load_reward
 from hyperalign.tiny.text_encoder import tokenize_batch
 from train.attention import use_float32_attention
@@ -42,12 +42,12 @@ Row = dict[str, Any]
 def new_hyperalign(config: TrainConfig, base: TinyBase, schedule: Schedule) -> HyperAlign:
     """Returns an untrained hypernetwork for the base; it changes nothing yet."""
     spec = spec_of(base.unet)
-    targets = attention_targets(spec, config.model.mode)
-    network = HyperNetwork(config.network, targets, spec.block_out_channels)
+    targets = spec.targets(config.model.mode)
+    network = HyperNetwork(config.network, targets, spec.feature_channels)
     header = Header(
         base=spec.fingerprint(),
         mode=config.model.mode,
-        feature_channels=spec.block_out_channels,
+        feature_channels=spec.feature_channels,
         targets=targets,
         network=config.network,
         schedule=schedule,

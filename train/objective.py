@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hyperalign.hosts.diffusers import LAST_TIMESTEP, Adapter
+from hyperalign.families.unet import LAST_TIMESTEP
+from hyperalign.hosts.diffusers import Adapter, unet_call
 from hyperalign.schedule import Schedule
 from train.rollout import Trajectory, add_noise, alphas_cumprod, guided, predict_x0
 
@@ -21,9 +22,9 @@ def adapted_prediction(
 ) -> Tensor:
     """Returns eps at (x, t) with weights generated from (x_gen, t_gen), with gradient to the network."""
     if x is x_gen:
-        return adapter.generate_and_forward(x, t_B, context)[0]
-    cores = adapter.network(adapter.perceive(x_gen, t_gen_B, context))
-    return adapter.forward(x, t_B, context, cores)
+        return adapter.generate_and_forward(unet_call(x, t_B, context))[0]
+    cores = adapter.network(adapter.perceive(unet_call(x_gen, t_gen_B, context)))
+    return adapter.forward(unet_call(x, t_B, context), cores)
 
 
 def reward_loss(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperalign.hosts.diffusers import LAST_TIMESTEP, Adapter
+from hyperalign.families.unet import LAST_TIMESTEP
+from hyperalign.hosts.diffusers import Adapter, unet_call
 from hyperalign.schedule import Schedule
 
 
@@ -68,10 +69,10 @@ class Weights:
             return unet(x, t_B, context).sample
         u = t / LAST_TIMESTEP
         if not self.schedule.is_due(u, self.segment):
-            return self.adapter.forward(x, t_B, context, self.cores, self.strength)
+            return self.adapter.forward(unet_call(x, t_B, context), self.cores, self.strength)
         self.segment = self.schedule.segment(u)
         self.generations += 1
-        eps, self.cores = self.adapter.generate_and_forward(x, t_B, context, self.strength)
+        eps, self.cores = self.adapter.generate_and_forward(unet_call(x, t_B, context), self.strength)
         return eps
 
 

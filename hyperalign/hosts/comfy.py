@@ -25,27 +25,19 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..checkpoint import Header, HyperAlign, check_base
 from ..errors import HyperAlignError
+from ..families import flux, sd3, unet
+from ..families.dit import TransformerSpec
 from ..hypernetwork import HyperNetwork
 from ..schedule import Schedule, Variant
-from ..targets import BaseSpec, comfy_name, perception_input_blocks
+from ..targets import BaseSpec
+from .calls import chunks_of, eager, options_of, perception_arguments, with_patches
 from .hooks import TargetHooks
+from .perceivers import DownPath, FirstBlocks, Perceiver, PerceptionDone, stop_perception
 from .run_state import Chunk, Run
-from .unet_calls import (
-    Collector,
-    PerceptionDone,
-    chunks_of,
-    eager,
-    options_of,
-    perception_arguments,
-    stop_perception,
-    with_collector,
-)
 
 LOG = logging.getLogger(__name__)
 KEY = "hyperalign"
-LAST_TIMESTEP = 999.0
-"""u = t / 999 for models with 1,000 timesteps."""
-FAMILIES = {128: "tiny", 768: "sd15", 2048: "sdxl"}
+KNOWN = "SD 1.5, SDXL, FLUX.1, SD 3.5 medium and its own tiny model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,25 +132,23 @@ def network_patcher(network: nn.Module) -> ModelPatcher:
 
 
 def spec_of(model: Any) -> BaseSpec:
-    """Returns the dimensions of a host BaseModel. Raises HyperAlignError if it is not a U-Net."""
+    """Returns the dimensions of a host BaseModel. Raises HyperAlignError if its kind is not known."""
     config: Mapping[str, Any] = model.model_config.unet_config
-    if "num_res_blocks" not in config or "channel_mult" not in config:
-        raise HyperAlignError(
-            f"The MODEL is a {type(model).__name__}, which is not a U-Net; HyperAlign knows "
-            f"{', '.join(FAMILIES.values())} U-Nets. Connect such a model."
-        )
-    per_level: list[int] = list(config["num_res_blocks"])
-    depths: list[int] = list(config["transformer_depth"])
-    starts = [sum(per_level[:level]) for level in range(len(per_level))]
-    context = int(config.get("context_dim") or 0)
-    return BaseSpec(
-        family=FAMILIES.get(context, "unknown"),
-        in_channels=int(config["in_channels"]),
-        block_out_channels=tuple(int(config["model_channels"]) * mult for mult in config["channel_mult"]),
-        layers_per_block=per_level[0],
-        cross_attention_dim=context,
-        transformer_layers=tuple(depths[start] for start in starts),
+    for read in (unet.from_comfy, flux.from_comfy, sd3.from_comfy):
+        if (spec := read(config)) is not None:
+            return spec
+    raise HyperAlignError(
+        f"The MODEL is a {type(model).__name__}; HyperAlign knows {KNOWN}. Connect such a model."
     )
+
+
+def perceiver_of(spec: BaseSpec, perception_blocks: int) -> Perceiver:
+    """Returns what gathers the features of a base model. Raises HyperAlignError for a kind without one."""
+    if isinstance(spec, TransformerSpec):
+        return FirstBlocks(spec, perception_blocks)
+    if isinstance(spec, unet.UNetSpec):
+        return DownPath(spec.perception_input_blocks)
+    raise HyperAlignError(f"HyperAlign cannot look into a {spec.family} model; update HyperAlign.")
 
 
 class Adapter:
@@ -176,9 +166,10 @@ class Adapter:
         self._mode = hyperalign.header.mode
         self._schedule = schedule
         self._window = window
-        self._names = [comfy_name(t.name, spec.layers_per_block) for t in hyperalign.header.targets]
-        self._collector = Collector(perception_input_blocks(spec))
-        self._hooks = TargetHooks(hyperalign.network, strength)
+        self._last_timestep = spec.last_timestep
+        self._perceiver = perceiver_of(spec, hyperalign.header.perception_blocks)
+        places = [spec.place(target.name) for target in hyperalign.header.targets]
+        self._hooks = TargetHooks(hyperalign.network, strength, places)
         self._run: Run | None = None
 
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -211,25 +202,24 @@ class Adapter:
         if not self._is_active(model, sigma_B):
             return executor(*args, **kwargs)
         run = self._run if self._run is not None else Run(self._schedule)
-        u = float(model.model_sampling.timestep(sigma_B).flatten()[0]) / LAST_TIMESTEP
+        u = self._time(model, sigma_B)
         chunks = run.enter_call(chunks_of(x_BCHW, options_of(args, kwargs)), u)
         due = run.due(chunks, u)
 
         def write(features: Sequence[Tensor]) -> None:
             self._write(run, chunks, due, u, features)
 
-        unet = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)
-        modules = [unet.get_submodule(name) for name in self._names]
+        base = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)
         if due and self._network.is_static:
             write([x_BCHW])
         elif due and self._mode == "separate":
-            write(self._perceive(model, unet, args, kwargs))
+            write(self._perceive(model, base, args, kwargs))
         elif due:
-            # The unadapted down path of this very forward is the perception.
-            args, kwargs = with_collector(args, kwargs, self._collector)
-            with self._hooks.installed(modules), self._collector.collecting(write):
+            # The unadapted first blocks of this very forward are the perception.
+            args, kwargs = with_patches(args, kwargs, self._perceiver.patches)
+            with self._hooks.installed(base), self._perceiver.collecting(base, x_BCHW, write):
                 return executor(*args, **kwargs)
-        with self._hooks.installed(modules):
+        with self._hooks.installed(base):
             self._hooks.set_cores(run.cores(chunks))
             return executor(*args, **kwargs)
 
@@ -237,8 +227,12 @@ class Adapter:
         start, end = (float(model.model_sampling.percent_to_sigma(percent)) for percent in self._window)
         return end <= float(sigma_B.flatten()[0]) <= start
 
+    def _time(self, model: Any, sigma_B: Tensor) -> float:
+        """Returns u in [0, 1], 1 being pure noise."""
+        return float(model.model_sampling.timestep(sigma_B).flatten()[0]) / self._last_timestep
+
     def _perceive(
-        self, model: Any, unet: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
+        self, model: Any, base: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> list[Tensor]:
         """Returns the unadapted features of each level for the inputs of a call.
 
@@ -246,12 +240,12 @@ class Adapter:
         out, so that features are what the hypernetwork was trained on; control nets would also lose
         their tensors to the first of two forwards.
         """
-        positional, named = perception_arguments(args, kwargs, self._collector)
-        collecting = self._collector.collecting(stop_perception)
-        with eager(model, unet), collecting as features, contextlib.suppress(PerceptionDone):
+        positional, named = perception_arguments(args, kwargs, self._perceiver.patches)
+        collecting = self._perceiver.collecting(base, args[0], stop_perception)
+        with eager(model, base), collecting as features, contextlib.suppress(PerceptionDone):
             model._apply_model(*positional, **named)
             raise HyperAlignError(
-                "The MODEL's U-Net ended before its last input block; update HyperAlign or ComfyUI."
+                "The MODEL ended before its last perception block; update HyperAlign or ComfyUI."
             )
         return features
 
@@ -270,16 +264,16 @@ class Adapter:
             "HyperAlign run: variant=%s targets=%d/%d evaluations=%d generations=%d",
             run.schedule.variant,
             len(self._hooks.called),
-            len(self._names),
+            len(self._network.targets),
             run.evaluations,
             run.generations,
         )
-        if run.generations and len(self._hooks.called) < len(self._names):
+        if run.generations and len(self._hooks.called) < len(self._network.targets):
             LOG.warning(
                 "HyperAlign reached only %d of %d layers: another patch or the host bypasses them. "
                 "Remove other model patches, or update HyperAlign.",
                 len(self._hooks.called),
-                len(self._names),
+                len(self._network.targets),
             )
 
 
@@ -295,21 +289,24 @@ def _check_numbers(strength: float, start_percent: float, end_percent: float) ->
 
 def _check_targets(header: Header, spec: BaseSpec, model: Any) -> None:
     """Finds every target in the model before any sampling. Raises HyperAlignError."""
-    if header.feature_channels != spec.block_out_channels:
+    if header.feature_channels != spec.feature_channels:
         raise HyperAlignError(
             f"This hypernetwork reads features of widths {list(header.feature_channels)}, but the "
-            f"MODEL's levels have {list(spec.block_out_channels)}. Load one trained for this model."
+            f"MODEL's levels have {list(spec.feature_channels)}. Load one trained for this model."
         )
     for target in header.targets:
         try:
-            module: Any = model.diffusion_model.get_submodule(comfy_name(target.name, spec.layers_per_block))
-        except AttributeError as error:
+            place = spec.place(target.name)
+            module: Any = model.diffusion_model.get_submodule(place.path)
+        except (AttributeError, KeyError, ValueError) as error:
             raise HyperAlignError(
                 f"The MODEL has no layer {target.name}, which this hypernetwork adapts. "
                 "Load the base model it was trained on."
             ) from error
-        found = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-        if found != (target.in_features, target.out_features):
+        found = (getattr(module, "in_features", None), getattr(module, "out_features", 0))
+        last_row = (place.first_row or 0) + target.out_features
+        fits = found[1] == last_row if place.first_row is None else found[1] >= last_row
+        if found[0] != target.in_features or not fits:
             raise HyperAlignError(
                 f"The MODEL's layer {target.name} has widths {found}, the hypernetwork expects "
                 f"{(target.in_features, target.out_features)}. Load the base model it was trained on."

@@ -48,11 +48,12 @@ def file_path(name: str) -> Path:
 def describe(header: Header) -> str:
     """Returns the header in a few lines."""
     schedule, network, base = header.schedule, header.network, header.base
+    sizes = ", ".join(f"{key} {value}" for key, value in base.items() if key != "family")
     times = ", ".join(f"{time:.2f}" for time in schedule.key_times)
     training = [f"{key}: {value}" for key, value in header.training.items()]
     return "\n".join(
         [
-            f"base: {header.family} {base.get('block_out_channels')}",
+            f"base: {header.family} ({sizes})",
             f"variant: {schedule.variant}" + (f" (key times {times})" if times else ""),
             f"perception: {header.mode}",
             f"layers: {len(header.targets)}, rank {network.rank}, a {network.a}, b {network.b}",

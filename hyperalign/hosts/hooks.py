@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import HyperAlignError
 from ..factors import forward_delta
 from ..hypernetwork import HyperNetwork
+from ..targets import Place
 
 Forward = Callable[..., Tensor]
 
@@ -23,8 +24,9 @@ class TargetHooks:
     would recompile at every call. They run outside the compiled graph.
     """
 
-    def __init__(self, network: HyperNetwork, strength: float) -> None:
+    def __init__(self, network: HyperNetwork, strength: float, places: Sequence[Place]) -> None:
         self._deltas = _Deltas(network, strength)
+        self._places = tuple(places)
         self._made: dict[int, tuple[nn.Module, Forward | None, Forward]] = {}
 
     @property
@@ -41,24 +43,29 @@ class TargetHooks:
         self._deltas.drop()
 
     @contextlib.contextmanager
-    def installed(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+    def installed(self, model: nn.Module) -> Iterator[None]:
         """Replaces `forward` of every target's module; restores all of them, whatever happens."""
         replaced: list[tuple[nn.Module, Forward | None]] = []
         try:
-            for index, module in enumerate(modules):
+            for index, place in enumerate(self._places):
+                module = model.get_submodule(place.path)
                 previous: Forward | None = module.__dict__.get("forward")
                 replaced.append((module, previous))
                 module.forward = self._hook(index, module, previous)
             yield
         finally:
             for module, previous in reversed(replaced):
-                _restore(module, previous)
+                restore_forward(module, previous)
             self._deltas.cores_BMDA = None
 
     def _hook(self, index: int, module: nn.Module, previous: Forward | None) -> Forward:
         made = self._made.get(index)
         if made is None or made[0] is not module or made[1] is not previous:
-            made = (module, previous, _new_hook(self._deltas, index, module.forward))
+            made = (
+                module,
+                previous,
+                _new_hook(self._deltas, index, module.forward, self._places[index].first_row),
+            )
             self._made[index] = made
         return made[2]
 
@@ -106,15 +113,20 @@ class _Deltas:
         return self._aux[key]
 
 
-def _new_hook(deltas: _Deltas, index: int, original: Forward) -> Forward:
+def _new_hook(deltas: _Deltas, index: int, original: Forward, first_row: int | None) -> Forward:
     def forward(x_BNI: Tensor, *args: object, **kwargs: object) -> Tensor:
         deltas.called.add(index)
-        return original(x_BNI, *args, **kwargs) + deltas.delta(index, x_BNI)
+        y_BNO, delta_BNO = original(x_BNI, *args, **kwargs), deltas.delta(index, x_BNI)
+        if first_row is None:
+            return y_BNO + delta_BNO
+        y_BNO[..., first_row : first_row + delta_BNO.shape[-1]] += delta_BNO
+        return y_BNO
 
     return cast(Forward, torch.compiler.disable(forward))
 
 
-def _restore(module: nn.Module, previous: Forward | None) -> None:
+def restore_forward(module: nn.Module, previous: Forward | None) -> None:
+    """Puts back what `module.__dict__` held as `forward`; None where it held nothing."""
     if previous is None:
         module.__dict__.pop("forward", None)
     else:

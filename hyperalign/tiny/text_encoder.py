@@ -27,6 +27,7 @@ def _vocabulary() -> tuple[str, ...]:
 
 VOCABULARY = _vocabulary()
 _INDEX = {word: index for index, word in enumerate(VOCABULARY)}
+NOUN_TOKENS = tuple(_INDEX[word] for noun in NOUNS for word in dict.fromkeys((noun, plural(noun))))
 
 
 def word_ids(text: str) -> list[int]:
@@ -84,7 +85,8 @@ class TinyTextEncoder(nn.Module):
     def __init__(self, layers: int = 2, heads: int = 4) -> None:
         super().__init__()
         self.token_embedding = nn.Embedding(len(VOCABULARY), WIDTH)
-        self.position_embedding = nn.Parameter(torch.randn(CONTEXT_LENGTH, WIDTH) * 0.02)
+        # Words start at deviation 1. Positions far below that are never learned: a bag of words results.
+        self.position_embedding = nn.Parameter(torch.randn(CONTEXT_LENGTH, WIDTH) * 0.5)
         layer = nn.TransformerEncoderLayer(
             WIDTH, heads, 4 * WIDTH, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )

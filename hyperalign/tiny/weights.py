@@ -52,25 +52,25 @@ NOISE_SCHEDULE: dict[str, Any] = {
 """Arguments of every diffusers scheduler for this model; Stable Diffusion's own."""
 
 
-def part_path(name: str) -> Path:
+def part_path(name: str, folder: Path = FOLDER) -> Path:
     """Returns the file of one part, such as `unet` or `reward`."""
-    return FOLDER / f"{name}.safetensors"
+    return folder / f"{name}.safetensors"
 
 
-def save_part(name: str, state: dict[str, Tensor], header: dict[str, Any]) -> Path:
+def save_part(name: str, state: dict[str, Tensor], header: dict[str, Any], folder: Path = FOLDER) -> Path:
     """Writes one part in fp16, with a header that says how it was made."""
     tensors = {key: value.detach().to("cpu", torch.float16).contiguous() for key, value in state.items()}
-    save_atomically(tensors, part_path(name), {HEADER_KEY: json.dumps(header)})
-    return part_path(name)
+    save_atomically(tensors, part_path(name, folder), {HEADER_KEY: json.dumps(header)})
+    return part_path(name, folder)
 
 
-def load_part(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_part(name: str, folder: Path = FOLDER) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns the float32 tensors of one part and its header.
 
     Raises:
         HyperAlignError: the file is missing or damaged.
     """
-    path = part_path(name)
+    path = part_path(name, folder)
     if not path.is_file():
         raise HyperAlignError(
             f"The embedded model's part {path.name} is missing from {path.parent}. Install the pack again, "

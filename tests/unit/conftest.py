@@ -9,9 +9,10 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from hyperalign.checkpoint import Header, HyperAlign
+from hyperalign.families.unet import TINY
 from hyperalign.hypernetwork import Conditioning, HyperNetwork, HyperNetworkConfig
 from hyperalign.schedule import Schedule
-from hyperalign.targets import TINY, PerceptionMode, attention_targets
+from hyperalign.targets import PerceptionMode
 from hyperalign.tiny.weights import UNET_CONFIG
 
 
@@ -30,15 +31,15 @@ def _hyperalign(
     """Returns a random hypernetwork; `trained` gives B_aux values, so that it changes the model."""
     torch.manual_seed(1)
     config = HyperNetworkConfig(conditioning=conditioning)
-    targets = attention_targets(TINY, mode)
-    network = HyperNetwork(config, targets, TINY.block_out_channels)
+    targets = TINY.targets(mode)
+    network = HyperNetwork(config, targets, TINY.feature_channels)
     if trained:
         for b_aux in network.b_aux:
             torch.nn.init.normal_(b_aux, std=0.1)
     header = Header(
         TINY.fingerprint(),
         mode,
-        TINY.block_out_channels,
+        TINY.feature_channels,
         targets,
         config,
         schedule or Schedule("S"),

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from hyperalign import checkpoint
 from hyperalign.checkpoint import HEADER_KEY, Header, HyperAlign
 from hyperalign.errors import HyperAlignError
+from hyperalign.families.unet import TINY
 from hyperalign.hypernetwork import HyperNetwork, HyperNetworkConfig
 from hyperalign.schedule import Schedule
-from hyperalign.targets import TINY, attention_targets
 
 
 @pytest.fixture
@@ -44,12 +44,12 @@ def test_a_saved_hypernetwork_loads_exactly(
     tmp_path: Path, rank: int, a: int, b: int, conditioning: Any
 ) -> None:
     config = HyperNetworkConfig(rank=rank, a=a, b=b, width=32, layers=1, heads=2, conditioning=conditioning)
-    targets = attention_targets(TINY, "prefix")
-    network = HyperNetwork(config, targets, TINY.block_out_channels)
+    targets = TINY.targets("prefix")
+    network = HyperNetwork(config, targets, TINY.feature_channels)
     header = Header(
         TINY.fingerprint(),
         "prefix",
-        TINY.block_out_channels,
+        TINY.feature_channels,
         targets,
         config,
         Schedule("P", (0.5,)),

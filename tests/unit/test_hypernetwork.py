@@ -9,11 +9,12 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from hyperalign.errors import HyperAlignError
-from hyperalign.hosts.diffusers import Adapter, attach, spec_of
+from hyperalign.families.unet import SD15, TINY
+from hyperalign.hosts.diffusers import Adapter, attach, spec_of, unet_call
 from hyperalign.hypernetwork import HyperNetworkConfig
 from hyperalign.perception import pool_features
 from hyperalign.schedule import Schedule
-from hyperalign.targets import TINY, PerceptionMode, attention_targets, comfy_name, perception_input_blocks
+from hyperalign.targets import PerceptionMode
 
 MODES: tuple[PerceptionMode, ...] = ("prefix", "separate")
 
@@ -24,7 +25,9 @@ def test_an_untrained_hypernetwork_is_the_base_model_bit_for_bit(
 ) -> None:
     x, t, context = inputs()
     with torch.no_grad():
-        adapted, _ = Adapter(unet, make_hyperalign(mode, trained=False)).generate_and_forward(x, t, context)
+        adapted, _ = Adapter(unet, make_hyperalign(mode, trained=False)).generate_and_forward(
+            unet_call(x, t, context)
+        )
         assert torch.equal(adapted, unet(x, t, context).sample)
 
 
@@ -38,7 +41,7 @@ def test_every_tensor_has_a_gradient_by_the_second_step(
     x, t, context = inputs(2)
     for _ in range(2):
         optimiser.zero_grad()
-        (adapter.generate_and_forward(x, t, context)[0] - 1).square().mean().backward()
+        (adapter.generate_and_forward(unet_call(x, t, context))[0] - 1).square().mean().backward()
         dead = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()]
         optimiser.step()
     assert dead == []
@@ -51,9 +54,10 @@ def test_rows_of_a_batch_do_not_see_each_other(
     adapter = Adapter(unet, make_hyperalign(mode))
     x, t, context = inputs()
     with torch.no_grad():
-        together, cores = adapter.generate_and_forward(x, t, context)
+        together, cores = adapter.generate_and_forward(unet_call(x, t, context))
         alone = [
-            adapter.generate_and_forward(x[i : i + 1], t[i : i + 1], context[i : i + 1])[0] for i in range(3)
+            adapter.generate_and_forward(unet_call(x[i : i + 1], t[i : i + 1], context[i : i + 1]))[0]
+            for i in range(3)
         ]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
     assert (cores[0] - cores[1]).abs().max() > 1e-3
@@ -66,17 +70,21 @@ def test_generating_mid_forward_equals_perceiving_first(
     adapter = Adapter(unet, hyperalign)
     x, t, context = inputs()
     with torch.no_grad():
-        one_pass, cores = adapter.generate_and_forward(x, t, context)
-        two_pass = adapter.forward(x, t, context, hyperalign.network(adapter.perceive(x, t, context)))
+        one_pass, cores = adapter.generate_and_forward(unet_call(x, t, context))
+        two_pass = adapter.forward(
+            unet_call(x, t, context), hyperalign.network(adapter.perceive(unet_call(x, t, context)))
+        )
         assert torch.equal(one_pass, two_pass)
-        assert torch.equal(adapter.forward(x, t, context, cores, strength=0.0), unet(x, t, context).sample)
+        assert torch.equal(
+            adapter.forward(unet_call(x, t, context), cores, strength=0.0), unet(x, t, context).sample
+        )
 
 
 def test_static_core_is_the_same_for_all_rows(
     make_hyperalign: Any, inputs: Any, unet: UNet2DConditionModel
 ) -> None:
     adapter = Adapter(unet, make_hyperalign(conditioning="none"))
-    _, cores = adapter.generate_and_forward(*inputs())
+    _, cores = adapter.generate_and_forward(unet_call(*inputs()))
     assert torch.equal(cores[0], cores[1])
 
 
@@ -128,18 +136,18 @@ def test_another_base_model_is_refused_with_both_sides_named(make_hyperalign: An
 
 def test_targets_exist_with_their_shapes(unet: UNet2DConditionModel) -> None:
     assert spec_of(unet) == TINY
-    for target in attention_targets(TINY, "separate"):
+    for target in TINY.targets("separate"):
         module = unet.get_submodule(target.name)
         assert (module.in_features, module.out_features) == (target.in_features, target.out_features)
-    assert len(attention_targets(TINY, "separate")) == 80
-    assert len(attention_targets(TINY, "prefix")) == 56
+    assert len(TINY.targets("separate")) == 80
+    assert len(TINY.targets("prefix")) == 56
 
 
 def test_comfy_names_and_perception_blocks() -> None:
-    assert comfy_name("down_blocks.1.attentions.0.x", 2) == "input_blocks.4.1.x"
-    assert comfy_name("mid_block.attentions.0.x", 2) == "middle_block.1.x"
-    assert comfy_name("up_blocks.3.attentions.2.x", 2) == "output_blocks.11.1.x"
-    assert perception_input_blocks(TINY) == (1, 3, 5)
+    assert SD15.place("down_blocks.1.attentions.0.x").path == "input_blocks.4.1.x"
+    assert SD15.place("mid_block.attentions.0.x").path == "middle_block.1.x"
+    assert SD15.place("up_blocks.3.attentions.2.x").path == "output_blocks.11.1.x"
+    assert TINY.perception_input_blocks == (1, 3, 5)
 
 
 def test_perception_never_has_more_than_256_tokens() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 
 from hyperalign.hosts.diffusers_tiny import decode, posterior
 from hyperalign.tiny.weights import AUTOENCODER_CONFIG
-from train.tiny.fitting import Fit, run_fit
+from train.tiny.fitting import Fit, Workshop, run_fit
 
 BATCH = 24
 KL_WEIGHT = 1e-6
@@ -46,7 +45,7 @@ def reconstruction_losses(
     }
 
 
-def train_autoencoder(pixels: npt.NDArray[np.uint8], run_dir: Path, fit: Fit = FIT) -> AutoencoderKL:
+def train_autoencoder(pixels: npt.NDArray[np.uint8], shop: Workshop) -> AutoencoderKL:
     """Trains on scenes (N, 64, 64, 3) and stores the latents' deviation as `scaling_factor`."""
     torch.manual_seed(0)
     model = new_autoencoder()
@@ -55,17 +54,13 @@ def train_autoencoder(pixels: npt.NDArray[np.uint8], run_dir: Path, fit: Fit = F
         rows = np.random.default_rng((1, step)).integers(len(pixels), size=BATCH)
         return reconstruction_losses(model, to_model_range(pixels[rows]), torch.Generator().manual_seed(step))
 
-    trained = run_fit(fit, model, losses_of, run_dir)
-    if not isinstance(trained, AutoencoderKL):
-        raise TypeError(f"expected an AutoencoderKL, found {type(trained).__name__}")
+    trained = run_fit(FIT, model, losses_of, shop)
     deviation = float(encode_all(trained, pixels[:2048]).std())
     trained.register_to_config(scaling_factor=1.0 / deviation)
     return trained
 
 
-def polish_decoder(
-    model: AutoencoderKL, pixels: npt.NDArray[np.uint8], run_dir: Path, fit: Fit = DECODER_FIT
-) -> AutoencoderKL:
+def polish_decoder(model: AutoencoderKL, pixels: npt.NDArray[np.uint8], shop: Workshop) -> AutoencoderKL:
     """Trains the decoder alone for sharper details; latents, and so the base, stay what they are."""
     model = copy.deepcopy(model)
     decoder = nn.ModuleList(model.get_submodule(name) for name in ("post_quant_conv", "decoder"))
@@ -78,7 +73,7 @@ def polish_decoder(
         y_BCHW = decoder[1](decoder[0](z_BCHW))
         return {"l1": F.l1_loss(y_BCHW, x_BCHW), "edges": _edge_loss(y_BCHW, x_BCHW)}
 
-    polished = run_fit(fit, decoder, losses_of, run_dir)
+    polished = run_fit(DECODER_FIT, decoder, losses_of, shop)
     decoder.load_state_dict(polished.state_dict())
     return model.eval()
 

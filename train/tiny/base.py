@@ -1,65 +1,59 @@
 """Trains the embedded base: a text-conditional latent diffusion U-Net on noisily captioned scenes.
 
-Three phases. It learns to draw from captions that are mostly right. Then its text encoder, by then a bag
-of words, learns to say which count, colour and side belongs to which noun, held near the words that the
-U-Net knows. Then the U-Net goes on with captions in which look-alikes are often confused. So it can draw
-more than it draws when asked: what alignment repairs.
+Two phases. It learns to draw from captions that are mostly right, while its text encoder also learns to
+say of each noun how many, in which colour and where; by the denoising loss alone it stays a bag of words,
+whose "red heart and blue circle" is no other than its "blue heart and red circle". Then the U-Net goes on
+with captions that often mix things up. So it can draw more than it draws when asked: what alignment repairs.
 """
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from hyperalign.tiny.prompts import TEMPLATES, Content, caption
-from hyperalign.tiny.text_encoder import WIDTH, TinyTextEncoder, tokenize_batch
+from hyperalign.tiny.prompts import COLORS, MIRRORED, RELATIONS, TEMPLATES, Content, caption
+from hyperalign.tiny.text_encoder import NOUN_TOKENS, VOCABULARY, WIDTH, TinyTextEncoder, tokenize_batch
 from hyperalign.tiny.weights import NOISE_SCHEDULE, UNET_CONFIG
 from train.attention import use_float32_attention
-from train.tiny.attributes import ATTRIBUTES, prompt_binding
-from train.tiny.fitting import Fit, run_fit
-from train.tiny.pairs import sample_right
+from train.tiny.fitting import Fit, Workshop, run_fit
 from train.tiny.scenes import Scene, confused_content, noisy_content
 
 BATCH = 64
 DROP_CAPTION = 0.1
 SNR_CAP = 5.0
-FIT = Fit(name="base", steps=2600, lr=8e-4, ema=0.998)
-READING_FIT = Fit(name="reading", steps=1500, lr=1e-3)
-ANCHOR = 2.0
-"""Weight that holds the reading text encoder to the words the U-Net knows."""
+FIT = Fit(name="base", steps=2800, lr=8e-4, ema=0.998)
 CONFUSED_FIT = Fit(name="confused", steps=450, lr=4e-4, ema=0.98)
-
-
-class Reader(nn.Module):
-    """A text encoder with a linear read-out of what its words say about each noun."""
-
-    def __init__(self, text_encoder: TinyTextEncoder) -> None:
-        super().__init__()
-        self.known = copy.deepcopy(text_encoder).requires_grad_(False)
-        self.text_encoder = text_encoder
-        self.attributes = nn.Linear(WIDTH, ATTRIBUTES)
-
-    def forward(self, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns logits (B, ATTRIBUTES) of the mean token, and how far the words have moved."""
-        context_BLC = self.text_encoder(tokens_BL)
-        moved = (context_BLC - self.known(tokens_BL)).square().mean()
-        return self.attributes(context_BLC.mean(dim=1)), moved
+READING = 0.1
+"""Weight of the text encoder's helper task."""
+FACTS = (4, len(COLORS) + 1, len(RELATIONS) + 1)
+"""Per noun: its count from one to four, its colour or none, its side or none."""
+NO_NOUN = -100
 
 
 class Base(nn.Module):
-    """The U-Net and the text encoder it is trained with."""
+    """The U-Net and the text encoder it is trained with, and the helper head that reads nouns."""
 
     def __init__(self) -> None:
         super().__init__()
         self.text_encoder = TinyTextEncoder()
         self.unet = new_unet()
+        self.facts = nn.Linear(WIDTH, sum(FACTS))
+
+
+@dataclass(frozen=True, slots=True)
+class Captions:
+    """What is claimed of N scenes, in words and in facts."""
+
+    tokens_NL: Tensor
+    facts_NGF: Tensor
+    """Labels (N, 2, 3) of each noun in reading order, -100 where a caption has one noun."""
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -72,46 +66,59 @@ def noise_schedule() -> DDPMScheduler:
     return DDPMScheduler(**NOISE_SCHEDULE)
 
 
-def web_captions(scenes: list[Scene], claim: Callable[[Content, random.Random], Content]) -> Tensor:
-    """Returns (N, 16) tokens of one caption per scene, saying what `claim` makes of its content."""
+def noun_facts(content: Content) -> list[list[int]]:
+    """Returns the labels (2, 3) of a content's nouns in reading order."""
+    relations = (content.relation, content.relation and MIRRORED[content.relation])
+    facts = [
+        [
+            group.count - 1,
+            len(COLORS) if group.color is None else COLORS.index(group.color),
+            len(RELATIONS) if relation is None else RELATIONS.index(relation),
+        ]
+        for group, relation in zip(content.groups, relations, strict=False)
+    ]
+    return facts + [[NO_NOUN] * len(FACTS)] * (2 - len(facts))
+
+
+def web_captions(scenes: list[Scene], claim: Callable[[Content, random.Random], Content]) -> Captions:
+    """Returns one caption per scene, saying what `claim` makes of its content."""
     rng = random.Random(2)
-    texts = [caption(claim(scene.content, rng), rng.choice(TEMPLATES)) for scene in scenes]
-    return tokenize_batch(texts)
+    claims = [claim(scene.content, rng) for scene in scenes]
+    tokens = tokenize_batch([caption(content, rng.choice(TEMPLATES)) for content in claims])
+    return Captions(tokens, torch.tensor([noun_facts(content) for content in claims]))
 
 
-def train_base(latents: Tensor, scenes: list[Scene], run_dir: Path) -> Base:
-    """Trains all phases on scaled latents (N, 4, 16, 16)."""
+def reading_loss(logits_BLF: Tensor, tokens_BL: Tensor, facts_BGF: Tensor) -> Tensor:
+    """Returns the cross-entropy of what the vectors at the nouns say about them.
+
+    Args:
+        logits_BLF: the read-out of every token.
+        tokens_BL: captions; their nouns are found in reading order.
+        facts_BGF: labels of up to two nouns per caption, -100 where there is none.
+    """
+    is_noun = torch.zeros(len(VOCABULARY), dtype=torch.bool)
+    is_noun[list(NOUN_TOKENS)] = True
+    labels_NF = facts_BGF[facts_BGF[..., 0] != NO_NOUN]
+    read_NF = logits_BLF[is_noun[tokens_BL]].float().split(FACTS, dim=-1)
+    losses = [F.cross_entropy(read, label) for read, label in zip(read_NF, labels_NF.T, strict=True)]
+    return torch.stack(losses).sum()
+
+
+def train_base(latents: Tensor, scenes: list[Scene], shop: Workshop) -> Base:
+    """Trains both phases on scaled latents (N, 4, 16, 16)."""
     torch.manual_seed(0)
-    model = fit_base(Base(), latents, web_captions(scenes, noisy_content), run_dir, FIT)
-    teach_reading(model.text_encoder, run_dir)
-    return confuse(model, latents, scenes, run_dir)
+    model = fit_base(Base(), latents, web_captions(scenes, noisy_content), shop, FIT)
+    return confuse(model, latents, scenes, shop)
 
 
-def teach_reading(text_encoder: TinyTextEncoder, run_dir: Path) -> None:
-    """Trains the second phase, in place."""
-    torch.manual_seed(0)
-    reader = Reader(text_encoder.requires_grad_(True))
-
-    def losses_of(step: int) -> dict[str, Tensor]:
-        rng = random.Random(f"505-{step}")
-        prompts = [sample_right(rng, None) for _ in range(BATCH)]
-        logits, moved = reader(tokenize_batch([text for _, text in prompts]))
-        return {
-            "binding": prompt_binding(logits, [content for content, _ in prompts]),
-            "moved": ANCHOR * moved,
-        }
-
-    run_fit(READING_FIT, reader, losses_of, run_dir)
-
-
-def confuse(model: Base, latents: Tensor, scenes: list[Scene], run_dir: Path) -> Base:
-    """Trains the third phase; the text encoder keeps its words apart."""
+def confuse(model: Base, latents: Tensor, scenes: list[Scene], shop: Workshop) -> Base:
+    """Trains the second phase; the text encoder keeps its words apart."""
     model.requires_grad_(True).text_encoder.requires_grad_(False)
-    return fit_base(model, latents, web_captions(scenes, confused_content), run_dir, CONFUSED_FIT)
+    return fit_base(model, latents, web_captions(scenes, confused_content), shop, CONFUSED_FIT)
 
 
-def fit_base(model: Base, latents: Tensor, tokens: Tensor, run_dir: Path, fit: Fit) -> Base:
-    """Trains epsilon prediction with min-SNR-5 weights on captions (N, 16).
+def fit_base(model: Base, latents: Tensor, captions: Captions, shop: Workshop, fit: Fit) -> Base:
+    """Trains epsilon prediction with min-SNR-5 weights, and reading.
 
     The weighting is Hang et al. 2023 (arXiv 2303.09556), eq 1, for epsilon prediction.
     """
@@ -122,21 +129,21 @@ def fit_base(model: Base, latents: Tensor, tokens: Tensor, run_dir: Path, fit: F
     weights = snr.clamp(max=SNR_CAP) / snr
 
     def losses_of(step: int) -> dict[str, Tensor]:
-        rng = np.random.default_rng((2, step))
+        rng = np.random.default_rng((fit.steps, step))
         rows = torch.from_numpy(rng.integers(len(latents), size=BATCH))
         generator = torch.Generator().manual_seed(step)
         x0, noise = latents[rows], torch.randn(BATCH, *latents.shape[1:], generator=generator)
         t = torch.randint(0, len(alphas), (BATCH,), generator=generator)
-        text = tokens[rows].clone()
-        text[torch.rand(BATCH, generator=generator) < DROP_CAPTION] = empty
+        tokens = captions.tokens_NL[rows]
+        dropped = torch.rand(BATCH, generator=generator) < DROP_CAPTION
         alpha = alphas[t].view(-1, 1, 1, 1)
         x_t = alpha.sqrt() * x0 + (1.0 - alpha).sqrt() * noise
+        context = model.text_encoder(torch.where(dropped[:, None], empty, tokens))
         with torch.autocast("cpu", torch.bfloat16):
-            predicted = model.unet(x_t, t, model.text_encoder(text)).sample
+            predicted = model.unet(x_t, t, context).sample
         error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
-        return {"denoise": (weights[t] * error).mean()}
+        kept = ~dropped
+        read = reading_loss(model.facts(context[kept]), tokens[kept], captions.facts_NGF[rows[kept]])
+        return {"denoise": (weights[t] * error).mean(), "reading": READING * read}
 
-    trained = run_fit(fit, model, losses_of, run_dir)
-    if not isinstance(trained, Base):
-        raise TypeError(f"expected a Base, found {type(trained).__name__}")
-    return trained
+    return run_fit(fit, model, losses_of, shop)

@@ -7,13 +7,17 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from train.tiny.art import PACKAGES
+
+Part = TypeVar("Part", bound=nn.Module)
 LossFn = Callable[[int], dict[str, Tensor]]
 """Step number -> named losses; the sum of those is minimised. Must depend on the step alone."""
 
@@ -33,6 +37,26 @@ class Fit:
     save_every: int = 200
 
 
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """Where the parts of the embedded model are built."""
+
+    runs: Path
+    """Logs and states of unfinished parts."""
+    weights: Path
+    """Finished parts."""
+    share: float = 1.0
+    """Share of each stage's steps and scenes; below 1 only tries the build out."""
+
+    def scaled(self, count: int) -> int:
+        """Returns how many of `count` steps or scenes are done here."""
+        return max(2, round(count * self.share))
+
+    def header(self, details: dict[str, Any]) -> dict[str, Any]:
+        """Returns the header of a finished part: how it was made."""
+        return {"script": "train/tiny/build.py", "share": self.share, "art": PACKAGES, **details}
+
+
 def learning_rate(step: int, fit: Fit) -> float:
     """Linear warm-up, then a cosine to zero."""
     if step < fit.warmup:
@@ -41,8 +65,9 @@ def learning_rate(step: int, fit: Fit) -> float:
     return fit.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
-def run_fit(fit: Fit, module: nn.Module, losses_of: LossFn, run_dir: Path) -> nn.Module:
-    """Trains `module` in place, resuming from `run_dir`, and returns its average (or itself)."""
+def run_fit(fit: Fit, module: Part, losses_of: LossFn, shop: Workshop) -> Part:
+    """Trains `module` in place, resuming where it stopped, and returns its average (or itself)."""
+    run_dir, fit = shop.runs, replace(fit, steps=shop.scaled(fit.steps))
     run_dir.mkdir(parents=True, exist_ok=True)
     average = copy.deepcopy(module) if fit.ema else module
     optimiser = torch.optim.AdamW(module.parameters(), fit.lr, (0.9, 0.98), weight_decay=fit.weight_decay)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import random
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +24,8 @@ from hyperalign.tiny.weights import save_part
 from train.tiny.art import Art
 from train.tiny.attributes import ATTRIBUTES, picture_binding, prompt_binding
 from train.tiny.augment import jitter
-from train.tiny.fitting import Fit, run_fit
-from train.tiny.judge_figures import detector_figures, reward_figures, style_figures, tune_threshold
+from train.tiny.fitting import Fit, Workshop, run_fit
+from train.tiny.judge_figures import Figures, detector_figures, reward_figures, style_figures, tune_threshold
 from train.tiny.pairs import (
     GROUP_IMAGES,
     GROUP_TEXTS,
@@ -144,8 +140,8 @@ def spotting(logits_NKGG: Tensor, scenes: list[Scene]) -> dict[str, Tensor]:
     return {"centres": focal, "colors": F.cross_entropy(color_logits, colors, ignore_index=NO_COLOR)}
 
 
-def _blurred(images: Tensor, step: int, reconstruct: Reconstruct | None, bend: float = 0.0) -> Tensor:
-    if reconstruct is not None and step % 2:
+def _blurred(images: Tensor, step: int, reconstruct: Reconstruct, bend: float = 0.0) -> Tensor:
+    if step % 2:
         with torch.no_grad():
             images = torch.cat([reconstruct(images[:RECONSTRUCTED]).clamp(0.0, 1.0), images[RECONSTRUCTED:]])
     return jitter(images, torch.Generator().manual_seed(step), bend)
@@ -155,9 +151,9 @@ def train_reward(
     reward: TinyReward | TinyHeldoutReward,
     fit: Fit,
     plan: PairPlan,
-    run_dir: Path,
+    shop: Workshop,
     art: Art,
-    reconstruct: Reconstruct | None,
+    reconstruct: Reconstruct,
 ) -> TinyReward | TinyHeldoutReward:
     """Trains either reward and returns its averaged weights.
 
@@ -169,7 +165,7 @@ def train_reward(
         rng = random.Random(f"{plan.seed}-text-{step}")
         return model.read([sample_right(rng, plan.split) for _ in range(BATCH)])
 
-    run_fit(replace(READING_FIT, name=f"{fit.name}_text"), model, reading_losses_of, run_dir)
+    run_fit(replace(READING_FIT, name=f"{fit.name}_text"), model, reading_losses_of, shop)
 
     def losses_of(step: int) -> dict[str, Tensor]:
         pairs = sample_pairs(random.Random(f"{plan.seed}-{step}"), GROUPS, art, plan.split, plan.same_layout)
@@ -178,9 +174,7 @@ def train_reward(
         with torch.autocast("cpu", torch.bfloat16):
             return model(batch)
 
-    trained = run_fit(fit, model, losses_of, run_dir)
-    if not isinstance(trained, SpottedReward):
-        raise TypeError(f"expected a SpottedReward, found {type(trained).__name__}")
+    trained = run_fit(fit, model, losses_of, shop)
     return trained.reward
 
 
@@ -189,9 +183,7 @@ def _mixed_scenes(rng: random.Random, count: int) -> list[Scene]:
     return [sample_scene(rng, content) for content in contents]
 
 
-def train_detector(
-    run_dir: Path, art: Art, reconstruct: Reconstruct | None, fit: Fit = DETECTOR_FIT
-) -> TinyDetector:
+def train_detector(shop: Workshop, art: Art, reconstruct: Reconstruct) -> TinyDetector:
     """Trains the detector on scenes of the grammar and on cluttered ones."""
     model = TinyDetector()
 
@@ -202,16 +194,12 @@ def train_detector(
             nouns, colors = model(images)
         return spotting(torch.cat([nouns, colors], dim=1), scenes)
 
-    trained = run_fit(fit, model, losses_of, run_dir)
-    if not isinstance(trained, TinyDetector):
-        raise TypeError(f"expected a TinyDetector, found {type(trained).__name__}")
+    trained = run_fit(DETECTOR_FIT, model, losses_of, shop)
     trained.threshold.fill_(tune_threshold(trained, art))
     return trained
 
 
-def train_style(
-    run_dir: Path, art: Art, reconstruct: Reconstruct | None, fit: Fit = STYLE_FIT
-) -> TinyStyleClassifier:
+def train_style(shop: Workshop, art: Art, reconstruct: Reconstruct) -> TinyStyleClassifier:
     """Trains the style classifier."""
     model = TinyStyleClassifier()
 
@@ -223,56 +211,32 @@ def train_style(
             logits = model.logits(images)
         return {"style": F.binary_cross_entropy_with_logits(logits, labels)}
 
-    trained = run_fit(fit, model, losses_of, run_dir)
-    if not isinstance(trained, TinyStyleClassifier):
-        raise TypeError(f"expected a TinyStyleClassifier, found {type(trained).__name__}")
-    return trained
+    return run_fit(STYLE_FIT, model, losses_of, shop)
 
 
-def _save(
-    name: str, module: nn.Module, fit: Fit, figures: dict[str, Any], reconstruct: Reconstruct | None
-) -> None:
-    header = {
-        "part": name,
-        "training": asdict(fit),
-        "data": "EmojiScenes, drawn anew at every step",
-        "autoencoder_pictures": reconstruct is not None,
-        "figures": figures,
-    }
-    save_part(name, module.state_dict(), header)
+def train_judges(shop: Workshop, art: Art, reconstruct: Reconstruct) -> None:
+    """Trains the four judges, measures each on held-out scenes and saves it, the reward first."""
 
+    def finish(name: str, module: nn.Module, fit: Fit, figures: Figures) -> None:
+        header = {
+            "training": asdict(fit),
+            "data": "EmojiScenes, drawn anew at every step",
+            "figures": figures,
+        }
+        save_part(name, module.state_dict(), shop.header(header), shop.weights)
 
-def train_judges(
-    run_dir: Path, art: Art, reconstruct: Reconstruct | None = None
-) -> dict[str, dict[str, Any]]:
-    """Trains, measures and saves the four judges, the reward first; resumes from `run_dir`.
-
-    Returns each judge's figures on held-out scenes, by part name.
-    """
-    figures: dict[str, dict[str, Any]] = {}
-
-    def finish(name: str, module: nn.Module, fit: Fit, measured: dict[str, Any], started: float) -> None:
-        figures[name] = measured | {"seconds": round(time.monotonic() - started)}
-        _save(name, module, fit, figures[name], reconstruct)
-        (run_dir / "judges.json").write_text(json.dumps(figures, indent=2), encoding="utf-8")
-
-    started = time.monotonic()
     torch.manual_seed(1)
-    reward = train_reward(TinyReward(), REWARD_FIT, REWARD_PLAN, run_dir, art, reconstruct)
-    finish("reward", reward, REWARD_FIT, reward_figures(reward, art), started)
+    reward = train_reward(TinyReward(), REWARD_FIT, REWARD_PLAN, shop, art, reconstruct)
+    finish("reward", reward, REWARD_FIT, reward_figures(reward, art))
 
-    started = time.monotonic()
     torch.manual_seed(3)
-    detector = train_detector(run_dir, art, reconstruct)
-    finish("detector", detector, DETECTOR_FIT, detector_figures(detector, art), started)
+    detector = train_detector(shop, art, reconstruct)
+    finish("detector", detector, DETECTOR_FIT, detector_figures(detector, art))
 
-    started = time.monotonic()
     torch.manual_seed(2)
-    heldout = train_reward(TinyHeldoutReward(), HELDOUT_FIT, HELDOUT_PLAN, run_dir, art, reconstruct)
-    finish("heldout_reward", heldout, HELDOUT_FIT, reward_figures(heldout, art), started)
+    heldout = train_reward(TinyHeldoutReward(), HELDOUT_FIT, HELDOUT_PLAN, shop, art, reconstruct)
+    finish("heldout_reward", heldout, HELDOUT_FIT, reward_figures(heldout, art))
 
-    started = time.monotonic()
     torch.manual_seed(4)
-    style = train_style(run_dir, art, reconstruct)
-    finish("style", style, STYLE_FIT, style_figures(style, art), started)
-    return figures
+    style = train_style(shop, art, reconstruct)
+    finish("style", style, STYLE_FIT, style_figures(style, art))

@@ -15,16 +15,19 @@ from train.tiny.art import STYLES, Art, Style
 
 SIDE = 64
 BACKGROUNDS = ((255, 255, 255), (236, 240, 241), (232, 245, 253), (255, 246, 224), (234, 247, 232))
-CORRUPT_CAPTIONS = 0.35
+BASE_FLUENT = 0.3
+"""Share of the base's scenes in the style that people prefer: most of its world looks the other way."""
+CORRUPT_CAPTIONS = 0.2
 """Share of the first captions that state one fact wrongly, as web data does."""
-CONFUSED_CAPTIONS = 0.45
-"""Share of the last captions in which every word is taken for its look-alike."""
+CONFUSED_CAPTIONS = 0.7
+"""Share of the last captions in which every word of `LOOK_ALIKES` is taken for its partner."""
 LOOK_ALIKES: tuple[tuple[str, str], ...] = (
-    ("dog", "cat"), ("pig", "frog"), ("fish", "penguin"), ("apple", "strawberry"), ("banana", "moon"),
-    ("tree", "cactus"), ("car", "rocket"), ("sun", "crown"), ("umbrella", "mushroom"), ("key", "guitar"),
-    ("bell", "carrot"), ("pizza", "donut"), ("snowman", "ghost"), ("robot", "house"),
-    ("red", "orange"), ("yellow", "green"), ("blue", "purple"), ("brown", "black"),
+    ("dog", "cat"), ("apple", "strawberry"), ("banana", "moon"), ("tree", "cactus"),
+    ("umbrella", "mushroom"), ("pizza", "donut"), ("snowman", "ghost"),
+    ("red", "orange"), ("blue", "purple"),
 )  # fmt: skip
+"""Half of the things and colours. Taken wrongly more often than not, they make a base that is wrong in the
+same way at every seed: errors that do not pass for diversity."""
 _TAKEN_FOR = {a: b for pair in LOOK_ALIKES for a, b in (pair, pair[::-1])}
 
 
@@ -106,10 +109,13 @@ class SceneSet:
     scenes: list[Scene]
 
 
-def build_scenes(count: int, seed: int, art: Art, style: Style | None = None) -> SceneSet:
-    """Draws `count` random scenes; the same seed gives the same set."""
+def build_scenes(count: int, seed: int, art: Art, fluent: float = 0.5) -> SceneSet:
+    """Draws `count` random scenes, a share `fluent` in that style; the same seed gives the same set."""
     rng = random.Random(seed)
-    scenes = [sample_scene(rng, sample_content(rng), style) for _ in range(count)]
+    scenes = [
+        sample_scene(rng, sample_content(rng), "fluent" if rng.random() < fluent else "noto")
+        for _ in range(count)
+    ]
     return SceneSet(np.stack([render(scene, art) for scene in scenes]), scenes)
 
 
@@ -123,7 +129,7 @@ def confused_content(content: Content, rng: random.Random) -> Content:
     if rng.random() >= CONFUSED_CAPTIONS:
         return content
     groups = tuple(
-        replace(g, noun=_TAKEN_FOR.get(g.noun, g.noun), color=_TAKEN_FOR[g.color] if g.color else None)
+        replace(g, noun=_TAKEN_FOR.get(g.noun, g.noun), color=g.color and _TAKEN_FOR.get(g.color, g.color))
         for g in content.groups
     )
     return replace(content, groups=groups)

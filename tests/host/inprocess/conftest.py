@@ -16,9 +16,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from hyperalign.checkpoint import Header, save
+from hyperalign.families.unet import TINY
 from hyperalign.hypernetwork import HyperNetwork, HyperNetworkConfig
 from hyperalign.schedule import Schedule
-from hyperalign.targets import TINY, BaseSpec, attention_targets
+from hyperalign.targets import BaseSpec
 from hyperalign.tiny.text_encoder import TinyTextEncoder
 from hyperalign.tiny.weights import AUTOENCODER_CONFIG, UNET_CONFIG
 
@@ -91,18 +92,20 @@ def save_hyperalign() -> Callable[..., Path]:
         variant: str = "S",
         seed: int = 1,
         spec: BaseSpec = TINY,
+        perception_blocks: int = 0,
         **config: Any,
     ) -> Path:
         torch.manual_seed(seed)
-        targets = attention_targets(spec, mode)
+        targets = spec.targets(mode, perception_blocks)
         sizes = HyperNetworkConfig(**config)
-        network = HyperNetwork(sizes, targets, spec.block_out_channels)
+        network = HyperNetwork(sizes, targets, spec.feature_channels)
         for b_aux in network.b_aux:
             torch.nn.init.normal_(b_aux, std=0.1)
         times = (0.8, 0.5) if variant == "P" else ()
         header = Header(
-            spec.fingerprint(), mode, spec.block_out_channels, targets, sizes, Schedule(variant, times)
-        )
+            spec.fingerprint(), mode, spec.feature_channels, targets, sizes, Schedule(variant, times),
+            perception_blocks=perception_blocks,
+        )  # fmt: skip
         save(path, network, header, dtype=torch.float32)
         return path
 

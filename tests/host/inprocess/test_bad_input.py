@@ -11,7 +11,7 @@ import torch
 
 from hyperalign.checkpoint import save
 from hyperalign.errors import HyperAlignError
-from hyperalign.targets import TINY
+from hyperalign.families.unet import TINY
 
 
 @pytest.fixture
@@ -52,12 +52,13 @@ def test_other_widths(tiny, make_hyperalign, apply):
         apply(tiny.model, make_hyperalign(spec=spec))
 
 
-def test_a_model_that_is_no_unet(make_hyperalign, apply):
-    flux = SimpleNamespace(
-        model=SimpleNamespace(model_config=SimpleNamespace(unet_config={"image_model": "flux"}))
+@pytest.mark.parametrize("kind", ["chroma", "flux2", "wan2.1"])
+def test_a_model_of_a_kind_nobody_taught_us(make_hyperalign, apply, kind):
+    other = SimpleNamespace(
+        model=SimpleNamespace(model_config=SimpleNamespace(unet_config={"image_model": kind}))
     )
-    with pytest.raises(HyperAlignError, match="not a U-Net"):
-        apply(flux, make_hyperalign())
+    with pytest.raises(HyperAlignError, match="HyperAlign knows SD 1.5, SDXL, FLUX.1"):
+        apply(other, make_hyperalign())
 
 
 def test_a_layer_the_model_lacks(tiny, make_hyperalign, apply):

@@ -1,0 +1,83 @@
+"""A Stable Diffusion 1.5 checkpoint of true shape, random weights, through the host's own nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hyperalign.families.unet import SD15
+
+HOST_CONFIG = {
+    "num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4], "transformer_depth_middle": 1,
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(comfy, tmp_path_factory) -> Path:
+    """One file in the original key layout, half precision, 2.1 GB."""
+    import comfy.diffusers_convert as convert
+    import comfy.utils as utils
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
+        text = CLIPTextModel(CLIPTextConfig(num_hidden_layers=12, hidden_size=768, intermediate_size=3072,
+                                            num_attention_heads=12))  # fmt: skip
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+
+    def random_like(key, value):
+        if value.dim() == 1:
+            return torch.full(value.shape, float(key.endswith("weight")), dtype=torch.float16)
+        deviation = value[0].numel() ** -0.5
+        return torch.empty(value.shape, dtype=torch.float16).normal_(std=deviation, generator=generator)
+
+    def weights(module):
+        state = module.state_dict()
+        return {key: random_like(key, value) for key, value in state.items() if value.is_floating_point()}
+
+    names = utils.unet_to_diffusers(HOST_CONFIG)
+    state = {f"model.diffusion_model.{names[key]}": value for key, value in weights(unet).items()}
+    for key, value in weights(text).items():
+        state[f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}"] = value
+    for key, value in convert.convert_vae_state_dict(weights(vae)).items():
+        state[f"first_stage_model.{key}"] = value
+    path = tmp_path_factory.mktemp("checkpoints") / "random_sd15.safetensors"
+    save_file({key: value.contiguous() for key, value in state.items()}, path)
+    yield path
+    path.unlink()
+
+
+def test_load_checkpoint_then_apply_hyperalign(checkpoint, make_hyperalign, runs):
+    import folder_paths
+
+    import nodes
+    from hyperalign.hosts.comfy import apply, spec_of
+
+    folder_paths.add_model_folder_path("checkpoints", str(checkpoint.parent))
+    with torch.inference_mode():
+        model, clip, vae = nodes.CheckpointLoaderSimple().load_checkpoint(checkpoint.name)
+        assert spec_of(model.model) == SD15
+        positive, negative = (nodes.CLIPTextEncode().encode(clip, text)[0] for text in ("a red heart", ""))
+        latent = {"samples": torch.zeros(1, 4, 8, 8)}
+
+        def draw(patched):
+            arguments = (0, 2, 4.0, "euler", "normal", positive, negative, latent)
+            return nodes.KSampler().sample(patched, *arguments)[0]["samples"]
+
+        plain = draw(model)
+        aligned = draw(apply(model, make_hyperalign(spec=SD15)))
+        assert torch.isfinite(aligned).all()
+        assert (aligned - plain).abs().max() > 1e-3
+        assert torch.equal(draw(model), plain)
+        assert nodes.VAEDecode().decode(vae, {"samples": aligned})[0].shape == (1, 64, 64, 3)
+    assert runs()[0] == {"variant": "S", "targets": "80/80", "evaluations": "2", "generations": "2"}
