@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..errors import HyperAlignError
 from ..targets import PerceptionMode, Place, Target
 
 
@@ -88,6 +89,12 @@ class TransformerSpec:
         raise KeyError(name)
 
     def perception_paths(self, perception_blocks: int) -> tuple[str, str]:
-        """Returns diffusers' and ComfyUI's path of the last perception block."""
+        """Returns diffusers' and ComfyUI's path of the last perception block. Raises HyperAlignError."""
         first = self.stacks[0]
+        count = sum(len(stack.blocks) for stack in self.stacks if stack.name == first.name)
+        if not 1 <= perception_blocks <= count:
+            raise HyperAlignError(
+                f"This hypernetwork perceives with the first {perception_blocks} blocks; expected 1 to "
+                f"{count} for this {self.family} model. Load one trained for it."
+            )
         return f"{first.name}.{perception_blocks - 1}", f"{first.comfy}.{perception_blocks - 1}"

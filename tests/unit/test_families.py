@@ -79,6 +79,12 @@ def test_a_name_that_is_no_target_has_no_place() -> None:
         FLUX_DEV.place("transformer_blocks.19.attn.to_q")
 
 
+@pytest.mark.parametrize("blocks", [0, 20])
+def test_perception_needs_blocks_that_exist(blocks: int) -> None:
+    with pytest.raises(HyperAlignError, match=rf"first {blocks} blocks; expected 1 to 19 for this flux"):
+        FLUX_DEV.perception_paths(blocks)
+
+
 def test_an_unknown_class_is_refused_by_name() -> None:
     with pytest.raises(HyperAlignError, match="base model is a Linear; HyperAlign knows UNet2D"):
         spec_of(nn.Linear(1, 1))
