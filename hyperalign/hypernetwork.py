@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .errors import HyperAlignError
 from .factors import core_matrix
-from .perception import Perception, sinusoidal_encoding
+from .perception import Perception, index_encoding
 from .targets import Target
 
 Conditioning = Literal["full", "none"]
@@ -150,8 +150,8 @@ class HyperNetwork(nn.Module):
 
     def _decode(self, features: Sequence[Tensor]) -> Tensor:
         memory_BLC = self.perception(features)
-        modules = torch.arange(len(self.targets), device=memory_BLC.device)
-        tokens_MC = self.queries.to(memory_BLC) + sinusoidal_encoding(modules, self.config.width)
+        places_MC = index_encoding(len(self.targets), self.config.width, memory_BLC.device)
+        tokens_MC = self.queries.to(memory_BLC) + places_MC
         x_BMC = tokens_MC.expand(memory_BLC.shape[0], -1, -1)
         for layer in self.decoder:
             x_BMC = layer(x_BMC, memory_BLC)

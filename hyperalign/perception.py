@@ -7,6 +7,7 @@ framework figure).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -46,6 +47,15 @@ def sinusoidal_encoding(positions_N: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what an inference makes, training may not use
+def index_encoding(count: int, width: int, device: torch.device) -> Tensor:
+    """Returns (count, width): the encoding of 0, 1, ... Kept: making it takes a dozen kernels."""
+    return sinusoidal_encoding(torch.arange(count, device=device), width)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def grid_encoding(height: int, width: int, channels: int, device: torch.device) -> Tensor:
     """Returns (height * width, channels): half the channels tell the row, half the column.
 

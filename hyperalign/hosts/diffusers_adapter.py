@@ -6,6 +6,7 @@ Training needs them so: a backward pass replays blocks when the forward is long 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -16,11 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint import HyperAlign, check_base
 from ..errors import HyperAlignError
-from ..factors import forward_delta
 from ..families import flux, sd3, unet
 from ..families.dit import TransformerSpec
 from ..perception import token_map
 from ..targets import BaseSpec
+from .forward_slots import watched
+from .lowrank import LowRank, fold, give, install, remove
 
 Call = Mapping[str, Any]
 """The keyword arguments of one forward of a base model."""
@@ -50,16 +52,6 @@ def unet_call(x_BCHW: Tensor, t_B: Tensor, context_BLC: Tensor, **more: Any) -> 
     return {"sample": x_BCHW, "timestep": t_B, "encoder_hidden_states": context_BLC, **more}
 
 
-def _check_eager(base: nn.Module) -> None:
-    """Raises HyperAlignError if blocks are compiled: their graphs would run without the weights, unseen."""
-    compiled = [name for name, module in base.named_modules() if vars(module).get("_compiled_call_impl")]
-    if compiled:
-        raise HyperAlignError(
-            f"{compiled[0] or type(base).__name__} of the base model is compiled ({len(compiled)} such "
-            "modules); compiled blocks leave HyperAlign's weights out. Load the pipeline without compile()."
-        )
-
-
 def _has_gradient(values: Iterable[Any]) -> bool:
     return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
@@ -68,17 +60,15 @@ def _has_gradient(values: Iterable[Any]) -> bool:
 class _Active:
     """The weights of one forward."""
 
-    slot: Sequence[Tensor]
-    """Holds the cores (B, M, b, a) once they are written."""
-    strength: float
+    slot: Sequence[LowRank]
+    """Holds them once they are written."""
 
 
 class Adapter:
     """Runs a frozen base model with generated weights; nothing of it is changed between calls."""
 
     def __init__(self, base: nn.Module, hyperalign: HyperAlign) -> None:
-        """Resolves the targets. Raises HyperAlignError for another base model, or a compiled one."""
-        _check_eager(base)
+        """Resolves the targets. Raises HyperAlignError for another base model."""
         spec = spec_of(base)
         check_base(hyperalign.header, spec)
         self.base = base
@@ -89,6 +79,7 @@ class Adapter:
         self._levels = _perception_modules(base, spec, hyperalign.header.perception_blocks)
         self._active: _Active | None = None
         self._inside: dict[nn.Module, list[int]] = {}
+        self._folded: tuple[Tensor, float, LowRank] | None = None
 
     def checkpoint_activations(self) -> None:
         """Makes backward passes recompute the base model's blocks, weights and all, to save memory.
@@ -131,7 +122,7 @@ class Adapter:
         """Returns the adapted prediction; `cores_BMDA` None is the base model, bit for bit."""
         if cores_BMDA is None or strength == 0.0:
             return self.base(**call)[0]
-        with self._adapted([cores_BMDA], strength):
+        with self._adapted([self._fold(call, cores_BMDA, strength)]):
             return self.base(**call)[0]
 
     def generate_and_forward(self, call: Call, strength: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -143,15 +134,28 @@ class Adapter:
         if self.header.mode == "separate":
             cores_BMDA = self.network(self.perceive(call))
             return self.forward(call, cores_BMDA, strength), cores_BMDA
-        slot: list[Tensor] = []
+        cores: list[Tensor] = []
+        slot: list[LowRank] = []
         features: list[Tensor] = []
 
         def generate(seen: list[Tensor]) -> None:
-            slot.append(self.network([f.detach() for f in seen]))
+            cores.append(self.network([f.detach() for f in seen]))
+            slot.append(self._fold(call, cores[0], strength))
+            self._give(slot[0], range(len(self._modules)))
 
-        with self._collecting(call, features, generate), self._adapted(slot, strength):
+        with self._collecting(call, features, generate), self._adapted(slot):
             prediction = self.base(**call)[0]
-        return prediction, slot[0]
+        return prediction, cores[0]
+
+    def _fold(self, call: Call, cores_BMDA: Tensor, strength: float) -> LowRank:
+        """Returns the weights of a forward; those at hand while the same cores serve, as in I and P."""
+        known = None if torch.is_grad_enabled() else self._folded
+        if known is not None and known[0] is cores_BMDA and known[1] == strength:
+            return known[2]
+        weights = fold(self.network, cores_BMDA, strength, call[latents_argument(self.base)].dtype)
+        # What has a gradient may be replayed once the parameters are others.
+        self._folded = None if torch.is_grad_enabled() else (cores_BMDA, strength, weights)
+        return weights
 
     @contextlib.contextmanager
     def _collecting(
@@ -159,22 +163,20 @@ class Adapter:
     ) -> Iterator[None]:
         """Gathers each level's feature and calls `done` after the last one."""
 
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        def seen(output: Any) -> None:
             features.append(_feature_map(self._spec, call, output))
             if len(features) == len(self._levels):
                 done(features)
 
-        handles = [module.register_forward_hook(hook) for module in self._levels]
-        try:
+        with contextlib.ExitStack() as watches:
+            for module in self._levels:
+                watches.enter_context(watched(module, seen))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextlib.contextmanager
-    def _adapted(self, slot: Sequence[Tensor], strength: float) -> Iterator[None]:
-        """Adapts a forward with the cores in `slot[0]`, which may arrive mid-forward."""
-        self._active = _Active(slot, strength)
+    def _adapted(self, slot: Sequence[LowRank]) -> Iterator[None]:
+        """Adapts a forward with the weights in `slot[0]`, which may arrive mid-forward."""
+        self._active = _Active(slot)
         try:
             with self._hooked(self._active, self.base):
                 yield
@@ -183,16 +185,20 @@ class Adapter:
 
     @contextlib.contextmanager
     def _hooked(self, active: _Active, part: nn.Module) -> Iterator[None]:
-        """Adds the delta of each target inside `part` of the base model."""
-        handles = [
-            self._modules[index].register_forward_hook(self._delta_hook(active, index))
-            for index in self._targets_inside(part)
-        ]
+        """Lets each target inside `part` of the base model add its delta."""
+        inside = self._targets_inside(part)
+        originals = [install(self._modules[index]) for index in inside]
+        if active.slot:
+            self._give(active.slot[0], inside)
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for index, original in zip(inside, originals, strict=True):
+                remove(self._modules[index], original)
+
+    def _give(self, weights: LowRank, inside: Sequence[int]) -> None:
+        for index in inside:
+            give(self._modules[index], weights, index)
 
     def _targets_inside(self, part: nn.Module) -> range | list[int]:
         if part is self.base:
@@ -201,18 +207,6 @@ class Adapter:
             modules = set(part.modules())
             self._inside[part] = [i for i, module in enumerate(self._modules) if module in modules]
         return self._inside[part]
-
-    def _delta_hook(
-        self, active: _Active, index: int
-    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], y_BNO: Tensor) -> Tensor:
-            x_BNI = inputs[0]
-            a_aux, b_aux = self.network.aux(index)
-            core_BDA = active.slot[0][:, index]
-            delta = forward_delta(x_BNI, a_aux.to(x_BNI), b_aux.to(x_BNI), core_BDA.to(x_BNI))
-            return y_BNO + active.strength * delta
-
-        return hook
 
 
 def latents_argument(base: nn.Module) -> str:
@@ -238,10 +232,16 @@ def _feature_map(spec: BaseSpec, call: Call, output: Any) -> Tensor:
 def _grid(spec: TransformerSpec, call: Call) -> tuple[int, int]:
     """Returns rows and columns of a call's image tokens; FLUX's are packed and carry their places."""
     if isinstance(spec, flux.FluxSpec):
-        own = call["img_ids"][call["img_ids"][:, 0] == 0]
-        return int(own[:, 1].max()) + 1, int(own[:, 2].max()) + 1
+        return _packed_grid(call["img_ids"])
     height, width = call["hidden_states"].shape[-2:]
     return height // spec.patch, width // spec.patch
+
+
+@functools.lru_cache(maxsize=1)
+def _packed_grid(img_ids_N3: Tensor) -> tuple[int, int]:
+    """Returns rows and columns; kept for a run, as a look at the values waits for the device."""
+    own = img_ids_N3[img_ids_N3[:, 0] == 0]
+    return int(own[:, 1].max()) + 1, int(own[:, 2].max()) + 1
 
 
 def _last_of(block: Any) -> nn.Module:

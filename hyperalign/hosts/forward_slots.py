@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any, cast
 
+import torch
 from torch import nn
 
 SLOTS = ("_old_forward", "forward")
@@ -34,3 +37,35 @@ def take_out_forward(module: nn.Module, forward: Callable[..., Any], original: C
             del module.__dict__[slot]  # the class's own forward shows again
         else:
             setattr(module, slot, original)
+
+
+@contextlib.contextmanager
+def watched(module: nn.Module, seen: Callable[[Any], None]) -> Iterator[None]:
+    """Calls `seen` with each output of a module.
+
+    Not a forward hook: torch.compile ignores those that come and go after a graph was made.
+    """
+    watch = MethodType(_watched_forward, module)
+    original = replace_forward(module, watch)
+    module.__dict__["hyperalign_watch"] = original, seen
+    try:
+        yield
+    finally:
+        take_out_forward(module, watch, original)
+        del module.__dict__["hyperalign_watch"]
+
+
+def _watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+    original, seen = self.hyperalign_watch
+    output = original(*args, **kwargs)
+    _tell(seen, output)
+    return output
+
+
+def _call(seen: Callable[[Any], None], output: Any) -> None:
+    seen(output)
+
+
+# The module's own graphs stay compiled; what is done with its output is no part of them.
+_watched_forward = cast(Callable[..., Any], torch.compiler.disable(_watched, recursive=False))
+_tell = cast(Callable[..., None], torch.compiler.disable(_call))

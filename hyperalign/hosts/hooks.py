@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HyperAlignError
-from ..factors import forward_delta
+from ..factors import add_delta_
 from ..hypernetwork import HyperNetwork
 from ..targets import Place
+from .lowrank import LowRank, fold
 
 Forward = Callable[..., Tensor]
 
@@ -36,7 +37,7 @@ class TargetHooks:
 
     def set_cores(self, cores_BMDA: Tensor) -> None:
         """Gives the call its weights: before the first adapted module runs, at the latest mid-forward."""
-        self._deltas.cores_BMDA = cores_BMDA
+        self._deltas.take(cores_BMDA)
 
     def new_run(self) -> None:
         """Forgets what was called and drops every tensor of the last run."""
@@ -61,11 +62,8 @@ class TargetHooks:
     def _hook(self, index: int, module: nn.Module, previous: Forward | None) -> Forward:
         made = self._made.get(index)
         if made is None or made[0] is not module or made[1] is not previous:
-            made = (
-                module,
-                previous,
-                _new_hook(self._deltas, index, module.forward, self._places[index].first_row),
-            )
+            rows = self._deltas.network.targets[index].out_features, self._places[index].first_row
+            made = (module, previous, _new_hook(self._deltas, index, module.forward, *rows))
             self._made[index] = made
         return made[2]
 
@@ -78,48 +76,52 @@ class _Deltas:
         self.strength = strength
         self.cores_BMDA: Tensor | None = None
         self.called: set[int] = set()
-        self._aux: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._folded: tuple[Tensor, dict[torch.dtype, LowRank]] | None = None
 
     def drop(self) -> None:
         """Forgets a run."""
-        self.cores_BMDA = None
+        self.cores_BMDA = self._folded = None
         self.called.clear()
-        self._aux.clear()
 
-    def delta(self, index: int, x_BNI: Tensor) -> Tensor:
-        """Returns the scaled weight change of one target at work, (B, N, O). Raises HyperAlignError."""
-        if self.cores_BMDA is None:
+    def take(self, cores_BMDA: Tensor) -> None:
+        """Takes a call's weights; the same tensor again, as in I and P, is not folded again."""
+        self.cores_BMDA = cores_BMDA
+        if self._folded is None or self._folded[0] is not cores_BMDA:
+            self._folded = (cores_BMDA, {})
+
+    def add_(self, y_BNO: Tensor, index: int, x_BNI: Tensor) -> None:
+        """Adds the weight change of the target at work to y in place. Raises HyperAlignError."""
+        down_BID, up_DO = self._weights(index, x_BNI.dtype)
+        tiles, rest = divmod(x_BNI.shape[0], down_BID.shape[0])
+        if rest:
+            raise HyperAlignError(
+                f"A model patch changed the batch of an attention layer to {x_BNI.shape[0]} rows; expected "
+                f"a multiple of {down_BID.shape[0]}. Remove that patch or HyperAlign from the model."
+            )
+        if tiles > 1:  # a patch that tiles attention turns one row into several neighbours
+            down_BID = down_BID.repeat_interleave(tiles, dim=0)
+        add_delta_(y_BNO, x_BNI, down_BID, up_DO)
+
+    def _weights(self, index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if self.cores_BMDA is None or self._folded is None:
             raise HyperAlignError(
                 "An adapted layer ran before its weights were written; another patch reorders the model. "
                 "Remove that patch."
             )
-        core_BDA = self.cores_BMDA[:, index].to(x_BNI)
-        tiles, rest = divmod(x_BNI.shape[0], core_BDA.shape[0])
-        if rest:
-            raise HyperAlignError(
-                f"A model patch changed the batch of an attention layer to {x_BNI.shape[0]} rows; expected "
-                f"a multiple of {core_BDA.shape[0]}. Remove that patch or HyperAlign from the model."
-            )
-        a_aux, b_aux = self._cast_aux(index, x_BNI)
-        # A patch that tiles attention turns one row into several neighbours.
-        core_BDA = core_BDA.repeat_interleave(tiles, dim=0)
-        return self.strength * forward_delta(x_BNI, a_aux, b_aux, core_BDA)
-
-    def _cast_aux(self, index: int, x_BNI: Tensor) -> tuple[Tensor, Tensor]:
-        key = (index, x_BNI.device, x_BNI.dtype)
-        if key not in self._aux:
-            a_aux, b_aux = self.network.aux(index)
-            self._aux[key] = (a_aux.to(x_BNI), b_aux.to(x_BNI))
-        return self._aux[key]
+        made = self._folded[1]
+        if dtype not in made:
+            made[dtype] = fold(self.network, self.cores_BMDA, self.strength, dtype)
+        return made[dtype].down[index], made[dtype].up[index]
 
 
-def _new_hook(deltas: _Deltas, index: int, original: Forward, first_row: int | None) -> Forward:
+def _new_hook(
+    deltas: _Deltas, index: int, original: Forward, out_features: int, first_row: int | None
+) -> Forward:
     def forward(x_BNI: Tensor, *args: object, **kwargs: object) -> Tensor:
         deltas.called.add(index)
-        y_BNO, delta_BNO = original(x_BNI, *args, **kwargs), deltas.delta(index, x_BNI)
-        if first_row is None:
-            return y_BNO + delta_BNO
-        y_BNO[..., first_row : first_row + delta_BNO.shape[-1]] += delta_BNO
+        y_BNO = original(x_BNI, *args, **kwargs)
+        rows_BNO = y_BNO if first_row is None else y_BNO[..., first_row : first_row + out_features]
+        deltas.add_(rows_BNO, index, x_BNI)
         return y_BNO
 
     return cast(Forward, torch.compiler.disable(forward))

@@ -45,6 +45,7 @@ class Run:
     generations: int = 0
     _written: dict[Chunk, _Written] = field(default_factory=dict[Chunk, _Written])
     _seen: dict[Chunk, int] = field(default_factory=dict[Chunk, int])
+    _joined: tuple[tuple[Chunk, ...], Tensor] | None = None
     _u: float | None = None
     _declared: bool = False
     _generated: bool = False
@@ -82,10 +83,19 @@ class Run:
         self.generations += not self._generated
         self._generated = True
         self._written[chunk] = _Written(cores_RMDA, self.schedule.segment(u))
+        self._joined = None
 
     def cores(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Returns the cores (B, M, b, a) of all rows of a call. All chunks must have been written."""
-        return torch.cat([self._written[chunk].cores_RMDA for chunk in chunks])
+        """Returns the cores (B, M, b, a) of all rows of a call. All chunks must have been written.
+
+        The same tensor as long as nothing is written and the same chunks come, so that what is made
+        from it can be kept.
+        """
+        key = tuple(chunks)
+        if self._joined is None or self._joined[0] != key:
+            cores = [self._written[chunk].cores_RMDA for chunk in chunks]
+            self._joined = (key, cores[0] if len(cores) == 1 else torch.cat(cores))
+        return self._joined[1]
 
     def _count(self, chunk: Chunk) -> Chunk:
         occurrence = self._seen.get(chunk, 0)

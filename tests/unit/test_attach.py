@@ -215,8 +215,18 @@ def test_what_has_no_denoiser_is_refused(sd15_pipe: Any, make_for: Any) -> None:
             hyperalign.attach(target, made)
 
 
-def test_compiled_blocks_are_refused_instead_of_running_without_the_weights(sd15_pipe, make_for):
-    made = make_for(sd15_pipe)
-    sd15_pipe.unet.mid_block.compile(backend="eager")
-    with pytest.raises(HyperAlignError, match="mid_block of the base model is compiled.*without compile"):
-        hyperalign.attach(sd15_pipe, made)
+@pytest.mark.parametrize("mode", ["prefix", "separate"])
+@pytest.mark.parametrize("part", ["down_blocks.1", "mid_block"])
+def test_compiled_parts_see_the_weights(
+    sd15_pipe: Any, make_for: Any, draw: Any, mode: str, part: str
+) -> None:
+    """One part holds layers that are looked at, the other layers that are adapted; graphs come first."""
+    made = make_for(sd15_pipe, mode=mode)
+    base = draw(sd15_pipe)
+    with hyperalign.attach(sd15_pipe, made):
+        expected = draw(sd15_pipe)
+    sd15_pipe.unet.get_submodule(part).compile(backend="eager")
+    draw(sd15_pipe)
+    with hyperalign.attach(sd15_pipe, made):
+        torch.testing.assert_close(draw(sd15_pipe), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(draw(sd15_pipe), base, atol=1e-4, rtol=1e-4)
