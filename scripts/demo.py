@@ -42,7 +42,7 @@ def run(tree: Path, arguments: argparse.Namespace) -> None:
     """
     # Only inside the environment is there what these modules import.
     from hyperalign.errors import HyperAlignError
-    from scripts.comfy_client import ComfyClient, ComfyError
+    from hyperalign.workflows.client import ComfyClient
     from scripts.drawing import choose_prompts, draw_all
     from scripts.grid import save_grid
     from scripts.measure import measure, print_table, write_report
@@ -53,7 +53,7 @@ def run(tree: Path, arguments: argparse.Namespace) -> None:
         try:
             requests = choose_prompts(arguments.per_family)
             drawing = draw_all(server, ComfyClient(server.url), requests, arguments.output)
-        except ComfyError as error:
+        except HyperAlignError as error:
             server.check_alive()
             raise ScriptError(f"ComfyUI could not run the workflow: {error}") from error
     try:

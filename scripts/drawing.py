@@ -14,10 +14,11 @@ from typing import Any
 from tqdm import tqdm
 
 from hyperalign.tiny.prompts import FAMILIES, Content, sample_prompt
-from scripts.comfy_client import ComfyClient, Event, Prompt
+from hyperalign.workflows.client import ComfyClient, Event
+from hyperalign.workflows.convert import Graph, read, upstream
+from hyperalign.workflows.files import ObjectInfo, Prompt, load
 from scripts.common import ROOT, ScriptError
 from scripts.host import Server
-from scripts.workflow import ObjectInfo, Workflow, load, to_prompt, upstream, widget_names, with_values
 
 WORKFLOW = ROOT / "example_workflows" / "base_versus_aligned.json"
 BASE = "base"
@@ -71,18 +72,16 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Graph:
+class DemoGraph:
     """The workflow with the nodes that the demo sets."""
 
-    workflow: Workflow
-    info: ObjectInfo
+    graph: Graph
     base: Branch
     aligned: Branch
     text: str
     loader: str
-    prompt: Prompt
 
-    def variation(self, request: Request, seed: int, method: str) -> Workflow:
+    def variation(self, request: Request, seed: int, method: str) -> Graph:
         """Returns the workflow set to one prompt, seed and method."""
         changes: dict[tuple[str, str], Any] = {
             (self.text, "text"): request.prompt,
@@ -90,9 +89,8 @@ class Graph:
             (self.aligned.sampler, "seed"): seed,
         }
         if method != BASE:
-            file_widget = widget_names(self.info["HyperAlignLoader"])[0] or ""
-            changes[self.loader, file_widget] = HYPERNETWORKS[method]
-        return with_values(self.workflow, self.info, changes)
+            changes[self.loader, "hypernetwork"] = HYPERNETWORKS[method]
+        return self.graph.with_values(changes)
 
 
 def choose_prompts(per_family: int) -> list[Request]:
@@ -106,14 +104,15 @@ def choose_prompts(per_family: int) -> list[Request]:
     return list(chosen.values())
 
 
-def read_graph(info: ObjectInfo) -> Graph:
+def read_graph(info: ObjectInfo) -> DemoGraph:
     """Reads the shipped workflow and finds the nodes that the demo sets.
 
     Raises:
-        ScriptError: the file or one of those nodes is missing.
+        ScriptError: one of those nodes is missing.
+        HyperAlignError: the file is missing, or the server lacks one of its nodes.
     """
-    workflow = load(WORKFLOW)
-    prompt = to_prompt(workflow, info)
+    graph = read(load(WORKFLOW), info)
+    prompt = graph.prompt
     branches: dict[bool, Branch] = {}
     for save in _nodes_of(prompt, "SaveImage"):
         behind = list(upstream(prompt, save))
@@ -128,7 +127,7 @@ def read_graph(info: ObjectInfo) -> Graph:
         )
     positive = prompt[branches[False].sampler]["inputs"]["positive"][0]
     text = next(node for node in upstream(prompt, positive) if "text" in prompt[node]["inputs"])
-    return Graph(workflow, info, branches[False], branches[True], text, loaders[0], prompt)
+    return DemoGraph(graph, branches[False], branches[True], text, loaders[0])
 
 
 def _nodes_of(prompt: Prompt, kind: str) -> list[str]:
@@ -153,18 +152,24 @@ def draw_all(server: Server, client: ComfyClient, requests: Sequence[Request], o
     for number, request, seed, method in tqdm(jobs, desc="Drawing", unit="picture", mininterval=often):
         path = folder / f"{number:02d}_seed{seed}_{method}.png"
         pictures.append(_draw(server, client, graph, request, seed, method, path))
-    sampler = graph.prompt[graph.base.sampler]["inputs"]
+    sampler = graph.graph.prompt[graph.base.sampler]["inputs"]
     return Drawing(pictures, int(sampler["steps"]), float(sampler["cfg"]), _host(server))
 
 
 def _draw(
-    server: Server, client: ComfyClient, graph: Graph, request: Request, seed: int, method: str, path: Path
+    server: Server,
+    client: ComfyClient,
+    graph: DemoGraph,
+    request: Request,
+    seed: int,
+    method: str,
+    path: Path,
 ) -> Picture:
     """Runs the workflow's branch of one method and keeps the picture, workflow embedded, at `path`."""
     branch = graph.base if method == BASE else graph.aligned
-    workflow = graph.variation(request, seed, method)
+    variation = graph.variation(request, seed, method)
     said_before = len(server.log())
-    result = client.run(to_prompt(workflow, graph.info), _alive(server), workflow, [branch.save])
+    result = client.run(variation.prompt, _alive(server), variation.workflow, [branch.save])
     images = result.outputs[branch.save]["images"]
     path.write_bytes(client.image(images[0]))
     generations = 0 if method == BASE else _generations(server.log()[said_before:])

@@ -16,11 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from hyperalign.workflows.server import end_tree
 from scripts.common import BUILD, ROOT, TAIL_LINES, ScriptError
 
 ADDRESS = "127.0.0.1"
 START_SECONDS = 240
-STOP_SECONDS = 8
 HOST_FOLDERS = ("custom_nodes", "models/hyperalign", "input", "output", "temp", "user")
 NOT_PART_OF_THE_PACK = {"build", "demo_output", "runs", "tests", "benchmarks"}
 
@@ -73,12 +73,14 @@ class Server:
         name: Tells apart the folders and logs of several users ("demo", "tests").
         port: Wanted port; another is chosen if it is taken.
         arguments: More command-line arguments for ComfyUI.
+        with_pack: Whether this pack is installed in it.
     """
 
     tree: Path
     name: str
     port: int | None = None
     arguments: tuple[str, ...] = ()
+    with_pack: bool = True
 
     def __post_init__(self) -> None:
         self.base = BUILD / "host" / f"{self.name}-{os.getpid()}"
@@ -105,7 +107,8 @@ class Server:
         for folder in HOST_FOLDERS:
             (self.base / folder).mkdir(parents=True)
         try:
-            install_pack(self.base / "custom_nodes")
+            if self.with_pack:
+                install_pack(self.base / "custom_nodes")
             self._start()
         except BaseException:
             self.stop()
@@ -125,7 +128,7 @@ class Server:
     def stop(self) -> None:
         """Ends the process tree; a second call does nothing."""
         if self.process is not None:
-            _end_tree(self.process)
+            end_tree(self.process)
             self.process = None
         shutil.rmtree(self.base, ignore_errors=True)
 
@@ -180,19 +183,3 @@ def _device_arguments() -> list[str]:
     import torch  # not before the environment is up
 
     return [] if torch.cuda.is_available() else ["--cpu"]
-
-
-def _end_tree(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is not None:
-        return
-    if os.name == "nt":
-        subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], capture_output=True)
-        process.wait(STOP_SECONDS)
-        return
-    # The server leads its own session, so its group is exactly what it started.
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(STOP_SECONDS)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()

@@ -1,7 +1,7 @@
 """Sets up the environment and runs every check: `python3 scripts/test.py [--fast] [pytest arguments]`.
 
-Order: ruff, ruff format, import contracts, pyright, then pytest: unit and training tests, and last the
-tests in a real ComfyUI. `--fast` runs the unit tests alone.
+Order: ruff, ruff format, import contracts, pyright, then pytest: unit and training tests, the tests in a
+real ComfyUI, and last those of its page in a browser. `--fast` runs the unit tests alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # at the end: see "nodes" in CONTRIBUTING.md
 
+from scripts.browser import browser_is_required, ensure_browser
 from scripts.common import ROOT, ScriptError, say
 from scripts.environment import enter_environment
 from scripts.host import exit_on_termination
@@ -25,27 +26,51 @@ CHECKS = (
     ("pyright",),
 )
 UNIT = ("tests/unit",)
-EVERYTHING = ("tests/unit", "tests/train", "tests/host")
+BROWSER = "tests/browser"
+EVERYTHING = ("tests/unit", "tests/train", "tests/host", BROWSER)
 
 
 def main(arguments: list[str]) -> int:
     """Runs the checks; returns the process's exit status."""
     exit_on_termination()
+    fast = "--fast" in arguments
+    passed_on = [argument for argument in arguments if argument != "--fast"]
+    named = [argument for argument in passed_on if _is_place(argument)]
+    places = named or list(UNIT if fast else EVERYTHING)
     try:
         tree = enter_environment(Path(__file__).resolve())
+        skipped = _prepare_browser(places)
     except (ScriptError, OSError) as error:
         say(f"Error: {error}")
         return 1
-    fast = "--fast" in arguments
-    passed_on = [argument for argument in arguments if argument != "--fast"]
     environment = os.environ | {"COMFYUI_PATH": str(tree)}
     failed = [] if fast else [check[0] for check in CHECKS if _run(_tool(check), environment) != 0]
-    places = [] if any(_is_place(a) for a in passed_on) else list(UNIT if fast else EVERYTHING)
-    if _run([sys.executable, "-m", "pytest", *places, *passed_on], environment) != 0:
+    # Those named are among what is passed on.
+    if _run([sys.executable, "-m", "pytest", *([] if named else places), *passed_on], environment) != 0:
         failed.append("pytest")
+    if skipped:
+        say(f"The browser tests were skipped: {skipped}")
     if failed:
         say(f"Failed: {', '.join(failed)}.")
     return 1 if failed else 0
+
+
+def _prepare_browser(places: list[str]) -> str:
+    """Finds or installs the browser if its tests are to run; returns why they cannot, or nothing.
+
+    Raises:
+        ScriptError: there is no browser where its tests must not be skipped.
+    """
+    if not any(place.startswith(BROWSER) for place in places):
+        return ""
+    try:
+        ensure_browser()
+    except ScriptError as error:
+        if browser_is_required():
+            raise
+        say(f"The browser tests will be skipped: {error}")
+        return str(error)
+    return ""
 
 
 def _tool(check: tuple[str, ...]) -> list[str]:

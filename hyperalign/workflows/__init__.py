@@ -1,0 +1,1 @@
+"""Workflow files run in a ComfyUI over its HTTP interface; the standard library is all this needs."""

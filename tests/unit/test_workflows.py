@@ -1,0 +1,308 @@
+"""Workflows from the page's format to the API's: what a ComfyUI's page would queue."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hyperalign.errors import HyperAlignError
+from hyperalign.workflows.convert import read, to_prompt, upstream
+from hyperalign.workflows.files import load
+
+TEXT = ["STRING", {"multiline": True}]
+INFO: dict[str, Any] = {
+    "Sampler": {
+        "input": {
+            "required": {
+                "model": ["MODEL"],
+                "seed": ["INT", {"control_after_generate": True, "min": 0, "max": 2**64 - 1}],
+                "steps": ["INT", {"default": 20}],
+                "name": [["euler", "heun"], {}],
+                "variant": ["COMBO", {"options": ["auto", "S"]}],
+                "wired": ["FLOAT", {"forceInput": True}],
+            },
+            "optional": {"denoise": ["FLOAT", {}]},
+        },
+        "output": ["LATENT"],
+    },
+    "Loader": {"input": {"required": {"file": [["a", "b"]]}}, "output": ["MODEL"]},
+    "Tuner": {"input": {"required": {"model": ["MODEL"], "amount": ["FLOAT", {}]}}, "output": ["MODEL"]},
+    "Save": {"input": {"required": {"images": ["LATENT"], "prefix": ["STRING", {}]}}, "output": []},
+    "Number": {"input": {"required": {"value": ["INT", {}]}}, "output": ["INT"]},
+    "Picture": {
+        "input": {"required": {"image": [["x.png"], {"image_upload": True}], "size": ["INT", {}]}},
+        "output": ["IMAGE"],
+    },
+    "Chooser": {
+        "input": {
+            "required": {
+                "mode": [
+                    "COMFY_DYNAMICCOMBO_V3",
+                    {
+                        "options": [
+                            {"key": "plain", "inputs": {"required": {}}},
+                            {
+                                "key": "ramp",
+                                "inputs": {"required": {"start": ["FLOAT", {}], "end": ["FLOAT", {}]}},
+                            },
+                        ]
+                    },
+                ],
+                "after": ["INT", {}],
+            }
+        },
+        "output": ["FLOAT"],
+    },
+    "Painter": {"input": {"required": {"colour": ["COLOURS", {}], "curve": ["CURVE", {}]}}, "output": []},
+}
+
+
+def socket(name: str, kind: str, link: int | None = None, widget: bool = False) -> dict[str, Any]:
+    return {"name": name, "type": kind, "link": link} | ({"widget": {"name": name}} if widget else {})
+
+
+def node(number: int, kind: str, values: Any = (), inputs: Any = (), **more: Any) -> dict[str, Any]:
+    outputs = [{"type": out} for out in INFO.get(kind, {}).get("output", [])]
+    values = list(values) if isinstance(values, tuple) else values
+    return {
+        "id": number, "type": kind, "widgets_values": values, "inputs": list(inputs), "outputs": outputs,
+    } | more  # fmt: skip
+
+
+def sampler(number: int = 7, link: int | None = 1, **more: Any) -> dict[str, Any]:
+    return node(
+        number,
+        "Sampler",
+        (5, "fixed", 25, "heun", "auto", 0.5),
+        [socket("model", "MODEL", link), socket("wired", "FLOAT"), *more.pop("sockets", [])],
+        **more,
+    )
+
+
+def workflow(nodes: list[dict[str, Any]], *links: list[Any], **more: Any) -> dict[str, Any]:
+    return {"nodes": nodes, "links": list(links)} | more
+
+
+SIMPLE = workflow(
+    [node(4, "Loader", ("a",)), sampler(), node(9, "MarkdownNote", ("read me",))],
+    [1, 4, 0, 7, 0, "MODEL"],
+)
+
+
+def test_widgets_links_and_notes():
+    prompt = to_prompt(SIMPLE, INFO)
+    assert set(prompt) == {"4", "7"}
+    assert prompt["7"]["inputs"] == {
+        "seed": 5, "steps": 25, "name": "heun", "variant": "auto", "denoise": 0.5, "model": ["4", 0],
+    }  # fmt: skip
+    assert list(upstream(prompt, "7")) == ["7", "4"]
+
+
+def test_the_page_may_keep_values_by_name():
+    named = {"seed": 3, "steps": 2, "name": "euler", "variant": "S", "denoise": 1.0, "preview": None}
+    graph = workflow([node(7, "Sampler", named)])
+    assert to_prompt(graph, INFO)["7"]["inputs"] == {k: v for k, v in named.items() if k != "preview"}
+
+
+def test_changes_go_to_a_copy_in_both_formats():
+    graph = read(SIMPLE, INFO)
+    changed = graph.with_values({("7", "steps"): 3, ("4", "file"): "b"})
+    assert (changed.prompt["7"]["inputs"]["steps"], changed.prompt["4"]["inputs"]["file"]) == (3, "b")
+    assert changed.workflow is not None
+    assert to_prompt(changed.workflow, INFO) == changed.prompt
+    assert graph.prompt["7"]["inputs"]["steps"] == 25
+    assert SIMPLE["nodes"][1]["widgets_values"][2] == 25
+
+
+def test_an_upload_button_stands_behind_the_widgets():
+    prompt = to_prompt(workflow([node(1, "Picture", ("x.png", 9, "image"))]), INFO)
+    assert prompt["1"]["inputs"] == {"image": "x.png", "size": 9}
+
+
+def test_a_dynamic_choice_brings_its_own_widgets():
+    ramp = to_prompt(workflow([node(1, "Chooser", ("ramp", 0.2, 0.8, 4))]), INFO)["1"]["inputs"]
+    assert ramp == {"mode": "ramp", "mode.start": 0.2, "mode.end": 0.8, "after": 4}
+    assert to_prompt(workflow([node(1, "Chooser", ("plain", 4))]), INFO)["1"]["inputs"] == {
+        "mode": "plain",
+        "after": 4,
+    }
+
+
+def test_a_packs_own_widgets_are_told_by_what_was_saved_and_lists_are_no_links():
+    graph = workflow(
+        [
+            node(
+                1, "Painter", ("red", [[0, 1], [1, 0]]),
+                [socket("colour", "COLOURS", widget=True), socket("curve", "CURVE", widget=True)],
+            )
+        ]
+    )  # fmt: skip
+    assert to_prompt(graph, INFO)["1"]["inputs"] == {
+        "colour": "red",
+        "curve": {"__value__": [[0, 1], [1, 0]]},
+    }
+
+
+def test_reroutes_and_primitives_vanish():
+    graph = workflow(
+        [
+            node(4, "Loader", ("a",)),
+            node(5, "Reroute", (), [socket("", "*", 1)], outputs=[{"type": "MODEL"}]),
+            node(6, "PrimitiveNode", (77, "randomize"), outputs=[{"type": "INT"}]),
+            sampler(sockets=[socket("seed", "INT", 3, widget=True)], link=2),
+        ],
+        [1, 4, 0, 5, 0, "*"], [2, 5, 0, 7, 0, "MODEL"], [3, 6, 0, 7, 2, "INT"],
+    )  # fmt: skip
+    prompt = to_prompt(graph, INFO)
+    assert set(prompt) == {"4", "7"}
+    assert (prompt["7"]["inputs"]["model"], prompt["7"]["inputs"]["seed"]) == (["4", 0], 77)
+    changed = read(graph, INFO).with_values({("7", "seed"): 1})
+    assert changed.workflow is not None
+    assert changed.workflow["nodes"][2]["widgets_values"] == [1, "randomize"]
+
+
+def test_bypassed_nodes_pass_on_what_has_their_type():
+    graph = workflow(
+        [
+            node(4, "Loader", ("a",)),
+            node(5, "Tuner", (1,), [socket("amount", "FLOAT"), socket("model", "MODEL", 1)], mode=4),
+            sampler(link=2),
+        ],
+        [1, 4, 0, 5, 1, "MODEL"], [2, 5, 0, 7, 0, "MODEL"],
+    )  # fmt: skip
+    prompt = to_prompt(graph, INFO)
+    assert set(prompt) == {"4", "7"}
+    assert prompt["7"]["inputs"]["model"] == ["4", 0]
+
+
+def test_muted_nodes_give_nothing():
+    nodes = [node(4, "Loader", ("a",), mode=2), sampler()]
+    prompt = to_prompt(workflow(nodes, [1, 4, 0, 7, 0, "MODEL"]), INFO)
+    assert set(prompt) == {"7"}
+    assert "model" not in prompt["7"]["inputs"]
+
+
+def subgraph(name: str = "sub", **more: Any) -> dict[str, Any]:
+    """A subgraph with a tuner and a sampler: model and steps go in, a latent comes out."""
+    inner = [
+        node(1, "Tuner", (0.5,), [socket("model", "MODEL", 1)]),
+        sampler(2, link=2, sockets=[socket("steps", "INT", 4, widget=True)], title="Inner"),
+    ]
+    links = [
+        {"id": 1, "origin_id": -10, "origin_slot": 0, "target_id": 1, "target_slot": 0, "type": "MODEL"},
+        {"id": 2, "origin_id": 1, "origin_slot": 0, "target_id": 2, "target_slot": 0, "type": "MODEL"},
+        {"id": 3, "origin_id": 2, "origin_slot": 0, "target_id": -20, "target_slot": 0, "type": "LATENT"},
+        {"id": 4, "origin_id": -10, "origin_slot": 1, "target_id": 2, "target_slot": 2, "type": "INT"},
+    ]
+    sockets = {"inputs": [{"name": "model"}, {"name": "steps"}], "outputs": [{"name": "LATENT"}]}
+    return {"id": name, "name": "Aligned", "nodes": inner, "links": links} | sockets | more
+
+
+def instance(number: int, values: Any = (12,), link: int | None = 1, **more: Any) -> dict[str, Any]:
+    sockets = [socket("model", "MODEL", link), socket("steps", "INT", widget=True)]
+    return node(number, "sub", values, sockets, outputs=[{"type": "LATENT"}]) | more
+
+
+def around(*instances: dict[str, Any], **more: Any) -> dict[str, Any]:
+    nodes = [
+        node(4, "Loader", ("a",)),
+        *instances,
+        node(9, "Save", ("out",), [socket("images", "LATENT", 2)]),
+    ]
+    links = [[1, 4, 0, instances[0]["id"], 0, "MODEL"], [2, instances[0]["id"], 0, 9, 0, "LATENT"]]
+    return workflow(nodes, *links, definitions={"subgraphs": [subgraph(**more)]})
+
+
+def test_subgraphs_are_opened_and_their_widgets_win():
+    graph = read(around(instance(12)), INFO)
+    assert set(graph.prompt) == {"4", "12:1", "12:2", "9"}
+    assert graph.prompt["12:1"]["inputs"]["model"] == ["4", 0]
+    assert graph.prompt["12:2"]["inputs"]["steps"] == 12
+    assert graph.prompt["9"]["inputs"]["images"] == ["12:2", 0]
+    assert graph.titles["12:2"] == ("Aligned", "Inner")
+    changed = graph.with_values({("12:2", "steps"): 3})
+    assert changed.workflow is not None
+    assert changed.workflow["nodes"][1]["widgets_values"] == [3]
+
+
+def test_a_subgraph_without_values_of_its_own_keeps_those_inside():
+    assert to_prompt(around(instance(12, [])), INFO)["12:2"]["inputs"]["steps"] == 25
+    proxies = {"proxyWidgets": [["2", "denoise"], ["-1", "steps"]]}
+    shown = instance(12, [0.1, 6], properties=proxies)
+    assert to_prompt(around(shown), INFO)["12:2"]["inputs"]["steps"] == 6
+
+
+def test_two_uses_of_a_subgraph_are_two_sets_of_nodes():
+    graph = read(around(instance(12), instance(13, [4], None)), INFO)
+    assert graph.prompt["13:2"]["inputs"]["steps"] == 4
+    assert "model" not in graph.prompt["13:1"]["inputs"]
+    shared = graph.with_values({("12:1", "amount"): 0.9})
+    assert shared.prompt["13:1"]["inputs"]["amount"] == 0.5
+    assert shared.workflow is None, "the page's format cannot say this"
+    assert graph.with_values({("12:2", "steps"): 1}).workflow is not None
+
+
+@pytest.mark.parametrize("mode", [2, 4])
+def test_what_is_inside_a_switched_off_subgraph_does_not_run(mode):
+    prompt = to_prompt(around(instance(12, mode=mode)), INFO)
+    assert set(prompt) == {"4", "9"}
+    assert "images" not in prompt["9"]["inputs"]
+
+
+def test_subgraphs_in_subgraphs():
+    inside = node(5, "sub", (8,), [socket("model", "MODEL", 1), socket("steps", "INT", widget=True)])
+    outer = {
+        "id": "outer", "name": "Outer", "inputs": [{"name": "model"}], "outputs": [{"name": "LATENT"}],
+        "nodes": [inside],
+        "links": [[1, -10, 0, 5, 0, "MODEL"], [2, 5, 0, -20, 0, "LATENT"]],
+    }  # fmt: skip
+    content = around(instance(12) | {"type": "outer", "widgets_values": []})
+    content["definitions"]["subgraphs"].append(outer)
+    prompt = to_prompt(content, INFO)
+    assert prompt["9"]["inputs"]["images"] == ["12:5:2", 0]
+    assert prompt["12:5:1"]["inputs"]["model"] == ["4", 0]
+    assert prompt["12:5:2"]["inputs"]["steps"] == 8
+
+
+def test_circles_and_subgraphs_in_themselves_are_refused():
+    nodes = [node(n, "Reroute", (), [socket("", "*", n)], outputs=[{"type": "MODEL"}]) for n in (1, 2)]
+    circle = workflow(
+        [*nodes, sampler(link=3)], [1, 2, 0, 1, 0, "*"], [2, 1, 0, 2, 0, "*"], [3, 2, 0, 7, 0, "*"]
+    )
+    with pytest.raises(HyperAlignError, match="run in a circle"):
+        to_prompt(circle, INFO)
+    with pytest.raises(HyperAlignError, match="'Aligned' holds itself"):
+        to_prompt(around(instance(12), nodes=[instance(3)]), INFO)
+
+
+def test_unknown_nodes_are_named_with_their_packs_all_at_once():
+    content = workflow(
+        [
+            node(1, "Nowhere", (), [socket("x", "MODEL", 1)], properties={"cnr_id": "some-pack"}),
+            node(2, "Lost", outputs=[{"links": [1]}]),
+            node(3, "Ruler"),
+        ],
+        [1, 2, 0, 1, 0, "MODEL"],
+    )
+    with pytest.raises(HyperAlignError, match=r"uses 'Lost', 'Nowhere' \(of some-pack\), which"):
+        to_prompt(content, INFO)
+    assert to_prompt(workflow([node(3, "Ruler")]), INFO) == {}, "linked to nothing: a helper of the page"
+
+
+def test_files_of_either_format_are_read_and_others_refused(tmp_path: Path):
+    path = tmp_path / "file.json"
+    api = {"1": {"class_type": "Loader", "inputs": {"file": "a"}, "_meta": {"title": "Model"}}}
+    path.write_text(json.dumps(api))
+    graph = read(load(path), INFO)
+    assert (graph.prompt, graph.titles, graph.workflow) == (api, {"1": ("Model",)}, None)
+    for content, said in (("[1", "is not JSON"), ("{}", "is no workflow"), ('{"a": 1}', "is no workflow")):
+        path.write_text(content)
+        with pytest.raises(HyperAlignError, match=said):
+            load(path)
+    with pytest.raises(HyperAlignError, match="There is no workflow"):
+        load(tmp_path / "missing.json")
+    with pytest.raises(HyperAlignError, match="'Nowhere', which"):
+        read({"1": {"class_type": "Nowhere", "inputs": {}}}, INFO)
