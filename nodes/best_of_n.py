@@ -10,8 +10,17 @@ from comfy_api.latest import io, ui
 from ..hyperalign.hosts import comfy as host
 from ..hyperalign.hosts import comfy_sampling, comfy_search
 from ..hyperalign.search import MODES, Plan
+from .aliases import aliases
+from .choices import choice_problem
 from .sampler import sampling_widgets
-from .sockets import HyperAlignType, RewardType, strength_input, variant_input
+from .sockets import (
+    HyperAlignType,
+    RewardType,
+    conditioning_inputs,
+    strength_input,
+    threshold_input,
+    variant_input,
+)
 
 
 class HyperAlignBestOfN(io.ComfyNode):
@@ -24,6 +33,7 @@ class HyperAlignBestOfN(io.ComfyNode):
             node_id="HyperAlignBestOfN",
             display_name="Best-of-N Sampler",
             category="HyperAlign",
+            **aliases("batch seeds", "seed search", "noise search", "zero order", "test-time scaling"),
             description="KSampler for several seeds that keeps the pictures a reward likes best. Costs as much time "
             "as it draws pictures; memory does not grow with them. Cancel returns the best so far.",
             inputs=[*_sockets(), *sampling_widgets(), *_search_widgets(), *_noise_widgets(), *_optional()],
@@ -31,9 +41,19 @@ class HyperAlignBestOfN(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, steps: int = 1, strength: float = 1.0) -> bool | str:
+    def validate_inputs(
+        cls,
+        steps: int = 1,
+        strength: float = 1.0,
+        variant: str = "auto",
+        sampler_name: str = "euler",
+        scheduler: str = "normal",
+        mode: str = MODES[0],
+    ) -> bool | str:
         """Refuses values that cannot be sampled with before anything runs."""
-        return comfy_sampling.steps_problem(steps) or host.strength_problem(strength) or True
+        problem = comfy_sampling.steps_problem(steps) or host.strength_problem(strength)
+        chosen = {"variant": variant, "sampler_name": sampler_name, "scheduler": scheduler, "mode": mode}
+        return problem or choice_problem(cls, **chosen) or True
 
     @classmethod
     def fingerprint_inputs(cls, seed: int | None = None, **_: Any) -> int:
@@ -45,11 +65,11 @@ class HyperAlignBestOfN(io.ComfyNode):
         cls, model: Any, reward: Any, vae: Any, prompt: str, latent_image: Any, seed: int, count: int,
         mode: Any, batch_size: int, keep: int, early_stop: bool, threshold: float, radius: float,
         epsilon: float, round_size: int, hypernetwork: Any = None, variant: Any = "auto",
-        strength: float = 1.0, **sampling: Any,
+        strength: float = 1.0, iterations: int = 4, **sampling: Any,
     ) -> io.NodeOutput:  # fmt: skip
         """Returns the best latents and pictures with their scores and seeds."""
         stop_at = threshold if early_stop else math.inf
-        plan = Plan(count, seed, mode, batch_size, keep, stop_at, round_size, radius, epsilon)
+        plan = Plan(count, seed, mode, batch_size, keep, stop_at, round_size, radius, epsilon, iterations)
         if hypernetwork is not None:
             model = host.apply(model, hypernetwork, strength, variant=variant)
         settings = comfy_search.Sampling(model, latent=latent_image, **sampling)
@@ -65,10 +85,7 @@ class HyperAlignBestOfN(io.ComfyNode):
 def _sockets() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="Any model that KSampler takes. It is not changed."),
-        io.Conditioning.Input("positive", tooltip="What the picture should show, from CLIP Text Encode."),
-        io.Conditioning.Input(
-            "negative", tooltip="What it should not show, from CLIP Text Encode; unused at cfg 1."
-        ),
+        *conditioning_inputs(),
         io.Latent.Input(
             "latent_image",
             tooltip="One latent to start from, an empty one for new pictures; its batch_size is 1.",
@@ -98,7 +115,8 @@ def _search_widgets() -> list[io.Input]:
             options=list(MODES),
             default="best-of-N",
             tooltip="best-of-N = every picture from its own seed: seed, seed + 1, ...; zero-order = rounds of noise "
-            "near the best so far; epsilon-greedy = the same, with fresh noise now and then.",
+            "near the best so far; epsilon-greedy = the same, with fresh noise now and then; epsilon-greedy-steps = "
+            "each picture from its own seed, with the noise of every step searched; needs an ancestral sampler.",
         ),
         io.Int.Input(
             "batch_size",
@@ -115,14 +133,8 @@ def _search_widgets() -> list[io.Input]:
             default=False,
             tooltip="On = the first score that reaches the threshold ends the search.",
         ),
-        io.Float.Input(
-            "threshold",
-            default=0.0,
-            min=-1000.0,
-            max=1000.0,
-            step=0.001,
-            round=0.0001,
-            tooltip="The score that ends the search if early_stop is on, in the reward's own units; 0 = a score of 0 or more.",
+        threshold_input(
+            "The score that ends the search if early_stop is on, in the reward's own units; 0 = a score of 0 or more."
         ),
     ]
 
@@ -136,8 +148,9 @@ def _noise_widgets() -> list[io.Input]:
             min=0.01,
             max=10.0,
             step=0.01,
-            tooltip="How far zero-order and epsilon-greedy go from the best noise, as a part of fresh noise. 0 would "
-            "draw the same picture again and is refused; small = variations of the best.",
+            tooltip="How far zero-order and epsilon-greedy go from the best noise, as a part of fresh noise, and how "
+            "far at most epsilon-greedy-steps. 0 would draw the same picture again and is refused; small = variations "
+            "of the best.",
         ),
         io.Float.Input(
             "epsilon",
@@ -145,15 +158,16 @@ def _noise_widgets() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="How often epsilon-greedy draws fresh noise, as a fraction. 0 = never, which is zero-order; "
-            "1 = always, which is best-of-N.",
+            tooltip="How often epsilon-greedy and epsilon-greedy-steps draw fresh noise, as a fraction. 0 = never, "
+            "which is zero-order; 1 = always, which is best-of-N.",
         ),
         io.Int.Input(
             "round_size",
             default=4,
             min=1,
             max=256,
-            tooltip="After how many pictures zero-order and epsilon-greedy move to the best noise so far. 0 is refused.",
+            tooltip="After how many pictures zero-order and epsilon-greedy move to the best noise so far; in "
+            "epsilon-greedy-steps, how many noises each round of a step tries. 0 is refused.",
         ),
     ]
 
@@ -165,6 +179,14 @@ def _optional() -> list[io.Input]:
         ),
         variant_input(),
         strength_input(),
+        io.Int.Input(
+            "iterations",
+            default=4,
+            min=1,
+            max=256,
+            tooltip="Rounds of round_size noises that epsilon-greedy-steps tries at every step; the paper has 20 of 4. "
+            "Each noise costs a model evaluation, a decoding and a reward. Other modes do not look at it; 0 is refused.",
+        ),
     ]
     for each in inputs:
         each.optional = True

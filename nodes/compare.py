@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..hyperalign.hosts import comfy_batches, comfy_rewards
+from .aliases import aliases
 from .drawing import grid, with_badges
 from .sockets import RewardType, prompt_input
 
@@ -23,6 +24,7 @@ class HyperAlignCompare(io.ComfyNode):
             node_id="HyperAlignCompare",
             display_name="Compare",
             category="HyperAlign",
+            **aliases("side by side", "a/b", "compare images", "grid"),
             description="Base above aligned for each seed, with the score under each picture. Draw both batches with "
             "the same seed, so that only the alignment differs.",
             is_output_node=True,
@@ -35,6 +37,8 @@ class HyperAlignCompare(io.ComfyNode):
                     "reward", tooltip="From Reward Model Loader; best one the alignment was not trained with."
                 ),
                 prompt_input(),
+                _label_input("base"),
+                _label_input("aligned"),
             ],
             outputs=[
                 io.Image.Output(
@@ -51,33 +55,56 @@ class HyperAlignCompare(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, base: Any, aligned: Any, reward: Any, prompt: str) -> io.NodeOutput:
+    def execute(
+        cls,
+        base: Any,
+        aligned: Any,
+        reward: Any,
+        prompt: str,
+        base_label: str = "base",
+        aligned_label: str = "aligned",
+    ) -> io.NodeOutput:
         """Returns the grid, the mean gain and a table."""
         pictures = comfy_batches.paired(base, aligned)
         prompts = comfy_rewards.prompts_for(prompt, len(base))
         scores = reward.judge(pictures, prompts * 2).scores
         before, after = scores[: len(base)], scores[len(base) :]
-        picture = _grid(base, aligned, before, after)
+        labels = base_label.strip(), aligned_label.strip()
+        picture = _grid(base, aligned, before, after, labels)
         gains = [second - first for first, second in zip(before, after, strict=True)]
-        table = _table(reward.name, before, after, prompts)
+        table = _table(reward.name, before, after, prompts, labels)
         shown = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(table).as_dict()
         return io.NodeOutput(picture, sum(gains) / len(gains), table, ui=shown)
 
 
-def _grid(base: Any, aligned: Any, before: list[float], after: list[float]) -> Any:
+def _label_input(row: str) -> io.String.Input:
+    return io.String.Input(
+        f"{row}_label",
+        default=row,
+        optional=True,
+        tooltip=f"What stands before the scores of {row}, such as the name of a setting; empty = the score alone.",
+    )
+
+
+def _grid(base: Any, aligned: Any, before: list[float], after: list[float], labels: tuple[str, str]) -> Any:
     """Returns one picture with the aligned row below each base row."""
-    upper = with_badges(base, [f"base {score:.4f}" for score in before])
-    lower = with_badges(aligned, [f"aligned {score:.4f}" for score in after])
+    upper, lower = (
+        with_badges(pictures, [f"{label} {score:.4f}".strip() for score in scores])
+        for pictures, label, scores in zip((base, aligned), labels, (before, after), strict=True)
+    )
     starts = range(0, len(upper), COLUMNS)
     return grid([row[at : at + COLUMNS] for at in starts for row in (upper, lower)])
 
 
-def _table(name: str, before: list[float], after: list[float], prompts: list[str]) -> str:
+def _table(
+    name: str, before: list[float], after: list[float], prompts: list[str], labels: tuple[str, str]
+) -> str:
     rows = list(zip(before, after, prompts, strict=True))
     wins = sum(second > first for first, second, _ in rows)
     lines = [
         f"{index:>3}  {first:+8.4f}  {second:+8.4f}  {second - first:+8.4f}  {prompt}"
         for index, (first, second, prompt) in enumerate(rows)
     ]
-    heading = f"{name}: aligned wins {wins} of {len(rows)}\n  #      base   aligned      gain"
+    first, second = (label or row for label, row in zip(labels, ("base", "aligned"), strict=True))
+    heading = f"{name}: {second} wins {wins} of {len(rows)}\n  #  {first:>8}  {second:>8}      gain"
     return "\n".join([heading, *lines])

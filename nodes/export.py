@@ -7,7 +7,8 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..hyperalign.hosts import comfy, comfy_export
-from .sockets import HyperAlignType, strength_input
+from .aliases import aliases
+from .sockets import HyperAlignType, seed_input, strength_input
 
 
 class HyperAlignExportLora(io.ComfyNode):
@@ -20,6 +21,7 @@ class HyperAlignExportLora(io.ComfyNode):
             node_id="HyperAlignExportLora",
             display_name="Export HyperAlign as LoRA",
             category="HyperAlign",
+            **aliases("save lora", "extract lora", "bake", "hypernetwork to lora"),
             description="Saves the weights a hypernetwork writes for one prompt, seed and time as a plain LoRA in "
             "output/loras, for Load LoRA here or for diffusers. The LoRA no longer follows the picture in the making.",
             is_output_node=True,
@@ -59,13 +61,8 @@ def _inputs() -> list[io.Input]:
             tooltip="At time 1 an empty latent of the picture's size; below 1 a finished picture (from KSampler or "
             "VAE Encode), which is noised to that time. Of a batch, the first picture.",
         ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=True,
-            tooltip="Number that decides the noise the hypernetwork looks at, as in KSampler. 0 is a seed like any.",
+        seed_input(
+            "Number that decides the noise the hypernetwork looks at, as in KSampler. 0 is a seed like any."
         ),
         io.Float.Input(
             "time",

@@ -13,7 +13,9 @@ from .hypernetwork import HyperAlignApply, HyperAlignLoader
 from .rewards import HyperAlignRewardLoader, HyperAlignRewardScore
 from .sampler import HyperAlignSampler
 from .selection import HyperAlignSelect
+from .strength import HyperAlignStrength
 from .tiny import HyperAlignTinyLatent, HyperAlignTinyModel
+from .trace import HyperAlignTrace, HyperAlignTracePca
 
 
 class HyperAlignExtension(ComfyExtension):
@@ -30,6 +32,9 @@ class HyperAlignExtension(ComfyExtension):
             HyperAlignLoader,
             HyperAlignApply,
             HyperAlignSampler,
+            HyperAlignStrength,
+            HyperAlignTrace,
+            HyperAlignTracePca,
             HyperAlignExportLora,
             HyperAlignRewardLoader,
             HyperAlignRewardScore,

@@ -7,6 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..hyperalign.hosts import comfy_guidance
+from .aliases import aliases
+from .choices import choice_problem
 from .sockets import RewardType
 
 
@@ -20,23 +22,31 @@ class HyperAlignGuidance(io.ComfyNode):
             node_id="HyperAlignGuidance",
             display_name="Reward Guidance",
             category="HyperAlign",
+            **aliases(
+                "gradient guidance", "universal guidance", "classifier guidance", "freedom", "dymo", "mpgd"
+            ),
             description="Makes a MODEL sample towards a greater reward, by the reward's gradient on the picture "
             "foreseen at each step. Each guided step adds a decoding and a reward, forwards and backwards: "
-            "about 3 times the work of SD 1.5, 1.3 times that of SDXL, and several GB more memory.",
+            "about 3 times the work of SD 1.5, 1.3 times that of SDXL, and several GB more memory. Through the "
+            "model it costs a backward pass of the model too.",
             inputs=_inputs(),
             outputs=[io.Model.Output(display_name="model", tooltip="The guided model, for any sampler.")],
         )
 
     @classmethod
+    def validate_inputs(cls, gradient: str = "prediction") -> bool | str:
+        """Refuses an unknown way of the gradient before anything runs."""
+        return choice_problem(cls, gradient=gradient) or True
+
+    @classmethod
     def execute(
         cls, model: Any, reward: Any, vae: Any, prompt: str, strength: float, start_percent: float,
-        end_percent: float, side: int,
+        end_percent: float, side: int, gradient: Any = "prediction",
     ) -> io.NodeOutput:  # fmt: skip
         """Returns the patched clone."""
         window = (start_percent, end_percent)
-        return io.NodeOutput(
-            comfy_guidance.apply_guidance(model, vae, reward, prompt, strength, window, side)
-        )
+        guided = comfy_guidance.apply_guidance(model, vae, reward, prompt, strength, window, side, gradient)
+        return io.NodeOutput(guided)
 
 
 def _inputs() -> list[io.Input]:
@@ -59,8 +69,9 @@ def _inputs() -> list[io.Input]:
             min=-2.0,
             max=2.0,
             step=0.01,
-            tooltip="Size of each correction, as a part of the foreseen picture's contrast. 0 = off, the picture of "
-            "the model without guidance, bit for bit; above 0.3 the reward is soon deceived; below 0 = away from it.",
+            tooltip="Size of each correction, as a part of the foreseen picture's contrast (through model: as a part "
+            "of what cfg adds). 0 = off, the picture of the model without guidance, bit for bit; above 0.3 (through "
+            "model: 1) the reward is soon deceived; below 0 = away from it.",
         ),
         io.Float.Input(
             "start_percent",
@@ -88,5 +99,14 @@ def _inputs() -> list[io.Input]:
             step=64,
             tooltip="Longest side in pixels at which foreseen pictures are decoded for the reward; the result keeps "
             "its size. Smaller = less time and memory: 256 is a quarter of 512; 0 is refused.",
+        ),
+        io.Combo.Input(
+            "gradient",
+            options=list(comfy_guidance.GRADIENTS),
+            default="prediction",
+            optional=True,
+            tooltip="Where the reward's gradient goes. prediction = to the foreseen picture (MPGD), which goes with "
+            "every model; through model = on through the model to the noisy picture (FreeDoM, DyMO): 3 to 4 times the "
+            "model's work in each guided step, and 1 GB or more for SD 1.5 at 512 pixels, 2 with a hypernetwork.",
         ),
     ]

@@ -7,8 +7,12 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..hyperalign.errors import HyperAlignError
-from ..hyperalign.hosts import comfy, comfy_files
-from .sockets import HyperAlignType, strength_input, variant_input
+from ..hyperalign.hosts import comfy, comfy_files, comfy_trace
+from .aliases import aliases
+from .choices import choice_problem
+from .sockets import HyperAlignType, strength_curve_input, strength_input, trace_output, variant_input
+
+TRACE_OUTPUT = 1
 
 
 class HyperAlignLoader(io.ComfyNode):
@@ -21,7 +25,10 @@ class HyperAlignLoader(io.ComfyNode):
             node_id="HyperAlignLoader",
             display_name="HyperAlign Loader",
             category="HyperAlign",
-            description="Loads a HyperAlign hypernetwork from models/hyperalign and shows what it was trained for.",
+            **aliases("load hypernetwork", "alignment", "hyperlora", "model loader"),
+            description="Loads a HyperAlign hypernetwork from models/hyperalign and shows what it was trained for. A "
+            "hypernetwork is a small network that looks at the picture in the making and writes weights into the "
+            "diffusion model; connect it to Apply HyperAlign or HyperAlign Sampler.",
             inputs=[
                 io.Combo.Input(
                     "hypernetwork",
@@ -41,11 +48,11 @@ class HyperAlignLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, hypernetwork: str | None = None) -> bool | str:
+    def validate_inputs(cls, hypernetwork: str = "") -> bool | str:
         """Reads the header before anything runs; the host leaves out a linked input's value."""
         try:
-            if hypernetwork is not None:
-                comfy_files.check_file(hypernetwork)
+            if hypernetwork != "":
+                comfy_files.check_file(str(hypernetwork))
         except HyperAlignError as error:
             return str(error)
         return True
@@ -74,6 +81,7 @@ class HyperAlignApply(io.ComfyNode):
             node_id="HyperAlignApply",
             display_name="Apply HyperAlign",
             category="HyperAlign",
+            **aliases("hypernetwork", "align model", "human preference", "prompt adherence", "lora"),
             description="Makes a MODEL sample with weights that a hypernetwork writes for the picture in the making. "
             "Works with any sampler; a second one replaces the first.",
             inputs=[
@@ -100,14 +108,26 @@ class HyperAlignApply(io.ComfyNode):
                     "must lie above start_percent, so 0 is refused.",
                 ),
                 variant_input(),
+                strength_curve_input(),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="The aligned model, for any sampler.")],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The aligned model, for any sampler."),
+                trace_output(
+                    "For HyperAlign Trace, together with the sampled LATENT: filled while a sampler runs the model. "
+                    "Costs nothing while it is not connected."
+                ),
+            ],
         )
 
     @classmethod
-    def validate_inputs(cls, strength: float = 1.0) -> bool | str:
-        """Refuses a strength that is no number before anything runs."""
-        return comfy.strength_problem(strength) or True
+    def validate_inputs(cls, strength: float = 1.0, variant: str = "auto") -> bool | str:
+        """Refuses a strength that is no number and an unknown variant before anything runs."""
+        return comfy.strength_problem(strength) or choice_problem(cls, variant=variant) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> str:
+        """Makes the host run it again, and the samplers behind it, once somebody wants the trace."""
+        return comfy_trace.wanted(TRACE_OUTPUT)
 
     @classmethod
     def execute(
@@ -118,6 +138,11 @@ class HyperAlignApply(io.ComfyNode):
         start_percent: float,
         end_percent: float,
         variant: Any,
+        strength_curve: Any = None,
     ) -> io.NodeOutput:
-        """Returns the patched clone."""
-        return io.NodeOutput(comfy.apply(model, hypernetwork, strength, start_percent, end_percent, variant))
+        """Returns the patched clone and the recorder of its runs, None where nobody wants it."""
+        recorder = comfy_trace.recorder_for(TRACE_OUTPUT)
+        aligned = comfy.apply(
+            model, hypernetwork, strength, start_percent, end_percent, variant, strength_curve, recorder
+        )
+        return io.NodeOutput(aligned, recorder)

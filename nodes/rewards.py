@@ -11,6 +11,8 @@ from comfy_api.latest import io, ui
 from ..hyperalign.hosts import comfy_reward_files as files
 from ..hyperalign.hosts import comfy_rewards
 from ..hyperalign.rewards.loading import NAMES
+from .aliases import aliases
+from .choices import choice_problem
 from .drawing import with_badges
 from .score_files import save_scored
 from .sockets import RewardType, prompt_input
@@ -26,8 +28,10 @@ class HyperAlignRewardLoader(io.ComfyNode):
             node_id="HyperAlignRewardLoader",
             display_name="Reward Model Loader",
             category="HyperAlign",
-            description="Loads a model that judges pictures from models/hyperalign_rewards; several in a chain "
-            "judge as one.",
+            **aliases("hps", "pickscore", "imagereward", "aesthetic", "clip score", "preference model"),
+            description="Loads a model that judges pictures from models/hyperalign_rewards: by their prompt, as people "
+            "prefer them, or by their looks alone. Several in a chain judge as one. Nothing is downloaded unless you "
+            "ask for it.",
             inputs=_loader_inputs(),
             outputs=[
                 RewardType.Output(
@@ -38,9 +42,12 @@ class HyperAlignRewardLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, reward: str | None = None, download: bool = False) -> bool | str:
+    def validate_inputs(
+        cls, reward: str = NAMES[0], download: bool = False, combination: str = "sum"
+    ) -> bool | str:
         """Names missing weights before anything runs; the host leaves out a linked input's value."""
-        return True if reward is None or download else files.problem(reward) or True
+        unknown = choice_problem(cls, reward=reward, combination=combination)
+        return unknown or (None if download else files.problem(reward)) or True
 
     @classmethod
     def fingerprint_inputs(cls, combination: str = "sum", **_: Any) -> float:
@@ -71,6 +78,7 @@ class HyperAlignRewardScore(io.ComfyNode):
             node_id="HyperAlignRewardScore",
             display_name="Reward Score",
             category="HyperAlign",
+            **aliases("rate images", "aesthetic score", "judge", "evaluate", "quality"),
             description="Scores every picture of a batch against its prompt; greater is better. Shows each picture "
             "with its score, and saves them with it if you like.",
             is_output_node=True,
@@ -88,10 +96,15 @@ class HyperAlignRewardScore(io.ComfyNode):
                 io.String.Output(display_name="table", tooltip="Scores and prompts as a text table."),
                 io.String.Output(
                     display_name="breakdown",
-                    tooltip='Each reward\'s own scores as JSON: {"hpsv2.1": [0.27, 0.29], ...}.',
+                    tooltip="Each reward's own scores as JSON: one list of numbers per reward.",
                 ),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, sidecar: str = "CSV") -> bool | str:
+        """Refuses an unknown kind of table before anything runs."""
+        return choice_problem(cls, sidecar=sidecar) or True
 
     @classmethod
     def execute(

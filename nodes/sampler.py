@@ -7,8 +7,20 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..hyperalign.hosts import comfy as host
-from ..hyperalign.hosts import comfy_sampling
-from .sockets import HyperAlignType, strength_input, variant_input
+from ..hyperalign.hosts import comfy_sampling, comfy_trace
+from .aliases import aliases
+from .choices import choice_problem
+from .sockets import (
+    HyperAlignType,
+    conditioning_inputs,
+    seed_input,
+    strength_curve_input,
+    strength_input,
+    trace_output,
+    variant_input,
+)
+
+TRACE_OUTPUT = 1
 
 
 class HyperAlignSampler(io.ComfyNode):
@@ -21,26 +33,63 @@ class HyperAlignSampler(io.ComfyNode):
             node_id="HyperAlignSampler",
             display_name="HyperAlign Sampler (S/P/I)",
             category="HyperAlign",
-            description="KSampler with a hypernetwork: the same as Apply HyperAlign followed by KSampler.",
-            inputs=[*_sockets(), *sampling_widgets(), variant_input(), strength_input()],
+            **aliases("ksampler", "aligned ksampler", "sample"),
+            description="KSampler with a hypernetwork: the same as Apply HyperAlign followed by KSampler. The hypernetwork "
+            "looks at the picture in the making and writes weights into the model, so that the picture follows the "
+            "prompt and people's preference better. Preview and progress are the usual ones.",
+            inputs=[
+                *_sockets(),
+                *sampling_widgets(),
+                variant_input(),
+                strength_input(),
+                strength_curve_input(),
+            ],
             outputs=[
-                io.Latent.Output(display_name="latent", tooltip="The denoised latents, for VAE Decode.")
+                io.Latent.Output(display_name="latent", tooltip="The denoised latents, for VAE Decode."),
+                trace_output(
+                    "For HyperAlign Trace or HyperAlign Trace PCA. Costs nothing while it is not connected."
+                ),
             ],
         )
 
     @classmethod
-    def validate_inputs(cls, steps: int = 1, strength: float = 1.0) -> bool | str:
+    def validate_inputs(
+        cls,
+        steps: int = 1,
+        strength: float = 1.0,
+        variant: str = "auto",
+        sampler_name: str = "euler",
+        scheduler: str = "normal",
+    ) -> bool | str:
         """Refuses values that cannot be sampled with before anything runs."""
-        return comfy_sampling.steps_problem(steps) or host.strength_problem(strength) or True
+        problem = comfy_sampling.steps_problem(steps) or host.strength_problem(strength)
+        chosen = {"variant": variant, "sampler_name": sampler_name, "scheduler": scheduler}
+        return problem or choice_problem(cls, **chosen) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> str:
+        """Makes the host sample again once somebody wants the trace."""
+        return comfy_trace.wanted(TRACE_OUTPUT)
 
     @classmethod
     def execute(
-        cls, model: Any, hypernetwork: Any, variant: Any, strength: float, latent_image: Any, **sampling: Any
+        cls,
+        model: Any,
+        hypernetwork: Any,
+        variant: Any,
+        strength: float,
+        latent_image: Any,
+        strength_curve: Any = None,
+        **sampling: Any,
     ) -> io.NodeOutput:
-        """Returns the sampled latents."""
+        """Returns the sampled latents and the recorder of the run, None where nobody wants it."""
         comfy_sampling.check_steps(sampling["steps"])
-        aligned = host.apply(model, hypernetwork, strength, variant=variant)
-        return io.NodeOutput(comfy_sampling.ksample(aligned, latent=latent_image, **sampling))
+        recorder = comfy_trace.recorder_for(TRACE_OUTPUT)
+        aligned = host.apply(
+            model, hypernetwork, strength, variant=variant, strength_curve=strength_curve, recorder=recorder
+        )
+        latent = comfy_sampling.ksample(aligned, latent=latent_image, **sampling)
+        return io.NodeOutput(latent, recorder)
 
 
 def _sockets() -> list[io.Input]:
@@ -49,10 +98,7 @@ def _sockets() -> list[io.Input]:
             "model", tooltip="The base model the hypernetwork was trained for. It is not changed."
         ),
         HyperAlignType.Input("hypernetwork", tooltip="From HyperAlign Loader."),
-        io.Conditioning.Input("positive", tooltip="What the picture should show, from CLIP Text Encode."),
-        io.Conditioning.Input(
-            "negative", tooltip="What it should not show, from CLIP Text Encode; unused at cfg 1."
-        ),
+        *conditioning_inputs(),
         io.Latent.Input("latent_image", tooltip="The latents to start from; empty ones for a new picture."),
     ]
 
@@ -60,13 +106,8 @@ def _sockets() -> list[io.Input]:
 def sampling_widgets() -> list[io.Input]:
     """Returns KSampler's widgets, for every node that samples."""
     return [
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=True,
-            tooltip="Number that decides the starting noise; the same seed gives the same picture. 0 is a seed like any.",
+        seed_input(
+            "Number that decides the starting noise; the same seed gives the same picture. 0 is a seed like any."
         ),
         io.Int.Input(
             "steps",

@@ -10,6 +10,9 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..hyperalign.hosts import comfy_batches as batches
 from ..hyperalign.selection import select
+from .aliases import aliases
+from .choices import choice_problem
+from .sockets import threshold_input
 
 
 class HyperAlignSelect(io.ComfyNode):
@@ -22,12 +25,18 @@ class HyperAlignSelect(io.ComfyNode):
             node_id="HyperAlignSelect",
             display_name="Select by Reward",
             category="HyperAlign",
+            **aliases("filter images", "top k", "pick best", "sort images", "threshold"),
             description="Keeps the pictures with the best scores, best first, with their latents, masks and seeds. "
             "The others come out of outputs of their own. What follows an empty output is quietly skipped.",
             is_input_list=True,
             inputs=_inputs(),
             outputs=[*_outputs(""), *_outputs("rejected_")],
         )
+
+    @classmethod
+    def validate_inputs(cls, mode: Any = "top-k") -> bool | str:
+        """Refuses an unknown mode before anything runs; inputs are lists here."""
+        return choice_problem(cls, mode=mode) or True
 
     @classmethod
     def execute(
@@ -89,14 +98,8 @@ def _inputs() -> list[io.Input]:
             max=4096,
             tooltip="How many pictures top-k keeps; all of fewer. 0 is refused. The other modes do not look at it.",
         ),
-        io.Float.Input(
-            "threshold",
-            default=0.0,
-            min=-1000.0,
-            max=1000.0,
-            step=0.001,
-            round=0.0001,
-            tooltip="The least score that the mode threshold keeps, in the reward's own units; 0 = a score of 0 or more.",
+        threshold_input(
+            "The least score that the mode threshold keeps, in the reward's own units; 0 = a score of 0 or more."
         ),
         io.Latent.Input(
             "latents", optional=True, tooltip="The pictures' latents; they follow the selection."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..hyperalign.hosts import comfy_tiny
+from .aliases import aliases
 
 
 class HyperAlignTinyModel(io.ComfyNode):
@@ -17,6 +18,7 @@ class HyperAlignTinyModel(io.ComfyNode):
             node_id="HyperAlignTinyModel",
             display_name="HyperAlign Tiny Model",
             category="HyperAlign",
+            **aliases("demo model", "test model", "emoji", "checkpoint loader"),
             description="A small text-to-image model that draws 64x64 emoji scenes, to try HyperAlign in seconds. "
             "Use it with CLIP Text Encode, KSampler and VAE Decode like any other.",
             inputs=[],
@@ -45,6 +47,7 @@ class HyperAlignTinyLatent(io.ComfyNode):
             node_id="HyperAlignTinyLatent",
             display_name="HyperAlign Tiny Empty Latent",
             category="HyperAlign",
+            **aliases("empty latent image", "new latent", "64x64"),
             description="Empty latents for HyperAlign Tiny Model: 64x64 pixels. Empty Latent Image would give 8 "
             "pixels per latent, this model has 4.",
             inputs=[

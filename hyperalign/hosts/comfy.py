@@ -29,11 +29,13 @@ from ..families import flux, sd3, unet
 from ..families.dit import TransformerSpec
 from ..hypernetwork import HyperNetwork
 from ..schedule import Schedule, Variant
+from ..strength import StrengthCurve, TargetStrengths, overlap, scaled
 from ..targets import BaseSpec
 from .calls import chunks_of, eager, options_of, perception_arguments, with_patches
 from .hooks import TargetHooks
 from .perceivers import DownPath, FirstBlocks, Perceiver, PerceptionDone, stop_perception
 from .run_state import Chunk, Run
+from .tracing import Recorder, TracedRun
 
 LOG = logging.getLogger(__name__)
 KEY = "hyperalign"
@@ -77,6 +79,8 @@ def apply(
     start_percent: float = 0.0,
     end_percent: float = 1.0,
     variant: Variant | Literal["auto"] = "auto",
+    strength_curve: StrengthCurve | None = None,
+    recorder: Recorder | None = None,
 ) -> ModelPatcher:
     """Returns a clone of the MODEL that samples with generated weights.
 
@@ -89,11 +93,17 @@ def apply(
         start_percent: where in the noise range it begins to act; 0 is pure noise.
         end_percent: where it stops acting; 1 is the finished picture.
         variant: when weights are written; `auto` as the hypernetwork was trained.
+        strength_curve: multiplies strength over the run and by block group. Evaluations where it is 0 are the
+            model's own, bit for bit, and write no weights: variant I writes at the first one that is not.
+        recorder: is given every run that a sampler makes with the result; None costs nothing.
 
     Raises:
         HyperAlignError: a value out of range, or a hypernetwork for another base model.
     """
     _check_numbers(strength, start_percent, end_percent)
+    window = (start_percent, end_percent)
+    if strength_curve is not None:
+        window = overlap(window, strength_curve.window)
     schedule = loaded.header.schedule
     if variant != "auto":
         schedule = Schedule(variant, schedule.key_times)
@@ -107,7 +117,7 @@ def apply(
     clone.remove_additional_models(KEY)
     if strength == 0.0:
         return clone
-    adapter = Adapter(loaded.hyperalign, spec, schedule, strength, (start_percent, end_percent))
+    adapter = Adapter(loaded.hyperalign, spec, schedule, strength, window, strength_curve, recorder)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, adapter.outer_sample)
     clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, adapter.predict_noise)
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, adapter.apply_model)
@@ -161,6 +171,8 @@ class Adapter:
         schedule: Schedule,
         strength: float,
         window: tuple[float, float],
+        curve: StrengthCurve | None,
+        recorder: Recorder | None,
     ) -> None:
         self._network: HyperNetwork = hyperalign.network
         self._mode = hyperalign.header.mode
@@ -168,17 +180,22 @@ class Adapter:
         self._window = window
         self._last_timestep = spec.last_timestep
         self._perceiver = perceiver_of(spec, hyperalign.header.perception_blocks)
-        places = [spec.place(target.name) for target in hyperalign.header.targets]
+        names = [target.name for target in hyperalign.header.targets]
+        self._strengths = None if curve is None else TargetStrengths(curve, spec.family, names)
+        places = [spec.place(name) for name in names]
         self._hooks = TargetHooks(hyperalign.network, strength, places)
+        self._strength = strength
+        self._recorder = recorder
         self._run: Run | None = None
 
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Opens a run and drops its state at the end, also after an error or an interrupt."""
-        previous, self._run = self._run, Run(self._schedule)
+        previous, self._run = self._run, self._new_run()
         self._hooks.new_run()
         try:
             result = executor(*args, **kwargs)
             self._report(self._run)
+            self._keep(self._run, result)
             return result
         finally:
             self._run = previous
@@ -191,23 +208,34 @@ class Adapter:
             return executor(*args, **kwargs)
         run.begin_evaluation()
         try:
-            return executor(*args, **kwargs)
+            x0_BCHW = executor(*args, **kwargs)
         finally:
             run.end_evaluation()
+        if isinstance(run, TracedRun):
+            self._note(run, executor.class_obj.inner_model, args[1], x0_BCHW)
+        return x0_BCHW
 
-    @torch.no_grad()
     def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Runs one call with every row's own weights, writing those that are due."""
+        """Runs one call with every row's own weights, writing those that are due.
+
+        A gradient may go through the call, but not through what writes the weights.
+        """
         model, x_BCHW, sigma_B = executor.class_obj, args[0], args[1]
         if not self._is_active(model, sigma_B):
+            return executor(*args, **kwargs)
+        strengths_M = self._target_strengths(model, sigma_B)
+        if strengths_M is not None and not strengths_M.any():
             return executor(*args, **kwargs)
         run = self._run if self._run is not None else Run(self._schedule)
         u = self._time(model, sigma_B)
         chunks = run.enter_call(chunks_of(x_BCHW, options_of(args, kwargs)), u)
         due = run.due(chunks, u)
+        if isinstance(run, TracedRun):
+            run.note_strengths(strengths_M)
 
         def write(features: Sequence[Tensor]) -> None:
             self._write(run, chunks, due, u, features)
+            self._set_cores(run, chunks, strengths_M)
 
         base = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)
         if due and self._network.is_static:
@@ -221,17 +249,24 @@ class Adapter:
             with self._hooks.installed(base), self._perceiver.collecting(base, x_BCHW, write):
                 return executor(*args, **kwargs)
         with self._hooks.installed(base):
-            self._hooks.set_cores(run.cores(chunks))
+            self._set_cores(run, chunks, strengths_M)
             return executor(*args, **kwargs)
 
     def _is_active(self, model: Any, sigma_B: Tensor) -> bool:
         start, end = (float(model.model_sampling.percent_to_sigma(percent)) for percent in self._window)
         return end <= float(sigma_B.flatten()[0]) <= start
 
+    def _target_strengths(self, model: Any, sigma_B: Tensor) -> Tensor | None:
+        """Returns the curve's factor (M,) on each target's strength, None without a curve."""
+        if self._strengths is None:
+            return None
+        return self._strengths.at(float(sigma_B.flatten()[0]), model.model_sampling.percent_to_sigma)
+
     def _time(self, model: Any, sigma_B: Tensor) -> float:
         """Returns u in [0, 1], 1 being pure noise."""
         return float(model.model_sampling.timestep(sigma_B).flatten()[0]) / self._last_timestep
 
+    @torch.no_grad()
     def _perceive(
         self, model: Any, base: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> list[Tensor]:
@@ -250,6 +285,7 @@ class Adapter:
             )
         return features
 
+    @torch.no_grad()
     def _write(
         self, run: Run, chunks: Sequence[Chunk], due: Sequence[int], u: float, features: Sequence[Tensor]
     ) -> None:
@@ -258,7 +294,25 @@ class Adapter:
         cores_BMDA = self._network([torch.cat([level[index] for index in due]) for level in per_chunk])
         for index, cores_RMDA in zip(due, cores_BMDA.chunk(len(due)), strict=True):
             run.write(chunks[index], cores_RMDA, u)
-        self._hooks.set_cores(run.cores(chunks))
+
+    def _set_cores(self, run: Run, chunks: Sequence[Chunk], strengths_M: Tensor | None) -> None:
+        """Gives the call its rows' cores; what the run keeps for I and P stays unscaled."""
+        cores_BMDA = run.cores(chunks)
+        self._hooks.set_cores(cores_BMDA if strengths_M is None else scaled(cores_BMDA, strengths_M))
+
+    def _new_run(self) -> Run:
+        return Run(self._schedule) if self._recorder is None else self._recorder.open(self._schedule)
+
+    def _note(self, run: TracedRun, model: Any, sigma_B: Tensor, x0_BCHW: Tensor) -> None:
+        """Tells a traced run what an evaluation was, without waiting for the device."""
+        run.note_time(model.model_sampling.timestep(sigma_B).flatten()[0] / self._last_timestep)
+        if run.keeps_predictions:
+            # A sampler may change the prediction in place.
+            run.note_prediction(model.process_latent_out(x0_BCHW.detach().clone()))
+
+    def _keep(self, run: Run, samples: object) -> None:
+        if self._recorder is not None and isinstance(run, TracedRun):
+            self._recorder.keep(run, self._network, self._strength, samples)
 
     def _report(self, run: Run) -> None:
         LOG.info(

@@ -110,7 +110,9 @@ class _Deltas:
             )
         made = self._folded[1]
         if dtype not in made:
-            made[dtype] = fold(self.network, self.cores_BMDA, self.strength, dtype)
+            # Guidance takes gradients through the layers, which no tensor of an inference mode lets pass.
+            with torch.inference_mode(False), torch.no_grad():
+                made[dtype] = fold(self.network, self.cores_BMDA, self.strength, dtype)
         return made[dtype].down[index], made[dtype].up[index]
 
 

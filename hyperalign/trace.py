@@ -1,0 +1,203 @@
+"""What a hypernetwork wrote during one run, and how it changed: the paper's Fig 8.
+
+The change of a layer is dW = B_aux K A_aux. Its inner products need no dW: with G_a = A_aux A_aux^T and
+G_b = B_aux^T B_aux, <dW, dW'> = tr(K^T G_b K' G_a), so G_b^(1/2) K G_a^(1/2) has the lengths and angles of dW
+in b x a numbers. All that is measured here is measured of those coordinates.
+
+Shape letters: E evaluations, G generations, R rows, M targets, D = b, A = a, F = b a.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .schedule import Variant
+
+ROLES = {0: "cond", 1: "uncond"}
+BLOCK = re.compile(r"((?:down|up)_blocks\.\d+\.attentions\.\d+|mid_block\.attentions\.\d+|\w+_blocks\.\d+)\.")
+SHORT = {"down_blocks": "down", "up_blocks": "up", "mid_block": "mid", "transformer_blocks": "block",
+         "single_transformer_blocks": "single"}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """The weights of one conditioning's rows over a run."""
+
+    role: int
+    """The host's index of the prediction they served: 0 cond, 1 uncond."""
+    weights_GRMF: Tensor
+    """Generated weights in `coordinates`, before any strength."""
+    written: tuple[int, ...]
+    """The evaluation at which each generation was written, G."""
+    in_force: tuple[int, ...]
+    """The generation that served each evaluation, E; -1 where none acted."""
+
+    @property
+    def name(self) -> str:
+        """`cond`, `uncond` or the role's number."""
+        return ROLES.get(self.role, f"role {self.role}")
+
+
+@dataclass(frozen=True, slots=True)
+class Rewards:
+    """What a reward says of the one-step predictions."""
+
+    name: str
+    scores_EB: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One sampling run."""
+
+    variant: Variant
+    key_times: tuple[float, ...]
+    targets: tuple[str, ...]
+    times: tuple[float, ...]
+    """u of each evaluation, E."""
+    strengths_EM: Tensor
+    """The strength s of each target at each evaluation."""
+    tracks: tuple[Track, ...]
+    predictions_EBCHW: Tensor | None = None
+    """Guided one-step predictions in the latents of the host's VAE, where they were asked for."""
+
+    @property
+    def shown(self) -> tuple[Track, ...]:
+        """The tracks that are drawn: the conditional ones, or all of the only role there is."""
+        first = min(track.role for track in self.tracks)
+        return tuple(track for track in self.tracks if track.role == first)
+
+
+class Dynamics(NamedTuple):
+    """How the weights of a track move, each (E, R); NaN where no weights acted."""
+
+    norms: Tensor
+    """Length of s dW over all targets."""
+    cosines: Tensor
+    """Of the generated weights with the first written ones (Fig 8, left axis)."""
+    changes: Tensor
+    """|dW - dW_first| / |dW_first| of the generated weights (Fig 8, right axis)."""
+
+
+def gram_root(gram_MDD: Tensor) -> Tensor:
+    """Returns the symmetric square root of Gram matrices (M, D, D)."""
+    values_MD, vectors_MDD = torch.linalg.eigh(gram_MDD.double())
+    return (vectors_MDD * values_MD.clamp_min(0).sqrt()[:, None]) @ vectors_MDD.transpose(-1, -2)
+
+
+def coordinates(
+    cores_GRMDA: Tensor, a_aux: Sequence[Tensor], b_aux: Sequence[Tensor], scale: float = 1.0
+) -> Tensor:
+    """Returns generated weights as (G, R, M, F) whose inner products are those of B_aux K A_aux.
+
+    Args:
+        cores_GRMDA: the cores K.
+        a_aux: A_aux (a, d_in) of each target.
+        b_aux: B_aux (d_out, b) of each target.
+        scale: factor on all of them.
+    """
+    root_a_MAA = gram_root(torch.stack([a.double() @ a.double().T for a in a_aux]))
+    root_b_MDD = gram_root(torch.stack([b.double().T @ b.double() for b in b_aux]))
+    return (scale * root_b_MDD.float() @ cores_GRMDA.float() @ root_a_MAA.float()).flatten(-2)
+
+
+def block_of(target: str) -> str:
+    """Returns the short name of a target's block: `up 1.0` for `up_blocks.1.attentions.0...`."""
+    match = BLOCK.match(target)
+    if match is None:
+        return target.partition(".")[0]
+    stack, _, place = match[1].partition(".")
+    return f"{SHORT.get(stack, stack)} {place.replace('attentions.', '')}"
+
+
+def strengths(trace: Trace, track: Track) -> Tensor:
+    """Returns the length |s| |dW| of each target's change (E, R, M); NaN where no weights acted."""
+    norms_ERM = _served(track, track.weights_GRMF.norm(dim=-1))
+    return norms_ERM * trace.strengths_EM.abs()[:, None]
+
+
+def block_strengths(trace: Trace) -> tuple[list[str], Tensor]:
+    """Returns the blocks' names and the length of each one's change (E, blocks), the mean over shown rows."""
+    every_ERM = torch.cat([strengths(trace, track) for track in trace.shown], dim=1)
+    names = [block_of(target) for target in trace.targets]
+    blocks = list(dict.fromkeys(names))
+    member = torch.tensor([[name == block for block in blocks] for name in names], dtype=torch.float32)
+    return blocks, (every_ERM.square() @ member).sqrt().nanmean(dim=1)
+
+
+def dynamics(trace: Trace, track: Track) -> Dynamics:
+    """Returns how a track's weights move, over all targets together."""
+    weights_GRF = track.weights_GRMF.flatten(2)
+    lengths_GR, first_RF = weights_GRF.norm(dim=-1), weights_GRF[0]
+    first_R = lengths_GR[0]
+    cosines_GR = (weights_GRF * first_RF).sum(-1) / (lengths_GR * first_R)
+    changes_GR = (weights_GRF - first_RF).norm(dim=-1) / first_R
+    norms_ER = strengths(trace, track).square().sum(-1).sqrt()
+    return Dynamics(norms_ER, _served(track, cosines_GR.clamp(-1, 1)), _served(track, changes_GR))
+
+
+def shown_dynamics(trace: Trace) -> Dynamics:
+    """Returns `dynamics` of all shown rows, each (E, rows)."""
+    every = [dynamics(trace, track) for track in trace.shown]
+    return Dynamics(*(torch.cat(parts, dim=1) for parts in zip(*every, strict=True)))
+
+
+def written_at(trace: Trace) -> list[int]:
+    """Returns the evaluations at which shown weights were written."""
+    return sorted({evaluation for track in trace.shown for evaluation in track.written})
+
+
+def as_json(trace: Trace, rewards: Rewards | None = None) -> dict[str, Any]:
+    """Returns all that is drawn and more as JSON types; null where no weights acted."""
+    blocks, _ = block_strengths(trace)
+    return {
+        "variant": trace.variant,
+        "key_times": [*trace.key_times],
+        "u": _numbers(torch.tensor(trace.times)),
+        "blocks": blocks,
+        "tracks": [_track_json(trace, track) for track in trace.tracks],
+        "reward": None
+        if rewards is None
+        else {"name": rewards.name, "scores": _numbers(rewards.scores_EB.T)},
+    }
+
+
+def _track_json(trace: Trace, track: Track) -> dict[str, Any]:
+    """Returns one track; lists over rows hold one list over evaluations each."""
+    alone = Trace(
+        trace.variant, trace.key_times, trace.targets, trace.times, trace.strengths_EM, tracks=(track,)
+    )
+    moves = dynamics(trace, track)
+    return {
+        "name": track.name,
+        "rows": track.weights_GRMF.shape[1],
+        "written_at": [*track.written],
+        "block_strength": _numbers(block_strengths(alone)[1].T),
+        "norm": _numbers(moves.norms.T),
+        "cosine": _numbers(moves.cosines.T),
+        "relative_change": _numbers(moves.changes.T),
+    }
+
+
+def _served(track: Track, values_GR: Tensor) -> Tensor:
+    """Returns what served each evaluation (E, ...) of values by generation; NaN where nothing did."""
+    served = torch.tensor(track.in_force)
+    values_ER = values_GR[served.clamp_min(0)].clone()
+    values_ER[served < 0] = math.nan
+    return values_ER
+
+
+def _numbers(values: Tensor) -> Any:
+    def plain(item: Any) -> Any:
+        if isinstance(item, list):
+            return [plain(part) for part in item]
+        return float(f"{item:.6g}") if math.isfinite(item) else None
+
+    return plain(values.tolist())

@@ -1,0 +1,138 @@
+"""How generated weights differ over prompts and seeds, step by step: the paper's Fig 9.
+
+Shape letters as in `trace`; N points, S steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import HyperAlignError
+from .trace import Trace, written_at
+
+STEPS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The weights of several pictures in the plane of their two principal components."""
+
+    evaluations: tuple[int, ...]
+    """The steps that are shown, S, as indices."""
+    times: tuple[float, ...]
+    """u of each step."""
+    places_SN2: Tensor
+    """All steps in one plane, so that they can be compared."""
+    traces: tuple[int, ...]
+    """The trace each point is of, N; rows of one batch are points of one trace."""
+    explained: tuple[float, float]
+    """Part of the variance that each component explains."""
+    spreads: tuple[float, ...]
+    """Of each step: root mean square distance of the weights from their mean, as a part of their length."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns it as JSON types."""
+        return {
+            "evaluations": [evaluation + 1 for evaluation in self.evaluations],
+            "u": [round(time, 6) for time in self.times],
+            "explained": [round(part, 6) for part in self.explained],
+            "spread": [round(spread, 6) for spread in self.spreads],
+            "trace_of_point": [*self.traces],
+            "points": [
+                [[float(f"{x:.6g}") for x in place] for place in step] for step in self.places_SN2.tolist()
+            ],
+        }
+
+
+def spread_of(traces: Sequence[Trace], steps: int = STEPS) -> Spread:
+    """Returns where the shown rows of several runs lie at a few steps.
+
+    Args:
+        traces: of one hypernetwork, with the same steps.
+        steps: how many steps to show at most, spread evenly over those at which weights were written.
+
+    Raises:
+        HyperAlignError: traces that do not belong together, or fewer than 3 points.
+    """
+    _check_alike(traces)
+    evaluations = _picked(written_at(traces[0]), steps)
+    parts = [_points(trace, evaluations) for trace in traces]
+    points_SNF = torch.cat(parts, dim=1)
+    places_PC, explained = pca(points_SNF.flatten(0, 1))
+    return Spread(
+        evaluations=tuple(evaluations),
+        times=tuple(traces[0].times[evaluation] for evaluation in evaluations),
+        places_SN2=places_PC.unflatten(0, points_SNF.shape[:2]),
+        traces=tuple(index for index, part in enumerate(parts) for _ in range(part.shape[1])),
+        explained=(float(explained[0]), float(explained[1])),
+        spreads=tuple(relative_spread(points_NF) for points_NF in points_SNF),
+    )
+
+
+def pca(points_NF: Tensor, components: int = 2) -> tuple[Tensor, Tensor]:
+    """Returns the first principal coordinates (N, components) and the part of the variance each explains.
+
+    From the N x N Gram matrix of the centred points, which is small where F is large. Each coordinate's
+    sign is such that its greatest value is positive. Raises HyperAlignError for fewer than 3 points.
+    """
+    if len(points_NF) < 3:
+        raise HyperAlignError(
+            f"Found {len(points_NF)} points; expected at least 3. Draw several pictures: a batch, or traces "
+            "of several prompts or seeds."
+        )
+    centred_NF = points_NF.float() - points_NF.float().mean(dim=0)
+    values_N, vectors_NN = torch.linalg.eigh((centred_NF @ centred_NF.T).double())
+    values_N, vectors_NN = values_N.clamp_min(0).flip(0), vectors_NN.flip(1)
+    places_NC = vectors_NN[:, :components] * values_N[:components].sqrt()
+    greatest_C = places_NC[places_NC.abs().argmax(dim=0), torch.arange(components)]
+    explained_C = values_N[:components] / values_N.sum().clamp_min(1e-30)
+    return (places_NC * torch.where(greatest_C < 0, -1.0, 1.0)).float(), explained_C.float()
+
+
+def relative_spread(points_NF: Tensor) -> float:
+    """Returns the root mean square distance of points from their mean, over that from the origin."""
+    away = (points_NF - points_NF.mean(dim=0)).square().sum()
+    return float((away / points_NF.square().sum().clamp_min(1e-30)).sqrt())
+
+
+def _points(trace: Trace, evaluations: Sequence[int]) -> Tensor:
+    """Returns the shown rows' weights at some evaluations (evaluations, rows, M F)."""
+    parts: list[Tensor] = []
+    for track in trace.shown:
+        served = [track.in_force[evaluation] for evaluation in evaluations]
+        if -1 in served:
+            raise HyperAlignError(
+                "The regions of a picture were not drawn at the same steps, so their weights cannot be "
+                "compared. Use one prompt for the whole picture."
+            )
+        parts.append(track.weights_GRMF[served].flatten(2))
+    return torch.cat(parts, dim=1)
+
+
+def _picked(items: Sequence[int], count: int) -> list[int]:
+    """Returns at most `count` items, evenly spread, the first and last among them."""
+    if len(items) <= count:
+        return [*items]
+    return [items[round(place * (len(items) - 1) / (count - 1))] for place in range(count)]
+
+
+def _check_alike(traces: Sequence[Trace]) -> None:
+    first = traces[0]
+    for place, trace in enumerate(traces[1:], start=2):
+        widths = [item.shown[0].weights_GRMF.shape[2:] for item in (first, trace)]
+        if trace.targets != first.targets or widths[0] != widths[1]:
+            raise HyperAlignError(
+                f"Trace {place} is of another hypernetwork than trace 1; their weights cannot be compared. "
+                "Connect traces of one hypernetwork."
+            )
+        if len(trace.times) != len(first.times) or written_at(trace) != written_at(first):
+            raise HyperAlignError(
+                f"Trace {place} has {len(trace.times)} evaluations and {len(written_at(trace))} generations, "
+                f"trace 1 has {len(first.times)} and {len(written_at(first))}, or at other steps. Draw all "
+                "with the same steps, sampler, scheduler and variant."
+            )
