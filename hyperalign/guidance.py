@@ -1,9 +1,10 @@
 """Gradient guidance by a reward on the one-step prediction.
 
 FreeDoM (arXiv 2303.09833) moves x_t down the gradient of an energy of the one-step prediction
-x0-hat(x_t); DyMO (arXiv 2412.00759) does so with preference rewards. Here the gradient ends at x0-hat, as
-in MPGD (arXiv 2311.16424): x0-hat itself is moved, so that the base model needs no backward pass, which may
-then be quantised, compiled or offloaded.
+x0-hat(x_t); DyMO (arXiv 2412.00759) does so with preference rewards. `guided_through` is their way: the
+gradient goes through the base model. In `guided` it ends at x0-hat, as in MPGD (arXiv 2311.16424): x0-hat
+itself is moved, so that the base model needs no backward pass, which may then be quantised, compiled or
+offloaded.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from .errors import HyperAlignError
 GRADIENT_SCALE = 1024.0
 """Only the direction counts; scaled, it survives half precision."""
 
+Score = Callable[[Tensor], Tensor]
+"""Differentiable scores (B,) of one-step predictions; may be called in inference mode."""
 
-def guided(x0_BCHW: Tensor, sigma: float, strength: float, score: Callable[[Tensor], Tensor]) -> Tensor:
+
+def guided(x0_BCHW: Tensor, sigma: float, strength: float, score: Score) -> Tensor:
     """Returns one-step predictions moved towards a greater score.
 
     x0 + s w(sigma) rms(x0) g / rms(g), with g = d score / d x0 and rms over each row: FreeDoM's and DyMO's
@@ -30,7 +34,7 @@ def guided(x0_BCHW: Tensor, sigma: float, strength: float, score: Callable[[Tens
         x0_BCHW: one-step predictions, (B, C, H, W) or of any other rank.
         sigma: noise level, at least 0.
         strength: size of a step as a part of the prediction's; 0 returns it as it is.
-        score: differentiable scores (B,) of predictions; may be called in inference mode.
+        score: what is raised.
 
     Raises:
         HyperAlignError: the score has no gradient, or one that is no number.
@@ -39,16 +43,63 @@ def guided(x0_BCHW: Tensor, sigma: float, strength: float, score: Callable[[Tens
         return x0_BCHW
     with torch.inference_mode(False), torch.enable_grad():
         leaf_BCHW = x0_BCHW.detach().clone().requires_grad_()
-        total = score(leaf_BCHW).sum() * GRADIENT_SCALE
-        if not total.requires_grad:
-            raise HyperAlignError("The reward has no gradient to the picture. Choose another reward.")
-        (gradient_BCHW,) = torch.autograd.grad(total, leaf_BCHW)
+        direction_BCHW = _direction(score(leaf_BCHW), leaf_BCHW)
+    return x0_BCHW + (strength * prediction_size(x0_BCHW, sigma) * direction_BCHW).to(x0_BCHW.dtype)
+
+
+def guided_through(
+    x_BCHW: Tensor, predict: Callable[[Tensor], tuple[Tensor, Tensor]], strength: float, score: Score
+) -> Tensor:
+    """Returns one-step predictions of noisy latents, moved along the score's gradient through the model.
+
+    x0(x) + s n g / rms(g), with g = d score(x0(x)) / d x. FreeDoM (Algorithm 1) subtracts rho grad E from
+    x_{t-1}; here the score of p(x_t) gets the term instead, which is a step of x0, so that every sampler
+    carries it out in its own way and the number of steps does not matter. The size is FreeDoM's: its code
+    takes rho = 0.2 cfg rms(eps_c - eps_u) / rms(grad E) (DyMO's does without cfg), and in terms of x0
+    sigma (eps_c - eps_u) is x0_u - x0_c.
+
+    Args:
+        x_BCHW: noisy latents, (B, C, H, W) or of any other rank.
+        predict: differentiable; returns the one-step predictions and n, (B, 1, ...).
+        strength: size of a step as a part of n.
+        score: what is raised.
+
+    Raises:
+        HyperAlignError: the prediction or the score has no gradient, or one that is no number.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf_BCHW = x_BCHW.detach().clone().requires_grad_()
+        x0_BCHW, size_B111 = predict(leaf_BCHW)
+        if not x0_BCHW.requires_grad:
+            raise HyperAlignError(
+                "The model's prediction has no gradient to the noisy picture: a patch cuts it off. End the "
+                "gradient at the prediction, or remove that patch."
+            )
+        direction_BCHW = _direction(score(x0_BCHW), leaf_BCHW)
+    return (x0_BCHW + strength * size_B111 * direction_BCHW).detach().to(x_BCHW.dtype)
+
+
+def prediction_size(x0_BCHW: Tensor, sigma: float) -> Tensor:
+    """Returns the size (B, 1, ...) of a step relative to the predictions: sigma / (1 + sigma) rms(x0)."""
+    return sigma / (1.0 + sigma) * _rms(x0_BCHW.detach())
+
+
+def guidance_size(cond_BCHW: Tensor, uncond_BCHW: Tensor, cfg: float) -> Tensor:
+    """Returns the size (B, 1, ...) of classifier-free guidance: cfg rms(x0_c - x0_u), as in FreeDoM."""
+    return abs(cfg) * _rms((cond_BCHW - uncond_BCHW).detach())
+
+
+def _direction(scores_B: Tensor, leaf_BCHW: Tensor) -> Tensor:
+    """Returns d scores / d leaf with an rms of 1 in each row. Raises HyperAlignError."""
+    total = scores_B.sum() * GRADIENT_SCALE
+    if not total.requires_grad:
+        raise HyperAlignError("The reward has no gradient to the picture. Choose another reward.")
+    (gradient_BCHW,) = torch.autograd.grad(total, leaf_BCHW)
     if not bool(torch.isfinite(gradient_BCHW).all()):
         raise HyperAlignError(
             "The reward's gradient is NaN or infinite. Lower the strength, or start later in the run."
         )
-    size = strength * sigma / (1.0 + sigma) * _rms(x0_BCHW) / _rms(gradient_BCHW).clamp_min(1e-12)
-    return x0_BCHW + (size * gradient_BCHW).to(x0_BCHW.dtype)
+    return gradient_BCHW / _rms(gradient_BCHW).clamp_min(1e-12)
 
 
 def _rms(x_BCHW: Tensor) -> Tensor:

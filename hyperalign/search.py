@@ -2,9 +2,10 @@
 
 - `best-of-N`: N fresh noises; the best picture wins (arXiv 2501.09732, random search).
 - `zero-order`: rounds of candidates near the best noise so far (arXiv 2501.09732, zero-order search).
-- `epsilon-greedy`: the same, but each candidate is fresh with probability epsilon (arXiv 2506.03164,
-  which searches the noise of every denoising step; here it is the starting noise, so that every sampler
-  will do, also those that add no noise later).
+- `epsilon-greedy`: the same, but each candidate is fresh with probability epsilon, which is the rule of
+  arXiv 2506.03164 applied to the starting noise, so that every sampler will do.
+- `epsilon-greedy-steps`: arXiv 2506.03164 itself, the baseline that the paper calls epsilon-greedy: fresh
+  starting noises as in `best-of-N`, and `epsilon_greedy` for the noise of every denoising step.
 
 Candidate i belongs to seed + i: the same settings give the same pictures.
 """
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from .errors import HyperAlignError
 
-SearchMode = Literal["best-of-N", "epsilon-greedy", "zero-order"]
-MODES: tuple[SearchMode, ...] = ("best-of-N", "epsilon-greedy", "zero-order")
+SearchMode = Literal["best-of-N", "epsilon-greedy", "zero-order", "epsilon-greedy-steps"]
+MODES: tuple[SearchMode, ...] = ("best-of-N", "epsilon-greedy", "zero-order", "epsilon-greedy-steps")
 SEEDS = 1 << 64
 
 Sample = TypeVar("Sample")
@@ -50,10 +51,12 @@ class Plan:
     radius: float = 0.5
     """How far candidates lie from it, as a part of fresh noise."""
     epsilon: float = 0.4
-    """How often a candidate of `epsilon-greedy` is fresh, as a fraction."""
+    """How often a candidate of `epsilon-greedy` and of `epsilon-greedy-steps` is fresh, as a fraction."""
+    iterations: int = 4
+    """Rounds of `round_size` candidates for each step's noise in `epsilon-greedy-steps`."""
 
     def __post_init__(self) -> None:
-        for name in ("count", "batch", "keep", "round_size"):
+        for name in ("count", "batch", "keep", "round_size", "iterations"):
             if getattr(self, name) < 1:
                 raise HyperAlignError(f"{name} is {getattr(self, name)}; expected at least 1. Use 1 or more.")
         if not 0.0 < self.radius < math.inf or not 0.0 <= self.epsilon <= 1.0 or math.isnan(self.stop_at):
@@ -104,7 +107,9 @@ class Search(Generic[Sample]):
         if done >= plan.count or (self.kept and self.kept[0].score >= plan.stop_at):
             return []
         count = min(plan.batch, plan.count - done)
-        if plan.mode != "best-of-N":  # all candidates of a round are drawn around the same noise
+        if plan.mode == "epsilon-greedy-steps":  # each has its own search, whose batches are its candidates
+            count = 1
+        elif plan.mode != "best-of-N":  # all candidates of a round are drawn around the same noise
             count = min(count, plan.round_size - done % plan.round_size)
         seeds = [(plan.seed + done + index) % SEEDS for index in range(count)]
         return [Candidate(seed, self._noise(seed)) for seed in seeds]
@@ -133,9 +138,40 @@ class Search(Generic[Sample]):
     def _noise(self, seed: int) -> Tensor:
         plan, fresh = self._plan, self._fresh(seed)
         explores = plan.mode == "epsilon-greedy" and random.Random(seed).random() < plan.epsilon
-        if plan.mode == "best-of-N" or self._pivot is None or explores:
+        from_scratch = plan.mode in ("best-of-N", "epsilon-greedy-steps")
+        if from_scratch or self._pivot is None or explores:
             return fresh
         return near(self._pivot, fresh, plan.radius)
+
+
+def epsilon_greedy(
+    plan: Plan,
+    fresh: Callable[[], Tensor],
+    rate: Callable[[list[Tensor]], list[float]],
+    chance: random.Random,
+) -> Tensor:
+    """Returns the noise (1, ...) of one denoising step, searched as in arXiv 2506.03164.
+
+    From a fresh pivot on, each of K rounds rates N candidates and moves to the best of them. A candidate is
+    fresh with probability epsilon, or else lies up to `radius` from the pivot. The paper adds to the pivot
+    a vector of up to lambda sqrt(d); `near` also scales the sum back, so that noise keeps its variance
+    however many rounds there are.
+
+    Args:
+        plan: N = `round_size` (the paper has 4), K = `iterations` (20), `radius` (0.15), `epsilon` (0.4).
+        fresh: standard normal noise (1, ...).
+        rate: scores of candidates, in their order.
+        chance: decides where candidates lie.
+    """
+    pivot = fresh()
+    for _ in range(plan.iterations):
+        candidates = [
+            fresh() if chance.random() < plan.epsilon else near(pivot, fresh(), plan.radius * chance.random())
+            for _ in range(plan.round_size)
+        ]
+        scores = rate(candidates)
+        pivot = candidates[scores.index(max(scores))]
+    return pivot
 
 
 def near(pivot: Tensor, fresh: Tensor, radius: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 import comfy.model_management
@@ -10,6 +11,7 @@ import comfy.sd1_clip
 import comfy.utils
 import folder_paths
 import torch
+from comfy.patcher_extension import CallbacksMP
 
 from ..errors import HyperAlignError
 from ..rewards import download, loading
@@ -20,6 +22,10 @@ from .comfy_rewards import HostReward, Judgement, hosted
 
 FOLDER = "hyperalign_rewards"
 CALIBRATIONS = "calibrations.json"
+
+_READ: dict[str, tuple[list[tuple[Path, int, int]], HostReward]] = {}
+"""What was read last for each name, and from which files: a node runs again when its weight changes. The
+host decides how long: what it unloads under pressure, or when asked to free memory, is dropped here."""
 
 
 def register_folder() -> None:
@@ -34,6 +40,8 @@ def register_folder() -> None:
 def load(name: str, *, fetch: bool = False) -> HostReward:
     """Loads one of `loading.NAMES`, in half precision where the device is made for it.
 
+    What was read before is returned again, unless its files have changed or the host has unloaded it.
+
     Args:
         name: one of `loading.NAMES`.
         fetch: download what is missing first, with the host's progress bar.
@@ -43,10 +51,15 @@ def load(name: str, *, fetch: bool = False) -> HostReward:
     """
     if fetch and name in RECIPES and problem(name) is not None:
         download.download(name, _folder(name), _progress())
+    if name in _READ and _READ[name][0] == _state(name):
+        return _READ[name][1]
     half = comfy.model_management.should_use_fp16(comfy.model_management.get_torch_device())
     dtype = torch.float16 if half else torch.float32
     reward = loading.load(name, _folder(name), dtype=dtype, tokenizer_folder=_host_vocabulary())
-    return hosted(reward)
+    found = hosted(reward)
+    found.patchers[0].add_callback(CallbacksMP.ON_DETACH, partial(_forget, name))
+    _READ[name] = _state(name), found  # only now, as reading converts a published .pt
+    return found
 
 
 def problem(name: str) -> str | None:
@@ -85,6 +98,18 @@ def store_calibrations(judgement: Judgement) -> None:
     folder = _own_folder()
     folder.mkdir(parents=True, exist_ok=True)
     save_calibrations(folder / CALIBRATIONS, calibrations() | found)
+
+
+def _forget(name: str, *_detached: object) -> None:
+    _READ.pop(name, None)
+
+
+def _state(name: str) -> list[tuple[Path, int, int]]:
+    """Returns the files of a reward with their times and sizes. Raises HyperAlignError if one is missing."""
+    if name not in RECIPES:
+        return []
+    paths = [find(file, _folder(name)) for file in RECIPES[name].files]
+    return [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
 
 
 def _own_folder() -> Path:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import HyperAlignError
 from ..search import Candidate, Plan, Search
+from . import comfy_trajectory
 from .comfy_rewards import HostReward
 from .comfy_sampling import check_steps
 
@@ -91,6 +92,24 @@ class Sampling:
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         )  # fmt: skip
 
+    def run_searched(
+        self,
+        start: Tensor,
+        candidate: Candidate,
+        callback: Callable[..., None],
+        plan: Plan,
+        rate: comfy_trajectory.Rate,
+    ) -> Tensor:
+        """Returns the sample (1, ...) of a candidate with every step's noise searched."""
+        sampler = comfy_trajectory.sampler(self.sampler_name, plan, candidate.seed, rate)
+        sigmas = comfy_trajectory.sigmas(
+            self.model, self.sampler_name, self.scheduler, self.steps, self.denoise
+        )
+        return comfy.sample.sample_custom(
+            self.model, candidate.noise, self.cfg, sampler, sigmas, self.positive, self.negative, start,
+            noise_mask=self.latent.get("noise_mask"), callback=callback, seed=candidate.seed,
+        )  # fmt: skip
+
 
 def search(sampling: Sampling, plan: Plan, reward: HostReward, vae: Any, prompt: str) -> Found:
     """Samples candidates one batch after the other and keeps the best; memory does not grow with them.
@@ -99,9 +118,12 @@ def search(sampling: Sampling, plan: Plan, reward: HostReward, vae: Any, prompt:
     nothing to return, and the host's exception goes on.
 
     Raises:
-        HyperAlignError: no step, other than one latent, ranks, or what the reward refuses.
+        HyperAlignError: no step, other than one latent, ranks, a sampler whose steps cannot be searched, or
+            what the reward refuses.
     """
     check_steps(sampling.steps)
+    if plan.mode == "epsilon-greedy-steps":
+        comfy_trajectory.check_sampler(sampling.sampler_name)
     if reward.combination == "rank":
         raise HyperAlignError(
             "Ranks compare the pictures of one batch, but a search draws them one after the other. Combine "
@@ -110,12 +132,25 @@ def search(sampling: Sampling, plan: Plan, reward: HostReward, vae: Any, prompt:
     start = sampling.start()
     state = Search[tuple[Tensor, Tensor]](plan, partial(sampling.noise, start))
     progress = Progress(sampling, plan)
+
+    def judged(latents: Tensor) -> tuple[Tensor, list[float]]:
+        images_BHWC: Tensor = vae.decode(latents)
+        return images_BHWC, reward.score(images_BHWC, [prompt] * len(images_BHWC))
+
+    def rate(latents: Tensor) -> list[float]:
+        return judged(latents)[1]
+
+    def drawn(candidates: Sequence[Candidate]) -> Tensor:
+        callback = progress.callback(len(state.tried), len(candidates))
+        if plan.mode == "epsilon-greedy-steps":
+            return sampling.run_searched(start, candidates[0], callback, plan, rate)
+        return sampling.run(start, candidates, callback)
+
     cancelled = False
     try:
         while candidates := state.propose():
-            latents = sampling.run(start, candidates, progress.callback(len(state.tried), len(candidates)))
-            images_BHWC = vae.decode(latents)
-            scores = reward.score(images_BHWC, [prompt] * len(images_BHWC))
+            latents = drawn(candidates)
+            images_BHWC, scores = judged(latents)
             # Clones: a row alone would keep the memory of its whole batch.
             rows = zip(latents.cpu(), images_BHWC.cpu(), strict=True)
             state.record(candidates, scores, [(latent.clone(), image.clone()) for latent, image in rows])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hyperalign.errors import HyperAlignError
-from hyperalign.search import MODES, SEEDS, Plan, Search, SearchMode, near
+from hyperalign.search import MODES, SEEDS, Plan, Search, SearchMode, epsilon_greedy, near
 
 
 def fresh(seed: int) -> Tensor:
@@ -77,6 +78,38 @@ def test_epsilon_is_how_often_a_candidate_is_fresh() -> None:
         assert count == pytest.approx(expected, abs=0 if epsilon in (0.0, 1.0) else 30)
 
 
+def searched(plan: Plan, seed: int, tried: list[float] | None = None) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+
+    def rate(candidates: list[Tensor]) -> list[float]:
+        scores = [height(candidate) for candidate in candidates]
+        if tried is not None:
+            tried.extend(scores)
+        return scores
+
+    return epsilon_greedy(plan, lambda: torch.randn(1, 8, generator=generator), rate, random.Random(seed))
+
+
+def test_a_step_s_search_moves_to_the_best_of_each_round() -> None:
+    tried: list[float] = []
+    plan = Plan(1, mode="epsilon-greedy-steps", round_size=4, iterations=20, radius=0.15)
+    found = searched(plan, 5, tried)
+    assert len(tried) == 80
+    assert height(found) == max(tried[-4:])
+    assert torch.equal(found, searched(plan, 5))
+
+
+def test_a_step_s_search_finds_better_noise_than_chance_and_keeps_its_variance() -> None:
+    plan = Plan(1, mode="epsilon-greedy-steps", round_size=4, iterations=10, radius=0.5)
+    heights = [height(searched(plan, seed)) for seed in range(30)]
+    chance = [height(fresh(seed)) for seed in range(30)]
+    assert sum(heights) / 30 > sum(chance) / 30 + 3.0
+    flat = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(1, 5000, generator=flat)  # noqa: E731
+    still = epsilon_greedy(plan, draw, lambda candidates: [0.0] * len(candidates), random.Random(0))
+    assert float(still.std()) == pytest.approx(1.0, abs=0.05)
+
+
 def test_it_stops_at_the_threshold() -> None:
     search = finished(Plan(100, stop_at=-9.0))
     assert search.kept[0].score >= -9.0
@@ -104,6 +137,7 @@ def test_noise_near_another_is_standard_normal_and_nearer_for_less_radius(radius
     [
         {"count": 0}, {"count": 1, "batch": 0}, {"count": 1, "keep": 0}, {"count": 1, "round_size": 0},
         {"count": 1, "radius": 0.0}, {"count": 1, "epsilon": 1.5}, {"count": 1, "stop_at": math.nan},
+        {"count": 1, "iterations": 0},
     ],
 )  # fmt: skip
 def test_plans_that_make_no_sense_are_refused(values: dict[str, float]) -> None:

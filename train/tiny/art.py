@@ -70,7 +70,8 @@ def fetch_icons(style: Style, cache: Path) -> dict[str, Any]:
     return json.loads(target.read_text(encoding="utf-8"))
 
 
-def _svg(icons: dict[str, Any], name: str) -> str:
+def svg_of(icons: dict[str, Any], name: str) -> str:
+    """Returns an icon of a package as a picture file's text."""
     while name in icons.get("aliases", {}):
         name = icons["aliases"][name]["parent"]
     icon = icons["icons"][name]
@@ -82,7 +83,8 @@ def _svg(icons: dict[str, Any], name: str) -> str:
     )
 
 
-def _render(svg: str, size: int) -> Sprite:
+def rendered(svg: str, size: int) -> Sprite:
+    """Returns a drawing as (size, size, 4) in [0, 1]."""
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))
     rgba = Image.open(io.BytesIO(png)).convert("RGBA").resize((size, size))
     return np.asarray(rgba, dtype=np.float32) / 255.0
@@ -95,7 +97,7 @@ def load_art(cache: Path) -> Art:
     for style in STYLES:
         icons = fetch_icons(style, cache)
         for noun, color in looks:
-            svg = _svg(icons, icon_name(noun, color))
+            svg = svg_of(icons, icon_name(noun, color))
             for size in SPRITE_SIZES:
-                sprites[style, noun, color, size] = _render(svg, size)
+                sprites[style, noun, color, size] = rendered(svg, size)
     return Art(sprites)

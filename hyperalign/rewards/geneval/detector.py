@@ -7,6 +7,8 @@ to boxes follow mmdetection's configuration.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -113,9 +115,10 @@ def _filled(path: Path, state: State) -> nn.Module:
     if bad := [key for key, value in state.items() if not bool(torch.isfinite(value).all())]:
         raise HyperAlignError(f"{path.name}: {bad[0]} holds NaN or infinite values. Download it again.")
     try:
-        found: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
-            cast(Any, None), config=configuration(SWIN_SMALL), state_dict=state, output_loading_info=True
-        )
+        with _without_progress_bar():
+            found: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
+                cast(Any, None), config=configuration(SWIN_SMALL), state_dict=state, output_loading_info=True
+            )
     except (RuntimeError, ValueError) as error:
         raise HyperAlignError(
             f"{path} does not fit Mask2Former with a small Swin for COCO's instances; get the published file."
@@ -130,6 +133,20 @@ def _filled(path: Path, state: State) -> nn.Module:
             f"({', '.join(extra[:2]) or 'none'}). Get the published file again."
         )
     return detector
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Spares the user transformers' bar over tensors that are in memory already; others keep theirs."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def detect(detector: nn.Module, image_CHW: Tensor) -> list[FoundObject]:

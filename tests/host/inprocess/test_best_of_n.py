@@ -101,6 +101,65 @@ def test_noise_search_is_reproducible_and_differs_from_fresh_seeds(best, mode):
     assert first[4] != best(keep=5)[4]
 
 
+STEPS = {"mode": "epsilon-greedy-steps", "sampler_name": "euler_ancestral", "steps": 3, "iterations": 3}
+
+
+def test_searching_every_step_s_noise_beats_the_sampler_s_own_and_is_reproducible(best):
+    plain = best(sampler_name="euler_ancestral", steps=3, count=1)
+    first, again = best(**STEPS, count=1, radius=0.15), best(**STEPS, count=1, radius=0.15)
+    assert torch.equal(first[1], again[1])
+    assert first[2][0] > plain[2][0]
+    assert first[4].splitlines()[0] == "tiny reward: 1 of 1 (done)"
+    batched = best(**STEPS, count=1, radius=0.15, batch_size=2)
+    assert torch.allclose(first[1], batched[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", ["dpm_2_ancestral", "dpmpp_2s_ancestral", "ddpm", "lcm"])
+def test_a_search_of_steps_is_the_host_s_sampler_where_all_noise_is_zero(best, tiny, monkeypatch, sampler):
+    import comfy.sample
+    from comfy.k_diffusion import sampling as k_diffusion
+
+    from hyperalign.hosts import comfy_trajectory
+    from hyperalign.hosts.comfy_trajectory import sigmas
+    from hyperalign.search import Plan
+
+    monkeypatch.setattr(comfy_trajectory, "epsilon_greedy", lambda plan, fresh, rate, chance: 0 * fresh())
+    levels = sigmas(tiny.model, sampler, "normal", 4, 1.0)
+    original = getattr(k_diffusion, f"sample_{sampler}")
+
+    def silent(*args: Any, **options: Any) -> torch.Tensor:
+        return original(*args, **options, noise_sampler=lambda *_: torch.zeros_like(args[1]))
+
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        drawn = [
+            comfy.sample.sample_custom(
+                tiny.model, noise, 4.0, way, levels, tiny.condition(PROMPT), tiny.condition(""),
+                torch.zeros_like(noise), seed=1, disable_pbar=True,
+            )
+            for way in (
+                comfy.samplers.KSAMPLER(silent),
+                comfy_trajectory.sampler(sampler, Plan(1), 1, lambda latents: [0.0] * len(latents)),
+            )
+        ]  # fmt: skip
+    assert torch.allclose(drawn[0], drawn[1], atol=1e-4)
+
+
+def test_a_search_of_steps_keeps_finished_pictures_when_cancelled(comfy, best, reward):
+    from comfy.model_management import interrupt_current_processing
+
+    # Three pictures each: two steps of three rounds of two noises, and the finished one.
+    judge = Judge(reward, lambda self: len(self.seen) == 20 and interrupt_current_processing())
+    _, _, scores, seeds, table = best(**STEPS, reward=judge, count=100)
+    assert "1 of 100 (cancelled" in table
+    assert (scores, seeds) == ([judge.seen[12]], [40])
+
+
+def test_a_sampler_without_noise_of_its_own_cannot_be_searched(best):
+    with pytest.raises(Exception, match="euler adds none"):
+        best(mode="epsilon-greedy-steps")
+
+
 def test_an_early_stop_leaves_the_rest_undrawn(best):
     scores = sorted(best(keep=5)[2])
     table = best(early_stop=True, threshold=scores[0] - 1.0)[4]

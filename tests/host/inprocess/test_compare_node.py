@@ -41,6 +41,18 @@ def test_the_gain_is_the_mean_difference_of_the_pairs(compare, reward):
     assert f"aligned wins {wins} of 3" in table
 
 
+def test_the_rows_can_be_named(compare, reward):
+    base, aligned = pictures(2), pictures(2, 1)
+    usual = compare.execute(base, aligned, reward, PROMPT).result
+    named = compare.execute(base, aligned, reward, PROMPT, "strength 0.5", " strength 1 ").result
+    bare = compare.execute(base, aligned, reward, PROMPT, "", "").result
+    assert named[2].startswith("tiny reward: strength 1 wins")
+    assert "strength 0.5  strength 1" in named[2].splitlines()[1]
+    assert bare[2] == usual[2]
+    assert not torch.equal(usual[0], named[0])
+    assert not torch.equal(usual[0], bare[0])
+
+
 @pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 2), (3, 3, 2), (8, 8, 2), (11, 8, 4)])
 def test_the_grid_has_both_pictures_of_every_seed(compare, reward, count, columns, rows):
     base, aligned = torch.zeros(count, 64, 96, 3), torch.full((count, 64, 96, 3), 0.5)

@@ -136,6 +136,47 @@ def test_missing_weights_are_named_before_anything_runs(nodes, folders, name):
     assert message.split("(")[0] in refusal(loaded, nodes, name)
 
 
+def test_another_weight_reads_no_file_again_until_the_host_unloads_the_reward(nodes):
+    import comfy.model_management
+
+    first, again = loaded(nodes), loaded(nodes, TINY, 2.0)
+    assert again.members[0].reward is first.members[0].reward
+    assert (first.members[0].weight, again.members[0].weight) == (1.0, 2.0)
+    first.score(pictures(1), [PROMPT])
+    comfy.model_management.unload_all_models()
+    fresh = loaded(nodes)
+    assert fresh.members[0].reward is not first.members[0].reward
+    assert fresh.score(pictures(1), [PROMPT]) == first.score(pictures(1), [PROMPT])
+
+
+def test_a_changed_file_is_read_again(nodes, pack, folders, monkeypatch):
+    import importlib
+
+    from safetensors.torch import save_file
+
+    loading, weights, tiny = (
+        importlib.import_module(f"{pack.__name__}.hyperalign.rewards.{name}")
+        for name in ("loading", "weights", "tiny")
+    )
+    file = weights.WeightFile("small.safetensors", "", 0.0, "", dict)
+
+    def reward(name: str, network: torch.nn.Module) -> Any:
+        found = tiny.load(TINY)
+        found.module.bias = network.bias
+        return found
+
+    recipe = loading.Recipe((file,), lambda: torch.nn.Linear(2, 1), reward)
+    monkeypatch.setitem(loading.RECIPES, "small", recipe)
+    path = folders / "models" / "hyperalign_rewards" / file.path
+    path.parent.mkdir(parents=True)
+    biases = []
+    for value in (1.0, 1.0, 22.0):
+        if not biases or value != biases[-1]:
+            save_file({"weight": torch.zeros(1, 2), "bias": torch.tensor([value])}, path)
+        biases.append(float(loaded(nodes, "small").members[0].reward.module.bias))
+    assert biases == [1.0, 1.0, 22.0]
+
+
 def test_what_lies_in_any_of_the_host_s_folders_is_found(nodes, folders, monkeypatch):
     import folder_paths
 

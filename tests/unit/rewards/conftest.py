@@ -24,6 +24,7 @@ from hyperalign.rewards import aesthetic, clip, image_reward, siglip_aesthetic
 from hyperalign.rewards.clip import ClipShape, Tower
 from hyperalign.rewards.image_reward import BlipShape
 from hyperalign.rewards.siglip_aesthetic import SiglipShape
+from train.tiny import art
 
 State = dict[str, Tensor]
 Picture = NDArray[np.uint8]
@@ -33,6 +34,9 @@ SMALL_L = ClipShape(Tower(64, 2, 4), Tower(48, 2, 4), 768, "quick_gelu", patch=3
 SMALL_BLIP = BlipShape(Tower(64, 2, 4), Tower(48, 2, 4), patch=32)
 SMALL_SIGLIP = SiglipShape(width=48, intermediate=80, layers=2, heads=4, patch=48)
 
+ART = Path(__file__).parents[3] / "build" / "tiny" / "art"
+EMOJI = {"dog-face": 300, "automobile": 64, "red-apple": 517, "evergreen-tree": 32}
+"""Icons, and the sides at which they are rendered."""
 WORDS = ("a", "photograph", "of", "cat", "coffee", "rocket", "two", "red", "the", "moon", ",", "emoji")
 
 
@@ -245,11 +249,19 @@ def _clip_art(seed: int) -> Picture:
     return np.asarray(picture)
 
 
+def _emoji(style: art.Style, name: str, size: int) -> Picture:
+    """A rendered emoji on white."""
+    sprite = art.rendered(art.svg_of(art.fetch_icons(style, ART), name), size)
+    color, alpha = sprite[..., :3], sprite[..., 3:]
+    return np.round(255 * (color * alpha + 1 - alpha)).astype(np.uint8)
+
+
 @pytest.fixture(scope="session")
 def pictures() -> list[Picture]:
-    """At least 50: photographs, microscopy, text, textures, drawings; square, wide, high and small."""
+    """At least 50: photographs, microscopy, text, textures, drawings, emoji; square, wide, high, small."""
     whole = [picture for picture in _scikit_pictures() if max(picture.shape) <= 1500]
     wide = [picture[picture.shape[0] // 3 : picture.shape[0] // 2] for picture in whole]
-    found = [*whole, *wide, *(_clip_art(seed) for seed in range(12))]
+    emoji = [_emoji(style, name, size) for style in art.STYLES for name, size in EMOJI.items()]
+    found = [*whole, *wide, *(_clip_art(seed) for seed in range(12)), *emoji]
     assert len(found) >= 50
     return found
