@@ -24,6 +24,7 @@ from hyperalign.checkpoint import load
 from hyperalign.hosts.diffusers_tiny import load_tiny
 from hyperalign.tiny.geneval import summarise
 from hyperalign.tiny.weights import HYPERNETWORKS
+from train.bases.tiny import Tiny
 from train.evaluate import Judged, Samples, judge, sample_all
 from train.grids import save_grid
 
@@ -120,7 +121,7 @@ def compare(judged: Judged, base: Judged, families: list[str]) -> dict[str, Any]
 
 def measure(options: Options) -> dict[str, Any]:
     """Samples and judges every method."""
-    base = load_tiny()
+    base = Tiny(load_tiny())
     judged: dict[str, Judged] = {}
     rows: dict[str, Any] = {}
     families: list[str] = []
@@ -213,9 +214,8 @@ def families_table(results: dict[str, Any]) -> str:
     return "\n".join([f"| method | {titles} |", "|---" * (len(families) + 1) + "|", *rows])
 
 
-def main() -> None:
+def main(options: Options) -> None:
     """Measures, prints the table and writes the figures."""
-    options = tyro.cli(Options)
     results = measure(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
@@ -225,4 +225,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Options))

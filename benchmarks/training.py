@@ -28,7 +28,7 @@ from hyperalign.errors import HyperAlignError
 from hyperalign.targets import PerceptionMode
 from train.bases.load import backbone_dtype, text_lengths
 from train.bases.true_shape import TRUE_SHAPES, Shape, architecture, autoencoder
-from train.config import EvalConfig, RunConfig, TrainConfig
+from train.config import Checkpointing, EvalConfig, RunConfig, TrainConfig
 from train.costs import matrix_rate
 from train.estimate import Work, step_memory, step_work
 from train.loop import Trainer
@@ -56,7 +56,9 @@ class Options:
     bf16: bool = True
     """Frozen models in bfloat16, or float32; the hypernetwork is float32."""
     batch: int = 2
-    """Prompts of a step, preferred pictures of a step, and pictures in one backward pass."""
+    """Prompts of a step, and preferred pictures of a step."""
+    micro_batch: int | None = None
+    """Pictures in one backward pass; else the recipe's, and at most the batch."""
     timesteps: int = 2
     """Steps of each rollout that get a gradient."""
     rollout_steps: int | None = None
@@ -69,8 +71,8 @@ class Options:
     """Any of hyperalign.rewards.loading, with random weights."""
     mode: PerceptionMode = "prefix"
     """prefix or separate perception."""
-    checkpointing: bool = True
-    """Recompute activations in backward passes."""
+    checkpointing: Checkpointing | None = None
+    """What recomputes activations in backward passes; else the recipe's."""
     conditional_only: bool = False
     """Gradient through the rows with prompt alone."""
     double_blocks: int | None = None
@@ -150,11 +152,12 @@ def config_of(options: Options, out: Path) -> TrainConfig:
         recipe,
         model=replace(
             recipe.model, resolution=options.resolution or recipe.model.resolution, mode=options.mode,
-            checkpointing=options.checkpointing,
+            checkpointing=options.checkpointing or recipe.model.checkpointing,
         ),
         objective=replace(
             o, rewards={options.reward: 1.0}, prompts=options.batch, preferred=options.batch,
-            micro_batch=options.batch, timesteps=options.timesteps, rollout_steps=steps,
+            micro_batch=options.micro_batch or min(options.batch, o.micro_batch),
+            timesteps=options.timesteps, rollout_steps=steps,
             # The last steps: every rollout then runs to its end, and repeats are alike.
             skip_first=steps - options.timesteps,
             conditional_only=options.conditional_only,
@@ -325,7 +328,7 @@ def title(results: Mapping[str, Any]) -> str:
     return (
         f"{s['base']}, {s['pixels']} px, batch {s['micro_batch']}, {' + '.join(s['rewards'])}, {s['mode']}, "
         f"{s['dtype']}, {s['device_name']}, torch {s['versions']['torch']}, {results['repeats']} steps"
-        f"{'' if s['checkpointing'] else ', no checkpointing'}{reduced}"
+        f", checkpointing {s['checkpointing']}{reduced}"
     )
 
 

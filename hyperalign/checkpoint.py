@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .errors import HyperAlignError
 from .hypernetwork import HyperNetwork, HyperNetworkConfig
+from .provenance import Source, remembered
 from .schedule import Schedule
 from .targets import BaseSpec, PerceptionMode, Target
 
@@ -45,11 +46,18 @@ class Header:
     format_version: int = FORMAT_VERSION
     perception_blocks: int = 0
     """How many of a transformer's first blocks perceive; 0 for U-Nets, whose whole down path does."""
+    sources: tuple[Source, ...] = ()
+    """Base model, rewards and preference data with their licences and biases; see `origins`."""
 
     @property
     def family(self) -> str:
         """The base model family, as `BaseSpec.family`."""
         return str(self.base.get("family", "unknown"))
+
+    @property
+    def origins(self) -> tuple[Source, ...]:
+        """The sources, or what the words of an older file's `training` tell of them."""
+        return self.sources or remembered(self.family, self.training)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +85,14 @@ def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, 
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def rewrite_header(path: Path, header: Header) -> None:
+    """Gives a file another header and leaves every tensor's bytes as they are. Raises HyperAlignError."""
+    read_header(path)
+    with safe_open(str(path), framework="pt") as file:
+        tensors = {name: cast(Tensor, file.get_tensor(name)) for name in file.keys()}
+    save_atomically(tensors, path, {HEADER_KEY: json.dumps(asdict(header))})
 
 
 def read_header(path: Path) -> Header:
@@ -186,6 +202,7 @@ def _parse_header(text: str, path: Path) -> Header:
             schedule=Schedule(raw["schedule"]["variant"], tuple(raw["schedule"]["key_times"])),
             training=dict(raw["training"]),
             perception_blocks=int(raw.get("perception_blocks", 0)),
+            sources=tuple(Source(**source) for source in raw.get("sources", ())),
         )
     except HyperAlignError:
         raise

@@ -41,7 +41,8 @@ from train.estimate import (
 from train.parts import Parts, parts_of
 
 LOWER = (
-    "lower objective.micro_batch, or set objective.conditional_only, model.checkpointing or model.vae taesd"
+    "lower objective.micro_batch, or set objective.conditional_only, model.checkpointing all, or "
+    "model.vae taesd"
 )
 TERA = 1e12
 

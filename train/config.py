@@ -14,6 +14,7 @@ from hyperalign.targets import PerceptionMode
 
 BaseName = Literal["tiny", "sd15", "sdxl", "flux", "sd3"]
 State = Literal["rollout", "noised", "mixed"]
+Checkpointing = Literal["all", "decoder", "none"]
 TimeLaw = Literal["uniform", "logit_normal"]
 
 
@@ -43,8 +44,19 @@ class ModelConfig:
     """Key times of P, falling fractions of the noise range; empty finds them on the base model first."""
     key_count: int = 2
     """How many key times to find for P, besides the start."""
-    checkpointing: bool = True
-    """Recompute activations in the backward pass (backbone, decoder, rewards): slower, far less memory."""
+    checkpointing: Checkpointing = "all"
+    """What recomputes activations in its backward pass, slower but with far less memory: all; decoder, with
+    the rewards but without the backbone; none."""
+
+    @property
+    def recomputes_backbone(self) -> bool:
+        """Whether the backbone's blocks run again in backward passes."""
+        return self.checkpointing == "all"
+
+    @property
+    def recomputes_pictures(self) -> bool:
+        """Whether decoder and rewards do."""
+        return self.checkpointing != "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +134,10 @@ class DataConfig:
     """Folder of latent shards that `train/encode.py` wrote."""
     preferred_name: str = ""
     """What the preferred pictures are, with their licence; goes into the hypernetwork's header."""
+    unsafe_column: str = ""
+    """For train/encode.py: the data set's own mark of unsafe pictures, which are left out and counted."""
+    unsafe_above: float = 0.5
+    """Numbers in unsafe_column above this are unsafe."""
     embeddings: Path = Path("build/embeddings")
     """Where the text encoders' outputs are kept; one run computes them, later ones read them."""
     text_lengths: tuple[int, ...] = (256, 512)
@@ -195,6 +211,8 @@ class TrainConfig:
         )
         lengths = self.data.text_lengths
         _require(bool(lengths) and min(lengths) > 0, "data.text_lengths", lengths, "numbers above 0")
+        above = self.data.unsafe_above
+        _require(math.isfinite(above), "data.unsafe_above", above, "a number")
         if self.model.key_times or self.model.variant != "P":
             self.schedule()
 

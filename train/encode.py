@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from hyperalign.errors import HyperAlignError
 from train.bases.pictures import picture_encoder
+from train.config import TrainConfig
 from train.encoding import BAD_FILE, Counts, encode
-from train.pictures import Kind, open_source
+from train.pictures import Kind, UnsafeMark, open_source
 from train.recipe import load_recipe
 
 
@@ -42,7 +43,9 @@ class Options:
     kind: Kind = "auto"
     """pickapic (parquet), pickapic_tars, hpd (train.json and train.tar), folder, jsonl; auto looks."""
     unsafe_column: str | None = None
-    """Name of the data set's own mark of unsafe pictures, which are then dropped."""
+    """Name of the data set's own mark of unsafe pictures, left out then; default: the recipe's."""
+    unsafe_above: float | None = None
+    """Numbers in that column above this are unsafe; default: the recipe's."""
     min_side: int = 0
     """Leave out pictures whose short side has fewer pixels: enlarged ones teach blur."""
     batch: int = 16
@@ -51,11 +54,19 @@ class Options:
     """Threads of each process that decode and resize."""
 
 
+def unsafe_mark(options: Options, config: TrainConfig) -> UnsafeMark | None:
+    """Returns which pictures are to be left out as unsafe: by the command line, or else by the recipe."""
+    column = config.data.unsafe_column if options.unsafe_column is None else options.unsafe_column
+    above = config.data.unsafe_above if options.unsafe_above is None else options.unsafe_above
+    return UnsafeMark(column, above) if column else None
+
+
 def run(options: Options, accelerator: Accelerator) -> Counts:
     """Encodes this process's units with a progress bar on the main one. Raises HyperAlignError."""
     config = load_recipe(options.recipe)
+    unsafe = unsafe_mark(options, config)
     with accelerator.main_process_first():  # it indexes a tar, the others read the index
-        source = open_source(options.kind, options.source, options.unsafe_column)
+        source = open_source(options.kind, options.source, unsafe)
     encoder = picture_encoder(config, accelerator.device)
     rank, world = accelerator.process_index, accelerator.num_processes
     bar: tqdm[Any] = tqdm(
@@ -64,7 +75,8 @@ def run(options: Options, accelerator: Accelerator) -> Counts:
 
     def show(counts: Counts) -> None:
         seconds = max(1e-9, float(bar.format_dict["elapsed"]))
-        bar.set_postfix(pictures=counts.pictures, bad=counts.bad, rate=f"{counts.pictures / seconds:.1f}/s")
+        figures = {"pictures": counts.pictures, "bad": counts.bad, "unsafe": counts.unsafe}
+        bar.set_postfix(figures, rate=f"{counts.pictures / seconds:.1f}/s")
         bar.update(counts.units - bar.n)
 
     with bar:
@@ -77,8 +89,16 @@ def run(options: Options, accelerator: Accelerator) -> Counts:
             batch=options.batch,
             workers=options.workers,
             min_side=options.min_side,
+            unsafe=unsafe,
             progress=show,
         )
+
+
+def left_out(counts: Counts) -> str:
+    """Returns what was left out, in words."""
+    reasons = {"bad": counts.bad, "too small": counts.small, "marked unsafe": counts.unsafe}
+    parts = [f"{count} {reason}" for reason, count in reasons.items() if count]
+    return f"Left out: {', '.join(parts)}." if parts else ""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -102,10 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     if accelerator.is_main_process:
-        left_out = (
-            f"{counts.bad} bad and {counts.small} small ones left out" if counts.bad or counts.small else ""
-        )
-        print(f"Encoded {counts.pictures} pictures in this process to {options.out}. {left_out}".rstrip())
+        done = f"Encoded {counts.pictures} pictures in this process to {options.out}."
+        print(f"{done} {left_out(counts)}".rstrip())
     return 0
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hyperalign.errors import HyperAlignError
 from train.files import first_line
-from train.pictures.picture import BadPicture, BrokenUnit, EncodedPicture, Source, decode
+from train.pictures.picture import BadPicture, BrokenUnit, Found, Source, Unsafe, UnsafeMark, decode
 from train.shards import BAD_SHARE, ENOUGH, ShardHeader, read_shard_header, shard_path, write_shard
 
 logger = logging.getLogger("hyperalign.train")
@@ -66,6 +66,8 @@ class Counts:
     """Pictures left out because they cannot be used; bad.jsonl names them."""
     small: int = 0
     """Pictures left out because their short side is under `min_side`."""
+    unsafe: int = 0
+    """Pictures left out because the data set marks them as unsafe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ def encode(
     batch: int = 16,
     workers: int = 8,
     min_side: int = 0,
+    unsafe: UnsafeMark | None = None,
     dtype: torch.dtype = torch.float16,
     progress: Callable[[Counts], None] | None = None,
 ) -> Counts:
@@ -104,6 +107,7 @@ def encode(
         batch: pictures in a call of the encoder.
         workers: threads that decode and resize.
         min_side: pictures with a shorter side under this are left out.
+        unsafe: the mark that the source leaves pictures out by; the shards remember it.
         dtype: of the stored latents.
         progress: called after each batch and each unit.
 
@@ -118,8 +122,9 @@ def encode(
     units = range(rank, source.units(), world)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         run = _Run(
-            source, encoder, out, batch, min_side, dtype, pool, progress or (lambda _: None), len(units)
-        )
+            source, encoder, out, batch, min_side, str(unsafe or ""), dtype, pool,
+            progress or (lambda _: None), len(units),
+        )  # fmt: skip
         missing = [unit for unit in units if not run.is_finished(unit)]
         run.counts.units = run.counts.reused = len(units) - len(missing)
         for unit in missing:
@@ -127,10 +132,10 @@ def encode(
     return run.counts
 
 
-def prepare(found: EncodedPicture | BadPicture, side: int, min_side: int) -> Prepared | BadPicture | None:
+def prepare(found: Found, side: int, min_side: int) -> Prepared | BadPicture | Unsafe | None:
     """Returns a picture as a square of `side` pixels, or None if it is too small."""
-    picture = found if isinstance(found, BadPicture) else decode(found)
-    if isinstance(picture, BadPicture):
+    picture = found if isinstance(found, BadPicture | Unsafe) else decode(found)
+    if isinstance(picture, BadPicture | Unsafe):
         return picture
     if min(picture.image.size) < min_side:
         return None
@@ -147,6 +152,7 @@ class _Unit:
     names: list[str] = field(default_factory=list[str])
     latents: list[Tensor] = field(default_factory=list[Tensor])
     bad: list[BadPicture] = field(default_factory=list[BadPicture])
+    unsafe: int = 0
 
 
 @dataclass(slots=True)
@@ -156,6 +162,7 @@ class _Run:
     out: Path
     batch: int
     min_side: int
+    unsafe_mark: str
     dtype: torch.dtype
     pool: ThreadPoolExecutor
     progress: Callable[[Counts], None]
@@ -178,6 +185,7 @@ class _Run:
             ("was encoded by", found.encoder, self.encoder.fingerprint),
             ("holds pictures with a side of", found.resolution, self.encoder.resolution),
             ("was made from", found.unit, self.source.unit_name(unit)),
+            ("left out as unsafe", found.unsafe_mark or "nothing", self.unsafe_mark or "nothing"),
         ):
             if is_ != should:
                 raise HyperAlignError(
@@ -204,13 +212,16 @@ class _Run:
         self.progress(self.counts)
 
     def _prepared(self, made: _Unit) -> Iterator[Prepared]:
-        def work(found: EncodedPicture | BadPicture) -> Prepared | BadPicture | None:
+        def work(found: Found) -> Prepared | BadPicture | Unsafe | None:
             return prepare(found, self.encoder.resolution, self.min_side)
 
         for result in _in_order(self.pool, work, self.source.read(made.number), ahead=2 * self.batch):
             self.seen += 1
             if result is None:
                 self.counts.small += 1
+            elif isinstance(result, Unsafe):
+                self.counts.unsafe += 1
+                made.unsafe += 1
             elif isinstance(result, BadPicture):
                 self._skip(result, made)
             else:
@@ -258,6 +269,8 @@ class _Run:
             self.encoder.fingerprint,
             self.encoder.resolution,
             self.source.unit_name(made.number),
+            made.unsafe,
+            self.unsafe_mark,
         )
         try:
             for left_over in self.out.glob(f".{path.name}.*.partial"):

@@ -17,7 +17,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from hyperalign import checkpoint
+from hyperalign import checkpoint, provenance
+from hyperalign.card import write_card
 from hyperalign.checkpoint import HyperAlign
 from hyperalign.errors import HyperAlignError
 from hyperalign.hosts.diffusers_adapter import Adapter
@@ -64,13 +65,14 @@ class Trainer:
         self.network = self.hyperalign.network.to(self.device)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         self.adapter = Adapter(self.base.backbone, self.hyperalign)
-        if config.model.checkpointing and config.model.base != "tiny":
+        if config.model.recomputes_backbone and config.model.base != "tiny":
             self.adapter.checkpoint_activations()
         self.optimiser = torch.optim.AdamW(
             self.network.parameters(), config.optim.lr, (0.9, 0.99), weight_decay=config.optim.weight_decay
         )
         self.step = self.pictures_seen = self.skipped = self._skipped_in_a_row = 0
         config.run.out.mkdir(parents=True, exist_ok=True)
+        self._figures: Row = {}
         self._states = SavedStates(config.run.out / "states", config.run.keep)
         self._log = Log(config.run.out / "log.jsonl")
         self._resume()
@@ -114,13 +116,21 @@ class Trainer:
         self.accelerator.end_training()
 
     def export(self) -> Path:
-        """Writes the averaged hypernetwork with a header that says how it was made."""
+        """Writes the averaged hypernetwork with a header that says how it was made, and its model card."""
         recipe = as_table(self.config, paths=False) | {"run": {"seed": self.config.run.seed}}
-        training = {"steps": self.step, **self.materials.origin, "recipe": recipe}
-        header = dataclasses.replace(self.hyperalign.header, training=training)
+        origin = {**self.materials.origin, "figures": self._figures}
+        training = {"steps": self.step, **origin, "recipe": recipe}
+        header = dataclasses.replace(self.hyperalign.header, training=training, sources=self._sources())
         if self.accelerator.is_main_process:
             checkpoint.save(self.path, self.average, header)
+            write_card(self.path, header)
         return self.path
+
+    def _sources(self) -> tuple[provenance.Source, ...]:
+        """Returns what shaped the hypernetwork, with licences and known biases."""
+        o, model = self.config.objective, self.config.model
+        data = self.materials.origin.get("preference_data", "")
+        return provenance.sources(model.base, o.rewards if o.reward_weight else {}, data, model.hub)
 
     def _schedule(self) -> Schedule:
         model = self.config.model
@@ -310,7 +320,9 @@ class Trainer:
         if not every or (self.step % every and self.step != self.config.optim.steps):
             return {}
         grid = self.config.run.out / "grids" / f"{self.step:05d}.png"
-        return {"heldout": self.materials.evaluate(self.averaged(), grid)}
+        figures = self.materials.evaluate(self.averaged(), grid)
+        self._figures = flat(figures)
+        return {"heldout": figures}
 
     def _save_state(self) -> None:
         """Saves everything a run is; it is the same in every process, so the main one writes it."""
@@ -323,6 +335,7 @@ class Trainer:
             "optimiser": self.optimiser.state_dict(),
             "pictures_seen": self.pictures_seen,
             "skipped": self.skipped,
+            "figures": self._figures,
             "processes": self.accelerator.num_processes,
             "recipe": json.dumps(identity(self.config)),
         }
@@ -352,3 +365,4 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.pictures_seen = int(state["step"]), int(state["pictures_seen"])
         self.skipped = int(state["skipped"])
+        self._figures = state.get("figures", {})

@@ -20,8 +20,7 @@ from hyperalign.schedule import Schedule
 from hyperalign.targets import BaseSpec
 from train.bases.autoencoder import Autoencoder
 from train.bases.base import Base, Conditions
-from train.bases.load import backbone_dtype, make_base, text_lengths
-from train.bases.stable_diffusion import CLIP_TOKENS
+from train.bases.load import backbone_dtype, context_tokens, make_base, text_lengths
 from train.config import TrainConfig
 from train.costs import NOTHING, Cost, cost_of, operations_until
 from train.setup import new_hyperalign
@@ -79,7 +78,7 @@ def parts_of(config: TrainConfig, backbone: nn.Module, autoencoder: nn.Module) -
     with torch.no_grad():
         sampling = cost_of(lambda: adapter.forward(call, core_1MDA))
     perception = operations_until(last, lambda: backbone(**call))
-    if config.model.checkpointing:
+    if config.model.recomputes_backbone:
         adapter.checkpoint_activations()
     core_1MDA.requires_grad_()
     for parameter in hyperalign.network.parameters():  # the optimiser's bytes count the gradients
@@ -108,21 +107,20 @@ def parts_of(config: TrainConfig, backbone: nn.Module, autoencoder: nn.Module) -
 
 def without_recomputation(config: TrainConfig) -> TrainConfig:
     """Returns the recipe that does nothing twice: what counts as the model's own work."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, checkpointing=False))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, checkpointing="none"))
 
 
 def meta_base(config: TrainConfig, backbone: nn.Module, autoencoder: nn.Module) -> Base:
     """Returns a base model on the meta device, in the precision of the recipe."""
     for model in (backbone, autoencoder):
         nn.Module.to(model, backbone_dtype(config)).eval().requires_grad_(False)
-    return make_base(config, backbone, Autoencoder(autoencoder, config.model.checkpointing), "epsilon")
+    return make_base(config, backbone, Autoencoder(autoencoder, config.model.recomputes_pictures), "epsilon")
 
 
 def meta_conditions(config: TrainConfig, length: int) -> Conditions:
-    """Returns the conditions of one text at a padding; SD 3.5 reads CLIP's tokens before T5's."""
+    """Returns the conditions of one text at a padding."""
     width, pooled = TEXT[config.model.base]
-    tokens = length + CLIP_TOKENS * (config.model.base == "sd3")
-    return RandomTexts(width, pooled, (tokens,), META).conditions([""])
+    return RandomTexts(width, pooled, (context_tokens(config, length),), META).conditions([""])
 
 
 def feature_shapes(spec: BaseSpec, side: int) -> list[tuple[int, int, int]]:
@@ -163,7 +161,7 @@ def judging(config: TrainConfig, rewards: Sequence[Reward]) -> Cost:
     """Returns the cost of one picture through all rewards, with gradient to the picture."""
     total, side = NOTHING, config.model.resolution
     for reward in rewards:
-        set_checkpointing(reward.module, config.model.checkpointing)
+        set_checkpointing(reward.module, config.model.recomputes_pictures)
         image_1CHW = torch.zeros(1, 3, side, side, device=META, requires_grad=True)
         total = total.beside(cost_of(lambda reward=reward, image=image_1CHW: look(reward, image)))
     return total

@@ -50,6 +50,10 @@ class ShardHeader:
     """Side of the square pictures, in pixels."""
     unit: str = ""
     """The unit of the source that it was made from."""
+    unsafe: int = 0
+    """Pictures that were left out because the data set marks them as unsafe."""
+    unsafe_mark: str = ""
+    """By which mark, such as `nsfw > 0.5`; empty if none was asked for."""
     version: int = FORMAT_VERSION
 
 
@@ -146,6 +150,17 @@ class LatentShards:
         """
         headers = (read_shard_header(self.folder / name)[0] for name in self.names)
         return list(dict.fromkeys(caption for header in headers for caption in header.captions))
+
+    def left_out(self) -> str:
+        """Returns how many pictures were left out as unsafe and by which mark, in words; reads every header.
+
+        Raises:
+            HyperAlignError: a shard has broken since the folder was opened.
+        """
+        headers = [read_shard_header(self.folder / name)[0] for name in self.names]
+        marks = sorted({header.unsafe_mark for header in headers if header.unsafe_mark})
+        count, kept = sum(header.unsafe for header in headers), len(self)
+        return f"{count} of {count + kept} pictures left out as unsafe ({', '.join(marks)})" if marks else ""
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """Returns all rows, shuffled so that any stretch of them touches few shards.

@@ -17,7 +17,7 @@ from hyperalign.rewards import loading
 from hyperalign.rewards.networks import set_checkpointing
 from train.bases.autoencoder import Autoencoder
 from train.bases.base import Conditions
-from train.bases.load import backbone_dtype, make_base, text_lengths
+from train.bases.load import backbone_dtype, context_tokens, make_base, text_lengths
 from train.bases.true_shape import (
     TRUE_SHAPES,
     Shape,
@@ -131,16 +131,17 @@ def smoke_world(config: TrainConfig, accelerator: Accelerator, shape: Shape) -> 
     backbone = with_random_weights(backbone, device, dtype)
     if wants_sharding(accelerator):
         shard(backbone)
-    pictures = Autoencoder(with_random_weights(decoder, device, dtype), config.model.checkpointing)
+    pictures = Autoencoder(with_random_weights(decoder, device, dtype), config.model.recomputes_pictures)
     base = make_base(config, backbone, pictures, "epsilon")
     width, pooled = TEXT[name]
-    texts = RandomTexts(width, pooled, text_lengths(config), device)
+    lengths = tuple(context_tokens(config, padding) for padding in text_lengths(config))
+    texts = RandomTexts(width, pooled, lengths, device)
     rewards = {
         reward: loading.random_weights(reward, device=device, dtype=dtype)
         for reward in config.objective.rewards
     }
     for reward in rewards.values():
-        set_checkpointing(reward.module, config.model.checkpointing)
+        set_checkpointing(reward.module, config.model.recomputes_pictures)
     return Materials(
         base=base,
         texts=texts,

@@ -40,8 +40,9 @@ from train.smoke import smoke_config
 from train.world import download_rewards
 
 LESS_MEMORY = (
-    "Lower objective.micro_batch first, then set objective.conditional_only, model.vae to taesd or a smaller "
-    "model.resolution. Nothing computed is lost: the same command goes on from the last state."
+    "Lower objective.micro_batch first, then set model.checkpointing to all, objective.conditional_only, "
+    "model.vae to taesd or a smaller model.resolution. Nothing computed is lost: the same command goes on "
+    "from the last state."
 )
 
 

@@ -187,6 +187,12 @@ def origin(config: TrainConfig) -> dict[str, str]:
     return {"reward": " + ".join(weights), "preference_data": data if needs_pictures(config) else "none"}
 
 
+def left_out(pictures: ShardPictures | None) -> dict[str, str]:
+    """Returns how many preferred pictures were left out as unsafe, for the hypernetwork's header."""
+    words = pictures.shards.left_out() if pictures else ""
+    return {"unsafe": words} if words else {}
+
+
 def world(config: TrainConfig, accelerator: Accelerator) -> Materials:
     """Returns the materials of a recipe for a real base model. Raises HyperAlignError."""
     check_folder(config)
@@ -199,7 +205,7 @@ def world(config: TrainConfig, accelerator: Accelerator) -> Materials:
         shard(base.backbone)
     rewards = load_rewards(config, accelerator.device)
     for reward in rewards.values():
-        set_checkpointing(reward.module, config.model.checkpointing)
+        set_checkpointing(reward.module, config.model.recomputes_pictures)
     return Materials(
         base=base,
         texts=texts,
@@ -207,5 +213,5 @@ def world(config: TrainConfig, accelerator: Accelerator) -> Materials:
         preferred=pictures,
         rewards=scoring(rewards, config.objective.rewards),
         evaluate=evaluation(config, base, texts, rewards, heldout, accelerator),
-        origin=origin(config),
+        origin=origin(config) | left_out(pictures),
     )

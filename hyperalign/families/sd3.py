@@ -48,14 +48,15 @@ class SD3Spec(TransformerSpec):
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
-        """Blocks with two attentions, with one, and the last one."""
+        """Blocks with two attentions, with one, and the last one, whose text ends."""
         last = self.blocks - 1
+        ending = (*IMAGE, *LAST_TEXT, *(SECOND if self.dual_blocks > last else ()))
         return tuple(
             Stack("transformer_blocks", "joint_blocks", blocks, projections)
             for blocks, projections in (
-                (range(self.dual_blocks), (*IMAGE, *TEXT, *SECOND)),
+                (range(min(self.dual_blocks, last)), (*IMAGE, *TEXT, *SECOND)),
                 (range(self.dual_blocks, last), (*IMAGE, *TEXT)),
-                (range(last, self.blocks), (*IMAGE, *LAST_TEXT)),
+                (range(last, self.blocks), ending),
             )
         )
 

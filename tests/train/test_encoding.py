@@ -24,9 +24,10 @@ from torch import Tensor
 
 from hyperalign.errors import HyperAlignError
 from hyperalign.hosts.diffusers_tiny import TinyBase, load_tiny
-from train.encode import main
+from train.config import DataConfig, TrainConfig
+from train.encode import Options, left_out, main, unsafe_mark
 from train.encoding import Counts, Prepared, encode, prepare
-from train.pictures import open_source
+from train.pictures import UnsafeMark, open_source
 from train.pictures.picture import BadPicture, EncodedPicture, Source
 from train.shards import LatentShards, shard_path
 
@@ -377,3 +378,30 @@ def test_the_command_line_says_in_one_sentence_what_is_wrong(
     (tars / "1.tar").write_bytes(b"")
     assert main([*arguments, str(tars)]) == 1
     assert "1 units cannot be read and were left out" in capsys.readouterr().err
+
+
+def test_unsafe_pictures_are_left_out_counted_and_remembered(tmp_path: Path) -> None:
+    write_list(tmp_path / "in", 10)
+    path, mark = tmp_path / "in" / "list.jsonl", UnsafeMark("nsfw", 0.2)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.dumps(row | {"nsfw": 0.1 * number}) for number, row in enumerate(rows)]
+    path.write_text("\n".join(lines))
+    out = tmp_path / "out"
+    counts = encode(open_source("jsonl", path, mark), Pooling(), out, unsafe=mark)
+    assert (counts.pictures, counts.unsafe, counts.bad) == (3, 7, 0)
+    assert left_out(counts) == "Left out: 7 marked unsafe."
+    assert LatentShards(out).left_out() == "7 of 10 pictures left out as unsafe (nsfw > 0.2)"
+    again = encode(open_source("jsonl", path, mark), Pooling(), out, unsafe=mark)
+    assert (again.reused, again.pictures) == (1, 0)
+    with pytest.raises(HyperAlignError, match="unsafe nsfw > 0.2, not nothing. Choose another --out"):
+        encode(open_source("jsonl", path), Pooling(), out)
+
+
+def test_the_command_line_goes_before_the_recipes_mark(tmp_path: Path) -> None:
+    config = TrainConfig(data=DataConfig(unsafe_column="nsfw", unsafe_above=0.3))
+    options = Options(recipe=tmp_path, source=tmp_path, out=tmp_path)
+    assert unsafe_mark(options, config) == UnsafeMark("nsfw", 0.3)
+    assert unsafe_mark(options, TrainConfig()) is None
+    chosen = dataclasses.replace(options, unsafe_column="punsafe", unsafe_above=0.9)
+    assert unsafe_mark(chosen, config) == UnsafeMark("punsafe", 0.9)
+    assert unsafe_mark(dataclasses.replace(options, unsafe_column=""), config) is None

@@ -215,7 +215,7 @@ CASES: dict[str, tuple[BaseName, dict[str, Any], dict[str, Any]]] = {
     "P separate": ("sd15", {"variant": "P", "key_times": (0.6,), "mode": "separate"}, {}),
     "I prefix": ("flux", {"variant": "I"}, {}),
     "S separate in small batches": ("flux", {"mode": "separate"}, {"micro_batch": 1}),
-    "S prefix from noised pictures": ("flux", {"checkpointing": False}, {"state": "noised"}),
+    "S prefix from noised pictures": ("flux", {"checkpointing": "decoder"}, {"state": "noised"}),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from train.pictures.picture import (
     EncodedPicture,
     Picture,
     Source,
+    Unsafe,
+    UnsafeMark,
     decode,
-    is_unsafe,
     read_pictures,
 )
 
@@ -118,9 +120,9 @@ def test_pickapic_leaves_out_the_splits_that_models_are_judged_on(tmp_path: Path
 
 def test_marked_pairs_are_dropped(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", pickapic_rows())
-    assert seen(open_source("pickapic", tmp_path, unsafe_column="nsfw")) == [("first", "r")]
+    assert seen(open_source("pickapic", tmp_path, UnsafeMark("nsfw"))) == [("first", "r")]
     with pytest.raises(HyperAlignError, match="no column unsafe; its columns are are_different, caption"):
-        open_source("pickapic", tmp_path, unsafe_column="unsafe")
+        open_source("pickapic", tmp_path, UnsafeMark("unsafe"))
 
 
 def test_parquet_without_pictures_is_refused(tmp_path: Path) -> None:
@@ -161,7 +163,7 @@ def test_tars_with_other_endings_folders_and_caption_names_are_read(tmp_path: Pa
     }
     write_tar(tmp_path / "a.tar", members)
     assert seen(open_source("pickapic_tars", tmp_path)) == [("a duck", "b"), ("a nude", "r")]
-    assert seen(open_source("pickapic_tars", tmp_path, unsafe_column="nsfw")) == [("a duck", "b")]
+    assert seen(open_source("pickapic_tars", tmp_path, UnsafeMark("nsfw"))) == [("a duck", "b")]
 
 
 def test_incomplete_pairs_of_a_tar_are_named(tmp_path: Path) -> None:
@@ -290,7 +292,7 @@ def test_a_folder_pairs_pictures_with_text_files(tmp_path: Path) -> None:
     assert bad.name == "b.png"
     assert "its caption b.txt cannot be read" in bad.reason
     with pytest.raises(HyperAlignError, match="has no column 'nsfw'"):
-        open_source("folder", tmp_path, unsafe_column="nsfw")
+        open_source("folder", tmp_path, UnsafeMark("nsfw"))
 
 
 def test_json_lines_name_pictures_relative_to_themselves(tmp_path: Path) -> None:
@@ -303,7 +305,7 @@ def test_json_lines_name_pictures_relative_to_themselves(tmp_path: Path) -> None
     ]
     path = tmp_path / "list.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    good, bad = everything(open_source("auto", path, unsafe_column="nsfw"))
+    good, bad = everything(open_source("auto", path, UnsafeMark("nsfw")))
     assert isinstance(good, Picture)
     assert good.caption == "green"
     assert isinstance(bad, BadPicture)
@@ -381,11 +383,54 @@ def test_damaged_bytes_never_end_a_run(kind: str, keep: float, changes: list[tup
     assert isinstance(found, Picture | BadPicture)
 
 
-@pytest.mark.parametrize("mark", [True, 1, 0.7, "NSFW", "true", "unsafe"])
+@pytest.mark.parametrize("mark", [True, 1, 0.7, math.nan, "NSFW", "true", "unsafe", "0.9", "1"])
 def test_marks_that_mean_unsafe(mark: object) -> None:
-    assert is_unsafe(mark)
+    assert UnsafeMark("nsfw").flags(mark, "here")
 
 
-@pytest.mark.parametrize("mark", [False, 0, 0.5, "", "safe", "false", None])
+@pytest.mark.parametrize("mark", [False, 0, 0.5, "", "safe", "false", None, "UNLIKELY", "0.1"])
 def test_marks_that_mean_safe(mark: object) -> None:
-    assert not is_unsafe(mark)
+    assert not UnsafeMark("nsfw").flags(mark, "here")
+
+
+@given(st.floats(-1, 1), st.floats(-1, 1))
+def test_a_number_is_unsafe_above_the_limit(mark: float, above: float) -> None:
+    assert UnsafeMark("nsfw", above).flags(mark, "here") == (mark > above)
+
+
+@pytest.mark.parametrize("mark", ["maybe", [1], {"nsfw": 1}])
+def test_a_mark_that_nobody_understands_is_refused(mark: object) -> None:
+    with pytest.raises(HyperAlignError, match="row 3: rating is .*; expected true or false"):
+        UnsafeMark("rating").flags(mark, "row 3")
+
+
+def test_marks_of_single_pictures_count_for_the_preferred_one(tmp_path: Path) -> None:
+    rows = [row | {"nsfw_0": 0.9, "nsfw_1": 0.0} for row in pickapic_rows()]
+    for row in rows:
+        del row["nsfw"]
+    write_parquet(tmp_path / "a.parquet", rows)
+    assert seen(open_source("pickapic", tmp_path, UnsafeMark("nsfw"))) == [("second", "b")]
+
+
+def test_unsafe_pictures_are_named_and_not_read(tmp_path: Path) -> None:
+    write_hpd(tmp_path, [row | {"nsfw": "a" in row["prompt"]} for row in HPD])
+    write_tar(tmp_path / "train.tar", HPD_PICTURES)
+    source = open_source("hpd", tmp_path, UnsafeMark("nsfw"))
+    assert next(iter(source.read(0))) == Unsafe("0.jpg")
+    assert seen(source) == [("b", "b")]
+
+
+def test_what_won_an_unsafe_pair_is_unsafe_in_every_pair(tmp_path: Path) -> None:
+    write_hpd(tmp_path, [row | {"nsfw": number == 1} for number, row in enumerate(HPD)])
+    write_tar(tmp_path / "train.tar", HPD_PICTURES)
+    assert seen(open_source("hpd", tmp_path, UnsafeMark("nsfw"))) == [("b", "b")]
+
+
+@pytest.mark.parametrize("kind", ["hpd", "jsonl", "pickapic_tars"])
+def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path, kind: Any) -> None:
+    write_hpd(tmp_path, HPD)
+    write_tar(tmp_path / "train.tar", pickapic_members())
+    (tmp_path / "list.jsonl").write_text('{"image": "a.png", "caption": "a"}', encoding="utf-8")
+    path = {"hpd": tmp_path, "jsonl": tmp_path / "list.jsonl", "pickapic_tars": tmp_path / "train.tar"}[kind]
+    with pytest.raises(HyperAlignError, match=r"has no '?unrated'?, only (prompt|image|.*jpg_0)"):
+        everything(open_source(kind, path, UnsafeMark("unrated")))

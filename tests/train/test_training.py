@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from PIL import Image, ImageDraw
 
 from hyperalign import checkpoint
+from hyperalign.card import card, card_path
 from hyperalign.errors import HyperAlignError
 from hyperalign.hosts.diffusers_tiny import load_tiny
 from hyperalign.hypernetwork import HyperNetworkConfig
@@ -211,6 +212,10 @@ def test_train_load_and_sample(tmp_path: Path, variant: Variant, generations: in
     loaded = checkpoint.load(run.path)
     assert loaded.header.training["steps"] == 4
     assert loaded.header.training["reward"].startswith("tiny preference reward")
+    assert [source.name for source in loaded.header.sources] == [
+        "embedded tiny model", "tiny preference reward", "EmojiScenes",
+    ]  # fmt: skip
+    assert card_path(run.path).read_text(encoding="utf-8") == card(loaded.header, "hypernetwork")
     base = Tiny(load_tiny())
     options: dict[str, Any] = {"seeds": (0,), "steps": 4, "guidance": 4.0}
     aligned = sample_all(base, loaded, 2, **options)

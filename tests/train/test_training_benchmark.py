@@ -12,13 +12,24 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from benchmarks import training
-from benchmarks.training import Options, Phase, config_of, figures, main, reductions, shape_of
+from benchmarks.training import (
+    FOLDER,
+    RECIPES,
+    Options,
+    Phase,
+    config_of,
+    figures,
+    main,
+    reductions,
+    shape_of,
+)
 from hyperalign.rewards import clip
 from hyperalign.rewards.clip import ClipShape, Tower
 from train import smoke
 from train.bases.true_shape import TRUE_SHAPES, Shape, autoencoder
 from train.config import BaseName
 from train.estimate import Work
+from train.recipe import load_recipe
 
 SMALL = Options(
     base="flux", device="cpu", bf16=False, batch=1, timesteps=1, rollout_steps=2, resolution=64,
@@ -61,7 +72,10 @@ def test_without_options_it_is_the_recipe_on_the_true_model(base: Any, tmp_path:
     config = config_of(options, tmp_path)
     assert reductions(options, config) == []
     assert shape_of(options) == TRUE_SHAPES[base] != Shape(narrow=2)
-    assert config.objective.micro_batch >= 2
+    assert min(config.objective.prompts, config.objective.preferred) >= 2
+    recipe = load_recipe(FOLDER / f"{RECIPES[base]}.toml")
+    assert config.objective.micro_batch == min(options.batch, recipe.objective.micro_batch) >= 1
+    assert config.model.checkpointing == recipe.model.checkpointing
 
 
 def test_utilisation_is_the_models_own_work_over_what_products_could_do() -> None:

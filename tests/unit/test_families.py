@@ -11,7 +11,7 @@ from torch import nn
 
 from hyperalign.errors import HyperAlignError
 from hyperalign.families.flux import FLUX_DEV, FLUX_SCHNELL
-from hyperalign.families.sd3 import SD35_MEDIUM
+from hyperalign.families.sd3 import SD35_MEDIUM, SD3Spec
 from hyperalign.families.unet import SD15, SDXL
 from hyperalign.hosts.diffusers_adapter import spec_of
 from hyperalign.perception import token_map
@@ -31,10 +31,10 @@ def sdxl() -> nn.Module:
     )  # fmt: skip
 
 
-def sd35_medium() -> nn.Module:
+def sd3(blocks: int, dual_blocks: int) -> nn.Module:
     return SD3Transformer2DModel(
-        num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384,
-        dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
+        num_layers=blocks, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384,
+        dual_attention_layers=tuple(range(dual_blocks)), qk_norm="rms_norm",
     )  # fmt: skip
 
 
@@ -43,12 +43,13 @@ MODELS: list[tuple[BaseSpec, Callable[[], nn.Module], int, int]] = [
     (SDXL, sdxl, 70 * 8, 46 * 8),
     (FLUX_DEV, lambda: FluxTransformer2DModel(guidance_embeds=True), 19 * 8 + 38 * 3, 15 * 8 + 38 * 3),
     (FLUX_SCHNELL, FluxTransformer2DModel, 19 * 8 + 38 * 3, 15 * 8 + 38 * 3),
-    (SD35_MEDIUM, sd35_medium, 13 * 12 + 10 * 8 + 6, 9 * 12 + 10 * 8 + 6),
+    (SD3Spec(blocks=6, dual_blocks=6), lambda: sd3(6, 6), 5 * 12 + 10, 12 + 10),
+    (SD35_MEDIUM, lambda: sd3(24, 13), 13 * 12 + 10 * 8 + 6, 9 * 12 + 10 * 8 + 6),
 ]
 
 
 @pytest.mark.parametrize(
-    ("spec", "build", "separate", "prefix"), MODELS, ids=["sd15", "sdxl", "dev", "schnell", "sd35"]
+    ("spec", "build", "separate", "prefix"), MODELS, ids=["sd15", "sdxl", "dev", "schnell", "dual", "sd35"]
 )
 def test_targets_are_the_true_models_layers(
     spec: BaseSpec, build: Callable[[], nn.Module], separate: int, prefix: int

@@ -58,6 +58,11 @@ def text_lengths(config: TrainConfig) -> tuple[int, ...]:
     return config.data.text_lengths if KINDS[config.model.base].pads else (CLIP_TOKENS,)
 
 
+def context_tokens(config: TrainConfig, padding: int) -> int:
+    """Returns how many text tokens the base model reads at a padding; SD 3.5 reads CLIP's before T5's."""
+    return padding + CLIP_TOKENS * (config.model.base == "sd3")
+
+
 def check_folder(config: TrainConfig) -> Path:
     """Returns the base model's folder. Raises HyperAlignError if it is not there or not whole."""
     model, kind = config.model, KINDS[config.model.base]
@@ -125,7 +130,7 @@ def load_autoencoder(config: TrainConfig, device: torch.device, which: str = "")
         ) from error
     # SDXL's decoder overflows in float16; bfloat16 holds.
     module.eval().requires_grad_(False).to(device, backbone_dtype(config))
-    return Autoencoder(module, config.model.checkpointing)
+    return Autoencoder(module, config.model.recomputes_pictures)
 
 
 def backbone_dtype(config: TrainConfig) -> torch.dtype:

@@ -9,19 +9,21 @@ from hyperalign.errors import HyperAlignError
 from train.pictures.hpd import hpd_source
 from train.pictures.listing import IMAGE_SUFFIXES, folder_source, jsonl_source
 from train.pictures.pickapic import PickAPicParquet, PickAPicTars
-from train.pictures.picture import Source
+from train.pictures.picture import Source, UnsafeMark
+
+__all__ = ["Kind", "UnsafeMark", "guess_kind", "open_source"]
 
 Kind = Literal["auto", "pickapic", "pickapic_tars", "hpd", "folder", "jsonl"]
 
 
-def open_source(kind: Kind, path: Path, unsafe_column: str | None = None) -> Source:
+def open_source(kind: Kind, path: Path, unsafe: UnsafeMark | None = None) -> Source:
     """Opens preferred pictures.
 
     Args:
         kind: `pickapic` (parquet), `pickapic_tars` (webdataset), `hpd` (train.json and train.tar), `folder`
             (pictures with .txt captions), `jsonl` ({image, caption}), or `auto` to look at the files.
         path: a file or a folder, as the kind asks.
-        unsafe_column: the data set's own mark of unsafe pictures; marked ones are dropped.
+        unsafe: the data set's own mark of unsafe pictures; marked ones are left out and named.
 
     Raises:
         HyperAlignError: nothing there, not of that kind, or the kind has no such marks.
@@ -30,19 +32,19 @@ def open_source(kind: Kind, path: Path, unsafe_column: str | None = None) -> Sou
         raise HyperAlignError(f"There is no {path}. Give the file or folder with the preferred pictures.")
     match kind:
         case "auto":
-            return open_source(guess_kind(path), path, unsafe_column)
+            return open_source(guess_kind(path), path, unsafe)
         case "pickapic":
-            return PickAPicParquet(path, unsafe_column)
+            return PickAPicParquet(path, unsafe)
         case "pickapic_tars":
-            return PickAPicTars(path, unsafe_column)
+            return PickAPicTars(path, unsafe)
         case "hpd":
-            return hpd_source(path, unsafe_column)
+            return hpd_source(path, unsafe)
         case "jsonl":
-            return jsonl_source(path, unsafe_column)
+            return jsonl_source(path, unsafe)
         case "folder":
-            if unsafe_column:
+            if unsafe is not None:
                 raise HyperAlignError(
-                    f"A folder of pictures has no column {unsafe_column!r}. Leave it away, or list the "
+                    f"A folder of pictures has no column {unsafe.column!r}. Leave it away, or list the "
                     "pictures in a .jsonl with that key."
                 )
             return folder_source(path)

@@ -11,17 +11,17 @@ from typing import Any
 
 from hyperalign.errors import HyperAlignError
 from train.pictures.listing import Captioned, Listing, entry_value, read_file
-from train.pictures.picture import BadPicture, EncodedPicture, is_unsafe
+from train.pictures.picture import BadPicture, EncodedPicture, Found, Unsafe, UnsafeMark
 from train.pictures.tar_index import TarIndex
 from train.prompts import json_list
 
 
-def hpd_source(path: Path, unsafe_column: str | None = None) -> Listing[Captioned]:
+def hpd_source(path: Path, unsafe: UnsafeMark | None = None) -> Listing[Captioned]:
     """Returns the preferred pictures of HPDv2, each once for a prompt however many pairs it won.
 
     Args:
         path: the folder with train.json, or train.json itself; train.tar or the folder train/ beside it.
-        unsafe_column: key of train.json that marks unsafe pairs, which are then dropped.
+        unsafe: key of train.json that marks unsafe pairs; what wins one of them is left out.
 
     Raises:
         HyperAlignError: a file is missing, still compressed, or not of that form.
@@ -32,18 +32,23 @@ def hpd_source(path: Path, unsafe_column: str | None = None) -> Listing[Captione
     rows = json_list(listing)
     if not rows:
         raise HyperAlignError(f"{listing} holds no pair. Fetch it again.")
-    pairs = (_winner(row, f"{listing}, entry {i}", unsafe_column) for i, row in enumerate(rows, 1))
-    chosen = dict.fromkeys(pair for pair in pairs if pair is not None)
+    chosen: dict[tuple[str, str], bool] = {}
+    for number, row in enumerate(rows, 1):
+        where = f"{listing}, entry {number}"
+        winner = _winner(row, where)
+        marked = unsafe is not None and unsafe.flags(entry_value(row, unsafe.column, object, where), where)
+        if winner is not None:
+            chosen[winner] = chosen.get(winner, False) or marked
     if not chosen:
         raise HyperAlignError(f"{listing} holds no pair with one preferred picture. Fetch it again.")
     root = listing.parent
     for folder in (root / "train", root):
-        entries = [Captioned(caption, folder / file, file) for caption, file in chosen]
+        entries = [Captioned(caption, folder / file, file, bad) for (caption, file), bad in chosen.items()]
         if any(entry.file.is_file() for entry in entries[:100]):
             return Listing(listing.name, entries, read_file)
     tar = root / "train.tar"
     if tar.is_file():
-        entries = [Captioned(caption, tar, file) for caption, file in chosen]
+        entries = [Captioned(caption, tar, file, bad) for (caption, file), bad in chosen.items()]
         return Listing(listing.name, entries, _tar_reader(TarIndex(tar)))
     packed = root / "train.tar.gz"
     if packed.is_file():
@@ -57,8 +62,8 @@ def hpd_source(path: Path, unsafe_column: str | None = None) -> Listing[Captione
     )
 
 
-def _winner(row: object, where: str, unsafe_column: str | None) -> tuple[str, str] | None:
-    """Returns prompt and file of a pair's preferred picture; None for a tie or an unsafe pair."""
+def _winner(row: object, where: str) -> tuple[str, str] | None:
+    """Returns prompt and file of a pair's preferred picture; None for a tie."""
     prompt = entry_value(row, "prompt", str, where)
     choice: list[Any] = entry_value(row, "human_preference", list, where)
     # the data set's card says file_path; its train.json has also been published with image_path
@@ -66,13 +71,13 @@ def _winner(row: object, where: str, unsafe_column: str | None) -> tuple[str, st
     files: list[Any] = entry_value(row, key, list, where)
     if len(files) != len(choice) or not all(isinstance(file, str) for file in files):
         raise HyperAlignError(f"{where}: {key} {files!r} does not go with human_preference {choice!r}.")
-    if unsafe_column and is_unsafe(entry_value(row, unsafe_column, object, where)):
-        return None
     return (prompt, files[choice.index(1)]) if choice.count(1) == 1 else None
 
 
-def _tar_reader(index: TarIndex) -> Callable[[Captioned], EncodedPicture | BadPicture]:
-    def read(entry: Captioned) -> EncodedPicture | BadPicture:
+def _tar_reader(index: TarIndex) -> Callable[[Captioned], Found]:
+    def read(entry: Captioned) -> Found:
+        if entry.unsafe:
+            return Unsafe(entry.name)
         try:
             return EncodedPicture(entry.caption, index.read(entry.name), entry.name)
         except OSError as error:

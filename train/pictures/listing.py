@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from hyperalign.errors import HyperAlignError
-from train.pictures.picture import BadPicture, EncodedPicture, is_unsafe
+from train.pictures.picture import BadPicture, EncodedPicture, Found, Unsafe, UnsafeMark
 from train.prompts import caption_of, json_lines
 
 PER_UNIT = 1000
@@ -24,7 +24,7 @@ class Listing(Generic[Entry]):
 
     name: str
     entries: Sequence[Entry]
-    read_entry: Callable[[Entry], EncodedPicture | BadPicture]
+    read_entry: Callable[[Entry], Found]
 
     def units(self) -> int:
         """Returns the number of thousands begun."""
@@ -35,7 +35,7 @@ class Listing(Generic[Entry]):
         first, last = unit * PER_UNIT, min((unit + 1) * PER_UNIT, len(self.entries))
         return f"{self.name}[{first}:{last}]"
 
-    def read(self, unit: int) -> Iterator[EncodedPicture | BadPicture]:
+    def read(self, unit: int) -> Iterator[Found]:
         """Yields the pictures of a unit."""
         for entry in self.entries[unit * PER_UNIT : (unit + 1) * PER_UNIT]:
             yield self.read_entry(entry)
@@ -48,10 +48,14 @@ class Captioned:
     caption: str
     file: Path
     name: str
+    unsafe: bool = False
+    """Whether the data set marks it as unsafe."""
 
 
-def read_file(entry: Captioned) -> EncodedPicture | BadPicture:
-    """Reads a picture file; one that cannot be read is a bad picture."""
+def read_file(entry: Captioned) -> Found:
+    """Reads a picture file, unless it is unsafe; one that cannot be read is a bad picture."""
+    if entry.unsafe:
+        return Unsafe(entry.name)
     try:
         return EncodedPicture(entry.caption, entry.file.read_bytes(), entry.name)
     except OSError as error:
@@ -70,7 +74,7 @@ def folder_source(path: Path) -> Listing[Path]:
             f"{path} holds no picture ({', '.join(IMAGE_SUFFIXES)}). Each needs a .txt of the same name."
         )
 
-    def read(file: Path) -> EncodedPicture | BadPicture:
+    def read(file: Path) -> Found:
         name, caption = file.relative_to(path).as_posix(), file.with_suffix(".txt")
         try:
             text = caption.read_text(encoding="utf-8-sig")
@@ -81,28 +85,24 @@ def folder_source(path: Path) -> Listing[Path]:
     return Listing(path.name, files, read)
 
 
-def jsonl_source(path: Path, unsafe_column: str | None = None) -> Listing[Captioned]:
+def jsonl_source(path: Path, unsafe: UnsafeMark | None = None) -> Listing[Captioned]:
     """Returns the pictures of a JSONL file with objects {image, caption | prompt | text}.
 
     Args:
         path: the file; relative image paths start at its folder.
-        unsafe_column: key that marks unsafe pictures, which are then dropped.
+        unsafe: key that marks unsafe pictures, which are then left out.
 
     Raises:
         HyperAlignError: a bad line, named by its number, or no line at all.
     """
     entries: list[Captioned] = []
-    lines = 0
     for number, row in json_lines(path):
-        lines += 1
         where = f"{path}, line {number}"
         image = entry_value(row, "image", str, where)
-        if unsafe_column and is_unsafe(entry_value(row, unsafe_column, object, where)):
-            continue
-        entries.append(
-            Captioned(caption_of(row, where), path.parent / image, f"{path.name}:{number}:{image}")
-        )
-    if not lines:
+        marked = unsafe is not None and unsafe.flags(entry_value(row, unsafe.column, object, where), where)
+        name = f"{path.name}:{number}:{image}"
+        entries.append(Captioned(caption_of(row, where), path.parent / image, name, marked))
+    if not entries:
         raise HyperAlignError(f'{path} is empty. Each line should be {{"image": "a.jpg", "caption": "..."}}.')
     return Listing(path.name, entries, read_file)
 

@@ -1,20 +1,21 @@
 """Pick-a-Pic v2: pairs of pictures of one prompt, as parquet files or as webdataset tars.
 
 `label_0` is 1 if the first picture was preferred, 0 if the second was and 0.5 if neither. As in
-Diffusion-DPO, ties are dropped. The data set has no column for unsafe content.
+Diffusion-DPO, ties are dropped. The published data set has no column for unsafe content; one that was
+added marks a pair (`nsfw`) or each of its pictures (`nsfw_0`, `nsfw_1`).
 """
 
 from __future__ import annotations
 
 import logging
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from hyperalign.errors import HyperAlignError
 from train.files import first_line, open_parquet
-from train.pictures.picture import BadPicture, BrokenUnit, EncodedPicture, is_unsafe
+from train.pictures.picture import BadPicture, BrokenUnit, EncodedPicture, Found, Unsafe, UnsafeMark
 
 logger = logging.getLogger("hyperalign.train")
 
@@ -32,27 +33,30 @@ def preferred(label_0: float | None) -> str | None:
 class PickAPicParquet:
     """The parquet files of a folder; a unit is a row group."""
 
-    def __init__(self, path: Path, unsafe_column: str | None = None) -> None:
+    def __init__(self, path: Path, unsafe: UnsafeMark | None = None) -> None:
         """Reads the files' footers.
 
         Args:
             path: a parquet file, or a folder of them.
-            unsafe_column: name of a column that marks unsafe pairs, which are then dropped.
+            unsafe: a column that marks unsafe pairs, or two that mark their pictures; those are left out.
 
         Raises:
             HyperAlignError: no parquet file, a broken one, or a missing column.
         """
-        self.columns = [*COLUMNS, unsafe_column] if unsafe_column else [*COLUMNS]
-        self.unsafe_column = unsafe_column
+        self.columns = [*COLUMNS]
+        self.unsafe = unsafe
         self.root = path.parent if path.is_file() else path
         self.groups: list[tuple[Path, int]] = []
         for file in training_files(path, ".parquet"):
             parquet = open_parquet(file)
-            missing = [name for name in self.columns if name not in parquet.schema_arrow.names]
+            names = parquet.schema_arrow.names
+            if unsafe is not None:
+                self.columns = [*COLUMNS, *_mark_columns(unsafe.column, names)]
+            missing = [name for name in self.columns if name not in names]
             if missing:
                 raise HyperAlignError(
                     f"{file} has no column {', '.join(missing)}; its columns are "
-                    f"{', '.join(parquet.schema_arrow.names)}. Take the Pick-a-Pic v2 files with images, "
+                    f"{', '.join(names)}. Take the Pick-a-Pic v2 files with images, "
                     "or another kind of source."
                 )
             self.groups += [(file, group) for group in range(parquet.num_row_groups)]
@@ -66,7 +70,7 @@ class PickAPicParquet:
         file, group = self.groups[unit]
         return f"{file.relative_to(self.root).as_posix()}:{group}"
 
-    def read(self, unit: int) -> Iterator[EncodedPicture | BadPicture]:
+    def read(self, unit: int) -> Iterator[Found]:
         """Yields the preferred picture of every pair that is not a tie. Raises BrokenUnit."""
         import pyarrow as pa
 
@@ -82,10 +86,12 @@ class PickAPicParquet:
         except (pa.ArrowException, OSError) as error:
             raise BrokenUnit(f"{file}, row group {group} cannot be read: {first_line(error)}") from error
 
-    def _picture(self, row: dict[str, Any], name: str) -> EncodedPicture | BadPicture | None:
+    def _picture(self, row: dict[str, Any], name: str) -> Found | None:
         side = preferred(row["label_0"])
-        if side is None or (self.unsafe_column and is_unsafe(row[self.unsafe_column])):
+        if side is None:
             return None
+        if self.unsafe is not None and self.unsafe.flags(_mark(row, self.unsafe.column, side), name):
+            return Unsafe(name)
         if row[side] is None or row["caption"] is None:
             return BadPicture(name, f"its {side if row[side] is None else 'caption'} is null")
         return EncodedPicture(row["caption"], row[side], name)
@@ -99,17 +105,17 @@ class PickAPicTars:
     last endings may be missing, and the caption may be called `caption`, `prompt` or `text`.
     """
 
-    def __init__(self, path: Path, unsafe_column: str | None = None) -> None:
+    def __init__(self, path: Path, unsafe: UnsafeMark | None = None) -> None:
         """Lists the files.
 
         Args:
             path: a tar file, or a folder of them.
-            unsafe_column: name of a member that marks unsafe pairs, which are then dropped.
+            unsafe: a member that marks unsafe pairs, or two that mark their pictures; those are left out.
 
         Raises:
             HyperAlignError: no tar file.
         """
-        self.unsafe_column = unsafe_column
+        self.unsafe = unsafe
         self.root = path.parent if path.is_file() else path
         self.files = training_files(path, ".tar")
 
@@ -121,7 +127,7 @@ class PickAPicTars:
         """Returns the file."""
         return self.files[unit].relative_to(self.root).as_posix()
 
-    def read(self, unit: int) -> Iterator[EncodedPicture | BadPicture]:
+    def read(self, unit: int) -> Iterator[Found]:
         """Yields the preferred picture of every pair that is not a tie. Raises BrokenUnit."""
         path = self.files[unit]
         try:
@@ -133,9 +139,7 @@ class PickAPicTars:
         except (tarfile.TarError, OSError) as error:
             raise BrokenUnit(f"{path} cannot be read: {first_line(error)}") from error
 
-    def _picture(
-        self, tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: str
-    ) -> EncodedPicture | BadPicture | None:
+    def _picture(self, tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: str) -> Found | None:
         texts = {
             field: _contents(tar, member).decode("utf-8", "replace").strip()
             for field, member in members.items()
@@ -145,8 +149,17 @@ class PickAPicTars:
             side = preferred(float(texts["label_0"]))
         except (KeyError, ValueError):
             return BadPicture(name, f"its label_0 is {texts.get('label_0', 'missing')!r}, not 0, 0.5 or 1")
-        if side is None or (self.unsafe_column and _unsafe(texts, self.unsafe_column)):
+        if side is None:
             return None
+        if self.unsafe is not None:
+            column = self.unsafe.column.lower()
+            if missing := [key for key in _mark_columns(column, texts) if key not in texts]:
+                raise HyperAlignError(
+                    f"{name} has no {', '.join(missing)}, only {', '.join(members)}. Name the column that "
+                    "marks unsafe pictures in these tars, or leave it away."
+                )
+            if self.unsafe.flags(_mark(texts, column, side), name):
+                return Unsafe(name)
         caption = next((texts[field] for field in TAR_CAPTIONS if field in texts), None)
         if caption is None or side not in members:
             return BadPicture(name, f"it has no {'caption' if caption is None else side}")
@@ -192,9 +205,11 @@ def _contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return file.read() if file is not None else b""
 
 
-def _unsafe(texts: dict[str, str], field: str) -> bool:
-    mark = texts.get(field.lower(), "")
-    try:
-        return is_unsafe(float(mark))
-    except ValueError:
-        return is_unsafe(mark)
+def _mark_columns(column: str, names: Iterable[str]) -> list[str]:
+    """Returns the columns with the marks: that of pairs, or if only these are there those of each picture."""
+    each = [f"{column}_0", f"{column}_1"]
+    return each if column not in names and set(each) <= set(names) else [column]
+
+
+def _mark(row: Mapping[str, Any], column: str, side: str) -> object:
+    return row[column] if column in row else row[f"{column}_{side[-1]}"]

@@ -6,7 +6,7 @@ import io
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias, cast
 
 from PIL import Image, ImageOps
 
@@ -17,7 +17,8 @@ DAMAGED = (
     Image.DecompressionBombError,
 )  # fmt: skip
 """What Pillow's decoders raise when they meet damaged files."""
-UNSAFE_WORDS = ("true", "yes", "1", "unsafe", "nsfw")
+UNSAFE_WORDS = ("true", "yes", "unsafe", "nsfw")
+SAFE_WORDS = ("false", "no", "safe", "sfw", "unlikely", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,50 @@ class BadPicture:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Unsafe:
+    """A picture that is left out because the data set's own mark says that it is unsafe."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnsafeMark:
+    """The data set's own mark of unsafe pictures, and from where on it counts."""
+
+    column: str
+    above: float = 0.5
+    """Numbers above this are unsafe."""
+
+    def __str__(self) -> str:
+        return f"{self.column} > {self.above:g}"
+
+    def flags(self, mark: object, where: str) -> bool:
+        """Says whether a mark (a flag, a number or a word) means unsafe; none and NaN: no and yes.
+
+        Raises:
+            HyperAlignError: another kind of mark.
+        """
+        if mark is None:
+            return False
+        if isinstance(mark, bool):
+            return mark
+        word = mark.strip().lower() if isinstance(mark, str) else ""
+        if isinstance(mark, str) and word in UNSAFE_WORDS + SAFE_WORDS:
+            return word in UNSAFE_WORDS
+        try:
+            return not float(cast(Any, mark)) <= self.above
+        except (TypeError, ValueError) as error:
+            raise HyperAlignError(
+                f"{where}: {self.column} is {mark!r}; expected true or false, a number, or one of "
+                f"{', '.join((*UNSAFE_WORDS, *SAFE_WORDS[:-1]))}. Name another column, or change the marks."
+            ) from error
+
+
+Found: TypeAlias = EncodedPicture | BadPicture | Unsafe
+"""What a source yields."""
+
+
 class BrokenUnit(HyperAlignError):
     """A whole unit, such as a tar file, cannot be read to its end."""
 
@@ -62,8 +107,8 @@ class Source(Protocol):
         """Returns what the unit is called in messages; it changes if the source does."""
         ...
 
-    def read(self, unit: int) -> Iterator[EncodedPicture | BadPicture]:
-        """Yields the preferred pictures of a unit, ties and unsafe ones left out.
+    def read(self, unit: int) -> Iterator[Found]:
+        """Yields the preferred pictures of a unit, ties left out and unsafe ones only named.
 
         Raises:
             BrokenUnit: the unit cannot be read to its end.
@@ -84,16 +129,10 @@ def decode(picture: EncodedPicture) -> Picture | BadPicture:
 
 
 def read_pictures(source: Source, unit: int) -> Iterator[Picture | BadPicture]:
-    """Yields the decoded pictures of a unit. Raises BrokenUnit."""
+    """Yields the decoded pictures of a unit, unsafe ones left out. Raises BrokenUnit."""
     for found in source.read(unit):
-        yield found if isinstance(found, BadPicture) else decode(found)
-
-
-def is_unsafe(mark: object) -> bool:
-    """Says whether a data set's own mark (a flag, a probability or a word) means unsafe."""
-    if isinstance(mark, bool | int | float):
-        return mark > 0.5
-    return isinstance(mark, str) and mark.strip().lower() in UNSAFE_WORDS
+        if not isinstance(found, Unsafe):
+            yield found if isinstance(found, BadPicture) else decode(found)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -73,6 +73,17 @@ def test_the_published_layout_fills_the_whole_network(weights: Path) -> None:
         assert torch.equal(found[key], value), key
 
 
+def test_no_bar_of_another_library_shows_and_others_keep_theirs(
+    weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    detector.load(weights)
+    assert "Loading weights" not in capsys.readouterr().err
+    assert logging.is_progress_bar_enabled() == shown
+
+
 def test_buffers_that_older_releases_saved_are_no_obstacle(weights: Path) -> None:
     path = weights / detector.WEIGHTS.path
     block = "model.pixel_level_module.encoder.encoder.layers.0.blocks.0.attention.self"

@@ -1,0 +1,292 @@
+"""The audit finds what was put into the pictures, says how sure it is, and goes on after an interruption."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+from hyperalign.errors import HyperAlignError
+from hyperalign.rewards.audit import __main__ as command
+from hyperalign.rewards.audit import measuring
+from hyperalign.rewards.audit.groups import filled, groups_of
+from hyperalign.rewards.audit.pixels import ALTERATIONS, properties
+from hyperalign.rewards.audit.statistics import (
+    difference,
+    largest_gap,
+    mean,
+    paired,
+    rank_correlation,
+    t_quantile,
+)
+
+TINY = "tiny reward"
+numbers = st.lists(st.floats(-100, 100), min_size=4, max_size=30)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """24 circles and squares, red ones on grey and blue ones on white; labels.csv and prompts.csv beside."""
+    folder, draw = tmp_path / "pictures", random.Random(0)
+    folder.mkdir()
+    labels, prompts = [("name", "colour", "note")], [("name", "prompt")]
+    for index in range(24):
+        colour, shape = ("red", "blue")[index % 2], ("circle", "square")[index // 2 % 2]
+        image = Image.new("RGB", (64, 64), "grey" if colour == "red" else "white")
+        x = draw.randint(4, 20)
+        pen = ImageDraw.Draw(image)
+        (pen.ellipse if shape == "circle" else pen.rectangle)((x, x, x + 30, x + 30), fill=colour)
+        image.save(folder / f"{index}.png")
+        labels.append((f"{index}.png", colour, ""))
+        prompts.append((f"{index}.png", f"a {colour} {shape}"))
+    for name, rows in (("labels", labels), ("prompts", prompts)):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as stream:
+            csv.writer(stream).writerows(rows)
+    return folder
+
+
+def run(pictures: Path, *more: str) -> int:
+    common = ["--reward", TINY, "--device", "cpu", "--out", str(pictures.parent / "audit")]
+    return command.main([str(pictures), *common, *more])
+
+
+def result(pictures: Path) -> dict[str, dict]:
+    found = json.loads((pictures.parent / "audit" / "audit.json").read_text(encoding="utf-8"))
+    return {finding["title"]: finding for finding in found["findings"]}
+
+
+def test_one_prompt_over_groups_shows_whom_the_reward_takes_for_it(
+    pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = ["--groups", f"{pictures.parent}/labels.csv"]
+    assert run(pictures, "--template", "a {red|blue} circle", *labels, "--alter") == 0
+    found = result(pictures)
+    under_red = found["colour: pictures by group, all under “a red circle”"]
+    assert under_red["gap"]["highest"] == "red"
+    assert under_red["gap"]["size"]["low"] > 0
+    assert under_red["lines"]["red"]["count"] == 12
+    assert found["colour: pictures by group, all under “a blue circle”"]["gap"]["highest"] == "blue"
+    assert "note" not in str(found.keys())  # an empty column has no groups
+    terms = found["the same pictures under “a {red|blue} circle”"]
+    assert terms["lines"].keys() == {"a red circle", "a blue circle"}
+    assert found["the same pictures, altered"]["lines"].keys() == ALTERATIONS.keys()
+    said = capsys.readouterr().out
+    assert "largest gap: red above blue" in said
+    assert "A gap is a question" in said
+
+
+def test_groups_come_from_words_in_the_pictures_own_prompts(pictures: Path) -> None:
+    prompts = ["--prompts", f"{pictures.parent}/prompts.csv"]
+    assert run(pictures, *prompts, "--groups", "shape=circle|square") == 0
+    found = result(pictures)["shape: pictures by group, each under its own prompt"]
+    assert {name: line["count"] for name, line in found["lines"].items()} == {"circle": 12, "square": 12}
+
+
+def test_the_table_the_page_and_the_json_say_the_same(pictures: Path) -> None:
+    assert run(pictures, "--template", "a {red|blue} circle") == 0
+    folder = pictures.parent / "audit"
+    with (folder / "audit.csv").open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    page = (folder / "audit.html").read_text(encoding="utf-8")
+    for finding in result(pictures).values():
+        for name, line in finding["lines"].items():
+            assert any(row["group"] == name and float(row["value"]) == line["value"] for row in rows)
+            assert f"{line['value']:.4f}" in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert {path.name for path in folder.iterdir()} == {
+        "audit.html", "audit.json", "audit.csv", ".audit.log.jsonl",
+    }  # fmt: skip
+
+
+def test_what_is_written_on_the_page_cannot_leave_it(pictures: Path) -> None:
+    with (pictures.parent / "labels.csv").open("w", newline="") as stream:
+        rows = [(f"{i}.png", ("<script>alert(1)</script>", "b & c")[i % 2]) for i in range(24)]
+        csv.writer(stream).writerows([("name", "<b>colour</b>"), *rows])
+    assert (
+        run(pictures, "--template", "a {red|blue} circle", "--groups", f"{pictures.parent}/labels.csv") == 0
+    )
+    page = (pictures.parent / "audit" / "audit.html").read_text(encoding="utf-8")
+    assert "<script>" not in page
+    assert "<b>" not in page
+
+
+def test_an_interrupted_audit_goes_on_where_it_stopped(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--template", "a {red|blue} circle", "--batch", "6"]
+    assert run(pictures, *asked) == 0
+    whole = (pictures.parent / "audit" / "audit.json").read_bytes()
+    for path in (pictures.parent / "audit").iterdir():
+        path.unlink()
+    scored, measured = [], measuring._measure
+
+    def stops(folder, batch, *rest):
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        scored.append(len(batch))
+        return measured(folder, batch, *rest)
+
+    monkeypatch.setattr(measuring, "_measure", stops)
+    assert run(pictures, *asked) == 130
+    assert "goes on from there" in capsys.readouterr().err
+    monkeypatch.setattr(measuring, "_measure", lambda *args: scored.append(1) or measured(*args))
+    assert run(pictures, *asked) == 0
+    assert len(scored) == 4
+    assert (pictures.parent / "audit" / "audit.json").read_bytes() == whole
+
+
+def test_damaged_pictures_are_left_out_and_named(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (pictures / "broken.png").write_bytes(b"no picture")
+    assert run(pictures, "--template", "a {red|blue} circle") == 0
+    assert "left out broken.png: it cannot be decoded" in capsys.readouterr().err
+    assert "1 pictures were left out" in (pictures.parent / "audit" / "audit.html").read_text(
+        encoding="utf-8"
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "There is no prompt to score the pictures under"),
+        (["--template", "a heart"], "expected terms in braces"),
+        (["--template", "a {red|blue circle"], "expected terms in braces"),
+        (["--template", "a {red} circle"], "expected terms in braces"),
+        (["--template", "a {zebra|red} heart"], "the word 'zebra'"),
+        (["--template", "a {red|blue} heart", "--groups", "c=red|blue"], "looks into the pictures' prompts"),
+        (["--template", "a {red|blue} heart", "--groups", "gone.csv"], "gone.csv cannot be read"),
+        (["--template", "a {red|blue} heart", "--groups", "gone.txt"], "expected a .csv or .jsonl file"),
+        (["--prompts", "PROMPTS", "--groups", "c=green|black"], "c has 0 groups among the pictures"),
+        (["--template", "a {red|blue} heart", "--reward", TINY], "give each of them once"),
+        (
+            ["--template", "a {red|blue} heart", "--reward", "hpsv2.1", "--weights", "x"],
+            "There is no HPS_v2.1",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_scored(
+    pictures: Path, capsys: pytest.CaptureFixture[str], more: list[str], said: str
+) -> None:
+    assert run(pictures, *(str(pictures.parent / "prompts.csv") if m == "PROMPTS" else m for m in more)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert said in error
+    assert not (pictures.parent / "audit" / "audit.json").exists()
+
+
+def test_templates_are_filled_in_every_way() -> None:
+    assert filled("a {red|blue} {cat | dog}") == ["a red cat", "a red dog", "a blue cat", "a blue dog"]
+
+
+def test_words_are_whole_and_pictures_with_several_belong_nowhere() -> None:
+    prompts = {"a": "a woman", "b": "a Man", "c": "a man and a woman", "d": "a table"}
+    assert groups_of("who=woman|man", prompts, list(prompts)) == {"who": {"a": "woman", "b": "man"}}
+
+
+def test_groups_may_stand_in_json_lines_with_other_slashes(tmp_path: Path) -> None:
+    rows = [
+        {"file": "x\\a.png", "age": 30, "prompt": "p"},
+        {"file": "./b.png", "age": 60},
+        {"file": "c.png", "age": 9},
+    ]
+    (tmp_path / "g.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert groups_of(str(tmp_path / "g.jsonl"), {}, ["x/a.png", "b.png"]) == {
+        "age": {"x/a.png": "30", "b.png": "60"}
+    }
+    with pytest.raises(HyperAlignError, match="row 1 has no name, only age"):
+        (tmp_path / "g.jsonl").write_text('{"age": 3}')
+        groups_of(str(tmp_path / "g.jsonl"), {}, ["b.png"])
+
+
+@pytest.mark.parametrize(
+    ("degrees", "expected"), [(2, 4.303), (5, 2.571), (10, 2.228), (30, 2.042), (1000, 1.962)]
+)
+def test_students_quantile_is_that_of_the_tables(degrees: int, expected: float) -> None:
+    assert t_quantile(0.975, degrees) == pytest.approx(expected, rel=0.05 if degrees < 3 else 0.002)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    draw = random.Random(1)
+    hits = 0
+    for _ in range(2000):
+        found = difference([draw.gauss(1, 1) for _ in range(8)], [draw.gauss(0, 3) for _ in range(12)])
+        hits += found.low is not None and found.high is not None and found.low <= 1 <= found.high
+    assert 0.935 < hits / 2000 < 0.965
+
+
+@given(numbers)
+def test_a_mean_lies_in_its_interval(values: list[float]) -> None:
+    found = mean(values)
+    assert found.low is not None and found.high is not None
+    assert found.low <= fmean(values) <= found.high
+
+
+@given(numbers, st.floats(0.1, 5))
+@example([0.0, 0.0, 0.0, 1.9e-157], 1.0)
+def test_pairs_see_a_shift_that_groups_hide(values: list[float], shift: float) -> None:
+    shifted = [value + shift for value in values]
+    alone, together = difference(shifted, values), paired(shifted, values)
+    assert together.value == pytest.approx(shift, abs=1e-6)
+    assert together.is_clear
+    assert alone.value == pytest.approx(shift, abs=1e-6)
+
+
+@given(numbers)
+def test_ranks_go_with_any_rising_function(values: list[float]) -> None:
+    found = rank_correlation(values, [value**3 for value in values])
+    distinct = len({value**3 for value in values}) == len(set(values)) > 1
+    assert not distinct or found.value == pytest.approx(1.0)
+    assert rank_correlation(values, [1.0] * len(values)).value == 0.0
+
+
+def test_the_largest_gap_counts_the_pairs_it_was_chosen_from() -> None:
+    draw = random.Random(2)
+    groups = {name: [draw.gauss(0, 1) for _ in range(10)] for name in "abcdef"}
+    gap = largest_gap(groups)
+    assert gap is not None and gap.size.low is not None
+    alone = difference(groups[gap.highest], groups[gap.lowest])
+    assert alone.low is not None
+    assert gap.size.low < alone.low
+    assert largest_gap({"a": [1.0], "b": []}) is None
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 100))
+def test_alterations_stay_pictures(height: int, width: int, seed: int) -> None:
+    image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
+    for alter in ALTERATIONS.values():
+        altered = alter(image)
+        assert altered.shape == image.shape
+        assert 0.0 <= float(altered.min()) and float(altered.max()) <= 1.0
+    assert all(value == value for value in properties(image).values())
+
+
+def test_properties_follow_the_alteration_that_is_named_after_them() -> None:
+    image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.6 + 0.1
+    plain = properties(image)
+    after: Callable[[str], dict[str, float]] = lambda name: properties(ALTERATIONS[name](image))  # noqa: E731
+    assert after("darker by 20 %")["brightness"] == pytest.approx(0.8 * plain["brightness"], rel=1e-4)
+    assert after("without colour")["saturation"] == pytest.approx(0.0, abs=1e-5)
+    assert after("colours 40 % stronger")["saturation"] > plain["saturation"]
+    assert after("blurred")["sharpness"] < plain["sharpness"]
+    assert after("mirrored") == pytest.approx(plain, rel=0.1)
+
+
+def test_it_runs_as_a_command(pictures: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "hyperalign.rewards.audit", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--template" in done.stdout
