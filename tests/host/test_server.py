@@ -2,7 +2,7 @@
 
 import pytest
 
-from scripts.comfy_client import ComfyError
+from hyperalign.workflows.client import ComfyError
 
 
 def test_the_server_answers(server):

@@ -1,0 +1,69 @@
+"""What the registry asks for: archive (what is tracked, less .comfyignore), metadata and pictures."""
+
+import re
+import subprocess
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import tomli
+
+ROOT = Path(__file__).resolve().parents[2]
+NEEDED = (
+    "__init__.py", "LICENSE", "README.md", "pyproject.toml", "requirements.txt", "nodes/extension.py",
+    "hyperalign/hosts/comfy.py", "web/docs/HyperAlignApply.md", "example_workflows/first_steps.jpg",
+    "locales/zh/nodeDefs.json", "subgraphs/Aligned KSampler.json",
+)  # fmt: skip
+MOST_MEGABYTES = 60
+
+
+def listed(*options: str) -> set[str]:
+    command = ["git", "-c", "core.quotePath=off", "ls-files", "--cached", "--others", *options]
+    return set(
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    )
+
+
+@pytest.fixture(scope="module")
+def archive() -> set[str]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("only a checkout knows which files are tracked")
+    tracked = {name for name in listed("--exclude-standard") if (ROOT / name).is_file()}
+    return tracked - listed("--ignored", "--exclude-from=.comfyignore")
+
+
+def test_what_the_nodes_need_is_in(archive):
+    assert set(NEEDED) - archive == set()
+
+
+def test_what_only_developers_need_is_out(archive):
+    tops = {name.split("/")[0] for name in archive}
+    assert tops.isdisjoint({"tests", "train", "scripts", "benchmarks", ".ci", "Makefile", "CONTRIBUTING.md"})
+
+
+def test_it_holds_no_compiled_files_and_no_links(archive):
+    assert [name for name in archive if name.endswith((".pyc", ".so", ".pkl", ".pt", ".ckpt"))] == []
+    assert [name for name in archive if (ROOT / name).is_symlink()] == []
+
+
+def test_it_is_small(archive):
+    assert sum((ROOT / name).stat().st_size for name in archive) < MOST_MEGABYTES * 1e6
+
+
+def test_name_version_and_licence_are_as_the_registry_asks():
+    project = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert re.fullmatch(r"[a-z](?:[._-]?[a-z0-9])*", project["project"]["name"])
+    assert "comfyui" not in project["project"]["name"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["project"]["version"])
+    assert project["project"]["license"] == {"file": "LICENSE"}
+    assert {"PublisherId", "DisplayName", "Icon", "Banner", "requires-comfyui"} <= set(
+        project["tool"]["comfy"]
+    )
+
+
+@pytest.mark.parametrize(("name", "ratio", "widest"), [("icon", 1.0, 400), ("banner", 21 / 9, 2000)])
+def test_icon_and_banner_have_the_registrys_shape(name, ratio, widest):
+    root = ElementTree.parse(ROOT / "docs" / f"{name}.svg").getroot()
+    width, height = float(root.attrib["width"]), float(root.attrib["height"])
+    assert width / height == pytest.approx(ratio)
+    assert width <= widest
