@@ -52,9 +52,7 @@ class HyperAlignGuidance(io.ComfyNode):
 def _inputs() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="The model to guide, aligned or not. It is not changed."),
-        RewardType.Input(
-            "reward", tooltip="From Reward Model Loader. A chain combined by rank has no gradient."
-        ),
+        RewardType.Input("reward", tooltip="From Reward Model Loader. A chain by rank has no gradient."),
         io.Vae.Input("vae", tooltip="The model's VAE; a copy of it decodes the foreseen pictures."),
         io.String.Input(
             "prompt",

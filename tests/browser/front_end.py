@@ -97,13 +97,13 @@ class FrontEnd:
         self.page.on("console", self._hear)
         self.page.on("pageerror", lambda error: self.errors.append(self.plain(str(error))))
 
-    def open(self, first_visit: bool = False) -> None:
-        """Loads the page for a user who has, or has not yet, been here before."""
-        self._post(
-            "/settings", {"Comfy.VueNodes.Enabled": self.vue, "Comfy.TutorialCompleted": not first_visit}
-        )
+    def open(self, language: str = "en") -> None:
+        """Loads the page for a user who has been here before."""
+        settings = {"Comfy.VueNodes.Enabled": self.vue, "Comfy.TutorialCompleted": True}
+        self._post("/settings", settings | {"Comfy.Locale": language})
         self.page.goto(self.url)
-        self.templates_button.wait_for()
+        if language == "en":
+            self.templates_button.wait_for()
         self.page.wait_for_function("() => window.app?.graph?.nodes && window.app.canvas")
         self.settle()
 
@@ -247,7 +247,7 @@ class FrontEnd:
         if not self.vue:
             return set(names)
         face = self.page.locator(f'[data-node-id="{node}"] .lg-node-widgets')
-        return {name for name in names if face.get_by_text(name, exact=True).count()}
+        return {name for name in names if face.get_by_text(name, exact=True).filter(visible=True).count()}
 
     def choose(self, node: str, widget: str, choice: str) -> None:
         """Chooses in a node's list: with the mouse where Vue draws it, else as its arrows do."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,4 @@ def test_the_host_serves_every_blueprint(server):
 @pytest.mark.parametrize("path", [*WORKFLOWS, *BLUEPRINTS], ids=lambda path: path.stem)
 def test_a_workflow_names_no_place_of_a_machine(path):
     text = path.read_text(encoding="utf-8")
-    assert not [
-        part for part in ("/home/", "/root/", "/tmp/", "/work/", "C:\\\\", "127.0.0.1") if part in text
-    ]
+    assert re.findall(r'"(?:/\w[^"]*|[A-Z]:\\[^"]*)"|127\.0\.0\.1', text) == []

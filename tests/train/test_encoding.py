@@ -24,8 +24,7 @@ from torch import Tensor
 
 from hyperalign.errors import HyperAlignError
 from hyperalign.hosts.diffusers_tiny import TinyBase, load_tiny
-from train.config import DataConfig, TrainConfig
-from train.encode import Options, left_out, main, unsafe_mark
+from train.encode import left_out, main
 from train.encoding import Counts, Prepared, encode, prepare
 from train.pictures import UnsafeMark, open_source
 from train.pictures.picture import BadPicture, EncodedPicture, Source
@@ -395,13 +394,3 @@ def test_unsafe_pictures_are_left_out_counted_and_remembered(tmp_path: Path) -> 
     assert (again.reused, again.pictures) == (1, 0)
     with pytest.raises(HyperAlignError, match="unsafe nsfw > 0.2, not nothing. Choose another --out"):
         encode(open_source("jsonl", path), Pooling(), out)
-
-
-def test_the_command_line_goes_before_the_recipes_mark(tmp_path: Path) -> None:
-    config = TrainConfig(data=DataConfig(unsafe_column="nsfw", unsafe_above=0.3))
-    options = Options(recipe=tmp_path, source=tmp_path, out=tmp_path)
-    assert unsafe_mark(options, config) == UnsafeMark("nsfw", 0.3)
-    assert unsafe_mark(options, TrainConfig()) is None
-    chosen = dataclasses.replace(options, unsafe_column="punsafe", unsafe_above=0.9)
-    assert unsafe_mark(chosen, config) == UnsafeMark("punsafe", 0.9)
-    assert unsafe_mark(dataclasses.replace(options, unsafe_column=""), config) is None

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from hyperalign.errors import HyperAlignError
@@ -24,7 +21,6 @@ from train.pictures.picture import (
     Source,
     Unsafe,
     UnsafeMark,
-    decode,
     read_pictures,
 )
 
@@ -349,59 +345,6 @@ def test_what_is_nothing_known_is_refused(tmp_path: Path) -> None:
             open_source(kind, tmp_path)
     with pytest.raises(HyperAlignError, match="holds no picture"):
         open_source("folder", tmp_path)
-
-
-def test_pictures_come_upright_and_transparency_turns_white() -> None:
-    file = io.BytesIO()
-    turned = Image.new("RGB", (20, 10), RED)
-    exif = turned.getexif()
-    exif[0x0112] = 6  # rotate by 90 degrees to view
-    turned.save(file, "JPEG", exif=exif)
-    upright = decode(EncodedPicture("a", file.getvalue(), "a"))
-    assert isinstance(upright, Picture)
-    assert upright.image.size == (10, 20)
-    clear = decode(EncodedPicture("a", encoded((0, 0, 0, 0), "PNG", "RGBA"), "a"))
-    assert isinstance(clear, Picture)
-    assert clear.image.getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_a_picture_without_words_is_a_bad_one() -> None:
-    assert decode(EncodedPicture(" \n", encoded(RED), "x")) == BadPicture("x", "its caption is empty")
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    kind=st.sampled_from(["JPEG", "PNG", "WEBP", "GIF"]),
-    keep=st.floats(0, 1),
-    changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
-)
-def test_damaged_bytes_never_end_a_run(kind: str, keep: float, changes: list[tuple[float, int]]) -> None:
-    data = bytearray(encoded(RED, kind))
-    for place, value in changes:
-        data[int(place * len(data))] = value
-    found = decode(EncodedPicture("a", bytes(data[: int(keep * len(data))]), "a"))
-    assert isinstance(found, Picture | BadPicture)
-
-
-@pytest.mark.parametrize("mark", [True, 1, 0.7, math.nan, "NSFW", "true", "unsafe", "0.9", "1"])
-def test_marks_that_mean_unsafe(mark: object) -> None:
-    assert UnsafeMark("nsfw").flags(mark, "here")
-
-
-@pytest.mark.parametrize("mark", [False, 0, 0.5, "", "safe", "false", None, "UNLIKELY", "0.1"])
-def test_marks_that_mean_safe(mark: object) -> None:
-    assert not UnsafeMark("nsfw").flags(mark, "here")
-
-
-@given(st.floats(-1, 1), st.floats(-1, 1))
-def test_a_number_is_unsafe_above_the_limit(mark: float, above: float) -> None:
-    assert UnsafeMark("nsfw", above).flags(mark, "here") == (mark > above)
-
-
-@pytest.mark.parametrize("mark", ["maybe", [1], {"nsfw": 1}])
-def test_a_mark_that_nobody_understands_is_refused(mark: object) -> None:
-    with pytest.raises(HyperAlignError, match="row 3: rating is .*; expected true or false"):
-        UnsafeMark("rating").flags(mark, "row 3")
 
 
 def test_marks_of_single_pictures_count_for_the_preferred_one(tmp_path: Path) -> None:

@@ -13,27 +13,38 @@ function isUsed(node, name, mode) {
   return !isLinked(node, "floats") && (name === "mode" || WIDGETS_OF[mode].includes(name));
 }
 
-// Vue's nodes of front end 1.32 copy their widgets once; what was hidden there could not be shown again.
-function vueLooksAgain(node) {
-  const property = Object.getOwnPropertyDescriptor(node, "widgets");
-  return property?.get !== undefined && property.configurable;
+// Vue's nodes before front end 1.36 copy their widgets and do not look at them again.
+function vueLooksAgain() {
+  const [major, minor] = (window.__COMFYUI_FRONTEND_VERSION__ ?? "1.36").split(".").map(Number);
+  return major > 1 || minor >= 36;
+}
+
+// There every widget has its row, and a rule of style hides it.
+function hideRows(node) {
+  const rule = ({ index }) => `[data-node-id="${node.id}"] .lg-node-widget:nth-child(${index + 1})`;
+  const hidden = node.widgets.map(({ hidden }, index) => ({ hidden, index })).filter(({ hidden }) => hidden);
+  node.hyperalignRows ??= document.head.appendChild(document.createElement("style"));
+  node.hyperalignRows.textContent = hidden.map((row) => `${rule(row)} { display: none; }`).join("\n");
+}
+
+function hideInVue(node) {
+  if (!vueLooksAgain()) return hideRows(node);
+  for (const widget of node.widgets) widget.options.hidden = widget.hidden;
+  if (!Object.getOwnPropertyDescriptor(node, "widgets")?.get) return; // drawn on the canvas
+  const widgets = [...node.widgets];
+  node.widgets = []; // the same ones again would not be noticed
+  node.widgets = widgets;
 }
 
 function showWhatMatters(node) {
   const mode = node.widgets.find((widget) => widget.name === "mode").value;
   if (!(mode in WIDGETS_OF)) return;
-  const drawnByVue = vueLooksAgain(node);
   for (const widget of node.widgets.filter(({ name }) => CURVE_WIDGETS.includes(name))) {
     widget.hidden = !isUsed(node, widget.name, mode) && !isLinked(node, widget.name);
     // The canvas of front end 1.32 keeps room for hidden widgets, and 4 pixels between any two.
     widget.computeSize = widget.hidden ? () => [0, -4] : undefined;
-    if (drawnByVue) widget.options.hidden = widget.hidden;
   }
-  if (drawnByVue) {
-    const widgets = [...node.widgets];
-    node.widgets = []; // the same ones again would not be noticed
-    node.widgets = widgets;
-  }
+  hideInVue(node);
   app.canvas?.setDirty(true, true);
 }
 
@@ -58,6 +69,7 @@ app.registerExtension({
     after(node.widgets.find((widget) => widget.name === "mode"), "callback", showAndFit);
     after(node, "onConfigure", show);
     after(node, "onConnectionsChange", show);
+    after(node, "onRemoved", () => node.hyperalignRows?.remove());
     requestAnimationFrame(show);
   },
 });

@@ -13,7 +13,6 @@ Stop it at any time; the same command goes on where it stopped.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,37 +21,26 @@ from pathlib import Path
 import torch
 
 from ...errors import HyperAlignError
-from ...tiny.text_encoder import word_ids
-from .. import loading, tiny
-from ..score.__main__ import DTYPES, STOPPED
 from ..score.devices import device_of
 from ..score.files import Log, check_writable, log_of, write_whole
+from ..score.options import STOPPED, ScoringOptions, scoring_parser
 from ..score.pictures import BadPicture, list_pictures
 from ..score.progress import bar
 from ..score.prompts import find_prompts
-from ..weights import find
 from .findings import Finding, findings
 from .groups import Groups, filled, groups_of
 from .measuring import Cases, Measured, is_measured, measure
 from .report import csv_text, html_text, json_text, text
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options(ScoringOptions):
     """What the command line asks for."""
 
-    folder: Path
-    rewards: list[str]
     prompts: str | None
     templates: list[str]
     groups: list[str]
     alter: bool
-    weights: Path
-    tokenizer: Path | None
-    device: str | None
-    dtype: str
-    batch: int
-    threads: int
     out: Path
 
 
@@ -81,7 +69,8 @@ def run(options: Options) -> tuple[list[Finding], list[BadPicture], list[Path]]:
     groups: Groups = {}
     for source in options.groups:
         groups |= groups_of(source, cases.own, names)
-    check_rewards(options, cases)
+    options.check_rewards()
+    options.check_prompts([*cases.own.values(), *cases.texts])
     device = device_of(options.device)
     paths = [options.out / f"audit.{kind}" for kind in ("html", "json", "csv")]
     for path in paths:
@@ -125,35 +114,13 @@ def cases_of(options: Options, names: Sequence[str], templates: dict[str, list[s
     return Cases(own, list(texts), options.alter)
 
 
-def check_rewards(options: Options, cases: Cases) -> None:
-    """Raises HyperAlignError unless all rewards are there once and know the prompts; reads no large file."""
-    if len(set(options.rewards)) != len(options.rewards):
-        raise HyperAlignError(f"Found the rewards {', '.join(options.rewards)}; give each of them once.")
-    for name in options.rewards:
-        if name in tiny.NAMES:
-            for prompt in dict.fromkeys([*cases.own.values(), *cases.texts]):
-                word_ids(prompt)
-            continue
-        recipe = loading.recipe_of(name)
-        for file in recipe.files:
-            find(file, options.weights)
-        if recipe.vocabulary is not None:
-            recipe.vocabulary.load(options.weights, options.tokenizer)
-
-
 def _measure(
     options: Options, names: Sequence[str], cases: Cases, log: Log[Measured], device: torch.device
 ) -> list[BadPicture]:
     todo = sum(not is_measured(options.folder, name, cases, log) for name in names)
     if not todo:
         return []
-    rewards = [
-        loading.load(
-            name, options.weights, device=device, dtype=DTYPES[options.dtype],
-            tokenizer_folder=options.tokenizer,
-        )
-        for name in options.rewards
-    ]  # fmt: skip
+    rewards = options.load(device)
     shown = bar(len(names), "scoring", len(names) - todo)
     try:
         return measure(
@@ -166,15 +133,8 @@ def _measure(
 
 def parse(arguments: Sequence[str] | None) -> Options:
     """Returns what the command line asks for; ends the process on a wrong one."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hyperalign.rewards.audit",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = scoring_parser("python -m hyperalign.rewards.audit", __doc__)
     add = parser.add_argument
-    add("folder", type=Path, metavar="DIR", help="folder of pictures; those in its folders count too")
-    add("--reward", action="append", required=True, dest="rewards", metavar="NAME",
-        help=f"one of {', '.join(loading.NAMES)}; give it again for several")  # fmt: skip
     add("--prompts", metavar="SOURCE", help="the pictures' own prompts: a .csv or .jsonl with names and "
         "prompts, `txt` for a text file beside each, or `comfyui` for the metadata of its PNGs")  # fmt: skip
     add("--template", action="append", default=[], dest="templates", metavar="TEXT",
@@ -183,17 +143,8 @@ def parse(arguments: Sequence[str] | None) -> Options:
         help="a .csv or .jsonl with the pictures' names and a column for each attribute, or terms to look "
         "for in their own prompts, such as gender=woman|man")  # fmt: skip
     add("--alter", action="store_true", help="score each picture brighter, darker, greyer, blurred ... too")
-    add("--weights", type=Path, default=Path("models/hyperalign_rewards"), metavar="FOLDER",
-        help="where the rewards' weights lie (default: %(default)s)")  # fmt: skip
-    add("--tokenizer", type=Path, metavar="FOLDER", help="where the vocabulary lies, if not with the weights")
-    add("--device", help="default: the GPU where there is one")
-    add("--dtype", choices=list(DTYPES), default="float32", help="of the networks (default: %(default)s)")
-    add("--batch", type=int, default=16, help="pictures at once, at most (default: %(default)s)")
-    add("--threads", type=int, default=4, help="that decode pictures (default: %(default)s)")
     add("--out", type=Path, metavar="FOLDER", help="for audit.html, .json and .csv (default: audit in DIR)")
     found = parser.parse_args(arguments)
-    if min(found.batch, found.threads) < 1:
-        parser.error(f"--batch is {found.batch} and --threads {found.threads}; expected 1 or more")
     found.out = found.out or found.folder / "audit"
     return Options(**vars(found))
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from .. import Reward
 from ..score.files import Log, file_state
-from ..score.pictures import BadPicture, decode, in_order
-from ..score.scoring import Decoded, batches_of_one_size
+from ..score.pictures import BadPicture
+from ..score.scoring import Decoded, in_batches
 from .pixels import ALTERATIONS, properties
 
 OWN = "its own prompt"
@@ -76,25 +75,9 @@ def measure(
     progress: Callable[[int], object],
 ) -> list[BadPicture]:
     """Measures what the log lacks, appends to it after each batch, and returns the pictures left out."""
-    bad: list[BadPicture] = []
-
-    def good(found: Iterable[tuple[str, Tensor | BadPicture]]) -> Iterator[Decoded]:
-        for name, picture in found:
-            if isinstance(picture, BadPicture):
-                bad.append(picture)
-                progress(1)
-            else:
-                yield name, picture
-
     todo = [name for name in names if not is_measured(folder, name, cases, log)]
-    with ThreadPoolExecutor(threads) as pool:
-        decoded = in_order(pool, partial(decode, folder), todo, 2 * threads)
-        for pictures in batches_of_one_size(good(decoded), batch):
-            rows = _measure(folder, pictures, cases, rewards, device)
-            bad += (row for row in rows if isinstance(row, BadPicture))
-            log.append([row for row in rows if isinstance(row, Measured)])
-            progress(len(rows))
-    return bad
+    rows_of = partial(_measure, folder, cases=cases, rewards=rewards, device=device)
+    return in_batches(folder, todo, rows_of, log, batch=batch, threads=threads, progress=progress)
 
 
 def is_measured(folder: Path, name: str, cases: Cases, log: Log[Measured]) -> bool:

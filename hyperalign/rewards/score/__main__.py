@@ -9,7 +9,6 @@ new or changed, or whose prompt is another.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +19,9 @@ from pathlib import Path
 import torch
 
 from ...errors import HyperAlignError
-from ...tiny.text_encoder import word_ids
-from .. import Reward, loading, tiny
-from ..weights import find
 from .devices import device_of
 from .files import Log, Scored, check_writable, log_of, write_whole
+from .options import STOPPED, ScoringOptions, positive, scoring_parser
 from .pictures import BadPicture, in_order, list_pictures, thumbnail
 from .progress import bar
 from .prompts import find_prompts
@@ -32,26 +29,15 @@ from .scoring import is_scored, score_folder
 from .sheet import best_first, contact_sheet
 from .tables import columns, writer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 THUMBNAIL_SIDE = 256
-STOPPED = 130
-"""The exit status of what Ctrl+C ended."""
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options(ScoringOptions):
     """What the command line asks for."""
 
-    folder: Path
-    rewards: list[str]
     prompts: str | None
     prompt: str | None
-    weights: Path
-    tokenizer: Path | None
-    device: str | None
-    dtype: str
-    batch: int
-    threads: int
     out: Path
     sheet: Path | None
     sheet_pictures: int
@@ -81,7 +67,7 @@ def run(options: Options) -> tuple[list[BadPicture], str]:
         if path is not None:
             check_writable(path)
     device = device_of(options.device)
-    check_rewards(options)
+    options.check_rewards()
     prompts = prompts_of(options, names)
     settings = {"rewards": options.rewards, "dtype": options.dtype, "weights": str(options.weights.resolve())}
     with Log(log_of(options.out), settings, Scored) as log:
@@ -104,7 +90,7 @@ def run(options: Options) -> tuple[list[BadPicture], str]:
 def _score(
     options: Options, prompts: dict[str, str], log: Log[Scored], done: int, device: torch.device
 ) -> list[BadPicture]:
-    rewards = [load(name, options, device) for name in options.rewards]
+    rewards = options.load(device)
     shown = bar(len(prompts), "scoring", done)
     try:
         return score_folder(
@@ -115,35 +101,13 @@ def _score(
         shown.close()
 
 
-def load(name: str, options: Options, device: torch.device) -> Reward:
-    """Loads a reward as the options say. Raises HyperAlignError."""
-    dtype = DTYPES[options.dtype]
-    return loading.load(name, options.weights, device=device, dtype=dtype, tokenizer_folder=options.tokenizer)
-
-
-def check_rewards(options: Options) -> None:
-    """Raises HyperAlignError unless the files of all rewards are there; reads none that is large."""
-    if len(set(options.rewards)) != len(options.rewards):
-        raise HyperAlignError(f"Found the rewards {', '.join(options.rewards)}; give each of them once.")
-    for name in options.rewards:
-        if name in tiny.NAMES:
-            continue
-        recipe = loading.recipe_of(name)
-        for file in recipe.files:
-            find(file, options.weights)
-        if recipe.vocabulary is not None:
-            recipe.vocabulary.load(options.weights, options.tokenizer)
-
-
 def prompts_of(options: Options, names: Sequence[str]) -> dict[str, str]:
     """Returns each picture's prompt. Raises HyperAlignError where one is missing or a reward refuses it."""
     if options.prompt is not None:
         texts = [options.prompt] * len(names)
     else:
         texts = find_prompts(options.folder, names, options.prompts or "")
-    if set(options.rewards) & set(tiny.NAMES):
-        for text in dict.fromkeys(texts):
-            word_ids(text)
+    options.check_prompts(texts)
     return dict(zip(names, texts, strict=True))
 
 
@@ -166,39 +130,19 @@ def write_sheet(options: Options, path: Path, rows: Sequence[Scored], bad: Seque
 
 def parse(arguments: Sequence[str] | None) -> Options:
     """Returns what the command line asks for; ends the process on a wrong one."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hyperalign.rewards.score",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = scoring_parser("python -m hyperalign.rewards.score", __doc__)
     add = parser.add_argument
-    add("folder", type=Path, metavar="DIR", help="folder of pictures; those in its folders count too")
-    add("--reward", action="append", required=True, dest="rewards", metavar="NAME",
-        help=f"one of {', '.join(loading.NAMES)}; give it again for several")  # fmt: skip
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompts", metavar="SOURCE", help="a .csv or .jsonl with names and prompts, "
         "`txt` for a text file beside each picture, or `comfyui` for the metadata of its PNGs")  # fmt: skip
     source.add_argument("--prompt", metavar="TEXT", help="one prompt for all pictures")
-    add("--weights", type=Path, default=Path("models/hyperalign_rewards"), metavar="FOLDER",
-        help="where the rewards' weights lie (default: %(default)s)")  # fmt: skip
-    add("--tokenizer", type=Path, metavar="FOLDER", help="where the vocabulary lies, if not with the weights")
-    add("--device", help="default: the GPU where there is one")
-    add("--dtype", choices=list(DTYPES), default="float32", help="of the networks (default: %(default)s)")
-    add("--batch", type=_positive, default=16, help="pictures at once, at most (default: %(default)s)")
-    add("--threads", type=_positive, default=4, help="that decode pictures (default: %(default)s)")
     add("--out", type=Path, metavar="FILE", help="a .csv or .parquet (default: scores.csv in DIR)")
     add("--sheet", type=Path, metavar="FILE", help="an HTML page of thumbnails, the best first")
-    add("--sheet-pictures", type=_positive, default=1000, metavar="N",
+    add("--sheet-pictures", type=positive, default=1000, metavar="N",
         help="how many of the best it shows (default: %(default)s)")  # fmt: skip
     found = parser.parse_args(arguments)
     found.out = found.out or found.folder / "scores.csv"
     return Options(**vars(found))
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"found {number}, expected 1 or more")
-    return number
 
 
 if __name__ == "__main__":

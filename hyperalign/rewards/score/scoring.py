@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import Reward
-from .files import Log, Scored, file_state
+from .files import Log, Row, Scored, file_state
 from .pictures import BadPicture, decode, in_order
 
 BATCH_PIXELS = 1 << 25
@@ -47,6 +47,32 @@ def score_folder(
         threads: how many decode.
         progress: told how many pictures are done, each time.
     """
+    todo = [name for name, prompt in prompts.items() if not is_scored(folder, name, prompt, log)]
+    score = partial(_score, folder, prompts=prompts, rewards=rewards, device=device)
+    return in_batches(folder, todo, score, log, batch=batch, threads=threads, progress=progress)
+
+
+def in_batches(
+    folder: Path,
+    names: Iterable[str],
+    rows_of: Callable[[Sequence[Decoded]], Sequence[Row | BadPicture]],
+    log: Log[Row],
+    *,
+    batch: int,
+    threads: int,
+    progress: Callable[[int], object],
+) -> list[BadPicture]:
+    """Makes rows of pictures, appends them to the log after each batch, and returns the pictures left out.
+
+    Args:
+        folder: where the pictures lie.
+        names: of the pictures, relative to the folder.
+        rows_of: makes a row of each picture of a batch, or says why it cannot.
+        log: where the rows go.
+        batch: pictures at once, at most; all of a batch have one size.
+        threads: how many decode.
+        progress: told how many pictures are done, each time.
+    """
     bad: list[BadPicture] = []
 
     def good(found: Iterable[tuple[str, Tensor | BadPicture]]) -> Iterator[Decoded]:
@@ -57,13 +83,12 @@ def score_folder(
             else:
                 yield name, picture
 
-    todo = [name for name, prompt in prompts.items() if not is_scored(folder, name, prompt, log)]
     with ThreadPoolExecutor(threads) as pool:
-        decoded = in_order(pool, partial(decode, folder), todo, 2 * threads)
+        decoded = in_order(pool, partial(decode, folder), names, 2 * threads)
         for pictures in batches_of_one_size(good(decoded), batch):
-            rows = _score(folder, pictures, prompts, rewards, device)
+            rows = rows_of(pictures)
             bad += (row for row in rows if isinstance(row, BadPicture))
-            log.append([row for row in rows if isinstance(row, Scored)])
+            log.append([row for row in rows if not isinstance(row, BadPicture)])
             progress(len(rows))
     return bad
 

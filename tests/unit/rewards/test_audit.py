@@ -131,16 +131,19 @@ def test_an_interrupted_audit_goes_on_where_it_stopped(
         path.unlink()
     scored, measured = [], measuring._measure
 
-    def stops(folder, batch, *rest):
+    def stops(*given, **named):
         if len(scored) == 2:
             raise KeyboardInterrupt
-        scored.append(len(batch))
-        return measured(folder, batch, *rest)
+        return counted(*given, **named)
+
+    def counted(*given, **named):
+        scored.append(1)
+        return measured(*given, **named)
 
     monkeypatch.setattr(measuring, "_measure", stops)
     assert run(pictures, *asked) == 130
     assert "goes on from there" in capsys.readouterr().err
-    monkeypatch.setattr(measuring, "_measure", lambda *args: scored.append(1) or measured(*args))
+    monkeypatch.setattr(measuring, "_measure", counted)
     assert run(pictures, *asked) == 0
     assert len(scored) == 4
     assert (pictures.parent / "audit" / "audit.json").read_bytes() == whole

@@ -1,0 +1,90 @@
+"""One picture: its bytes become upright RGB, and the data set's mark says whether it is unsafe."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from hyperalign.errors import HyperAlignError
+from train.config import DataConfig, TrainConfig
+from train.encode import Options, unsafe_mark
+from train.pictures import UnsafeMark
+from train.pictures.picture import BadPicture, EncodedPicture, Picture, decode
+
+RED = (220, 30, 30)
+
+
+def encoded(colour: tuple[int, ...], kind: str = "JPEG", mode: str = "RGB") -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, (16, 12), colour).save(file, kind)
+    return file.getvalue()
+
+
+def test_pictures_come_upright_and_transparency_turns_white() -> None:
+    file = io.BytesIO()
+    turned = Image.new("RGB", (20, 10), RED)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # rotate by 90 degrees to view
+    turned.save(file, "JPEG", exif=exif)
+    upright = decode(EncodedPicture("a", file.getvalue(), "a"))
+    assert isinstance(upright, Picture)
+    assert upright.image.size == (10, 20)
+    clear = decode(EncodedPicture("a", encoded((0, 0, 0, 0), "PNG", "RGBA"), "a"))
+    assert isinstance(clear, Picture)
+    assert clear.image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_picture_without_words_is_a_bad_one() -> None:
+    assert decode(EncodedPicture(" \n", encoded(RED), "x")) == BadPicture("x", "its caption is empty")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=st.sampled_from(["JPEG", "PNG", "WEBP", "GIF"]),
+    keep=st.floats(0, 1),
+    changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
+)
+def test_damaged_bytes_never_end_a_run(kind: str, keep: float, changes: list[tuple[float, int]]) -> None:
+    data = bytearray(encoded(RED, kind))
+    for place, value in changes:
+        data[int(place * len(data))] = value
+    found = decode(EncodedPicture("a", bytes(data[: int(keep * len(data))]), "a"))
+    assert isinstance(found, Picture | BadPicture)
+
+
+@pytest.mark.parametrize("mark", [True, 1, 0.7, math.nan, "NSFW", "true", "unsafe", "0.9", "1"])
+def test_marks_that_mean_unsafe(mark: object) -> None:
+    assert UnsafeMark("nsfw").flags(mark, "here")
+
+
+@pytest.mark.parametrize("mark", [False, 0, 0.5, "", "safe", "false", None, "UNLIKELY", "0.1"])
+def test_marks_that_mean_safe(mark: object) -> None:
+    assert not UnsafeMark("nsfw").flags(mark, "here")
+
+
+@given(st.floats(-1, 1), st.floats(-1, 1))
+def test_a_number_is_unsafe_above_the_limit(mark: float, above: float) -> None:
+    assert UnsafeMark("nsfw", above).flags(mark, "here") == (mark > above)
+
+
+@pytest.mark.parametrize("mark", ["maybe", [1], {"nsfw": 1}])
+def test_a_mark_that_nobody_understands_is_refused(mark: object) -> None:
+    with pytest.raises(HyperAlignError, match="row 3: rating is .*; expected true or false"):
+        UnsafeMark("rating").flags(mark, "row 3")
+
+
+def test_the_command_line_goes_before_the_recipes_mark(tmp_path: Path) -> None:
+    config = TrainConfig(data=DataConfig(unsafe_column="nsfw", unsafe_above=0.3))
+    options = Options(recipe=tmp_path, source=tmp_path, out=tmp_path)
+    assert unsafe_mark(options, config) == UnsafeMark("nsfw", 0.3)
+    assert unsafe_mark(options, TrainConfig()) is None
+    chosen = dataclasses.replace(options, unsafe_column="punsafe", unsafe_above=0.9)
+    assert unsafe_mark(chosen, config) == UnsafeMark("punsafe", 0.9)
+    assert unsafe_mark(dataclasses.replace(options, unsafe_column=""), config) is None
