@@ -13,16 +13,16 @@ import re
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, TimeoutError, expect
 
 VIEWPORT = {"width": 1600, "height": 1000}
 WAIT_SECONDS = 30
-RUN_SECONDS = 120
+RUN_SECONDS = 300
 PACK = "hyperalign"
 """The pack's folder under custom_nodes, and so its heading in the template browser."""
 BRIGHT = 170
@@ -262,8 +262,13 @@ class FrontEnd:
         """Clicks a node's title and then the info button above it; returns the help panel's text."""
         self.look(node)
         x, y, width, _ = self.page.evaluate(NODE_AREA, node)
-        self.page.mouse.click(x + width / 2, y + 15)
-        self.page.get_by_test_id("info-button").click()
+        info = self.page.get_by_test_id("info-button")
+        for _ in range(2):  # the first click may only close what an earlier one had opened
+            if not info.is_visible():
+                self.page.mouse.click(x + width / 2, y + 15)
+                with suppress(TimeoutError):
+                    info.wait_for(timeout=5000)
+        info.click()
         self.help.wait_for()
         return self.help
 

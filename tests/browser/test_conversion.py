@@ -46,24 +46,24 @@ def everything() -> dict[str, Any]:
     """A subgraph used twice, a bypassed and a muted node, a reroute, a primitive, and a note."""
     inverter = [
         node(
-            1, "EmptyImage", [32, 32, 1, 255],
+            11, "EmptyImage", [32, 32, 1, 255],
             [socket("width", "INT", 1, True), socket("height", "INT", None, True)],
             [end("IMAGE", "IMAGE", 2)],
         ),
-        node(2, "ImageInvert", [], [socket("image", "IMAGE", 2)], [end("IMAGE", "IMAGE", 3)]),
-        node(3, "ImageScaleBy", ["area", 2.0], [socket("image", "IMAGE", 3)], [end("IMAGE", "IMAGE", 4)]),
+        node(12, "ImageInvert", [], [socket("image", "IMAGE", 2)], [end("IMAGE", "IMAGE", 3)]),
+        node(13, "ImageScaleBy", ["area", 2.0], [socket("image", "IMAGE", 3)], [end("IMAGE", "IMAGE", 4)]),
     ]  # fmt: skip
     definition = {
         "id": SUBGRAPH, "version": 1, "revision": 0, "config": {}, "name": "Inverted", "groups": [],
-        "state": {"lastGroupId": 0, "lastNodeId": 3, "lastLinkId": 4, "lastRerouteId": 0},
+        "state": {"lastGroupId": 0, "lastNodeId": 13, "lastLinkId": 4, "lastRerouteId": 0},
         "inputNode": {"id": -10, "bounding": [-200, 0, 120, 60]},
         "outputNode": {"id": -20, "bounding": [1200, 0, 120, 60]},
         "inputs": [{"id": f"{SUBGRAPH[:-2]}01", "name": "width", "type": "INT", "linkIds": [1]}],
         "outputs": [{"id": f"{SUBGRAPH[:-2]}02", "name": "IMAGE", "type": "IMAGE", "linkIds": [4]}],
         "widgets": [], "nodes": inverter, "extra": {},
         "links": [
-            link(1, -10, 0, 1, 0, "INT"), link(2, 1, 0, 2, 0, "IMAGE"),
-            link(3, 2, 0, 3, 0, "IMAGE"), link(4, 3, 0, -20, 0, "IMAGE"),
+            link(1, -10, 0, 11, 0, "INT"), link(2, 11, 0, 12, 0, "IMAGE"),
+            link(3, 12, 0, 13, 0, "IMAGE"), link(4, 13, 0, -20, 0, "IMAGE"),
         ],
     }  # fmt: skip
     nodes = [
@@ -86,7 +86,7 @@ def everything() -> dict[str, Any]:
         [5, 7, 0, 8, 0, "INT"], [6, 8, 0, 9, 0, "IMAGE"],
     ]  # fmt: skip
     return {
-        "last_node_id": 10, "last_link_id": 6, "nodes": nodes, "links": links, "groups": [], "extra": {},
+        "last_node_id": 13, "last_link_id": 6, "nodes": nodes, "links": links, "groups": [], "extra": {},
         "config": {}, "version": 0.4, "definitions": {"subgraphs": [definition]},
     }  # fmt: skip
 
@@ -123,12 +123,12 @@ def test_a_shipped_workflow_is_queued_as_the_page_queues_it(front, info, name):
 def test_subgraphs_and_all_that_is_virtual_are_queued_as_the_page_queues_them(front, info):
     front.load(everything())
     queued = front.page.evaluate(QUEUED)
-    assert {"1:1", "2:3", "5", "8", "9"} <= queued.keys()
+    assert {"1:11", "2:13", "5", "8", "9"} <= queued.keys()
     assert bare(to_prompt(everything(), info), info) == bare(queued, info)
     assert bare(to_prompt(front.page.evaluate(SAVED), info), info) == bare(queued, info)
 
 
 def test_the_page_opens_what_sample_embeds(front, info):
-    changed = read(everything(), info).with_values({("2:1", "width"): 80, ("8", "width"): 24})
+    changed = read(everything(), info).with_values({("2:11", "width"): 80, ("8", "width"): 24})
     front.load(changed.workflow)
     assert bare(front.page.evaluate(QUEUED), info) == bare(changed.prompt, info)
