@@ -186,3 +186,10 @@ def test_the_command_says_in_one_sentence_what_is_wrong(
 ) -> None:
     assert main([str(tmp_path / "gone.safetensors")]) == 2
     assert capsys.readouterr().err.startswith("error: There is no file")
+
+
+@pytest.mark.parametrize("path", sorted(HYPERNETWORKS.glob("*.safetensors")), ids=lambda path: path.stem)
+def test_a_committed_hypernetwork_names_its_sources_and_has_its_card(path: Path) -> None:
+    header = read_header(path)
+    assert {source.kind for source in header.sources} == {"base model", "reward", "preference data"}
+    assert card_path(path).read_text(encoding="utf-8") == card(header, path.stem)
