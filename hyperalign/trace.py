@@ -178,7 +178,7 @@ def _track_json(trace: Trace, track: Track) -> dict[str, Any]:
     return {
         "name": track.name,
         "rows": track.weights_GRMF.shape[1],
-        "written_at": [*track.written],
+        "written_at": [evaluation + 1 for evaluation in track.written],
         "block_strength": _numbers(block_strengths(alone)[1].T),
         "norm": _numbers(moves.norms.T),
         "cosine": _numbers(moves.cosines.T),

@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..hyperalign.hosts import comfy as host
-from ..hyperalign.hosts import comfy_sampling, comfy_search
+from ..hyperalign.hosts import comfy_search
 from ..hyperalign.search import MODES, Plan
 from .aliases import aliases
 from .choices import choice_problem
@@ -43,17 +43,14 @@ class HyperAlignBestOfN(io.ComfyNode):
     @classmethod
     def validate_inputs(
         cls,
-        steps: int = 1,
-        strength: float = 1.0,
         variant: str = "auto",
         sampler_name: str = "euler",
         scheduler: str = "normal",
         mode: str = MODES[0],
     ) -> bool | str:
-        """Refuses values that cannot be sampled with before anything runs."""
-        problem = comfy_sampling.steps_problem(steps) or host.strength_problem(strength)
+        """Refuses unknown choices before anything runs; the host itself checks the numbers."""
         chosen = {"variant": variant, "sampler_name": sampler_name, "scheduler": scheduler, "mode": mode}
-        return problem or choice_problem(cls, **chosen) or True
+        return choice_problem(cls, **chosen) or True
 
     @classmethod
     def fingerprint_inputs(cls, seed: int | None = None, **_: Any) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..hyperalign.hosts import comfy, comfy_export
+from ..hyperalign.hosts import comfy_export
 from .aliases import aliases
 from .sockets import HyperAlignType, seed_input, strength_input
 
@@ -29,11 +29,6 @@ class HyperAlignExportLora(io.ComfyNode):
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
         )
-
-    @classmethod
-    def validate_inputs(cls, strength: float = 1.0) -> bool | str:
-        """Refuses a strength that is no number before anything runs."""
-        return comfy.strength_problem(strength) or True
 
     @classmethod
     def execute(

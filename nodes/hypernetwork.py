@@ -120,9 +120,9 @@ class HyperAlignApply(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, strength: float = 1.0, variant: str = "auto") -> bool | str:
-        """Refuses a strength that is no number and an unknown variant before anything runs."""
-        return comfy.strength_problem(strength) or choice_problem(cls, variant=variant) or True
+    def validate_inputs(cls, variant: str = "auto") -> bool | str:
+        """Refuses an unknown variant before anything runs; the host itself checks the numbers."""
+        return choice_problem(cls, variant=variant) or True
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> str:

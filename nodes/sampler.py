@@ -54,17 +54,11 @@ class HyperAlignSampler(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls,
-        steps: int = 1,
-        strength: float = 1.0,
-        variant: str = "auto",
-        sampler_name: str = "euler",
-        scheduler: str = "normal",
+        cls, variant: str = "auto", sampler_name: str = "euler", scheduler: str = "normal"
     ) -> bool | str:
-        """Refuses values that cannot be sampled with before anything runs."""
-        problem = comfy_sampling.steps_problem(steps) or host.strength_problem(strength)
+        """Refuses unknown choices before anything runs; the host itself checks the numbers."""
         chosen = {"variant": variant, "sampler_name": sampler_name, "scheduler": scheduler}
-        return problem or choice_problem(cls, **chosen) or True
+        return choice_problem(cls, **chosen) or True
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> str:

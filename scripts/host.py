@@ -17,23 +17,20 @@ from types import TracebackType
 from typing import Any
 
 from hyperalign.workflows.server import end_tree
+from scripts.archive import archive
 from scripts.common import BUILD, ROOT, TAIL_LINES, ScriptError
 
 ADDRESS = "127.0.0.1"
 START_SECONDS = 240
 HOST_FOLDERS = ("custom_nodes", "models/hyperalign", "input", "output", "temp", "user")
-NOT_PART_OF_THE_PACK = {"build", "demo_output", "runs", "tests", "benchmarks"}
 
 
 def install_pack(custom_nodes: Path) -> Path:
-    """Copies the pack as a clone of the repository would look, and returns its folder."""
+    """Copies what the registry's archive holds, and returns its folder."""
     target = custom_nodes / "hyperalign"
-
-    def ignore(folder: str, names: list[str]) -> set[str]:
-        hidden = {n for n in names if n.startswith(".") or n == "__pycache__" or n.endswith(".egg-info")}
-        return hidden | (NOT_PART_OF_THE_PACK & set(names) if Path(folder) == ROOT else set())
-
-    shutil.copytree(ROOT, target, ignore=ignore)
+    for path in archive():
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / path, target / path)
     return target
 
 

@@ -112,7 +112,9 @@ def _broken_input(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
         yield f"has type {new['type']} instead of {old['type']}"
     if old["optional"] and not new["optional"]:
         yield "is required now"
-    for key in ("forceInput", "control_after_generate"):  # they decide how many widget values are stored
+    # A workflow that was saved before a widget was there takes its default; the others decide how many
+    # widget values are stored.
+    for key in ("default", "forceInput", "control_after_generate"):
         if old.get(key) != new.get(key):
             yield f"has {key} {new.get(key)} instead of {old.get(key)}"
     if new.get("min", -inf) > old.get("min", -inf) or new.get("max", inf) < old.get("max", inf):

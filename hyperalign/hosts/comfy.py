@@ -125,11 +125,10 @@ def apply(
     return clone
 
 
-def strength_problem(strength: float) -> str | None:
-    """Returns what is wrong with a strength, or None."""
-    if math.isfinite(strength):
-        return None
-    return f"strength is {strength}; expected a number, 0 for off and 1 as trained."
+def check_strength(strength: float) -> None:
+    """Raises HyperAlignError unless a strength is a number."""
+    if not math.isfinite(strength):
+        raise HyperAlignError(f"strength is {strength}; expected a number, 0 for off and 1 as trained.")
 
 
 def network_patcher(network: nn.Module) -> ModelPatcher:
@@ -333,8 +332,7 @@ class Adapter:
 
 
 def _check_numbers(strength: float, start_percent: float, end_percent: float) -> None:
-    if problem := strength_problem(strength):
-        raise HyperAlignError(problem)
+    check_strength(strength)
     if not 0.0 <= start_percent < end_percent <= 1.0:
         raise HyperAlignError(
             f"start_percent is {start_percent} and end_percent is {end_percent}; expected "

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import HyperAlignError
 from ..export import Origin, check_time, lora_tensors, save_lora
 from ..families.dit import TransformerSpec
-from .comfy import HostHyperAlign, apply, spec_of, strength_problem
+from .comfy import HostHyperAlign, apply, check_strength, spec_of
 
 DEFAULT_PREFIX = "loras/hyperalign"
 """The host offers output/loras in Load LoRA as well as models/loras."""
@@ -55,8 +55,7 @@ def export_lora(
         HyperAlignError: a value out of range, several prompts, an empty LATENT below time 1, or a
             hypernetwork for another base model.
     """
-    if problem := strength_problem(strength):
-        raise HyperAlignError(problem)
+    check_strength(strength)
     check_time(time, has_samples=bool(torch.count_nonzero(latent["samples"])))
     if len(positive) != 1:
         raise HyperAlignError(

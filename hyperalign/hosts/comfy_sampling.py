@@ -16,15 +16,10 @@ SAMPLERS: list[str] = comfy.samplers.KSampler.SAMPLERS
 SCHEDULERS: list[str] = comfy.samplers.KSampler.SCHEDULERS
 
 
-def steps_problem(steps: int) -> str | None:
-    """Returns what is wrong with a number of steps, or None."""
-    return f"steps is {steps}; expected at least 1. 20 to 30 is usual." if steps < 1 else None
-
-
 def check_steps(steps: int) -> None:
     """Raises HyperAlignError unless there is something to sample."""
-    if problem := steps_problem(steps):
-        raise HyperAlignError(problem)
+    if steps < 1:
+        raise HyperAlignError(f"steps is {steps}; expected at least 1. 20 to 30 is usual.")
 
 
 def ksample(

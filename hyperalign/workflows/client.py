@@ -133,8 +133,11 @@ class ComfyClient:
         socket_url = f"{self.url.replace('http', 'ws', 1)}/ws?clientId={self.id}"
         try:
             with WebSocket(socket_url) as socket:
-                answer = self._request("/prompt", json.dumps(body).encode(), prompt)
-                watch = _Watch(Result(json.loads(answer)["prompt_id"]), prompt)
+                answer = json.loads(self._request("/prompt", json.dumps(body).encode(), prompt))
+                watch = _Watch(Result(answer["prompt_id"]), prompt)
+                if answer.get("node_errors"):  # the server would run the rest of the graph
+                    self.cancel(watch.result.prompt_id)
+                    raise ComfyError(_reasons(answer["node_errors"], prompt))
                 try:
                     self._follow(socket, watch, on_event)
                 except (KeyboardInterrupt, SystemExit):
@@ -232,11 +235,18 @@ def _refusal(error: urllib.error.HTTPError, prompt: Prompt) -> str:
     text = error.read().decode(errors="replace")
     try:
         body = json.loads(text)
-        reasons = [
-            f"{node_name(prompt, number, node['class_type'])}: {reason['message']}: {reason['details']}"
-            for number, node in body["node_errors"].items()
-            for reason in node["errors"]
-        ]
-        return _sentence("; ".join(reasons) or body["error"]["message"])
+        return _reasons(body["node_errors"], prompt) or _sentence(body["error"]["message"])
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"ComfyUI answered {error.code} to {error.url}: {text[:300]}"
+
+
+def _reasons(node_errors: dict[str, Any], prompt: Prompt) -> str:
+    """Returns a line for each thing that is wrong with each node."""
+    lines: dict[tuple[str, str], str] = {}
+    for number, node in node_errors.items():
+        for reason in node["errors"]:
+            # What a node itself refuses, the server says again for each of its inputs, after `input - `.
+            said = str(reason["details"]).partition(" - ")[2] or str(reason["details"])
+            line = f"{node_name(prompt, number, node['class_type'])}: {reason['message']}: {said}"
+            lines.setdefault((number, said), " ".join(line.split()))
+    return "\n".join(lines.values())

@@ -37,7 +37,10 @@ def load(path: Path) -> Workflow | Prompt:
 
 def is_workflow(content: dict[str, Any]) -> TypeGuard[Workflow]:
     """Whether this is the page's format."""
-    return isinstance(content.get("nodes"), list)
+    nodes = content.get("nodes")
+    return isinstance(nodes, list) and all(
+        isinstance(node, dict) and {"id", "type"} <= node.keys() for node in cast("list[Any]", nodes)
+    )
 
 
 def is_prompt(content: dict[str, Any]) -> TypeGuard[Prompt]:

@@ -100,7 +100,7 @@ def _level(
     around: tuple[str, ...],
 ) -> Level:
     nodes = {str(node["id"]): node for node in graph["nodes"]}
-    level = Level(nodes, dict(map(_link, graph.get("links") or [])), definitions, graph, outer)
+    level = Level(nodes, dict(map(_link, filter(None, graph.get("links") or []))), definitions, graph, outer)
     for key, node in nodes.items():
         kind = node["type"]
         if kind in around:

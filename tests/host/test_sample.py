@@ -90,6 +90,19 @@ def test_a_refused_graph_is_named_by_its_title(server, tmp_path):
     assert "error: 'Canvas' (EmptyImage, #1): " in done.stderr
 
 
+def test_a_graph_of_which_the_host_would_run_a_half_is_refused_whole(server, tmp_path):
+    graph = BLANK | {
+        "7": {"class_type": "HyperAlignLoader", "inputs": {"hypernetwork": "gone.safetensors"}},
+        "8": {"class_type": "PreviewAny", "inputs": {"source": ["7", 1]}},
+    }
+    (tmp_path / "graph.json").write_text(json.dumps(graph))
+    done = sample("--workflow", "graph.json", url=server.url, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "no hypernetwork 'gone.safetensors'" in done.stderr
+    assert done.stderr.count("gone.safetensors") == 1
+    assert not list(tmp_path.glob("**/*.png"))
+
+
 def test_a_wrong_value_is_refused_before_anything_is_queued(server, tmp_path):
     before = len(server.client.get("/history"))
     for setting, said in (

@@ -47,6 +47,10 @@ def turn_into_a_socket(node):
     node["input"]["required"]["strength"][1]["forceInput"] = True
 
 
+def change_a_default(node):
+    node["input"]["required"]["strength"][1]["default"] = 0.5
+
+
 def give_another_output(node):
     node["output"][0] = "LATENT"
 
@@ -58,6 +62,7 @@ BREAKING = {
     require_more: "'fresh' is new and required",
     offer_less: "no longer offers ['P']",
     narrow: "takes 0.0 to 4.0 instead of -4.0 to 4.0",
+    change_a_default: "has default 0.5 instead of 1.0",
     turn_into_a_socket: "has forceInput True instead of None",
     give_another_output: "has type LATENT instead of MODEL",
 }

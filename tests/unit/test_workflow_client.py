@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperalign.workflows.client import ComfyClient, ComfyError
+from hyperalign.workflows.client import ComfyClient, ComfyError, _reasons
 from hyperalign.workflows.websocket import CLOSE, PING, PONG, TEXT, WebSocket
 
 ACCEPTED = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
@@ -85,6 +85,19 @@ def test_parts_are_joined_pings_answered_and_silence_is_none():
     kind, length, mask, masked = pong[0][0], pong[0][1], pong[0][2:6], pong[0][6:]
     assert (kind, length) == (128 | PONG, 128 | 6), "a client's frames are masked"
     assert bytes(byte ^ mask[at % 4] for at, byte in enumerate(masked)) == b"there?"
+
+
+def test_each_thing_that_is_wrong_is_said_once_and_whole():
+    long = "There is no hypernetwork; " + "put it there. " * 60
+    errors = [{"message": "Custom validation failed for node", "details": f"{x} - {long}"} for x in "abc"]
+    other = {"message": "Value not in list", "details": "reward: 'x' not in [...]"}
+    node_errors = {
+        "3": {"class_type": "HyperAlignLoader", "errors": errors},
+        "5": {"class_type": "HyperAlignRewardLoader", "errors": [other]},
+    }
+    first, second = _reasons(node_errors, {"3": {"_meta": {"title": "Mine"}}}).split("\n")
+    assert first == f"'Mine' (HyperAlignLoader, #3): Custom validation failed for node: {long.strip()}"
+    assert second == "HyperAlignRewardLoader: Value not in list: reward: 'x' not in [...]"
 
 
 def test_what_speaks_no_websocket_is_refused():

@@ -298,7 +298,12 @@ def test_files_of_either_format_are_read_and_others_refused(tmp_path: Path):
     path.write_text(json.dumps(api))
     graph = read(load(path), INFO)
     assert (graph.prompt, graph.titles, graph.workflow) == (api, {"1": ("Model",)}, None)
-    for content, said in (("[1", "is not JSON"), ("{}", "is no workflow"), ('{"a": 1}', "is no workflow")):
+    for content, said in (
+        ("[1", "is not JSON"),
+        ("{}", "is no workflow"),
+        ('{"a": 1}', "is no workflow"),
+        ('{"nodes": [1, 2]}', "is no workflow"),
+    ):
         path.write_text(content)
         with pytest.raises(HyperAlignError, match=said):
             load(path)

@@ -1,6 +1,6 @@
 r"""Audits a reward: which groups of pictures, words of a prompt and properties of pixels does it prefer?
 
-python -m hyperalign.rewards.audit DIR --reward hpsv2.1 --prompts prompts.csv --groups gender=woman|man
+python -m hyperalign.rewards.audit DIR --reward hpsv2.1 --prompts prompts.csv --groups "gender=woman|man"
 python -m hyperalign.rewards.audit DIR --reward pickscore --template "a photo of a {nurse|doctor}" \
     --groups labels.csv --alter
 
@@ -141,7 +141,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
         help="a prompt with terms in braces; every picture is scored under each of them")  # fmt: skip
     add("--groups", action="append", default=[], metavar="SOURCE",
         help="a .csv or .jsonl with the pictures' names and a column for each attribute, or terms to look "
-        "for in their own prompts, such as gender=woman|man")  # fmt: skip
+        "for in their own prompts, such as \"gender=woman|man\"")  # fmt: skip
     add("--alter", action="store_true", help="score each picture brighter, darker, greyer, blurred ... too")
     add("--out", type=Path, metavar="FOLDER", help="for audit.html, .json and .csv (default: audit in DIR)")
     found = parser.parse_args(arguments)

@@ -103,7 +103,7 @@ def _by_table(path: Path, names: set[str]) -> Groups:
 def _rows(path: Path) -> list[dict[str, Any]]:
     if path.suffix.lower() not in (".csv", ".jsonl"):
         raise HyperAlignError(
-            f"--groups is {str(path)!r}; expected a .csv or .jsonl file, or terms such as gender=woman|man."
+            f"--groups is {str(path)!r}; expected a .csv or .jsonl file, or terms such as 'gender=woman|man'."
         )
     try:
         text = path.read_bytes().decode("utf-8-sig")

@@ -184,6 +184,25 @@ def test_an_unknown_variant_is_refused_before_anything_runs(check: Any, models: 
     assert "variant is 'Q'; expected one of auto, S, P, I. Choose one in the widget" in message
 
 
+def test_no_number_takes_a_value_of_another_kind_or_range(node_classes: dict[str, Any]) -> None:
+    import execution
+    from comfy_api.latest import io
+
+    seen = 0
+    for name, node in node_classes.items():
+        for widget in node.GET_SCHEMA().inputs:
+            if not isinstance(widget, io.Int.Input | io.Float.Input) or widget.force_input:
+                continue
+            for value in ("euler", None, 1e30):
+                prompt: Prompt = {"1": {"class_type": name, "inputs": {widget.id: value}}}
+                _, errors, _ = asyncio.run(execution.validate_inputs("1", prompt, "1", {}))
+                about = [error for error in errors if error["extra_info"].get("input_name") == widget.id]
+                assert about, f"{name}.{widget.id} takes {value!r}: {errors}"
+                assert "TypeError" not in str(about) and "supported between" not in str(about)
+            seen += 1
+    assert seen >= 15
+
+
 @pytest.mark.parametrize("value", [None, 3, True, {"a": 1}])
 def test_values_of_another_kind_are_refused_too(check: Any, models: Path, value: Any) -> None:
     shutil.copy(HYPERNETWORKS / "tiny_s.safetensors", models / "hyperalign" / "mine.safetensors")
