@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import difflib
 import json
 import os
 import shutil
@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -28,7 +30,7 @@ from train.embeddings import CachedTexts
 from train.files import first_line
 from train.prompts import load_prompts
 from train.runtime import SavedStates
-from train.setup import identity
+from train.setup import require_same_run
 from train.world import needs_pictures, open_pictures, read_prompts
 
 META = torch.device("meta")
@@ -232,17 +234,21 @@ def saved_step(config: TrainConfig) -> int:
     state = SavedStates(config.run.out / "states", config.run.keep).newest()
     if state is None:
         return 0
-    if json.loads(state["recipe"]) != json.loads(json.dumps(identity(config))):
-        raise HyperAlignError(
-            f"{config.run.out} holds a run of another recipe. Choose another --run.out, delete the folder, "
-            "or use the recipe it was started with."
-        )
+    require_same_run(state["recipe"], config)
     return int(state["step"])
 
 
 def check_trackers(config: TrainConfig) -> None:
-    """Raises HyperAlignError if a tracker's package is missing."""
-    missing = [name for name in config.run.trackers if importlib.util.find_spec(name) is None]
+    """Raises HyperAlignError if Accelerate has no such tracker, or its package is missing."""
+    known, installed = (sorted(map(str, names)) for names in (LoggerType, get_available_trackers()))
+    for name in config.run.trackers:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {close[0]!r}? " if close else ""
+            raise HyperAlignError(
+                f"run.trackers names {name!r}, which is no tracker. {hint}Known trackers: {', '.join(known)}."
+            )
+    missing = [name for name in config.run.trackers if name != "all" and name not in installed]
     if missing:
         raise HyperAlignError(
             f"run.trackers names {', '.join(missing)}, which is not installed. Run pip install "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +19,9 @@ from torch import Tensor
 from hyperalign.checkpoint import save_atomically
 from hyperalign.errors import HyperAlignError
 from train.bases.base import Conditions
+from train.files import first_line
+
+logger = logging.getLogger("hyperalign.train")
 
 SHARD = 64
 """Prompts in one file."""
@@ -48,11 +53,14 @@ class EmbeddingCache:
         return [prompt for prompt in dict.fromkeys(prompts) if key_of(prompt) not in self._rows]
 
     def add(self, prompts: Sequence[str], conditions: Conditions) -> None:
-        """Writes the conditions of up to `SHARD` prompts."""
+        """Writes the conditions of up to `SHARD` prompts. Raises HyperAlignError, as on a full disk."""
         keys = [key_of(prompt) for prompt in prompts]
         path = self.folder / f"{hashlib.sha256(''.join(keys).encode()).hexdigest()[:24]}.safetensors"
         tensors = {name: value.detach().cpu().contiguous() for name, value in conditions.items()}
-        save_atomically(tensors, path, {KEYS: json.dumps(keys)})
+        try:
+            save_atomically(tensors, path, {KEYS: json.dumps(keys)})
+        except (SafetensorError, OSError) as error:
+            raise self._unwritable(path, error) from error
         self._index(path)
 
     def read(self, prompts: Sequence[str]) -> Conditions:
@@ -75,10 +83,20 @@ class EmbeddingCache:
         try:
             with safe_open(str(path), framework="pt") as file:
                 keys: list[str] = json.loads((file.metadata() or {})[KEYS])
-        except (SafetensorError, OSError, KeyError, ValueError):
-            path.unlink()
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            # Not removed: another process may have put a whole one in its place by now.
+            logger.warning("%s is left aside, its prompts are encoded again: %s", path, first_line(error))
             return
         self._rows |= {key: (path, row) for row, key in enumerate(keys)}
+
+    def _unwritable(self, path: Path, error: BaseException) -> HyperAlignError:
+        existing = next(folder for folder in self.folder.resolve().parents if folder.is_dir())
+        free = shutil.disk_usage(existing).free / 2**30
+        return HyperAlignError(
+            f"The embeddings {path} cannot be written ({first_line(error)}); {free:.2f} GiB are free there. "
+            "Make room, or set data.embeddings to another disk, and run the same command again: embeddings "
+            "that are written stay."
+        )
 
 
 class CachedTexts:
@@ -89,9 +107,14 @@ class CachedTexts:
         self.device = device
 
     def fill(self, prompts: Sequence[str], encode: Encode, rank: int = 0, world: int = 1) -> None:
-        """Encodes this process's share of the prompts that are not cached yet."""
+        """Encodes this process's share of the prompts that are not cached yet.
+
+        A prompt's process is decided by the prompt alone, so that none is passed over while the
+        processes see the folder grow. Raises HyperAlignError if the folder cannot be written to.
+        """
+        own = [prompt for prompt in prompts if int(key_of(prompt), 16) % world == rank]
         for length, cache in self.caches.items():
-            missing = cache.missing(prompts)[rank::world]
+            missing = cache.missing(own)
             for first in range(0, len(missing), SHARD):
                 chunk = missing[first : first + SHARD]
                 cache.add(chunk, encode(chunk, length))

@@ -18,6 +18,7 @@ if not __package__:
     # `python train/encode.py` puts train/ on the path, where train.py would hide the package `train`.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import torch
 import tyro
 from accelerate import Accelerator
 from tqdm import tqdm
@@ -26,6 +27,7 @@ from hyperalign.errors import HyperAlignError
 from train.bases.pictures import picture_encoder
 from train.config import TrainConfig
 from train.encoding import BAD_FILE, Counts, encode
+from train.files import first_line
 from train.pictures import Kind, UnsafeMark, open_source
 from train.recipe import load_recipe
 
@@ -111,6 +113,13 @@ def main(arguments: list[str] | None = None) -> int:
     except HyperAlignError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.cuda.OutOfMemoryError as error:
+        print(
+            f"error: the GPU's memory is full ({first_line(error)}) Lower --batch, now {options.batch}, and "
+            "run the same command again: finished shards stay and are not made again.",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("\nStopped; run the same command again to go on.", file=sys.stderr)
         return 130

@@ -113,7 +113,7 @@ def encode(
 
     Raises:
         HyperAlignError: `out` holds shards of another encoder, resolution or source; over 1 % of the
-            pictures or units are bad; a file cannot be written. Finished shards stay.
+            pictures or units are bad, and more than one; a file cannot be written. Finished shards stay.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -129,6 +129,7 @@ def encode(
         run.counts.units = run.counts.reused = len(units) - len(missing)
         for unit in missing:
             run.make(unit)
+    run.check_pictures()
     return run.counts
 
 
@@ -168,8 +169,15 @@ class _Run:
     progress: Callable[[Counts], None]
     total: int
     counts: Counts = field(default_factory=Counts)
+    named: dict[int, dict[str, BadPicture]] = field(init=False)
+    """By unit, the pictures that earlier runs called bad."""
     seen: int = 0
-    """Pictures looked at, of which a share may be bad."""
+    """Pictures looked at, of which a share may be bad; those of finished units were looked at before."""
+    bad: list[BadPicture] = field(default_factory=list[BadPicture])
+    """Those of them that are."""
+
+    def __post_init__(self) -> None:
+        self.named = _named(self.out / BAD_FILE)
 
     def is_finished(self, unit: int) -> bool:
         """Says whether a unit has its shard. Raises HyperAlignError if the shard is of something else."""
@@ -191,6 +199,11 @@ class _Run:
                 raise HyperAlignError(
                     f"{path} {what} {is_}, not {should}. Choose another --out, or delete it."
                 )
+        # A picture that was repaired is in the shard; a unit was named when it could not be read as a whole.
+        good = {*found.names, found.unit}
+        bad = [picture for name, picture in self.named.get(unit, {}).items() if name not in good]
+        self.bad += bad
+        self.seen += len(found.names) + found.unsafe + len(bad)
         return True
 
     def make(self, unit: int) -> None:
@@ -206,8 +219,8 @@ class _Run:
             self._name_bad(unit, [BadPicture(self.source.unit_name(unit), str(error))])
             self._check_units()
             return
+        self._name_bad(unit, made.bad)  # first: whatever ends the run between, no shard hides its bad ones
         self._write(made)
-        self._name_bad(unit, made.bad)
         self.counts.units += 1
         self.progress(self.counts)
 
@@ -244,13 +257,23 @@ class _Run:
     def _skip(self, picture: BadPicture, made: _Unit) -> None:
         logger.warning("skipped %s: %s", picture.name, picture.reason)
         made.bad.append(picture)
+        self.bad.append(picture)
         self.counts.bad += 1
-        if self.seen >= ENOUGH and self.counts.bad > BAD_SHARE * self.seen:
+        if self.seen >= ENOUGH and self._too_many_bad():
             self._name_bad(made.number, made.bad)
+            self.check_pictures()
+
+    def _too_many_bad(self) -> bool:
+        return len(self.bad) > max(1, BAD_SHARE * self.seen)
+
+    def check_pictures(self) -> None:
+        """Raises HyperAlignError if too many pictures were bad, now or in the runs that this one goes on."""
+        if self._too_many_bad():
+            last = self.bad[-1]
             raise HyperAlignError(
-                f"{self.counts.bad} of {self.seen} pictures are bad; at most 1 % may be. The last is "
-                f"{picture.name}: {picture.reason}. {self.out / BAD_FILE} names them: repair or remove "
-                "them, then run again."
+                f"{len(self.bad)} of {self.seen} pictures are bad; at most 1 % may be. The last is "
+                f"{last.name}: {last.reason}. {self.out / BAD_FILE} names them and their units: repair or "
+                "remove them, delete that file and the shards of these units, then run again."
             )
 
     def _check_units(self) -> None:
@@ -295,6 +318,20 @@ class _Run:
             f"{path} cannot be written ({first_line(error)}); {free:.2f} GiB are free there. Make room and "
             "run the same command again: finished shards stay and are not made again."
         )
+
+
+def _named(path: Path) -> dict[int, dict[str, BadPicture]]:
+    """Returns the bad pictures that earlier runs named, by unit and name."""
+    found: dict[int, dict[str, BadPicture]] = {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            picture = BadPicture(row["name"], row["reason"])
+            found.setdefault(row["unit"], {})[picture.name] = picture
+        except (ValueError, KeyError, TypeError) as error:  # half a line of a process that was killed
+            logger.warning("%s has a line that is left aside: %s", path, first_line(error))
+    return found
 
 
 def _in_order(

@@ -18,16 +18,17 @@ if not __package__:
     # `python train/keytimes.py` puts train/ on the path, where train.py would hide the package `train`.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import torch
 import tyro
 from accelerate import Accelerator
 
 from hyperalign.errors import HyperAlignError
 from hyperalign.schedule import find_key_times
 from train.assemble import materials
-from train.files import write_text_atomically
+from train.files import first_line, write_text_atomically
 from train.plot import plot_curve
 from train.recipe import load_recipe
-from train.relative_distance import PROMPTS, STEPS, curve_times, distance_curve
+from train.relative_distance import PROMPTS, STEPS, curve_times, distance_curve, measuring_batch
 from train.smoke import smoke_config
 
 
@@ -56,7 +57,10 @@ def measure(options: Options) -> tuple[float, ...]:
         config = smoke_config(config)
     world = materials(config, Accelerator(), options.smoke)
     guidance = config.objective.guidance
-    curve = distance_curve(world, prompts=options.prompts, steps=options.steps, guidance=guidance)
+    batch = measuring_batch(config.objective.micro_batch)
+    curve = distance_curve(
+        world, prompts=options.prompts, steps=options.steps, guidance=guidance, batch=batch
+    )
     times = curve_times(world, options.steps)
     found = find_key_times(curve, times, options.count or config.model.key_count)
     rows = [{"u": round(u, 4), "distance": round(d, 5)} for u, d in zip(times, curve, strict=True)]
@@ -75,6 +79,14 @@ def main(arguments: list[str] | None = None) -> int:
     except HyperAlignError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.cuda.OutOfMemoryError as error:
+        print(
+            f"error: the GPU's memory is full ({first_line(error)}) Lower objective.micro_batch: so "
+            "many prompts are sampled at once, 16 where it is 0. If 1 is too many, lower model.resolution or "
+            "the longest of data.text_lengths.",
+            file=sys.stderr,
+        )
+        return 1
     print(f"key_times = [{', '.join(f'{u:.4f}' for u in found)}]")
     print(f"Wrote {options.out.with_suffix('.json')} and {options.out.with_suffix('.png')}")
     return 0

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from hyperalign.errors import HyperAlignError
 from train.config import TrainConfig
@@ -16,12 +18,21 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+EXPECTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text in quotes",
+    Path: "a path in quotes",
+}
+
 
 def load_recipe(path: Path) -> TrainConfig:
     """Returns the configuration of a recipe file.
 
     Raises:
-        HyperAlignError: no such file, not TOML, an unknown key, a wrong type or a value out of range.
+        HyperAlignError: no such file, not TOML, an unknown key, a wrong type, a misspelt choice or a value
+            out of range.
     """
     if not path.is_file():
         raise HyperAlignError(f"There is no recipe {path}. The shipped ones are in train/recipes.")
@@ -32,40 +43,88 @@ def load_recipe(path: Path) -> TrainConfig:
     return cast(TrainConfig, _from_table(TrainConfig, raw, path.name))
 
 
+def check_choices(arguments: Sequence[str]) -> None:
+    """Raises HyperAlignError for a misspelt choice on the command line, such as `--model.base sdx`."""
+    choices = dict(_choices(TrainConfig))
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    for option, value in pairwise(words):
+        name = option.removeprefix("--").replace("-", "_")
+        if option.startswith("--") and name in choices:
+            _member(choices[name], value, option)
+
+
+def _choices(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yields each field that takes one of a few words, by its dotted name, with those words."""
+    for key, hint in get_type_hints(kind).items():
+        if get_origin(hint) is Literal:
+            yield f"{prefix}{key}", get_args(hint)
+        elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            yield from _choices(hint, f"{prefix}{key}.")
+
+
 def _from_table(kind: type[Any], table: dict[str, Any], where: str) -> Any:
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    defaults = kind()
+    known = get_type_hints(kind)
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"Did you mean {close[0]!r}? " if close else ""
             raise HyperAlignError(
-                f"{where} has the unknown key {key!r}. {hint}Known keys: {', '.join(known)}."
+                f"{where} has the unknown key {key!r}. {_nearest(key, known)}Known keys: {', '.join(known)}."
             )
-        values[key] = _coerce(getattr(defaults, key), value, f"{where}: {key}")
+        values[key] = _read(known[key], value, f"{where}: {key}")
     return kind(**values)
 
 
-def _coerce(default: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(default):
+def _read(hint: Any, value: Any, where: str) -> Any:
+    """Returns TOML's value as the type of its field."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise HyperAlignError(f"{where} is {value!r}; expected a table such as [{where.split()[-1]}].")
-        return _from_table(type(default), cast("dict[str, Any]", value), where)
-    if isinstance(default, dict):
+        return _from_table(cast("type[Any]", hint), cast("dict[str, Any]", value), where)
+    if kind is Literal:
+        return _member(inner, value, where)
+    if kind is dict:
         if not isinstance(value, dict):
             raise HyperAlignError(f"{where} is {value!r}; expected a table such as {{ name = 1.0 }}.")
-        weights = cast("dict[str, Any]", value)
-        return {key: _coerce(0.0, weight, f"{where}.{key}") for key, weight in weights.items()}
-    if isinstance(default, Path) and isinstance(value, str):
+        table = cast("dict[str, Any]", value)
+        return {key: _read(inner[1], item, f"{where}.{key}") for key, item in table.items()}
+    if kind is tuple:
+        return _items(inner, value, where)
+    if kind is Path and isinstance(value, str):
         return Path(value)
-    if isinstance(default, tuple) and isinstance(value, list):
-        return tuple(cast("list[Any]", value))
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if type(value) is not type(default):
-        raise HyperAlignError(f"{where} is {value!r}; expected a {type(default).__name__}.")
+    if type(value) is not kind:
+        raise HyperAlignError(f"{where} is {value!r}; expected {EXPECTED[kind]}.")
     return value
+
+
+def _items(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    """Returns a list as a tuple: as many values as there are kinds, or any number of the first kind."""
+    count = None if kinds[-1] is Ellipsis else len(kinds)
+    if not isinstance(value, list):
+        size = "values" if count is None else f"{count} values"
+        raise HyperAlignError(f"{where} is {value!r}; expected a list of {size}.")
+    items = cast("list[Any]", value)
+    if count not in (None, len(items)):
+        raise HyperAlignError(f"{where} is {items!r}; expected {count} values, found {len(items)}.")
+    each = kinds if count else (kinds[0],) * len(items)
+    pairs = enumerate(zip(each, items, strict=True))
+    return tuple(_read(kind, item, f"{where}[{i}]") for i, (kind, item) in pairs)
+
+
+def _member(choices: tuple[str, ...], value: Any, where: str) -> str:
+    if value not in choices:
+        expected = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+        hint = _nearest(str(value), choices)
+        raise HyperAlignError(f"{where} is {value!r}; expected {expected}. {hint}".rstrip())
+    return value
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    spellings = {choice.lower(): choice for choice in known}
+    close = difflib.get_close_matches(word.lower(), spellings, n=1)
+    return f"Did you mean {spellings[close[0]]!r}? " if close else ""
 
 
 def as_table(config: object, paths: bool = True) -> dict[str, Any]:

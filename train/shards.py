@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,8 +34,6 @@ ENOUGH = 100
 """So many pictures must have been seen before their share of bad ones means anything."""
 WINDOW = 4
 """Shards that are mixed with each other at any place of the stream."""
-
-Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +83,6 @@ def read_shard_header(path: Path) -> tuple[ShardHeader, tuple[int, ...]]:
     """
     header, shape, _ = _open_shard(path)
     return header, shape
-
-
-def share(rows: Sequence[Row], rank: int, world: int) -> Sequence[Row]:
-    """Returns the rows of a global batch that are this process's: contiguous, together all of them."""
-    return rows[rank * len(rows) // world : (rank + 1) * len(rows) // world]
 
 
 class LatentShards:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from train.sharding import shard, wants_sharding
 from train.shards import LatentShards
 
 EVAL_SEEDS = (0, 1)
+PATIENCE = 90.0
+"""Seconds within which network disks show what another machine wrote."""
 
 
 def needs_pictures(config: TrainConfig) -> bool:
@@ -96,7 +99,12 @@ def download_rewards(config: TrainConfig) -> None:
 
 
 def cached_texts(config: TrainConfig, accelerator: Accelerator, texts: Sequence[str]) -> CachedTexts:
-    """Returns the conditions of all texts of a run; computes those that are new, then frees the encoders."""
+    """Returns the conditions of all texts of a run; computes those that are new, then frees the encoders.
+
+    Raises:
+        HyperAlignError: the encoders cannot be read, their outputs not be written, or the processes do
+            not share the folder.
+    """
     folder, lengths = config.data.embeddings / text_fingerprint(config), text_lengths(config)
     cache = CachedTexts(folder, lengths, accelerator.device)
     if cache.lacking(texts):
@@ -105,7 +113,16 @@ def cached_texts(config: TrainConfig, accelerator: Accelerator, texts: Sequence[
         del encode
         accelerator.free_memory()
     accelerator.wait_for_everyone()
-    return CachedTexts(folder, lengths, accelerator.device)
+    patience = time.monotonic() + PATIENCE
+    while lacking := (cache := CachedTexts(folder, lengths, accelerator.device)).lacking(texts):
+        if accelerator.num_processes == 1 or time.monotonic() > patience:
+            raise HyperAlignError(
+                f"{folder.resolve()} lacks {lacking} embeddings although every process wrote its share. Set "
+                "data.embeddings to a folder that all machines of the run share, and model.path to one that "
+                "is the same on each, then run again."
+            )
+        time.sleep(3.0)
+    return cache
 
 
 def diversity(embeddings_PSD: Tensor) -> float:

@@ -220,6 +220,8 @@ class Adapter:
         A gradient may go through the call, but not through what writes the weights.
         """
         model, x_BCHW, sigma_B = executor.class_obj, args[0], args[1]
+        # Also where nothing is written or added: graphs compiled with the patches fail on calls without them.
+        args, kwargs = with_patches(args, kwargs, self._perceiver.patches)
         if not self._is_active(model, sigma_B):
             return executor(*args, **kwargs)
         strengths_M = self._target_strengths(model, sigma_B)
@@ -241,8 +243,6 @@ class Adapter:
             write([x_BCHW])
         elif due and self._mode == "separate":
             write(self._perceive(model, base, args, kwargs))
-        # Also where nothing is due: graphs compiled with the patches fail on calls without them.
-        args, kwargs = with_patches(args, kwargs, self._perceiver.patches)
         if due and not self._network.is_static and self._mode == "prefix":
             # The unadapted first blocks of this very forward are the perception.
             with self._hooks.installed(base), self._perceiver.collecting(base, x_BCHW, write):

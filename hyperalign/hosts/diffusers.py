@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..checkpoint import HyperAlign, load
 from ..errors import HyperAlignError
 from ..schedule import Schedule, Variant
-from .diffusers_adapter import Adapter, Call, latents_argument
+from .diffusers_adapter import Adapter, Call, check_projections, latents_argument
 from .forward_slots import owners, replace_forward, take_out_forward
 from .run_state import Chunk, Run
 
@@ -60,7 +60,12 @@ class Session:
         return self._run.generations
 
     def new_run(self) -> None:
-        """Forgets the weights at hand. Runs of a pipeline are noticed without it."""
+        """Forgets the weights at hand. Runs of a pipeline are noticed without it.
+
+        Raises:
+            HyperAlignError: the base model's attention projections are fused.
+        """
+        check_projections(self.adapter.base)
         self._run = Run(self.schedule)
         self._contexts: list[Tensor] = []
 
@@ -146,7 +151,8 @@ def attach(
         The session: `detach()`, and `evaluations` and `generations` of the last run.
 
     Raises:
-        HyperAlignError: another base model, a file that is no hypernetwork, or P without key times.
+        HyperAlignError: another base model, one whose attention projections are fused, a file that is no
+            hypernetwork, or P without key times.
     """
     if not math.isfinite(strength):
         raise HyperAlignError(f"strength is {strength}; expected a number, 0 for off and 1 as trained.")

@@ -209,6 +209,26 @@ class Adapter:
         return self._inside[part]
 
 
+def check_projections(base: nn.Module) -> None:
+    """Raises HyperAlignError if fused projections run in place of the adapted to_q, to_k and to_v."""
+    if any(_is_fused(module) for module in base.modules()):
+        raise HyperAlignError(
+            f"The attention projections of the {type(base).__name__} are fused; expected to_q, to_k and to_v "
+            "apart, as each has weights of its own. Call its unfuse_qkv_projections() first."
+        )
+
+
+def _is_fused(module: Any) -> bool:
+    """Returns whether an attention runs with fused projections.
+
+    FLUX.1's attentions say so themselves. The others' mark outlives unfusing, which gives them their own
+    processors back.
+    """
+    if is_a(module, "AttentionModuleMixin"):
+        return module.fused_projections
+    return type(getattr(module, "processor", None)).__name__.startswith("Fused")
+
+
 def latents_argument(base: nn.Module) -> str:
     """Returns the name by which a base model takes its latents."""
     return "sample" if is_a(base, unet.DIFFUSERS_CLASS) else "hidden_states"

@@ -133,7 +133,7 @@ def test_all_problems_are_told_at_once_with_the_usual_sizes(tmp_path: Path) -> N
     )
     found = problems(config)
     named = ("no reward 'hpsv3'", "not whole", "no prompt file", "eval.file is empty", "latent shards",
-             "model.safetensors (1.7 GB)", "embedded tiny", "pip install no_such_tracker")  # fmt: skip
+             "model.safetensors (1.7 GB)", "embedded tiny", "no_such_tracker")  # fmt: skip
     for words in named:
         assert sum(words in line for line in found) == 1, words
     assert len(found) == len(named)
@@ -205,7 +205,10 @@ def test_a_run_goes_on_only_with_its_own_recipe(config: TrainConfig) -> None:
     trainer._save_state()
     assert f"goes on from step 7 in {config.run.out}" in inputs(config, complaints, None)
     assert not complaints.found
-    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=1e-5))
+    lower = dataclasses.replace(config, objective=dataclasses.replace(config.objective, micro_batch=1))
+    inputs(lower, complaints, None)
+    assert not complaints.found
+    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=99))
     inputs(other, complaints, None)
     assert [("another recipe" in line) for line in complaints.found] == [True]
 

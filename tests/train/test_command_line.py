@@ -53,7 +53,7 @@ class FullGpu:
         self.accelerator = type("", (), {"is_main_process": True})()
 
     def fit(self, on_step: Any) -> None:
-        on_step({"reward": 1.0})
+        on_step({"step": 1, "reward": 1.0})
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines.")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from hyperalign.errors import HyperAlignError
 from train.config import ObjectiveConfig, OptimConfig, TrainConfig
-from train.recipe import as_table, load_recipe
+from train.recipe import as_table, check_choices, load_recipe
 from train.train import Switches, main, parse
 
 RECIPES = Path(__file__).parents[2] / "train" / "recipes"
@@ -32,15 +34,28 @@ def test_shipped_recipes_load(path: Path) -> None:
     ("text", "message"),
     [
         ("[optim]\nlrr = 1.0", "unknown key 'lrr'. Did you mean 'lr'"),
-        ("[optim]\nlr = 'fast'", "expected a float"),
+        ("[optim]\nlr = 'fast'", "expected a number"),
         ("[optim]\nsteps = 0", "optim.steps is 0; expected 1 or more"),
         ("[optim]\nlr = -1.0", "optim.lr"),
         ("[objective]\nskip_first = 10", "skip_first"),
         ("[objective]\nreward_weight = 0.0\npreference_weight = 0.0", "at least one above 0"),
         ("[objective]\nrewards = 3", "expected a table"),
-        ("[objective]\nrewards = { clip = 'much' }", "rewards.clip is 'much'; expected a float"),
+        ("[objective]\nrewards = { clip = 'much' }", "rewards.clip is 'much'; expected a number"),
         ("[objective]\nrewards = {}", "objective.rewards is empty"),
         ("[objective]\nreward_range = [0.5, 0.1]", "reward_range"),
+        ("[objective]\nreward_range = [0.1]", r"reward_range is \[0.1\]; expected 2 values, found 1"),
+        ("[objective]\nreward_range = ['a', 'b']", r"reward_range\[0\] is 'a'; expected a number"),
+        ("[objective]\nreward_range = 0.5", "reward_range is 0.5; expected a list of 2 values"),
+        ("[data]\ntext_lengths = [256, 'a']", r"text_lengths\[1\] is 'a'; expected a whole number"),
+        ("[data]\ntext_lengths = [256.0]", r"text_lengths\[0\] is 256.0; expected a whole number"),
+        ("[data]\ntext_lengths = []", r"text_lengths is \(\); expected numbers above 0"),
+        ("[model]\nkey_times = ['a']", r"key_times\[0\] is 'a'; expected a number"),
+        ("[run]\ntrackers = 'wandb'", "trackers is 'wandb'; expected a list of values"),
+        ("[run]\ntrackers = [1]", r"trackers\[0\] is 1; expected a text"),
+        ("[run]\nout = 3", "out is 3; expected a path"),
+        ("[optim]\nbf16 = 1", "bf16 is 1; expected true or false"),
+        ("[model]\nbase = 3", "base is 3; expected 'tiny', 'sd15', 'sdxl', 'flux' or 'sd3'.$"),
+        ("[model]\nvariant = 's'", "variant is 's'; expected 'S', 'P' or 'I'. Did you mean 'S'?"),
         ("[model]\nresolution = 500", "a multiple of 64"),
         ("[model]\nvariant = 'P'\nkey_times = [0.2, 0.5]", "Key times"),
         ("optim = 3", "expected a table"),
@@ -50,6 +65,47 @@ def test_shipped_recipes_load(path: Path) -> None:
 def test_wrong_recipes_are_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(HyperAlignError, match=message):
         load_recipe(recipe(tmp_path, text))
+
+
+def literals(kind: type[Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every field of the configuration that takes one of a few words."""
+    for name, hint in get_type_hints(kind).items():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            yield from literals(hint, (*prefix, name))
+        elif get_origin(hint) is Literal:
+            yield (*prefix, name), hint
+
+
+CHOICES = [
+    pytest.param(table, name, value, id=f"{table}.{name}-{value}")
+    for (table, name), hint in literals(TrainConfig)
+    for value in get_args(hint)
+]
+
+
+def test_the_configuration_has_choices() -> None:
+    named = {".".join(path) for path, _ in literals(TrainConfig)}
+    assert {"model.base", "model.vae", "objective.state", "network.conditioning"} <= named
+
+
+@pytest.mark.parametrize(("table", "name", "value"), CHOICES)
+def test_a_misspelt_choice_of_a_recipe_names_the_nearest(
+    tmp_path: Path, table: str, name: str, value: str
+) -> None:
+    with pytest.raises(HyperAlignError, match=f"{name} is '{value}x'; .*Did you mean '{value}'"):
+        load_recipe(recipe(tmp_path, f'[{table}]\n{name} = "{value}x"'))
+
+
+@pytest.mark.parametrize(("table", "name", "value"), CHOICES)
+def test_a_misspelt_choice_of_the_command_line_names_the_nearest(table: str, name: str, value: str) -> None:
+    options = [f"--{table}.{name}", f"--{table}.{name.replace('_', '-')}"]
+    for option in options:
+        for arguments in ([option, f"{value}x"], [f"{option}={value}x"]):
+            with pytest.raises(HyperAlignError, match=f"{option} is '{value}x'; .*Did you mean '{value}'"):
+                check_choices(["--run.out", "x", *arguments])
+        check_choices([option, value, "--run.out", f"{value}x"])
+    with pytest.raises((HyperAlignError, SystemExit)):
+        parse([options[0], f"{value}x"])
 
 
 def test_a_missing_recipe_names_the_shipped_ones(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from train.bases.base import Conditions
 from train.embeddings import SHARD, CachedTexts, EmbeddingCache
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 class Encoder:
@@ -61,6 +64,12 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
     assert sorted([*encoders[0].asked, *encoders[1].asked]) == sorted(prompts(9))
 
 
+def test_a_process_that_looks_when_another_is_done_leaves_no_prompt_out(tmp_path: Path) -> None:
+    for rank in range(3):  # each opens the folder with what those before it wrote
+        CachedTexts(tmp_path, (8, 4), CPU).fill(prompts(10), Encoder(), rank, 3)
+    assert CachedTexts(tmp_path, (8, 4), CPU).lacking(prompts(10)) == 0
+
+
 def test_paddings_vary_over_batches_and_not_over_runs(tmp_path: Path) -> None:
     texts = CachedTexts(tmp_path, (4, 8), CPU)
     texts.fill(prompts(20), Encoder())
@@ -75,9 +84,39 @@ def test_a_damaged_file_is_computed_anew(tmp_path: Path) -> None:
     CachedTexts(tmp_path, (8,), CPU).fill(prompts(3), Encoder())
     path = next((tmp_path / "8").glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:20])
-    encoder = Encoder()
-    CachedTexts(tmp_path, (8,), CPU).fill(prompts(3), encoder)
-    assert encoder.asked == prompts(3)
+    encoders = [Encoder(), Encoder()]
+    views = [CachedTexts(tmp_path, (8,), CPU) for _ in encoders]  # of two processes, at the same time
+    for rank, (view, encoder) in enumerate(zip(views, encoders, strict=True)):
+        view.fill(prompts(3), encoder, rank, 2)
+    assert sorted([*encoders[0].asked, *encoders[1].asked]) == prompts(3)
+    assert CachedTexts(tmp_path, (8,), CPU).lacking(prompts(3)) == 0
+    assert path.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of files are POSIX")
+def test_a_full_disk_is_one_sentence_and_written_embeddings_stay(tmp_path: Path) -> None:
+    program = f"""
+import resource, signal, sys
+sys.path.append({str(ROOT)!r})
+import torch
+from pathlib import Path
+from hyperalign.errors import HyperAlignError
+from train.embeddings import EmbeddingCache
+cache = EmbeddingCache(Path({str(tmp_path)!r}) / "8")
+cache.add(["a"], {{"prompt_embeds": torch.zeros(1, 8, 4)}})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    cache.add(["b"], {{"prompt_embeds": torch.zeros(1, 80_000, 4)}})
+except HyperAlignError as error:
+    print(error)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "cannot be written" in done.stdout
+    assert "GiB are free there. Make room, or set data.embeddings to another disk" in done.stdout
+    assert EmbeddingCache(tmp_path / "8").missing(["a", "b"]) == ["b"]
+    assert len(list((tmp_path / "8").iterdir())) == 1
 
 
 def test_an_unknown_prompt_is_named(tmp_path: Path) -> None:

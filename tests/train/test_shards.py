@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperalign.errors import HyperAlignError
-from train.shards import LatentShards, ShardHeader, read_shard_header, shard_path, share, write_shard
+from train.shards import LatentShards, ShardHeader, read_shard_header, shard_path, write_shard
 
 SHAPE = (4, 2, 2)
 
@@ -79,13 +79,6 @@ def test_the_stream_is_one_epoch_after_the_other(shards: LatentShards) -> None:
     stream = shards.batch(0, 3 * 607, seed=1)
     for epoch in range(3):
         assert stream[epoch * 607 : (epoch + 1) * 607] == shards.order(1, epoch).tolist()
-
-
-@given(rows=st.lists(st.integers(), max_size=70), world=st.integers(1, 9))
-def test_processes_share_a_batch_out_evenly(rows: list[int], world: int) -> None:
-    parts = [share(rows, rank, world) for rank in range(world)]
-    assert [row for part in parts for row in part] == rows
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_the_index_is_kept_and_follows_the_shards(tmp_path: Path) -> None:

@@ -117,6 +117,22 @@ def test_an_error_inside_the_model_leaves_it_clean(pipe: Any, make_for: Any, dra
     assert torch.equal(draw(pipe), base) and not torch.equal(aligned, base)
 
 
+def test_fused_projections_are_refused_until_they_are_apart(pipe: Any, make_for: Any, draw: Any) -> None:
+    base: Any = denoiser_of(pipe)
+    with hyperalign.attach(pipe, make_for(pipe)):
+        expected = draw(pipe)
+        base.fuse_qkv_projections()
+        with pytest.raises(HyperAlignError, match="are fused; .* Call its unfuse_qkv_projections"):
+            draw(pipe)
+    for target in (pipe, base):
+        with pytest.raises(HyperAlignError, match="are fused; .* Call its unfuse_qkv_projections"):
+            hyperalign.attach(target, make_for(pipe))
+    assert "forward" not in base.__dict__
+    base.unfuse_qkv_projections()
+    with hyperalign.attach(pipe, make_for(pipe)):
+        assert torch.equal(draw(pipe), expected)
+
+
 def test_attaching_again_replaces(pipe: Any, make_for: Any, draw: Any) -> None:
     base = draw(pipe)
     with hyperalign.attach(pipe, make_for(pipe, seed=5)):

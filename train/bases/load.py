@@ -21,6 +21,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors import SafetensorError
 from torch import nn
 
 from hyperalign.errors import HyperAlignError
@@ -30,6 +31,14 @@ from train.bases.flux import Flux, encode_flux
 from train.bases.sd3 import StableDiffusion3, encode_sd3
 from train.bases.stable_diffusion import CLIP_TOKENS, StableDiffusion, encode_sd15, encode_sdxl
 from train.config import BaseName, TrainConfig
+from train.files import first_line
+
+UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
+"""What the libraries raise at models that are missing, damaged or of another kind."""
+READ_WHOLE = (".json", ".txt", ".model")
+"""Configurations and tokenizers; the other files are weights."""
+SAMPLES, SAMPLE_BYTES = 256, 4096
+"""How many places of a file of weights a fingerprint reads, and how many bytes at each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +133,7 @@ def load_autoencoder(config: TrainConfig, device: torch.device, which: str = "")
         kind, folder = AutoencoderKL, check_folder(config) / "vae"
     try:
         module: Any = kind.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise HyperAlignError(
             f"The autoencoder in {folder} cannot be read: {error}. Copy it again."
         ) from error
@@ -145,10 +154,10 @@ def load_base(config: TrainConfig, device: torch.device) -> Base:
         backbone: nn.Module = kind.backbone.from_pretrained(
             path / kind.folder, torch_dtype=backbone_dtype(config), local_files_only=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+        scheduler = json.loads((path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    except UNREADABLE as error:
         raise HyperAlignError(f"The base model in {path} cannot be read: {error}. Copy it again.") from error
     backbone.eval().requires_grad_(False).to(device)
-    scheduler = json.loads((path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     autoencoder = load_autoencoder(config, device)
     return make_base(config, backbone, autoencoder, scheduler.get("prediction_type", "epsilon"))
 
@@ -164,21 +173,53 @@ def make_base(config: TrainConfig, backbone: nn.Module, autoencoder: Autoencoder
 
 
 def text_fingerprint(config: TrainConfig) -> str:
-    """Returns a name for the text encoders in the base model's folder: what their outputs depend on."""
-    digest = hashlib.sha256(config.model.base.encode())
+    """Returns a name for what the text encoders' outputs depend on: their files' contents and the precision.
+
+    Raises:
+        HyperAlignError: no base model's folder, or a file in it that cannot be read.
+    """
+    digest = hashlib.sha256(f"{config.model.base} {backbone_dtype(config)}".encode())
     for path in sorted(check_folder(config).glob("t*/*")):  # text_encoder*, tokenizer*
-        if path.parent.name.startswith(("text_encoder", "tokenizer")):
+        if path.parent.name.startswith(("text_encoder", "tokenizer")) and path.is_file():
             digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}".encode())
+            digest.update(_contents(path))
     return f"{config.model.base}-{digest.hexdigest()[:12]}"
 
 
+def _contents(path: Path) -> bytes:
+    """Returns a file, of weights evenly spaced pieces: reading gigabytes would take minutes."""
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            if path.suffix in READ_WHOLE or size <= SAMPLES * SAMPLE_BYTES:
+                return file.read()
+            pieces: list[bytes] = []
+            for number in range(SAMPLES):
+                file.seek((size - SAMPLE_BYTES) * number // (SAMPLES - 1))
+                pieces.append(file.read(SAMPLE_BYTES))
+    except OSError as error:
+        raise HyperAlignError(f"{path} cannot be read ({first_line(error)}). Copy it again.") from error
+    return b"".join(pieces)
+
+
 def text_encoder(config: TrainConfig, device: torch.device) -> Callable[[Sequence[str], int], Conditions]:
-    """Returns the base model's text encoders as one function, in the precision of the backbone."""
-    kind = KINDS[config.model.base]
+    """Returns the base model's text encoders as one function, in the precision of the backbone.
+
+    Raises:
+        HyperAlignError: an encoder or a tokenizer is not there or cannot be read.
+    """
+    kind, folder = KINDS[config.model.base], check_folder(config)
     without: dict[str, Any] = {kind.folder: None, "vae": None}
-    pipeline: Any = kind.pipeline.from_pretrained(
-        check_folder(config), torch_dtype=backbone_dtype(config), local_files_only=True, **without
-    ).to(device)
+    try:
+        pipeline: Any = kind.pipeline.from_pretrained(
+            folder, torch_dtype=backbone_dtype(config), local_files_only=True, **without
+        )
+    except UNREADABLE as error:
+        raise HyperAlignError(
+            f"The text encoders in {folder} cannot be read: {first_line(error)} Copy model_index.json and "
+            "the folders text_encoder* and tokenizer* from the base model again."
+        ) from error
+    pipeline.to(device)
 
     @torch.no_grad()
     def encode(prompts: Sequence[str], length: int) -> Conditions:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from recorded_cores import assert_same_cores, recorded_cores
 from small_families import (
+    FAMILIES,
     FLUX,
     SD3,
     SIDE,
@@ -15,11 +19,13 @@ from small_families import (
     conditioning,
     euler_in_comfyui,
     euler_in_diffusers,
+    host_model,
     host_unet_config,
     unet_models,
 )
 from torch import nn
 
+from hyperalign.errors import HyperAlignError
 from hyperalign.families.flux import FLUX_DEV, FluxSpec
 from hyperalign.families.sd3 import SD35_MEDIUM, SD3Spec
 from hyperalign.families.unet import SD15, SDXL
@@ -53,9 +59,50 @@ def test_every_target_lies_where_the_host_says(comfy, spec):
         assert spec.place(target.name) == host_place(names[f"{target.name}.weight"]), target.name
 
 
+@pytest.fixture(scope="module")
+def schnell(comfy):
+    """The reduced FLUX.1 without an input for the guidance, in both hosts."""
+    import comfy.supported_models as kinds
+    import comfy.utils as utils
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(8)
+    spec, build, flux_call, velocity = FAMILIES["flux"]
+    with torch.no_grad():
+        dev, dev_of_comfyui = build()
+        ours = FluxTransformer2DModel.from_config({**dev.config, "guidance_embeds": False})
+        config = {**dev_of_comfyui.model.model_config.unet_config, "guidance_embed": False}
+        theirs = host_model(kinds.FluxSchnell, config, ours, utils.flux_to_diffusers(config))
+
+    def call(*inputs):
+        return {name: value for name, value in flux_call(*inputs).items() if name != "guidance"}
+
+    return replace(spec, guidance=False), ours.eval().requires_grad_(False), theirs, call, velocity
+
+
 @pytest.mark.parametrize("variant", ["S", "I"])
 @pytest.mark.parametrize("mode", ["prefix", "separate"])
 def test_both_hosts_write_the_same_weights_and_draw_the_same(family, make_hyperalign, mode, variant):
+    both_hosts_agree(family, make_hyperalign, mode, variant)
+
+
+@pytest.mark.parametrize("mode", ["prefix", "separate"])
+def test_both_hosts_agree_on_flux_schnell(schnell, make_hyperalign, mode):
+    both_hosts_agree(schnell, make_hyperalign, mode, "S")
+
+
+def test_a_hypernetwork_of_flux_dev_is_refused_on_schnell_in_both_hosts(schnell, make_hyperalign):
+    from hyperalign.hosts.comfy import apply
+    from hyperalign.hosts.diffusers import attach
+
+    _, ours, theirs, _, _ = schnell
+    of_dev = make_hyperalign(spec=FLUX, perception_blocks=2)
+    for use in (lambda: apply(theirs, of_dev), lambda: attach(ours, of_dev.hyperalign)):
+        with pytest.raises(HyperAlignError, match="guidance"):
+            use()
+
+
+def both_hosts_agree(family, make_hyperalign, mode, variant):
     from hyperalign.hosts.comfy import apply
     from hyperalign.hosts.diffusers import attach
     from hyperalign.hosts.diffusers_adapter import spec_of
@@ -63,21 +110,14 @@ def test_both_hosts_write_the_same_weights_and_draw_the_same(family, make_hypera
     spec, ours, theirs, call, velocity = family
     assert spec_of(ours) == spec
     hyperalign = make_hyperalign(spec=spec, mode=mode, variant=variant, perception_blocks=2)
-    written: list[torch.Tensor] = []
-    network: nn.Module = hyperalign.hyperalign.network
-    handle = network.register_forward_hook(lambda _m, _i, cores: written.append(cores.clone()))
     context, pooled, positive = conditioning(spec)
     noise = torch.randn(2, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(11))
-    in_comfyui = euler_in_comfyui(apply(theirs, hyperalign), noise, positive, SIGMAS)
-    from_comfyui = list(written)
-    written.clear()
-    with torch.no_grad(), attach(ours, hyperalign.hyperalign):
+    with recorded_cores(hyperalign) as from_comfyui:
+        in_comfyui = euler_in_comfyui(apply(theirs, hyperalign), noise, positive, SIGMAS)
+    with recorded_cores(hyperalign) as from_diffusers, torch.no_grad(), attach(ours, hyperalign.hyperalign):
         in_diffusers = euler_in_diffusers(ours, noise, call, velocity, context, pooled)
-    handle.remove()
 
-    assert len(from_comfyui) == len(written) == {"S": 3, "I": 1}[variant]
-    for theirs_cores, our_cores in zip(from_comfyui, written, strict=True):
-        torch.testing.assert_close(theirs_cores, our_cores, atol=1e-5, rtol=0)
+    assert_same_cores(from_comfyui, from_diffusers, {"S": 3, "I": 1}[variant])
     scaled = theirs.model.process_latent_in(in_comfyui)
     torch.testing.assert_close(scaled, in_diffusers, atol=1e-4, rtol=0)
     with torch.no_grad():
@@ -142,15 +182,17 @@ def test_unets_agree_too(comfy, make_hyperalign, spec, prediction, mode):
     sigmas = [float(((1 - table[t]) / table[t]).sqrt()) for t in STEPS]
     if prediction == "v_prediction":
         theirs = ModelSamplingDiscrete().patch(theirs, prediction, False)[0]
-    in_comfyui = euler_in_comfyui(apply(theirs, hyperalign), noise, positive, [*sigmas, 0.0])
+    with recorded_cores(hyperalign) as from_comfyui:
+        in_comfyui = euler_in_comfyui(apply(theirs, hyperalign), noise, positive, [*sigmas, 0.0])
 
     extra = {"text_embeds": pooled.expand(2, -1), "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64]] * 2)}
     x, process = noise, Diffusion(prediction)
-    with torch.no_grad(), attach(ours, hyperalign.hyperalign):
+    with recorded_cores(hyperalign) as from_diffusers, torch.no_grad(), attach(ours, hyperalign.hyperalign):
         for t, following in zip(STEPS, [*STEPS[1:], None], strict=True):
             output = ours(x, t, context.expand(2, -1, -1), added_cond_kwargs=extra).sample
             x0, eps = process.predictions(x, output, torch.tensor([t, t]))
             x = x0 if following is None else process.add_noise(x0, eps, torch.tensor([following] * 2))
+    assert_same_cores(from_comfyui, from_diffusers, len(STEPS))
     scaled = theirs.model.process_latent_in(in_comfyui)
     torch.testing.assert_close(scaled / x.std(), x / x.std(), atol=1e-4, rtol=0)
 

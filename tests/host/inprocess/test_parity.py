@@ -1,9 +1,10 @@
-"""ComfyUI and diffusers give the same latents for the same weights, hypernetwork, noise and schedule."""
+"""ComfyUI and diffusers give the same cores and latents for the same weights, noise and schedule."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from recorded_cores import assert_same_cores, recorded_cores
 
 STEPS = [999, 800, 600, 400, 200]
 CFG = 4.0
@@ -47,19 +48,25 @@ def euler_in_comfyui(model, noise, positive, negative):
 
 @pytest.mark.parametrize("variant", ["S", "P", "I"])
 @pytest.mark.parametrize("mode", ["prefix", "separate"])
-def test_latents_agree_to_1e_4(tiny, make_hyperalign, mode, variant):
+def test_cores_agree_to_1e_5_and_latents_to_1e_4(tiny, make_hyperalign, mode, variant):
     from hyperalign.hosts.comfy import apply
     from hyperalign.hosts.diffusers import attach
 
     hyperalign = make_hyperalign(mode=mode, variant=variant)
     positive, negative = tiny.condition("two blue hearts"), tiny.condition("")
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(11))
-    in_comfyui = euler_in_comfyui(apply(tiny.model, hyperalign), noise, positive, negative)
+    with recorded_cores(hyperalign) as from_comfyui:
+        in_comfyui = euler_in_comfyui(apply(tiny.model, hyperalign), noise, positive, negative)
 
     context, empty = (cond[0][0].clone().expand(2, -1, -1) for cond in (positive, negative))
-    with torch.no_grad(), attach(tiny.unet, hyperalign.hyperalign) as session:
+    with (
+        recorded_cores(hyperalign) as from_diffusers,
+        torch.no_grad(),
+        attach(tiny.unet, hyperalign.hyperalign) as session,
+    ):
         in_diffusers = ddim_with_diffusers(tiny.unet, noise, context, empty)
     assert session.generations == {"S": 5, "P": 3, "I": 1}[variant]
+    assert_same_cores(from_comfyui, from_diffusers, session.generations)
     scaled = tiny.model.model.process_latent_in(in_comfyui)
     # An untrained model leaves its noise standing; compare in units of the latents' deviation.
     torch.testing.assert_close(

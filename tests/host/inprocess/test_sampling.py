@@ -217,6 +217,20 @@ def test_torch_compile_gives_the_same_latents(tiny, sample, make_hyperalign, app
     torch.testing.assert_close(sample(model) / expected.std(), expected / expected.std(), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("window", [(0.0, 0.3), (0.3, 1.0)])
+def test_torch_compile_gives_the_same_latents_in_and_out_of_the_window(
+    tiny, sample, make_hyperalign, apply, window
+):
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+    model = apply(tiny.model, make_hyperalign(), 1.0, *window)
+    expected = sample(model)
+    compiled = TorchCompileModel.execute(model, "eager")[0]
+    torch.testing.assert_close(
+        sample(compiled) / expected.std(), expected / expected.std(), atol=1e-6, rtol=0
+    )
+
+
 def test_other_patches_on_the_model_keep_working(tiny, sample, make_hyperalign, apply):
     calls = []
     patched = tiny.model.clone()

@@ -1,0 +1,93 @@
+"""How many bad pictures an encoding may leave out: counted to its end, and over all runs of one folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from hyperalign.errors import HyperAlignError
+from train.encode import main
+from train.encoding import BAD_FILE, Counts, encode
+from train.pictures import open_source
+from train.pictures.picture import Source
+from train.shards import LatentShards, shard_path
+
+RECIPE = Path(__file__).parents[2] / "train" / "recipes" / "tiny_s.toml"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooling:
+    """An encoder that is fast: the colours at a fourth of the side."""
+
+    resolution: int = 64
+    fingerprint: str = "pooling"
+
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        return F.avg_pool2d(images_BCHW, 4)
+
+
+def write_list(folder: Path, count: int, bad: int) -> Source:
+    """Returns a JSONL source whose last `bad` pictures are rubbish."""
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        if i < count - bad:
+            Image.new("RGB", (64, 64), (i, 255 - i, 0)).save(folder / f"{i}.jpg")
+        else:
+            (folder / f"{i}.jpg").write_bytes(b"rubbish")
+    rows = [json.dumps({"image": f"{i}.jpg", "caption": f"scene {i}"}) for i in range(count)]
+    (folder / "list.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return open_source("jsonl", folder / "list.jsonl")
+
+
+def command(tmp_path: Path) -> int:
+    source, out = str(tmp_path / "in" / "list.jsonl"), str(tmp_path / "out")
+    return main(["--recipe", str(RECIPE), "--source", source, "--out", out])
+
+
+def test_a_few_pictures_that_are_mostly_bad_stop_the_command_and_the_shards_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_list(tmp_path / "in", 60, bad=57)
+    assert command(tmp_path) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "error: 57 of 60 pictures are bad; at most 1 % may be. The last is list.jsonl:60" in said
+    assert len(LatentShards(tmp_path / "out")) == 3
+
+
+def test_one_bad_picture_among_few_is_left_out(tmp_path: Path) -> None:
+    assert encode(write_list(tmp_path / "in", 20, bad=1), Pooling(), tmp_path / "out").bad == 1
+    with pytest.raises(HyperAlignError, match="2 of 20 pictures are bad"):
+        encode(write_list(tmp_path / "in", 20, bad=2), Pooling(), tmp_path / "other")
+
+
+def test_running_again_does_not_forget_the_bad_pictures_of_finished_shards(tmp_path: Path) -> None:
+    source, out = write_list(tmp_path / "in", 60, bad=57), tmp_path / "out"
+    for _ in range(2):
+        with pytest.raises(HyperAlignError, match="57 of 60 pictures are bad"):
+            encode(source, Pooling(), out)
+    with (out / BAD_FILE).open("a") as file:
+        file.write('{"unit": 0, "na')  # a process was killed
+    with pytest.raises(HyperAlignError, match="57 of 60 pictures are bad"):
+        encode(source, Pooling(), out)
+
+
+def test_repaired_pictures_are_encoded_as_the_sentence_says(tmp_path: Path) -> None:
+    source, out = write_list(tmp_path / "in", 20, bad=5), tmp_path / "out"
+    with pytest.raises(HyperAlignError, match="delete that file and the shards of these units"):
+        encode(source, Pooling(), out)
+    units = {json.loads(line)["unit"] for line in (out / BAD_FILE).read_text().splitlines()}
+    for number in range(15, 20):
+        shutil.copy(tmp_path / "in" / "0.jpg", tmp_path / "in" / f"{number}.jpg")
+    assert units == {0}
+    shard_path(out, 0).unlink()
+    source = open_source("jsonl", tmp_path / "in" / "list.jsonl")
+    assert encode(source, Pooling(), out) == Counts(units=1, pictures=20)
+    # Although bad.jsonl still has their names, they are in the shard now.
+    assert encode(source, Pooling(), out) == Counts(units=1, reused=1)
