@@ -95,7 +95,7 @@ class Search(Generic[Sample]):
         self.kept: list[Scored[Sample]] = []
         """The best so far, best first."""
         self.tried: list[tuple[int, float]] = []
-        """Seed and score of every candidate so far."""
+        """Seed and score of every candidate so far; NaN or infinite where nothing came of one."""
         self._plan = plan
         self._fresh = fresh
         self._pivot: Tensor | None = None
@@ -119,15 +119,12 @@ class Search(Generic[Sample]):
     ) -> None:
         """Takes in what was made of proposed candidates.
 
-        Raises HyperAlignError if a score is no number, and is then as before.
+        One whose score is NaN or infinite has failed: it is neither kept nor searched near.
         """
-        if not all(math.isfinite(score) for score in scores):
-            raise HyperAlignError(
-                f"Found the scores {list(scores)}; expected numbers. The sampler or the VAE diverged: lower "
-                "the guidance."
-            )
         for candidate, score, sample in zip(candidates, scores, samples, strict=True):
             self.tried.append((candidate.seed, score))
+            if not math.isfinite(score):
+                continue
             self.kept.append(Scored(score, candidate.seed, sample))
             if self._leader is None or score > self._leader[0]:
                 self._leader = score, candidate.noise
@@ -160,7 +157,7 @@ def epsilon_greedy(
     Args:
         plan: N = `round_size` (the paper has 4), K = `iterations` (20), `radius` (0.15), `epsilon` (0.4).
         fresh: standard normal noise (1, ...).
-        rate: scores of candidates, in their order.
+        rate: scores of candidates, in their order; one that is NaN or infinite never wins.
         chance: decides where candidates lie.
     """
     pivot = fresh()
@@ -169,7 +166,7 @@ def epsilon_greedy(
             fresh() if chance.random() < plan.epsilon else near(pivot, fresh(), plan.radius * chance.random())
             for _ in range(plan.round_size)
         ]
-        scores = rate(candidates)
+        scores = [score if math.isfinite(score) else -math.inf for score in rate(candidates)]
         pivot = candidates[scores.index(max(scores))]
     return pivot
 

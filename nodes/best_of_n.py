@@ -55,7 +55,8 @@ class HyperAlignBestOfN(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, seed: int | None = None, **_: Any) -> int:
         """Makes the host draw again after a search that was cancelled, instead of giving its result."""
-        return comfy_search.CANCELLED[seed or 0]
+        # A linked seed is not known yet: the host gives None.
+        return comfy_search.CANCELLED.total() if seed is None else comfy_search.CANCELLED[seed]
 
     @classmethod
     def execute(

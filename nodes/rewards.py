@@ -50,9 +50,9 @@ class HyperAlignRewardLoader(io.ComfyNode):
         return unknown or (None if download else files.problem(reward)) or True
 
     @classmethod
-    def fingerprint_inputs(cls, combination: str = "sum", **_: Any) -> float:
-        """Makes the host build z-scores again after a new calibration."""
-        return files.calibrated_at() if combination == "z-score" else 0.0
+    def fingerprint_inputs(cls, combination: str | None = "sum", **_: Any) -> float:
+        """Makes the host build z-scores again after a new calibration; a linked input's value is None."""
+        return files.calibrated_at() if combination in ("z-score", None) else 0.0
 
     @classmethod
     def execute(
@@ -65,7 +65,8 @@ class HyperAlignRewardLoader(io.ComfyNode):
     ) -> io.NodeOutput:
         """Returns the reward under the host's memory management."""
         own = files.load(reward, fetch=download)
-        return io.NodeOutput(comfy_rewards.chained(chain, own, weight, combination, files.calibrations()))
+        calibrations = files.calibrations() if chain is not None and combination == "z-score" else {}
+        return io.NodeOutput(comfy_rewards.chained(chain, own, weight, combination, calibrations))
 
 
 class HyperAlignRewardScore(io.ComfyNode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ..rewards.loading import RECIPES
 from ..rewards.weights import find
 from .comfy_rewards import HostReward, Judgement, hosted
 
+LOG = logging.getLogger(__name__)
 FOLDER = "hyperalign_rewards"
 CALIBRATIONS = "calibrations.json"
 
@@ -92,12 +94,19 @@ def calibrated_at() -> float:
 def store_calibrations(judgement: Judgement) -> None:
     """Keeps each member's mean and deviation over these pictures, for z-scores.
 
+    A damaged file is written anew: calibrating is the way to repair it.
+
     Raises HyperAlignError on fewer than two pictures or equal scores.
     """
     found = {name: calibrate(torch.tensor(scores)) for name, scores in judgement.breakdown.items()}
     folder = _own_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    save_calibrations(folder / CALIBRATIONS, calibrations() | found)
+    try:
+        before = calibrations()
+    except HyperAlignError as error:
+        LOG.warning("%s It is written anew, with %s alone.", error, ", ".join(found))
+        before = {}
+    save_calibrations(folder / CALIBRATIONS, before | found)
 
 
 def _forget(name: str, *_detached: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,24 @@ from .comfy import network_patcher
 
 BATCH = 16
 """Pictures judged at once, so that memory does not grow with the batch that was connected."""
+
+
+class NotFinite(HyperAlignError):
+    """A score is NaN or infinite.
+
+    Args:
+        name: the reward it is of.
+        index: the first such picture, from 0.
+        scores: those of all pictures, for who goes on without such a picture.
+    """
+
+    def __init__(self, name: str, index: int, scores: list[float]) -> None:
+        super().__init__(
+            f"{name} gives picture {index + 1} of {len(scores)} a score that is NaN or infinite; expected a "
+            "number. The reward overflows in half precision or its weights are damaged: start ComfyUI with "
+            "--force-fp32, or get its weight file again."
+        )
+        self.scores = scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +93,29 @@ class HostReward:
         return [member.patcher for member in self.members]
 
     def judge(self, images_BHWC: Tensor, prompts: Sequence[str]) -> Judgement:
-        """Returns the scores of pictures and what they are made of. Raises HyperAlignError."""
+        """Returns the scores of pictures and what they are made of.
+
+        Raises:
+            NotFinite: a score is no number.
+            HyperAlignError: another number of prompts, or what a reward refuses.
+        """
         if len(prompts) != len(images_BHWC):
             raise HyperAlignError(
                 f"Found {len(images_BHWC)} pictures and {len(prompts)} prompts; expected one prompt per "
                 "picture. Repeat the prompt for every picture."
             )
         parts = {member.reward.name: member.score(images_BHWC, prompts) for member in self.members}
-        scores = parts[self.name] if self.ensemble is None else self.ensemble.combine(parts)
+        combined = parts[self.name] if self.ensemble is None else self.ensemble.combine(parts)
         breakdown = {name: part.tolist() for name, part in parts.items()}
-        return Judgement(self.name, list(prompts), scores.tolist(), breakdown)
+        scores: list[float] = combined.tolist()
+        for name, column in (*breakdown.items(), (self.name, scores)):
+            for index, score in enumerate(column):
+                if not math.isfinite(score):
+                    raise NotFinite(name, index, scores)
+        return Judgement(self.name, list(prompts), scores, breakdown)
 
     def score(self, images_BHWC: Tensor, prompts: Sequence[str]) -> list[float]:
-        """Returns one score per picture. Raises HyperAlignError."""
+        """Returns one score per picture. Raises as `judge`."""
         return self.judge(images_BHWC, prompts).scores
 
     def differentiable(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -7,6 +7,7 @@ planned that long.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch import Tensor
 from ..errors import HyperAlignError
 from ..search import Candidate, Plan, Search
 from . import comfy_trajectory
-from .comfy_rewards import HostReward
+from .comfy_rewards import HostReward, NotFinite
 from .comfy_sampling import check_steps
 
 CANCELLED: Counter[int] = Counter()
@@ -41,15 +42,19 @@ class Found:
     scores: list[float]
     seeds: list[int]
     tried: list[tuple[int, float]]
+    """Seed and score of all; NaN or infinite for a candidate that failed."""
     cancelled: bool
 
     def table(self, reward: str, planned: int) -> str:
-        """Returns a text table of all candidates; the kept ones are marked."""
+        """Returns a text table of all candidates; the kept ones and those that failed are marked."""
+        shown = [f"{score:+8.4f}" if math.isfinite(score) else "  failed" for _, score in self.tried]
         lines = [
-            f"{index:>3}  seed {seed:<20} {score:+8.4f}{'  *' if seed in self.seeds else ''}"
-            for index, (seed, score) in enumerate(self.tried)
+            f"{index:>3}  seed {seed:<20} {score}{'  *' if seed in self.seeds else ''}"
+            for index, ((seed, _), score) in enumerate(zip(self.tried, shown, strict=True))
         ]
+        failed = shown.count("  failed")
         state = "cancelled, best so far" if self.cancelled else "done"
+        state += f", {failed} failed" if failed else ""
         return "\n".join([f"{reward}: {len(self.tried)} of {planned} ({state})", *lines])
 
 
@@ -68,12 +73,17 @@ class Sampling:
     denoise: float
 
     def start(self) -> Tensor:
-        """Returns the latent (1, ...) to start from. Raises HyperAlignError unless there is one."""
+        """Returns the latent (1, ...) to start from. Raises HyperAlignError unless it is one picture's."""
         start = comfy.sample.fix_empty_latent_channels(self.model, self.latent["samples"])
         if len(start) != 1:
             raise HyperAlignError(
                 f"Found {len(start)} latents to start from; expected 1: the node draws its own batches. Set "
                 "the empty latent's batch_size to 1."
+            )
+        if start.ndim == 5 and start.shape[2] != 1:
+            raise HyperAlignError(
+                f"Found a latent of {start.shape[2]} frames; expected 1: pictures are searched, no videos. "
+                "Set the empty latent's length to 1."
             )
         return start
 
@@ -115,11 +125,12 @@ def search(sampling: Sampling, plan: Plan, reward: HostReward, vae: Any, prompt:
     """Samples candidates one batch after the other and keeps the best; memory does not grow with them.
 
     When the user cancels, what is best so far is returned; before the first sample is finished there is
-    nothing to return, and the host's exception goes on.
+    nothing to return, and the host's exception goes on. A sample that diverged has failed, and the search
+    goes on without it.
 
     Raises:
-        HyperAlignError: no step, other than one latent, ranks, a sampler whose steps cannot be searched, or
-            what the reward refuses.
+        HyperAlignError: no step, other than one picture's latent, ranks, a sampler whose steps cannot be
+            searched, what the reward refuses, or every sample diverged.
     """
     check_steps(sampling.steps)
     if plan.mode == "epsilon-greedy-steps":
@@ -134,8 +145,8 @@ def search(sampling: Sampling, plan: Plan, reward: HostReward, vae: Any, prompt:
     progress = Progress(sampling, plan)
 
     def judged(latents: Tensor) -> tuple[Tensor, list[float]]:
-        images_BHWC: Tensor = vae.decode(latents)
-        return images_BHWC, reward.score(images_BHWC, [prompt] * len(images_BHWC))
+        images_BHWC = decoded(vae, latents)
+        return images_BHWC, _scores(reward, images_BHWC, prompt)
 
     def rate(latents: Tensor) -> list[float]:
         return judged(latents)[1]
@@ -161,6 +172,11 @@ def search(sampling: Sampling, plan: Plan, reward: HostReward, vae: Any, prompt:
             raise
         cancelled = True
         CANCELLED[plan.seed] += 1
+    if not state.kept:
+        raise HyperAlignError(
+            f"All {len(state.tried)} samples have NaN or infinite pixels or scores; expected a picture. The "
+            "sampler, the VAE or the reward diverged: lower cfg, or start ComfyUI with --fp32-vae."
+        )
     return _found(state, cancelled)
 
 
@@ -185,11 +201,13 @@ class Progress:
         return after_step
 
     def show_best(self, state: Search[tuple[Tensor, Tensor]]) -> None:
-        """Shows the best picture so far."""
-        _, image_HWC = state.kept[0].sample
-        self._best = latent_preview.preview_to_image(image_HWC[..., :3], do_scale=False)
-        limit = latent_preview.MAX_PREVIEW_RESOLUTION
-        self._bar.update_absolute(len(state.tried) * self._steps, preview=("JPEG", self._best, limit))
+        """Shows the best picture so far, if there is one."""
+        shown = None
+        if state.kept:
+            _, image_HWC = state.kept[0].sample
+            self._best = latent_preview.preview_to_image(image_HWC[..., :3], do_scale=False)
+            shown = "JPEG", self._best, latent_preview.MAX_PREVIEW_RESOLUTION
+        self._bar.update_absolute(len(state.tried) * self._steps, preview=shown)
 
     def _preview(self, x0: Tensor) -> Any:
         """Returns the picture in the making, to the right of the best one; None where previews are off."""
@@ -203,6 +221,35 @@ class Progress:
         canvas.paste(self._best, (0, 0))
         canvas.paste(current.resize((width, height)), (width, 0))
         return kind, canvas, 2 * limit
+
+
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    """Returns the pictures (B, H, W, C) of latents; frames are laid out as by the host's VAE Decode.
+
+    Raises HyperAlignError unless there is one picture per latent.
+    """
+    images: Tensor = vae.decode(latents)
+    images_BHWC = images.flatten(0, 1) if images.ndim == 5 else images
+    if len(images_BHWC) != len(latents):
+        raise HyperAlignError(
+            f"The VAE makes {len(images_BHWC)} pictures of {len(latents)} latents; expected one of each. "
+            "Connect the VAE of a model that draws pictures, no videos."
+        )
+    return images_BHWC
+
+
+def _scores(reward: HostReward, images_BHWC: Tensor, prompt: str) -> list[float]:
+    """Returns one score per picture, NaN for one that diverged: a reward would refuse the whole batch."""
+    whole_B = images_BHWC.isfinite().flatten(1).all(dim=1)
+    if not bool(whole_B.any()):
+        return [math.nan] * len(images_BHWC)
+    prompts = [prompt] * int(whole_B.sum())
+    try:
+        judged = reward.score(images_BHWC[whole_B], prompts)
+    except NotFinite as error:
+        judged = error.scores
+    scores = iter(judged)
+    return [next(scores) if whole else math.nan for whole in whole_B.tolist()]
 
 
 def _found(state: Search[tuple[Tensor, Tensor]], cancelled: bool) -> Found:

@@ -15,8 +15,8 @@ class Reward(Protocol):
     """What a reward offers to training, evaluation and nodes.
 
     Pictures are (B, 1, 3 or 4, H, W) of any size with values in [0, 1]; one channel is grey, a fourth
-    is left out. Both methods are differentiable to the pixels, also where a value left [0, 1]; who
-    wants no gradient says `torch.no_grad()`. Parameters are frozen.
+    is alpha, laid on white. Both methods are differentiable to the pixels, also where a value left
+    [0, 1]; who wants no gradient says `torch.no_grad()`. Parameters are frozen.
     """
 
     @property

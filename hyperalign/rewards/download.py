@@ -8,11 +8,13 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from ..errors import HyperAlignError
 from .loading import recipe_of
+from .score.files import check_writable
 from .weights import SUFFIX, first_line
 
 HUB = "https://huggingface.co"
@@ -21,7 +23,7 @@ TIMEOUT_SECONDS = 60
 RANGE_PAST_THE_END = 416
 
 Progress = Callable[[str, int, int], None]
-"""Told a file's name, how many bytes are here, and how many it has."""
+"""Told a file's name, how many bytes are here, and how many it has: a block more while that is unknown."""
 
 
 def download(name: str, folder: Path, progress: Progress | None = None) -> list[Path]:
@@ -37,54 +39,67 @@ def download(name: str, folder: Path, progress: Progress | None = None) -> list[
         progress: told after every MiB; without it there is a bar in the terminal.
 
     Raises:
-        HyperAlignError: another name, or no network.
+        HyperAlignError: another name, no network, or a folder that cannot be written to.
     """
     recipe = recipe_of(name)
     wanted = {folder / file.path: file.url for file in recipe.files}
     if (vocabulary := recipe.vocabulary) is not None:
         wanted |= {folder / "tokenizer" / file: f"{vocabulary.url}/{file}" for file in vocabulary.names}
     for path, url in wanted.items():
-        if not (path.is_file() or path.with_suffix(SUFFIX).is_file()):
-            fetch(_mirrored(url), path, progress or _bar())
-            _record(path, url)
+        download_file(url, path, progress)
     return list(wanted)
 
 
-def fetch(url: str, path: Path, progress: Progress) -> None:
-    """Downloads one file; what has arrived of it waits in a `.partial` file beside it.
+def download_file(url: str, path: Path, progress: Progress | None = None) -> None:
+    """Fetches one published file, as `download` does, unless it or its converted form is there.
 
-    Raises HyperAlignError when the line breaks or the server refuses.
+    What has arrived of it waits in a `.partial` file beside it. Raises HyperAlignError as `download`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
+    if path.is_file() or path.with_suffix(SUFFIX).is_file():
+        return
+    check_writable(path)
+    mirrored, partial = _mirrored(url), path.with_name(f"{path.name}.partial")
     try:
-        _continue(url, partial, path.name, progress)
-    except (OSError, http.client.HTTPException) as error:
+        _continue(mirrored, partial, path.name, progress or _bar())
+        _record(partial, path, url)
+        partial.replace(path)
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise HyperAlignError(
-            f"{path.name} could not be downloaded from {url} ({first_line(error)}). Check the network and "
-            f"try again: it goes on where it stopped. Or put the file into {path.parent} by hand."
+            f"{path.name} could not be downloaded from {mirrored} ({first_line(error)}). Check the network "
+            f"and try again: it goes on where it stopped. Or put the file into {path.parent} by hand."
         ) from error
-    partial.replace(path)
 
 
 def _continue(url: str, partial: Path, name: str, progress: Progress) -> None:
     here = partial.stat().st_size if partial.is_file() else 0
-    request = Request(url, headers={"Range": f"bytes={here}-"} if here else {})
     try:
-        response = urlopen(request, timeout=TIMEOUT_SECONDS)
+        response = _open(url, here)
     except HTTPError as error:
-        if error.code == RANGE_PAST_THE_END:  # it is another file by now
-            partial.unlink()
-        raise
+        if error.code != RANGE_PAST_THE_END:
+            raise
+        error.close()
+        if error.headers["Content-Range"] == f"bytes */{here}":
+            progress(name, here, here)
+            return  # all of it is here: it was stopped before it got its name
+        response = _open(url, 0)  # it is another file by now
     with response, partial.open("ab" if response.status == http.HTTPStatus.PARTIAL_CONTENT else "wb") as out:
         here = out.tell()
-        total = here + int(response.headers["Content-Length"])
+        length: str | None = response.headers["Content-Length"]
+        total = None if length is None else here + int(length)
         while block := response.read(BLOCK):
             out.write(block)
             here += len(block)
-            progress(name, here, total)
-    if here != total:
+            progress(name, here, here + BLOCK if total is None else total)
+    if total is None:
+        progress(name, here, here)
+    elif here != total:
         raise OSError(f"the line broke after {here} of {total} bytes")
+
+
+def _open(url: str, start: int) -> Any:
+    """Returns a server's answer, from a byte on if the server can."""
+    headers = {"Range": f"bytes={start}-"} if start else {}
+    return urlopen(Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
 
 
 def _mirrored(url: str) -> str:
@@ -115,8 +130,9 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _record(path: Path, url: str) -> None:
-    record = {"file": path.name, "url": url, "bytes": path.stat().st_size, "sha256": checksum(path)}
+def _record(content: Path, path: Path, url: str) -> None:
+    """Writes, beside the path where some content belongs, what it is."""
+    record = {"file": path.name, "url": url, "bytes": content.stat().st_size, "sha256": checksum(content)}
     partial = path.with_name(f".{path.name}.{os.getpid()}.json")
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     partial.replace(path.with_name(f"{path.name}.json"))

@@ -105,14 +105,20 @@ def ranks(scores_BN: Tensor) -> Tensor:
 def calibrate(scores: Tensor) -> Calibration:
     """Returns the calibration of a reward from its scores of reference pictures (at least 2).
 
-    Raises HyperAlignError on fewer, or on scores that are all alike.
+    Raises HyperAlignError on fewer, on scores that are all alike, or on NaN and infinite ones.
     """
-    if scores.numel() < 2 or float(scores.std()) == 0.0:
+    std = float(scores.std()) if scores.numel() > 1 else 0.0
+    if std == 0.0:
         raise HyperAlignError(
             f"Found {scores.numel()} scores to calibrate with, all alike; expected some that differ. Score "
             "more pictures."
         )
-    return Calibration(float(scores.mean()), float(scores.std()))
+    if not math.isfinite(std):
+        raise HyperAlignError(
+            f"Found scores to calibrate with whose deviation is {std}; expected finite ones. Leave out the "
+            "pictures whose score is NaN or infinite."
+        )
+    return Calibration(float(scores.mean()), std)
 
 
 def save_calibrations(path: Path, calibrations: Mapping[str, Calibration]) -> None:

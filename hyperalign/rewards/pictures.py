@@ -47,13 +47,20 @@ def check_images(images_BCHW: Tensor) -> None:
 def network_pixels(images_BCHW: Tensor, network: nn.Module, prepare: Preparation) -> Tensor:
     """Returns pictures as a network reads them, on its device and in its precision."""
     weight = encoder_weight(network)
-    images_BCHW = rgb(images_BCHW).to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-    return prepare(clamp_straight_through(images_BCHW)).to(weight.dtype)
+    images_BCHW = images_BCHW.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+    return prepare(clamp_straight_through(rgb(images_BCHW))).to(weight.dtype)
 
 
 def rgb(images_BCHW: Tensor) -> Tensor:
-    """Returns three channels: grey is repeated, alpha left out."""
-    return images_BCHW.expand(-1, 3, -1, -1) if images_BCHW.shape[1] == 1 else images_BCHW[:, :3]
+    """Returns three channels: grey is repeated, transparency laid on white, as a viewer shows it."""
+    match images_BCHW.shape[1]:
+        case 1:
+            return images_BCHW.expand(-1, 3, -1, -1)
+        case 4:
+            color_BCHW, alpha_B1HW = clamp_straight_through(images_BCHW).split([3, 1], dim=1)
+            return alpha_B1HW * color_BCHW + (1.0 - alpha_B1HW)
+        case _:
+            return images_BCHW
 
 
 class _ClampStraightThrough(torch.autograd.Function):

@@ -24,6 +24,8 @@ CLIP_WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 """What openai/CLIP takes for a word."""
 BERT_LENGTH = 35
 BERT_PAD = 0
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+"""One half of a surrogate pair without the other, as from an emoji that was cut in two."""
 
 
 def page(url: str) -> str:
@@ -42,8 +44,19 @@ def check_prompts(prompts: Sequence[object], pictures: int) -> None:
             f"Found {pictures} pictures and {len(prompts)} prompts; expected one prompt per picture. "
             "Repeat the prompt for every picture."
         )
-    if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
-        raise HyperAlignError(f"Found the prompt {wrong[0]!r}; expected text. Convert it to a string.")
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise HyperAlignError(f"Found the prompt {prompt!r}; expected text. Convert it to a string.")
+        check_characters(prompt)
+
+
+def check_characters(prompt: str, owner: str = "") -> None:
+    """Raises HyperAlignError on half a character, which no tokenizer reads; `owner` follows the prompt."""
+    if half := HALF_CHARACTER.search(prompt):
+        raise HyperAlignError(
+            f"Found half a character ({half[0]!r}) in the prompt {prompt!r}{owner}; expected whole ones. An "
+            "emoji was cut in two there: write it again, or leave it out."
+        )
 
 
 @dataclass(frozen=True, slots=True)

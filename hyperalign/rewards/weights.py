@@ -31,6 +31,9 @@ UNREADABLE = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, struct.error,
 )  # fmt: skip
 """What torch.load raises on files that are not whole, or not its own."""
+PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+COUNTS = ("position_ids", "relative_position_index")
+"""How the only tensors end that some published files hold as integers: counts, which nobody learned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ def load_state(
     state: State = {}
     for path, file in files.items():
         published = read(path)
-        part = file.convert(published)
+        part = _converted(path, file, published)
         _check(path, part, network.get_submodule(file.part).state_dict())
         if path.suffix != SUFFIX:
             _keep(published, path)
@@ -93,16 +96,24 @@ def size_text(file: WeightFile) -> str:
 def read(path: Path) -> State:
     """Returns the tensors of a weight file on the CPU. Raises HyperAlignError, and never runs its code."""
     try:
-        return _read_safetensors(path) if path.suffix == SUFFIX else _read_pickle(path)
-    except pickle.UnpicklingError as error:
-        raise HyperAlignError(
-            f"{path.name} holds more than tensors, or is damaged, and was not read further "
-            f"({first_line(error)}). Get the published file again, or a .safetensors."
-        ) from error
+        state = _read_safetensors(path) if path.suffix == SUFFIX else _read_pickle(path)
     except (SafetensorError, *UNREADABLE) as error:
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+            raise HyperAlignError(
+                f"{path.name} holds more than tensors, or is damaged, and was not read further. Get the "
+                "published file again, or a .safetensors."
+            ) from None  # torch's own text explains how to run the code in the file
         raise HyperAlignError(
             f"{path.name} is not a whole weight file ({first_line(error)}). Download or copy it again."
         ) from error
+    for key, value in state.items():
+        if not _holds_numbers(key, value):
+            raise HyperAlignError(
+                f"{path.name}: {key} is of {value.dtype}, {value.layout}, on {value.device}; expected dense "
+                "floating-point numbers. It is another model's file, or a copy made smaller; get the "
+                "published one."
+            )
+    return state
 
 
 def _read_safetensors(path: Path) -> State:
@@ -114,9 +125,30 @@ def _read_pickle(path: Path) -> State:
     mapped = zipfile.is_zipfile(path)  # only the newer of torch's two formats can be mapped into memory
     loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"it holds a {type(loaded).__name__} instead of named tensors")
-    return dict(cast("Mapping[str, Tensor]", state))
+    if not isinstance(state, Mapping):
+        raise TypeError(f"it holds a {type(loaded).__name__} instead of named tensors")
+    found = dict(cast("Mapping[Any, Any]", state))
+    for key, value in found.items():
+        if not (isinstance(key, str) and isinstance(value, Tensor)):
+            raise TypeError(f"it holds a {type(value).__name__} named {key!r} among its tensors")
+    return found
+
+
+def _holds_numbers(key: str, value: Tensor) -> bool:
+    """Whether a tensor is one that a network can take, or a count."""
+    is_dense = value.layout == torch.strided and not (value.is_meta or value.is_nested)
+    is_count = key.endswith(COUNTS) and value.dtype in (torch.int64, torch.int32)
+    return is_dense and (is_count or value.dtype in PRECISIONS)
+
+
+def _converted(path: Path, file: WeightFile, published: State) -> State:
+    try:
+        return file.convert(published)
+    except UNREADABLE as error:
+        raise HyperAlignError(
+            f"{path.name} does not have the published layout ({first_line(error)}). It is another model's "
+            "file; get the published one."
+        ) from error
 
 
 def first_line(error: Exception) -> str:

@@ -14,6 +14,8 @@ from torch import Tensor
 from hyperalign.errors import HyperAlignError
 from hyperalign.search import MODES, SEEDS, Plan, Search, SearchMode, epsilon_greedy, near
 
+NO_NUMBERS = (math.nan, math.inf, -math.inf)
+
 
 def fresh(seed: int) -> Tensor:
     return torch.randn(1, 8, generator=torch.Generator().manual_seed(seed % (1 << 63)))
@@ -145,10 +147,35 @@ def test_plans_that_make_no_sense_are_refused(values: dict[str, float]) -> None:
         Plan(**values)  # type: ignore[arg-type]
 
 
-def test_scores_that_are_no_numbers_leave_the_search_as_it_was() -> None:
-    search = finished(Plan(5), proposals=2)
-    before = list(search.tried)
-    batch = search.propose()
-    with pytest.raises(HyperAlignError, match="diverged"):
-        search.record(batch, [math.nan], [batch[0].noise])
-    assert search.tried == before
+@given(st.sampled_from(MODES), st.integers(1, 5), st.sets(st.integers(0, 11)), st.sampled_from(NO_NUMBERS))
+def test_candidates_that_failed_are_tried_but_neither_kept_nor_searched_near(
+    mode: SearchMode, batch: int, failing: set[int], no_number: float
+) -> None:
+    search = Search[Tensor](Plan(12, 5, mode, batch, keep=12, epsilon=0.0), fresh)
+    noises: list[Tensor] = []
+    while candidates := search.propose():
+        scores = [no_number if one.seed - 5 in failing else height(one.noise) for one in candidates]
+        search.record(candidates, scores, [one.noise for one in candidates])
+        noises += [one.noise for one in candidates]
+    assert [seed for seed, _ in search.tried] == list(range(5, 17))
+    assert {seed - 5 for seed, score in search.tried if not math.isfinite(score)} == failing
+    assert sorted(scored.seed - 5 for scored in search.kept) == sorted(set(range(12)) - failing)
+    if mode in ("zero-order", "epsilon-greedy"):
+        before = [at for at in range(8) if at not in failing]  # the last of three rounds has four
+        pivot = max((noises[at] for at in before), key=height, default=None)
+        last = fresh(16) if pivot is None else near(pivot, fresh(16), 0.5)
+        assert torch.equal(noises[11], last)
+
+
+@pytest.mark.parametrize("no_number", NO_NUMBERS)
+def test_a_step_s_noise_whose_score_is_no_number_never_wins(no_number: float) -> None:
+    tried: list[Tensor] = []
+
+    def rate(candidates: list[Tensor]) -> list[float]:
+        tried.extend(candidates)
+        return [no_number, -2.0, -1.0, no_number]
+
+    plan = Plan(1, mode="epsilon-greedy-steps", round_size=4, iterations=3)
+    generator = torch.Generator().manual_seed(0)
+    found = epsilon_greedy(plan, lambda: torch.randn(1, 8, generator=generator), rate, random.Random(0))
+    assert torch.equal(found, tried[-2])

@@ -75,6 +75,7 @@ def run(options: Options) -> tuple[list[Finding], list[BadPicture], list[Path]]:
     paths = [options.out / f"audit.{kind}" for kind in ("html", "json", "csv")]
     for path in paths:
         check_writable(path)
+    options.provide_files()
     settings = {
         "rewards": options.rewards, "dtype": options.dtype, "weights": str(options.weights.resolve()),
         "texts": list(cases.texts), "altered": options.alter,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import HyperAlignError
-from .. import loading
+from .. import download, loading
 from ..score.devices import device_of
 from ..score.files import Log, check_writable, file_state, log_of, write_whole
 from ..score.pictures import BadPicture, decode, in_order
@@ -79,6 +79,9 @@ def run(options: argparse.Namespace) -> tuple[list[Judged], list[BadPicture]]:
     pictures = list_samples(folder, options.metadata)
     check_writable(options.out)
     device = device_of(options.device)
+    if options.download:
+        download.download(CLIP, options.weights)
+        download.download_file(detector.WEIGHTS.url, options.weights / detector.WEIGHTS.path)
     check_weights(options.weights, options.tokenizer)
     with Log(log_of(options.out), {"weights": str(options.weights.resolve())}, Judged) as log:
         todo = {name: line for name, line in pictures.items() if not is_judged(folder, name, line, log)}
@@ -205,6 +208,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--metadata", type=Path, metavar="FILE", help="GenEval's evaluation_metadata.jsonl")
     add("--weights", type=Path, default=Path("models/hyperalign_rewards"), metavar="FOLDER",
         help="where the networks' weights lie (default: %(default)s)")  # fmt: skip
+    add("--download", action="store_true", help="fetch what is missing of them first")
     add("--tokenizer", type=Path, metavar="FOLDER", help="where CLIP's vocabulary lies, if not there")
     add("--device", help="default: the GPU where there is one")
     add("--out", type=Path, metavar="FILE", help="results (default: results.jsonl in IMAGES)")

@@ -69,6 +69,7 @@ def run(options: Options) -> tuple[list[BadPicture], str]:
     device = device_of(options.device)
     options.check_rewards()
     prompts = prompts_of(options, names)
+    options.provide_files()
     settings = {"rewards": options.rewards, "dtype": options.dtype, "weights": str(options.weights.resolve())}
     with Log(log_of(options.out), settings, Scored) as log:
         todo = sum(not is_scored(options.folder, name, prompts[name], log) for name in names)

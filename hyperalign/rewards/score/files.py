@@ -46,7 +46,7 @@ def check_writable(path: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise HyperAlignError(
-            f"{path} cannot be written ({first_line(error)}); give a file in a folder that can be."
+            f"{path} cannot be written ({first_line(error)}); give a place where files can be."
         ) from error
 
 

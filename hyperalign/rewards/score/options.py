@@ -11,7 +11,8 @@ import torch
 
 from ...errors import HyperAlignError
 from ...tiny.text_encoder import word_ids
-from .. import Reward, loading, tiny
+from .. import Reward, download, loading, tiny
+from ..text import check_characters
 from ..weights import find
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,6 +32,7 @@ class ScoringOptions:
     dtype: str
     batch: int
     threads: int
+    download: bool
 
     def load(self, device: torch.device) -> list[Reward]:
         """Loads the rewards. Raises HyperAlignError."""
@@ -41,29 +43,46 @@ class ScoringOptions:
         ]
 
     def check_rewards(self) -> None:
-        """Raises HyperAlignError unless all rewards' files are there, once each; reads none that is large."""
+        """Raises HyperAlignError unless the rewards are known, and named once each."""
         if len(set(self.rewards)) != len(self.rewards):
             raise HyperAlignError(f"Found the rewards {', '.join(self.rewards)}; give each of them once.")
-        for name in self.rewards:
-            if name in tiny.NAMES:
-                continue
+        for name in self.published:
+            loading.recipe_of(name)
+
+    def provide_files(self) -> None:
+        """Fetches the rewards' files that are missing, if asked to; reads none that is large.
+
+        Raises HyperAlignError unless all are there then.
+        """
+        for name in self.published:
             recipe = loading.recipe_of(name)
+            if self.download:
+                download.download(name, self.weights)
             for file in recipe.files:
                 find(file, self.weights)
             if recipe.vocabulary is not None:
                 recipe.vocabulary.load(self.weights, self.tokenizer)
 
     def check_prompts(self, prompts: Iterable[str]) -> None:
-        """Raises HyperAlignError where a prompt has words that a reward does not know."""
-        if set(self.rewards) & set(tiny.NAMES):
-            for prompt in dict.fromkeys(prompts):
+        """Raises HyperAlignError where a prompt has half a character or words unknown to a reward."""
+        for prompt in dict.fromkeys(prompts):
+            check_characters(prompt)
+            if len(self.published) < len(self.rewards):
                 word_ids(prompt)
+
+    @property
+    def published(self) -> list[str]:
+        """The rewards that have files; the tiny ones have none."""
+        return [name for name in self.rewards if name not in tiny.NAMES]
 
 
 def scoring_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     """Returns a parser of all `ScoringOptions`."""
     parser = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="folder of pictures; those in its folders count too")
@@ -71,6 +90,7 @@ def scoring_parser(prog: str, description: str | None) -> argparse.ArgumentParse
         help=f"one of {', '.join(loading.NAMES)}; give it again for several")  # fmt: skip
     add("--weights", type=Path, default=Path("models/hyperalign_rewards"), metavar="FOLDER",
         help="where the rewards' weights lie (default: %(default)s)")  # fmt: skip
+    add("--download", action="store_true", help="fetch what is missing of them first")
     add("--tokenizer", type=Path, metavar="FOLDER", help="where the vocabulary lies, if not with the weights")
     add("--device", help="default: the GPU where there is one")
     add("--dtype", choices=list(DTYPES), default="float32", help="of the networks (default: %(default)s)")

@@ -13,6 +13,7 @@ from typing import Any, cast
 from PIL import Image
 
 from ...errors import HyperAlignError
+from ..text import check_characters
 from .pictures import DAMAGED
 
 NAME_KEYS = ("name", "file_name", "filename", "file", "image", "path")
@@ -35,7 +36,7 @@ def find_prompts(folder: Path, names: Sequence[str], source: str) -> list[str]:
             the path of a table (.csv, .jsonl) that maps names to prompts.
 
     Raises:
-        HyperAlignError: a table that cannot be read, or pictures without a prompt.
+        HyperAlignError: a table that cannot be read, pictures without a prompt, or half a character in one.
     """
     if source == "txt":
         found = {name: beside(folder / name) for name in names}
@@ -46,9 +47,12 @@ def find_prompts(folder: Path, names: Sequence[str], source: str) -> list[str]:
     if missing := [name for name in names if not (found.get(name) or "").strip()]:
         raise HyperAlignError(
             f"Found {len(names)} pictures and prompts for {len(names) - len(missing)} of them in {source}; "
-            f"without one: {listed(missing)}. Add theirs, or give one for all with --prompt."
+            f"without one: {listed(missing)}. Add theirs."
         )
-    return [(found[name] or "").strip() for name in names]
+    prompts = [(found[name] or "").strip() for name in names]
+    for name, prompt in zip(names, prompts, strict=True):
+        check_characters(prompt, f" of {name}")
+    return prompts
 
 
 def listed(names: Sequence[str]) -> str:

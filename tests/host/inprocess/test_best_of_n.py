@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import importlib
+import itertools
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +28,20 @@ class Judge:
         self.seen += scores
         self._after(self)
         return scores
+
+
+class Decoder:
+    """A VAE whose pictures are changed, each by its place among all that were decoded."""
+
+    def __init__(self, vae: Any, change: Any) -> None:
+        self._vae, self._change, self._count = vae, change, itertools.count()
+
+    def decode(self, latents: Any) -> Any:
+        return torch.stack([self._change(image, next(self._count)) for image in self._vae.decode(latents)])
+
+
+def diverging(vae: Any, *places: int) -> Decoder:
+    return Decoder(vae, lambda image, place: image * float("nan") if place in places else image)
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +197,26 @@ def test_cancel_in_the_middle_returns_the_best_so_far(comfy, best, reward, node)
     assert node.fingerprint_inputs(seed=41) == 0
 
 
+def test_a_cancelled_search_runs_again_where_a_node_gives_the_seed(comfy, best, reward, node, monkeypatch):
+    from comfy.model_management import interrupt_current_processing
+    from comfy_execution.graph import DynamicPrompt
+    from execution import IsChangedCache
+
+    import nodes
+
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "HyperAlignBestOfN", node)
+
+    def key(seed: Any) -> Any:
+        prompt = {"2": {"class_type": "HyperAlignBestOfN", "inputs": {"seed": seed}}}
+        return asyncio.run(IsChangedCache("test", DynamicPrompt(prompt), None).get("2"))
+
+    before = key(["1", 0]), key(45), key(46)
+    judge = Judge(reward, lambda self: len(self.seen) == 1 and interrupt_current_processing())
+    best(reward=judge, count=100, seed=45)
+    after = key(["1", 0]), key(45), key(46)
+    assert [first != second for first, second in zip(before, after, strict=True)] == [True, True, False]
+
+
 def test_cancel_within_a_sample_keeps_those_before_it(comfy, best, reward, tiny):
     from comfy.model_management import interrupt_current_processing
 
@@ -232,6 +268,77 @@ def test_the_best_is_shown_beside_the_one_in_the_making(comfy, best, tiny, monke
     assert sizes == [(16, 16), (16, 16), (64, 64), (128, 64), (128, 64), (64, 64)]
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_sample_that_diverged_has_failed_and_the_others_are_kept(best, tiny, batch_size):
+    whole = dict(zip(*best(keep=5)[3:1:-1], strict=True))
+    _, images, scores, seeds, table = best(keep=5, vae=diverging(tiny.vae, 0, 3), batch_size=batch_size)
+    assert sorted(seeds) == [41, 42, 44]
+    assert scores == pytest.approx([whole[seed] for seed in seeds], rel=1e-3)
+    assert bool(images.isfinite().all())
+    assert table.splitlines()[0] == "tiny reward: 5 of 5 (done, 2 failed)"
+    assert [line.split()[2] for line in table.splitlines() if "failed" in line.split()] == ["40", "43"]
+
+
+def test_a_score_that_is_no_number_fails_its_sample_alone(best, pack, reward):
+    tiny = importlib.import_module(f"{pack.__name__}.hyperalign.rewards.tiny")
+    rewards = importlib.import_module(f"{pack.__name__}.hyperalign.hosts.comfy_rewards")
+    own, places = tiny.load("tiny reward"), itertools.count()
+
+    class Overflowing:
+        name, module = own.name, own.module
+
+        def score(self, images: Any, prompts: Any) -> torch.Tensor:
+            scores = own.score(images, prompts)
+            return torch.tensor([float("inf") if next(places) == 3 else float(score) for score in scores])
+
+    whole = best(keep=5)
+    _, _, scores, seeds, table = best(keep=5, reward=rewards.hosted(Overflowing()), batch_size=2)
+    assert seeds == [seed for seed in whole[3] if seed != 43]
+    assert "done, 1 failed" in table
+    assert scores == pytest.approx([score for score, seed in zip(*whole[2:4], strict=True) if seed != 43])
+
+
+def test_a_step_s_noise_whose_picture_diverged_is_not_taken(best, tiny):
+    # The pictures foreseen: two steps of one round of two noises, then the finished one.
+    _, images, *_, table = best(**STEPS | {"iterations": 1}, count=1, vae=diverging(tiny.vae, 0, 3))
+    assert "1 of 1 (done)" in table
+    assert bool(images.isfinite().all())
+
+
+def test_the_search_fails_only_if_every_sample_does(best, tiny):
+    with pytest.raises(Exception, match="All 5 samples have NaN or infinite pixels") as caught:
+        best(vae=diverging(tiny.vae, *range(5)), batch_size=2)
+    assert type(caught.value).__name__ == "HyperAlignError"
+
+
+def test_a_vae_that_decodes_to_a_video_of_one_frame_will_do(best, tiny):
+    class Timed(Decoder):
+        def decode(self, latents: Any) -> Any:
+            return super().decode(latents)[:, None]
+
+    plain = best(keep=3, count=3)
+    timed = best(keep=3, count=3, batch_size=2, vae=Timed(tiny.vae, lambda image, place: image))
+    assert (timed[1].shape, timed[3]) == (plain[1].shape, plain[3])
+
+
+def test_frames_are_laid_out_as_by_the_host_s_decoder_and_videos_are_refused(pack):
+    from comfy.ldm.wan.vae import WanVAE
+    from comfy.sd import VAE
+
+    import nodes
+
+    search = importlib.import_module(f"{pack.__name__}.hyperalign.hosts.comfy_search")
+    network = WanVAE(dim=8, z_dim=16, temperal_downsample=[False, True, True])
+    with torch.inference_mode():
+        vae = VAE({key: torch.full_like(value, 0.1) for key, value in network.state_dict().items()})
+        one, several = torch.randn(2, 16, 1, 4, 4), torch.randn(1, 16, 2, 4, 4)
+        images = search.decoded(vae, one)
+        assert torch.equal(images, nodes.VAEDecode().decode(vae, {"samples": one})[0])
+        assert images.shape == (2, 32, 32, 3)
+        with pytest.raises(Exception, match="5 pictures of 1 latents"):
+            search.decoded(vae, several)
+
+
 def test_memory_does_not_grow_with_the_number_of_samples(best, reward):
     sizes = []
 
@@ -257,6 +364,7 @@ def test_every_sample_is_aligned_where_there_is_a_hypernetwork(best, pack, save_
     ("changes", "message"),
     [
         ({"latent_image": {"samples": torch.zeros(2, 4, 16, 16)}}, "2 latents to start from; expected 1"),
+        ({"latent_image": {"samples": torch.zeros(1, 4, 3, 16, 16)}}, "latent of 3 frames; expected 1"),
         ({"steps": 0}, "steps is 0"),
         ({"count": 0}, "count is 0"),
         ({"prompt": "a zebra"}, "'zebra'"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
@@ -37,9 +39,19 @@ def folders(comfy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def nodes(pack: ModuleType, folders: Path) -> ModuleType:
-    import importlib
-
     return importlib.import_module(f"{pack.__name__}.nodes.rewards")
+
+
+@dataclass(frozen=True)
+class Overflowing:
+    """A reward whose second score is no number."""
+
+    value: float
+    name: str = "overflowing"
+    module: torch.nn.Module = field(default_factory=lambda: torch.nn.Linear(1, 1))
+
+    def score(self, images_BCHW: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([self.value if index == 1 else 0.5 for index in range(len(images_BCHW))])
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -73,7 +85,7 @@ def refusal(function: Any, *args: Any) -> str:
     """The message of an error of ours; the pack under test has its own copy of the class."""
     with pytest.raises(Exception) as caught:
         function(*args)
-    assert type(caught.value).__name__ == HyperAlignError.__name__
+    assert HyperAlignError.__name__ in [kind.__name__ for kind in type(caught.value).mro()]
     return str(caught.value)
 
 
@@ -114,6 +126,33 @@ def test_z_scores_need_the_calibration_that_reward_score_keeps(nodes):
     assert sum(chain.score(pictures(5), [PROMPT] * 5)) == pytest.approx(0.0, abs=1e-4)
 
 
+def test_a_damaged_calibration_stops_z_scores_alone_and_is_repaired_by_calibrating(nodes, folders, caplog):
+    path = folders / "models" / "hyperalign_rewards" / "calibrations.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{", encoding="utf-8")
+    assert loaded(nodes, TINY, 1.0, "z-score").name == TINY  # alone, nothing is combined
+    both = loaded(nodes, HELDOUT, chain=loaded(nodes))
+    message = refusal(lambda: loaded(nodes, HELDOUT, 1.0, "z-score", chain=loaded(nodes)))
+    assert "not a file of calibrations" in message
+    assert "Calibrate the rewards again" in message
+    nodes.HyperAlignRewardScore.execute(both, pictures(5), PROMPT, calibrate=True)
+    assert "not a file of calibrations" in caplog.text
+    assert set(json.loads(path.read_text(encoding="utf-8"))) == {TINY, HELDOUT}
+    assert loaded(nodes, HELDOUT, 1.0, "z-score", chain=loaded(nodes)).score(pictures(1), [PROMPT])
+
+
+def test_calibrating_one_reward_keeps_the_others(nodes, folders):
+    for name in (TINY, HELDOUT):
+        nodes.HyperAlignRewardScore.execute(loaded(nodes, name), pictures(5), PROMPT, calibrate=True)
+    assert loaded(nodes, HELDOUT, 1.0, "z-score", chain=loaded(nodes)).score(pictures(1), [PROMPT])
+
+
+def test_a_linked_combination_may_be_z_score(nodes):
+    nodes.HyperAlignRewardScore.execute(loaded(nodes), pictures(5), PROMPT, calibrate=True)
+    assert nodes.HyperAlignRewardLoader.fingerprint_inputs(combination=None) > 0.0  # the host knows no value
+    assert nodes.HyperAlignRewardLoader.fingerprint_inputs(combination="rank") == 0.0
+
+
 def test_one_reward_twice_is_refused(nodes):
     assert "none twice" in refusal(lambda: loaded(nodes, chain=loaded(nodes)))
 
@@ -150,8 +189,6 @@ def test_another_weight_reads_no_file_again_until_the_host_unloads_the_reward(no
 
 
 def test_a_changed_file_is_read_again(nodes, pack, folders, monkeypatch):
-    import importlib
-
     from safetensors.torch import save_file
 
     loading, weights, tiny = (
@@ -234,9 +271,9 @@ def test_saved_pictures_know_their_scores_and_the_table_grows(nodes, folders):
     assert [json.loads(line)["score"] for line in lines] == expected
 
 
-@pytest.mark.parametrize(("channels", "value"), [(1, 0.5), (4, 0.5)])
+@pytest.mark.parametrize(("channels", "value"), [(1, 0.5), (4, 0.75)])  # transparent ones lie on white
 def test_grey_and_transparent_pictures_are_scored_and_shown(nodes, channels, value):
-    images = torch.full((1, 32, 32, channels), value)
+    images = torch.full((1, 32, 32, channels), 0.5)
     output = nodes.HyperAlignRewardScore.execute(loaded(nodes), images, PROMPT, save=True)
     assert output.result[0] == pytest.approx(
         loaded(nodes).score(torch.full((1, 32, 32, 3), value), [PROMPT]), rel=1e-4
@@ -249,6 +286,22 @@ def test_pixels_that_are_no_numbers_are_refused_and_nothing_is_saved(nodes, fold
     message = refusal(lambda: nodes.HyperAlignRewardScore.execute(loaded(nodes), images, PROMPT, save=True))
     assert "NaN or infinite pixels" in message
     assert not (folders / "output").exists()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_scores_that_are_no_numbers_are_refused_and_nothing_is_kept(nodes, pack, folders, value):
+    hosted = importlib.import_module(f"{pack.__name__}.hyperalign.hosts.comfy_rewards").hosted
+    overflowing = hosted(Overflowing(float(value)))
+    for weight, chain in ((1.0, None), (0.0, loaded(nodes))):
+        reward = nodes.comfy_rewards.chained(chain, overflowing, weight, "sum", {})
+        message = refusal(
+            lambda judge=reward: nodes.HyperAlignRewardScore.execute(
+                judge, pictures(), PROMPT, save=True, calibrate=True
+            )
+        )
+        assert "overflowing gives picture 2 of 3 a score that is NaN or infinite" in message
+    assert not (folders / "output").exists()
+    assert not (folders / "models").exists()
 
 
 def test_another_number_of_prompts_is_refused(nodes):

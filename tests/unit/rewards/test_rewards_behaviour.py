@@ -143,6 +143,10 @@ def test_checkpointing_recomputes_the_layers_and_changes_nothing(name: str, load
         (["a dog"] * 3, "2 pictures and 3 prompts"),
         ("ab", "one string 'ab'; expected a list"),
         (["a dog", 5], "the prompt 5; expected text"),
+        (
+            ["a dog", "a \ud83d cat"],
+            r"half a character \('\\ud83d'\) in the prompt 'a \\ud83d cat'",
+        ),
     ],
 )
 def test_prompts_that_do_not_fit_are_refused(name: str, prompts: list[str], message: str, load: Load) -> None:

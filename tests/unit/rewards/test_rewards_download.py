@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,11 +27,17 @@ class Hub(BaseHTTPRequestHandler):
         server: Counting = self.server  # type: ignore[assignment]
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         server.asked.append((self.path, start))
-        if server.status != 200 or start > len(CONTENT):
-            self.send_error(server.status if server.status != 200 else 416)
+        if server.status != 200:
+            self.send_error(server.status)
+            return
+        if start >= len(CONTENT):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(CONTENT)}")
+            self.end_headers()
             return
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(CONTENT) - start))
+        if server.tells_length:
+            self.send_header("Content-Length", str(len(CONTENT) - start))
         self.end_headers()
         self.wfile.write(CONTENT[start : HALF if server.breaks and not start else None])
 
@@ -43,6 +50,7 @@ class Counting(ThreadingHTTPServer):
     """Each path, and from which byte on."""
     breaks = False
     """Whether the line breaks in the middle of each file."""
+    tells_length = True
     status = 200
 
 
@@ -98,10 +106,60 @@ def test_a_broken_download_goes_on_where_it_stopped(hub: Counting, tmp_path: Pat
 
 def test_a_remainder_of_a_longer_file_is_thrown_away(hub: Counting, tmp_path: Path) -> None:
     (tmp_path / f"{WEIGHTS}.partial").write_bytes(CONTENT + b"more")
-    with pytest.raises(HyperAlignError, match="416"):
-        download("hpsv2.1", tmp_path)
     download("hpsv2.1", tmp_path)
     assert (tmp_path / WEIGHTS).read_bytes() == CONTENT
+    assert [start for path, start in hub.asked if path.endswith(WEIGHTS)] == [len(CONTENT) + 4, 0]
+
+
+def test_a_whole_file_that_was_stopped_before_it_got_its_name_is_kept(hub: Counting, tmp_path: Path) -> None:
+    (tmp_path / f"{WEIGHTS}.partial").write_bytes(CONTENT)
+    told: list[tuple[str, int, int]] = []
+    download("hpsv2.1", tmp_path, lambda *facts: told.append(facts))
+    assert (tmp_path / WEIGHTS).read_bytes() == CONTENT
+    assert json.loads((tmp_path / f"{WEIGHTS}.json").read_text())["bytes"] == len(CONTENT)
+    assert [start for path, start in hub.asked if path.endswith(WEIGHTS)] == [len(CONTENT)]
+    assert told[0] == (WEIGHTS, len(CONTENT), len(CONTENT))
+
+
+def test_a_server_that_does_not_tell_the_length_is_no_obstacle(hub: Counting, tmp_path: Path) -> None:
+    hub.tells_length = False
+    told: list[tuple[str, int, int]] = []
+    download("hpsv2.1", tmp_path, lambda *facts: told.append(facts))
+    assert (tmp_path / WEIGHTS).read_bytes() == CONTENT
+    own = [(here, total) for name, here, total in told if name == WEIGHTS]
+    assert all(here < total for here, total in own[:-1])
+    assert own[-1] == (len(CONTENT), len(CONTENT))
+
+
+@pytest.mark.parametrize("place", ["file", "file/deeper"])
+def test_a_file_in_the_folder_s_place_is_told_in_a_sentence(
+    hub: Counting, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(HyperAlignError, match=rf"{WEIGHTS} cannot be written .*; give a place where"):
+        download("hpsv2.1", tmp_path / place)
+    assert hub.asked == []
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_told_in_a_sentence(hub: Counting, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(HyperAlignError, match=rf"{WEIGHTS} cannot be written"):
+        download("hpsv2.1", tmp_path)
+
+
+def test_a_folder_in_the_file_s_place_is_told_in_a_sentence(hub: Counting, tmp_path: Path) -> None:
+    (tmp_path / WEIGHTS).mkdir()
+    with pytest.raises(HyperAlignError, match=rf"{WEIGHTS} is a folder"):
+        download("hpsv2.1", tmp_path)
+
+
+def test_a_mirror_that_is_no_address_is_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "somewhere")
+    with pytest.raises(HyperAlignError, match="could not be downloaded from somewhere/xswu"):
+        download("hpsv2.1", tmp_path)
 
 
 def test_weights_that_were_converted_are_not_fetched_again(hub: Counting, tmp_path: Path) -> None:

@@ -129,3 +129,6 @@ def test_wrong_members_and_calibrations_are_refused() -> None:
         calibrate(torch.ones(1))
     with pytest.raises(HyperAlignError, match="3 scores to calibrate with, all alike"):
         calibrate(torch.ones(3))
+    for value in ("nan", "inf", "-inf"):
+        with pytest.raises(HyperAlignError, match="whose deviation is nan; expected finite"):
+            calibrate(torch.tensor([0.2, float(value), 0.3]))

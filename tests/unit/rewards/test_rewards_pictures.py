@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hyperalign.errors import HyperAlignError
+from hyperalign.rewards import loading
 from hyperalign.rewards import pictures as P
+from hyperalign.rewards.score.pictures import decode
 
 Picture = NDArray[np.uint8]
 SIDES = st.integers(1, 90)
@@ -91,10 +95,33 @@ def test_the_clamp_keeps_the_gradient_of_what_it_cuts() -> None:
     assert x.grad.tolist() == [1.0, 2.0, 3.0]
 
 
-def test_grey_is_repeated_and_alpha_left_out() -> None:
-    grey, alpha = torch.rand(2, 1, 4, 4), torch.rand(2, 4, 4, 4)
+def test_grey_is_repeated_and_color_stays_as_it_is() -> None:
+    grey, color = torch.rand(2, 1, 4, 4), torch.randn(2, 3, 4, 4)
     assert torch.equal(P.rgb(grey), torch.cat([grey] * 3, dim=1))
-    assert torch.equal(P.rgb(alpha), alpha[:, :3])
+    assert torch.equal(P.rgb(color), color)
+
+
+def test_transparency_lies_on_white_as_in_a_folder_s_pictures(tmp_path: Path) -> None:
+    """One picture has one score, in a node and in the folder scorer."""
+    layers = np.random.default_rng(0).integers(0, 256, (40, 30, 4), dtype=np.uint8)
+    Image.fromarray(layers, "RGBA").save(tmp_path / "clear.png")
+    expected = decode(tmp_path, "clear.png")
+    assert isinstance(expected, Tensor)
+    found = P.rgb(batch_of(layers))
+    assert torch.allclose(found[0], expected.float() / 255, atol=1.01 / 255)  # Pillow rounds to bytes
+    judge = loading.load("tiny reward", tmp_path)
+    as_node, as_folder = (
+        judge.score(images, ["a dog"]) for images in (batch_of(layers), expected[None] / 255)
+    )
+    assert torch.allclose(as_node, as_folder, atol=0.01)
+
+
+def test_what_left_zero_to_one_lies_on_white_as_if_it_had_been_saved() -> None:
+    layers = torch.tensor([1.5, -0.5, 0.25, 0.5]).view(1, 4, 1, 1).requires_grad_()
+    assert P.rgb(layers).flatten().tolist() == [1.0, 0.5, 0.625]
+    P.rgb(layers).sum().backward()
+    assert layers.grad is not None
+    assert layers.grad.flatten().tolist() == [0.5, 0.5, 0.5, (1 + 0 + 0.25) - 3]
 
 
 @pytest.mark.parametrize(

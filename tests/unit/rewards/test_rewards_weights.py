@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import tarfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,10 +76,25 @@ def test_a_pickle_with_code_is_refused_and_never_run(
         torch.save({"state_dict": {"logit_scale": torch.ones(())}, "x": Malicious(trace)}, path)
     else:
         path.write_bytes(pickle.dumps(Malicious(trace)))
-    with pytest.raises(HyperAlignError, match="holds more than tensors, or is damaged"):
+    with pytest.raises(HyperAlignError, match="holds more than tensors, or is damaged") as caught:
         loading.load("hpsv2.1", folder)
+    assert "weights_only" not in "".join(traceback.format_exception(caught.value))
     assert not trace.exists()
     assert not path.with_suffix(".safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["TorchScript", "tar"])
+@pytest.mark.filterwarnings("ignore")
+def test_formats_with_code_are_refused_without_advice_to_run_it(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "HPS_v2.1_compressed.pt"
+    if kind == "tar":
+        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+            tar.add(__file__, "storages")
+    else:
+        torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(2)).save(path)
+    with pytest.raises(HyperAlignError, match="holds more than tensors, or is damaged") as caught:
+        weights.read(path)
+    assert "weights_only" not in "".join(traceback.format_exception(caught.value))
 
 
 BEGINNINGS = [b"", b"PK\x03\x04", b"\x80\x02", b"<html>", b"\x10\x00\x00\x00\x00\x00\x00\x00{"]

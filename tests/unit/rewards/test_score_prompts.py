@@ -142,3 +142,14 @@ def test_unreadable_tables_are_refused_in_one_sentence(
 def test_a_table_that_is_not_there_is_named() -> None:
     with pytest.raises(HyperAlignError, match=r"There is no table of prompts nowhere\.csv"):
         find_prompts(Path(), NAMES, "nowhere.csv")
+
+
+@pytest.mark.parametrize("half", ["\\ud83d", "\\udc31"])
+def test_half_an_emoji_is_refused_and_its_picture_named(tmp_path: Path, half: str) -> None:
+    """As a tool leaves it that cuts UTF-16 in two; JSON carries it, no tokenizer reads it."""
+    lines = [{"name": "a.png", "prompt": "a \U0001f431"}, {"name": "b.png", "prompt": "a CUT cat"}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines).replace("CUT", half))
+    assert find_prompts(tmp_path, ["a.png"], str(path)) == ["a \U0001f431"]
+    with pytest.raises(HyperAlignError, match=r"half a character \('\\u.*' of b\.png; expected whole ones"):
+        find_prompts(tmp_path, ["a.png", "b.png"], str(path))
