@@ -109,7 +109,6 @@ class TimedTrainer(Trainer):
         """Takes a step; returns its phases."""
         self.phases = {}
         self._train_step()
-        self.step += 1
         return self.phases
 
     def _rollout_states(self) -> States:

@@ -22,30 +22,27 @@ from hyperalign.card import write_card
 from hyperalign.checkpoint import HyperAlign
 from hyperalign.errors import HyperAlignError
 from hyperalign.hosts.diffusers_adapter import Adapter
-from hyperalign.schedule import Schedule
 from train.bases.base import with_empty
 from train.config import TrainConfig
 from train.draws import Draws, normal, times
 from train.materials import Materials
 from train.objective import States, noised_states, preference_loss, reward_loss, rollout_states
 from train.recipe import as_table
-from train.relative_distance import base_key_times
 from train.rollout import rollout
-from train.runtime import Clock, Log, Row, SavedStates, StopRequest, flat
-from train.setup import identity, learning_rate, new_hyperalign
+from train.runtime import Clock, Log, Row, SavedStates, Stopped, StopRequest, flat
+from train.setup import identity, learning_rate, new_hyperalign, schedule_of, tell_changes
+from train.sharding import wants_sharding
 
 logger = logging.getLogger("hyperalign.train")
-
-
-class Stopped(Exception):
-    """The machine asked the run to end; the state is saved."""
 
 
 class Trainer:
     """One training run in one folder.
 
     Everything random in a step is drawn from (seed, step) for all processes together, so a resumed
-    run continues the exact loss curve, and there is no random state to save.
+    run continues the exact loss curve, and there is no random state to save. A step counts whole or not
+    at all: what ends one early saves the state before it, and what tears the optimiser's own step saves
+    nothing, so that the last saved state stands.
     """
 
     def __init__(
@@ -59,8 +56,12 @@ class Trainer:
         self.device = self.accelerator.device
         self.materials = materials
         self.base = materials.base
+        self._states = SavedStates(config.run.out / "states", config.run.keep)
+        saved = self._states.newest()
+        if saved is not None:
+            tell_changes(saved, config, self.accelerator)
         torch.manual_seed(config.run.seed)
-        self.schedule = self._schedule()
+        self.schedule = schedule_of(config, materials, self.accelerator, saved)
         self.hyperalign = new_hyperalign(config, self.base.backbone, self.schedule)
         self.network = self.hyperalign.network.to(self.device)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
@@ -72,10 +73,16 @@ class Trainer:
         )
         self.step = self.pictures_seen = self.skipped = self._skipped_in_a_row = 0
         config.run.out.mkdir(parents=True, exist_ok=True)
+        self._identity = json.dumps(identity(config))
         self._figures: Row = {}
-        self._states = SavedStates(config.run.out / "states", config.run.keep)
+        self._unlogged: Row = {}  # of the last step, until it is evaluated and logged
+        self._drawn = 0  # pictures of the step that is under way
+        self._between_steps = True  # while it is not, the weights are of no step
         self._log = Log(config.run.out / "log.jsonl")
-        self._resume()
+        if saved is not None:
+            self._load(saved)
+        if self.accelerator.is_main_process:
+            self._log.truncate(self.step - bool(self._unlogged))
 
     @property
     def path(self) -> Path:
@@ -90,30 +97,45 @@ class Trainer:
         """Trains to the last step; on interruption the state is saved and the exception goes on.
 
         Raises:
-            Stopped: SIGTERM came.
-            HyperAlignError: the gradients stay infinite, or the disk is full.
+            Stopped: SIGTERM or Ctrl-C came.
+            KeyboardInterrupt: Ctrl-C came twice.
+            HyperAlignError: the gradients stay infinite, the disk is full, or another process failed.
         """
         clock, stop = Clock(self.config.optim.steps), StopRequest()
         try:
             with stop.listening():
-                while self.step < self.config.optim.steps:
-                    row = self._train_step()
-                    self.step += 1
-                    row |= {"seconds_left": clock.left(self.step)}
-                    row |= self._evaluate()
-                    if self.accelerator.is_main_process:
-                        self._log.append(row)
-                        if on_step is not None:
-                            on_step(row)
-                    self.accelerator.log(flat(row), step=row["step"])
-                    if self.step % self.config.run.save_every == 0:
+                while self._unlogged or self.step < self.config.optim.steps:
+                    if not self._unlogged:
+                        self._unlogged = self._train_step()
+                        self._unlogged["seconds_left"] = clock.left(self.step)
+                        self._between_steps = True
+                    if self._is_evaluated() or self.step % self.config.run.save_every == 0:
                         self._save_state()
-                    if self._any_process(stop.received):
-                        raise Stopped
+                    if self._is_evaluated():
+                        self._end_if(stop.received)
+                        with stop.immediate():
+                            self._unlogged |= self._evaluate()
+                    self._report(on_step)
+                    self._end_if(stop.received)
         finally:
-            self._save_state()
+            if self._between_steps:
+                self._save_state()
         self.export()
         self.accelerator.end_training()
+
+    def _end_if(self, asked: bool) -> None:
+        """Raises Stopped if any process was asked to end."""
+        if self._any_process(asked):
+            raise Stopped
+
+    def _report(self, on_step: Callable[[Row], None] | None) -> None:
+        row = self._unlogged
+        if self.accelerator.is_main_process:
+            self._log.append(row)
+        self._unlogged = {}
+        if self.accelerator.is_main_process and on_step is not None:
+            on_step(row)
+        self.accelerator.log(flat(row), step=row["step"])
 
     def export(self) -> Path:
         """Writes the averaged hypernetwork with a header that says how it was made, and its model card."""
@@ -132,14 +154,6 @@ class Trainer:
         data = self.materials.origin.get("preference_data", "")
         return provenance.sources(model.base, o.rewards if o.reward_weight else {}, data, model.hub)
 
-    def _schedule(self) -> Schedule:
-        model = self.config.model
-        if model.variant != "P" or model.key_times:
-            return self.config.schedule()
-        found = base_key_times(self.materials, count=model.key_count, guidance=self.config.objective.guidance)
-        logger.info("key times found on the base model: %s", ", ".join(f"{t:.3f}" for t in found))
-        return Schedule("P", found)
-
     def _draws(self) -> Draws:
         accelerator = self.accelerator
         return Draws(self.config.run.seed, self.step, accelerator.process_index, accelerator.num_processes)
@@ -149,17 +163,38 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.optim.bf16 and full)
 
     def _train_step(self) -> Row:
+        """Takes a step; only its end changes what a state holds."""
         started = time.monotonic()
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
-        row: Row = {"step": self.step}
-        if self.config.objective.reward_weight:
-            row |= self._reward_pass()
-        if self.config.objective.preference_weight:
-            row |= self._preference_pass()
-        row |= self._apply_gradient()
+        self._drawn = 0
+        self.optimiser.zero_grad()
+        row: Row = {"step": self.step} | self._passes() | self._apply_gradient()
         seconds = time.monotonic() - started
         return row | {"seconds": seconds} | self._speed(seconds)
+
+    def _passes(self) -> Row:
+        """Adds up the gradients of both losses; returns the figures.
+
+        A process that fails tells the others where they meet next, so that none waits for it in vain.
+        With a backbone spread over them they meet in each pass, and the launcher ends them.
+        """
+        row: Row = {}
+        failure: Exception | None = None
+        try:
+            if self.config.objective.reward_weight:
+                row |= self._reward_pass()
+            if self.config.objective.preference_weight:
+                row |= self._preference_pass()
+        except Exception as error:
+            if self.accelerator.num_processes == 1 or wants_sharding(self.accelerator):
+                raise
+            failure = error
+        if not self._any_process(failure is not None):
+            return row | self._mean({name: row[name] for name in row if name != "grad_norm_reward"})
+        raise failure or HyperAlignError(
+            f"Another process failed in step {self.step}; it says why. Run the same command again to go on."
+        )
 
     def _speed(self, seconds: float) -> Row:
         o, processes = self.config.objective, self.accelerator.num_processes
@@ -185,7 +220,7 @@ class Trainer:
             self.accelerator.backward(o.reward_weight * share * loss)
             for name, value in {"reward_loss": loss, **scores}.items():
                 totals[name] = totals.get(name, 0.0) + share * value.mean().item()
-        return self._mean(totals) | {"grad_norm_reward": self._gradient_norm()}
+        return {**totals, "grad_norm_reward": self._gradient_norm()}
 
     def _rollout_states(self) -> States:
         o, draws = self.config.objective, self._draws()
@@ -229,7 +264,7 @@ class Trainer:
                 )
             self.accelerator.backward(o.preference_weight * share * loss)
             total += share * loss.item()
-        return self._mean({"preference_loss": total})
+        return {"preference_loss": total}
 
     def _pictures(
         self, rows: int, bounds: tuple[float, float], purpose: int, drop: float = 0.0
@@ -240,8 +275,8 @@ class Trainer:
             raise HyperAlignError("The run needs preferred pictures; set data.preferred.")
         draws, whole = self._draws(), rows * self.accelerator.num_processes
         rng, own = draws.generator(purpose), draws.part(rows)
-        x0, captions = preferred.batch(self.pictures_seen, whole, rng, own)
-        self.pictures_seen += whole
+        x0, captions = preferred.batch(self.pictures_seen + self._drawn, whole, rng, own)
+        self._drawn += whole
         chances = rng.random((whole,))[own] if drop else np.ones(rows)
         u_B = times(whole, bounds, self.config.objective.time_law, rng)[own]
         noise = normal((whole, *self.base.latent_shape), rng)[own]
@@ -276,20 +311,24 @@ class Trainer:
         return float(torch.stack([g.norm() for g in grads]).norm()) if grads else 0.0
 
     def _apply_gradient(self) -> Row:
-        """Takes an optimiser step, unless the gradient is not finite. Raises HyperAlignError."""
+        """Ends the step, with one of the optimiser if the gradient is finite. Raises HyperAlignError."""
         norm = self._synchronised_gradient_norm()
         finite = bool(torch.isfinite(norm))
-        if finite:
-            self.optimiser.step()
-            self._update_average()
-        self.optimiser.zero_grad()
-        self.skipped += not finite
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         if self._skipped_in_a_row >= self.config.optim.bad_steps:
             raise HyperAlignError(
                 f"The gradient was not finite for {self._skipped_in_a_row} steps in a row, up to step "
-                f"{self.step}. Lower optim.lr or objective.reward_weight and go on from the last state."
+                f"{self.step}. Lower optim.lr or objective.reward_weight and run the command again: it goes "
+                "on from the last state."
             )
+        self._between_steps = False
+        if finite:
+            self.optimiser.step()
+            self._update_average()
+        self.skipped += not finite
+        self.pictures_seen += self._drawn
+        self.step += 1
+        self.optimiser.zero_grad()
         return {"grad_norm": float(norm), "skipped": not finite, "skipped_in_all": self.skipped}
 
     def _synchronised_gradient_norm(self) -> Tensor:
@@ -315,10 +354,11 @@ class Trainer:
         for mean, value in zip(self.average.parameters(), self.network.parameters(), strict=True):
             mean.lerp_(value, 1.0 - decay)
 
-    def _evaluate(self) -> Row:
+    def _is_evaluated(self) -> bool:
         every = self.config.eval.every
-        if not every or (self.step % every and self.step != self.config.optim.steps):
-            return {}
+        return bool(every) and (self.step % every == 0 or self.step == self.config.optim.steps)
+
+    def _evaluate(self) -> Row:
         grid = self.config.run.out / "grids" / f"{self.step:05d}.png"
         figures = self.materials.evaluate(self.averaged(), grid)
         self._figures = flat(figures)
@@ -336,33 +376,18 @@ class Trainer:
             "pictures_seen": self.pictures_seen,
             "skipped": self.skipped,
             "figures": self._figures,
+            "unlogged": self._unlogged,
+            "key_times": list(self.schedule.key_times),
             "processes": self.accelerator.num_processes,
-            "recipe": json.dumps(identity(self.config)),
+            "recipe": self._identity,
         }
         self._states.save(state, self.step)
 
-    def _resume(self) -> None:
-        state = self._states.newest()
-        if state is not None:
-            self._load(state)
-        if self.accelerator.is_main_process:
-            self._log.truncate(self.step)
-
     def _load(self, state: Row) -> None:
-        if json.loads(state["recipe"]) != json.loads(json.dumps(identity(self.config))):
-            raise HyperAlignError(
-                f"{self.config.run.out} holds a run of another recipe. Choose another --run.out, "
-                "delete the folder, or use the recipe it was started with."
-            )
-        if state["processes"] != self.accelerator.num_processes:
-            logger.warning(
-                "The run was saved by %d processes and goes on with %d: the same in all but the data's order "
-                "and the batch, which is objective.prompts and objective.preferred times the processes.",
-                state["processes"], self.accelerator.num_processes,
-            )  # fmt: skip
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.pictures_seen = int(state["step"]), int(state["pictures_seen"])
         self.skipped = int(state["skipped"])
         self._figures = state.get("figures", {})
+        self._unlogged = state.get("unlogged", {})

@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ from hyperalign.errors import HyperAlignError
 logger = logging.getLogger("hyperalign.train")
 Row = dict[str, Any]
 """One line of the log."""
+
+DAMAGED = (OSError, RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError)
+"""What reading a damaged state raises: its bytes end the unpickler in many ways."""
 
 
 class SavedStates:
@@ -61,7 +65,7 @@ class SavedStates:
         for path in reversed(paths):
             try:
                 return torch.load(path, map_location="cpu", weights_only=True)
-            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            except DAMAGED as error:
                 logger.warning("%s cannot be read (%s); the state before it is taken.", path, error)
         if paths:
             raise HyperAlignError(
@@ -85,8 +89,11 @@ class Log:
         if step == 0 or not self.path.exists():
             self.path.unlink(missing_ok=True)
             return
-        rows = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [row for row in rows if json.loads(row)["step"] < step]
+        rows = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        steps = [_step_of(row) for row in rows]
+        if None in steps:
+            logger.warning("%s: %d broken lines are left out.", self.path, steps.count(None))
+        kept = [row for row, its in zip(rows, steps, strict=True) if its is not None and its < step]
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(row + "\n" for row in kept), encoding="utf-8")
         partial.replace(self.path)
@@ -95,6 +102,14 @@ class Log:
         """Adds a line."""
         with self.path.open("a", encoding="utf-8") as log:
             log.write(json.dumps(_rounded(row)) + "\n")
+
+
+def _step_of(line: str) -> int | None:
+    """Returns the step of a line of the log, None where it was not written whole."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _rounded(value: Any) -> Any:
@@ -131,25 +146,49 @@ class Clock:
         return (now - start) / (step - first) * (self.steps - step)
 
 
+class Stopped(Exception):
+    """The run was asked to end; its state is saved."""
+
+
 class StopRequest:
-    """Whether the machine asked the run to end (SIGTERM, as schedulers send it before they take a node)."""
+    """Whether the run was asked to end: by SIGTERM, as schedulers send it before they take a node, or Ctrl-C.
+
+    A request waits for the end of the step; Ctrl-C after it raises KeyboardInterrupt at once.
+    """
 
     def __init__(self) -> None:
         self.received = False
+        self._immediate = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Listens inside the block; in threads other than the main one signals cannot be heard."""
-
-        def receive(_number: int, _frame: FrameType | None) -> None:
-            self.received = True
-
-        try:
-            previous = signal.signal(signal.SIGTERM, receive)
-        except ValueError:
+        if threading.current_thread() is not threading.main_thread():
             yield
             return
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        previous = [signal.signal(number, self._receive) for number in numbers]
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in zip(numbers, previous, strict=True):
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def immediate(self) -> Iterator[None]:
+        """Raises Stopped inside the block as soon as a request comes: for work that can be done again."""
+        self._immediate = True
+        try:
+            if self.received:
+                raise Stopped
+            yield
+        finally:
+            self._immediate = False
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received:
+            signal.default_int_handler(number, frame)
+        self.received = True
+        if self._immediate:
+            raise Stopped
+        logger.warning("The run ends after this step; Ctrl-C now ends it at once, without that step.")

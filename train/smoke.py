@@ -44,8 +44,11 @@ TEXT = {"sd15": (768, 0), "sdxl": (2048, 1280), "flux": (4096, 768), "sd3": (409
 
 
 def smoke_config(config: TrainConfig) -> TrainConfig:
-    """Returns the recipe cut down to three short steps at low resolution; what it trains stays."""
-    o, model = config.objective, config.model
+    """Returns the recipe cut down to three short steps at low resolution; what it trains stays.
+
+    It has a run.out of its own, beside the recipe's, which stays as it is.
+    """
+    o, model, run = config.objective, config.model, config.run
     key_times = model.key_times or (KEY_TIMES if model.variant == "P" else ())
     return dataclasses.replace(
         config,
@@ -57,8 +60,15 @@ def smoke_config(config: TrainConfig) -> TrainConfig:
         optim=dataclasses.replace(config.optim, steps=STEPS, warmup=1),
         eval=dataclasses.replace(config.eval, every=STEPS, prompts=2, steps=2),
         data=dataclasses.replace(config.data, text_lengths=TEXT_LENGTHS),
-        run=dataclasses.replace(config.run, save_every=2),
+        run=dataclasses.replace(run, save_every=2, out=run.out.parent / f"{run.out.name}_smoke"),
     )  # fmt: skip
+
+
+def forget_last(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Removes the states of the smoke run before, so that this one takes all its steps."""
+    with accelerator.main_process_first():
+        for state in (config.run.out / "states").glob("*.pt"):
+            state.unlink(missing_ok=True)
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -32,17 +32,24 @@ from hyperalign.errors import HyperAlignError
 from train.assemble import materials
 from train.bases.load import download
 from train.check import check
+from train.check_inputs import check_trackers
 from train.config import TrainConfig
+from train.files import first_line
 from train.loop import Stopped, Trainer
-from train.recipe import as_table, load_recipe
+from train.recipe import as_table, check_choices, load_recipe
 from train.runtime import flat
-from train.smoke import smoke_config
+from train.smoke import forget_last, smoke_config
 from train.world import download_rewards
 
 LESS_MEMORY = (
-    "Lower objective.micro_batch first, then set model.checkpointing to all, objective.conditional_only, "
-    "model.vae to taesd or a smaller model.resolution. Nothing computed is lost: the same command goes on "
-    "from the last state."
+    "Lower objective.micro_batch first, then set model.checkpointing to all, objective.conditional_only or "
+    "model.vae to taesd: the same command then goes on from the last state. A smaller model.resolution is "
+    "another run, with a run.out of its own."
+)
+LESS_BEFORE = (
+    "The models and the search of key times do not fit: end other programs on the GPU, keep optim.bf16 on, "
+    "set model.vae to taesd, the longest of data.text_lengths or objective.micro_batch lower, or write "
+    "model.key_times into the recipe; then run the same command again."
 )
 
 
@@ -63,19 +70,23 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, Switches]:
         first.add_argument(f"--{name}", action="store_true")
     known, rest = first.parse_known_args(arguments)
     default = load_recipe(known.recipe) if known.recipe else TrainConfig()
+    check_choices(rest)
     config = tyro.cli(TrainConfig, args=rest, default=default, description=__doc__)
     return config, Switches(known.check, known.smoke, known.download)
 
 
 def prepare(config: TrainConfig, switches: Switches) -> Trainer:
     """Returns the trainer, with everything loaded. Raises HyperAlignError."""
+    check_trackers(config)
+    if switches.smoke:
+        config = smoke_config(config)
     # The main process downloads, encodes prompts and samples pictures while the others wait.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
     accelerator = Accelerator(
         log_with=list(config.run.trackers) or None, project_dir=config.run.out, kwargs_handlers=[patience]
     )
     if switches.smoke:
-        config = smoke_config(config)
+        forget_last(config, accelerator)
     if switches.download and config.model.base != "tiny":
         with accelerator.main_process_first():
             download(config)
@@ -99,6 +110,9 @@ def main(arguments: list[str] | None = None) -> int:
     except HyperAlignError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"error: the GPU's memory is full ({first_line(error)}) {LESS_BEFORE}", file=sys.stderr)
+        return 1
     return run(trainer)
 
 
@@ -110,7 +124,7 @@ def run(trainer: Trainer) -> int:
     def show(row: dict[str, Any]) -> None:
         figures = ("reward", "preference_loss", "grad_norm")
         bar.set_postfix({key: f"{row[key]:.3f}" for key in figures if key in row})
-        bar.update()
+        bar.update(row["step"] + 1 - bar.n)
 
     with bar:
         status, message = outcome(trainer, show)

@@ -12,6 +12,7 @@ import comfy.sd1_clip
 import comfy.utils
 import folder_paths
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
 
 from ..errors import HyperAlignError
@@ -109,8 +110,15 @@ def store_calibrations(judgement: Judgement) -> None:
     save_calibrations(folder / CALIBRATIONS, before | found)
 
 
-def _forget(name: str, *_detached: object) -> None:
-    _READ.pop(name, None)
+def _forget(name: str, patcher: ModelPatcher, *_: object) -> None:
+    """Drops a reward that the host unloads.
+
+    The host still needs the patcher in that moment; its own record of it keeps it until the host drops that.
+    """
+    entry = _READ.pop(name, None)
+    for record in comfy.model_management.current_loaded_models:
+        if record.model is patcher:
+            record.hyperalign_reward = entry
 
 
 def _state(name: str) -> list[tuple[Path, int, int]]:

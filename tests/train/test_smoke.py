@@ -16,6 +16,7 @@ from train.config import TrainConfig
 from train.loop import Trainer
 from train.recipe import load_recipe
 from train.smoke import SIDE, described, smoke_config, smoke_world
+from train.train import main
 
 RECIPES = Path(__file__).parents[2] / "train" / "recipes"
 REAL = sorted(path for path in RECIPES.glob("*.toml") if not path.stem.startswith("tiny"))
@@ -59,6 +60,21 @@ def test_a_machine_with_room_runs_the_true_shape() -> None:
     assert "of true shape" in described(config, TRUE_SHAPES["flux"])
     assert f"at {SIDE} pixels" in described(config, TRUE_SHAPES["flux"])
     assert "cut down to fit the memory" in described(config, list(smaller("flux"))[1])
+
+
+def test_smoke_runs_begin_anew_and_leave_the_recipes_own_run_alone(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    program = ["--recipe", str(RECIPES / "tiny_s.toml"), "--run.out", str(out), "--data.scenes", "16",
+               "--objective.preferred", "16", "--network.layers", "1"]  # fmt: skip
+    for _ in range(2):
+        assert main([*program, "--smoke"]) == 0
+        lines = (tmp_path / "run_smoke" / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+        assert not out.exists()
+        (tmp_path / "run_smoke" / "log.jsonl").unlink()
+    small = ["--optim.steps", "1", "--objective.prompts", "2", "--eval.every", "0"]
+    assert main([*program, *small]) == 0
+    assert (out / "hypernetwork.safetensors").is_file()
 
 
 @pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gc
 import importlib
 import json
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -186,6 +188,20 @@ def test_another_weight_reads_no_file_again_until_the_host_unloads_the_reward(no
     fresh = loaded(nodes)
     assert fresh.members[0].reward is not first.members[0].reward
     assert fresh.score(pictures(1), [PROMPT]) == first.score(pictures(1), [PROMPT])
+
+
+def test_the_host_unloads_a_reward_that_nobody_else_has(nodes):
+    import comfy.model_management
+
+    reward = loaded(nodes)
+    reward.score(pictures(1), [PROMPT])
+    patcher = weakref.ref(reward.patchers[0])
+    del reward
+    gc.collect()
+    assert patcher() is not None  # read once for all nodes
+    comfy.model_management.unload_all_models()  # later hosts read it after they have unloaded it
+    gc.collect()
+    assert patcher() is None
 
 
 def test_a_changed_file_is_read_again(nodes, pack, folders, monkeypatch):
