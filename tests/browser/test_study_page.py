@@ -145,14 +145,14 @@ def test_votes_go_on_in_another_browser_in_the_same_order(
     for answer in "12012":
         press(page, answer)
     votes = saved(page, tmp_path, "votes.json")
-    page.keyboard.press("0")
+    press(page, "0")
     prompt = page.locator("#prompt").inner_text()
     elsewhere = browser.new_context(viewport=_size(NARROW), offline=True)
     other = elsewhere.new_page()
     other.goto(study.as_uri())
     other.set_input_files("#import", votes)
     expect_question(other, 2, 3)
-    other.keyboard.press("0")
+    press(other, "0")
     expect(other.locator("#prompt")).to_have_text(prompt)
     elsewhere.close()
 
