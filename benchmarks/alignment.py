@@ -21,12 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hyperalign.checkpoint import load
-from hyperalign.hosts.diffusers_tiny import load_tiny
+from hyperalign.hosts.diffusers.tiny import load_tiny
 from hyperalign.tiny.geneval import summarise
 from hyperalign.tiny.weights import HYPERNETWORKS
-from train.bases.tiny import Tiny
-from train.evaluate import Judged, Samples, judge, sample_all
-from train.grids import save_grid
+from train.image_grid import save_grid
+from train.models.tiny import Tiny
+from train.tiny.evaluate import Judged, Samples, judge, sample_all
 
 METHODS = ("base", "tiny_s", "tiny_p", "tiny_i", "tiny_static")
 RESULTS = Path(__file__).parent / "results"

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from hyperalign.checkpoint import Header, HyperAlign
 from hyperalign.families.dit import TransformerSpec
-from hyperalign.hosts.diffusers_adapter import Call, spec_of
+from hyperalign.hosts.diffusers.adapter import Call, spec_of
 from hyperalign.hypernetwork import HyperNetwork, HyperNetworkConfig
 from hyperalign.schedule import Schedule
 from hyperalign.targets import BaseSpec, PerceptionMode
-from train.bases.true_shape import Shape, architecture, with_random_weights
 from train.config import BaseName
+from train.models.true_shape import Shape, architecture, with_random_weights
 
 Name = Literal["sd15", "sdxl", "flux", "sd35"]
 TRUE_PIXELS: dict[Name, int] = {"sd15": 512, "sdxl": 1024, "flux": 1024, "sd35": 1024}

@@ -127,9 +127,9 @@ def _host(device: str) -> dict[str, Any]:
     sys.path.insert(0, str(comfyui_tree(Path(sys.executable))))
     importlib.import_module("comfy.cli_args").args.cpu = device == "cpu"
     names = {
-        "tiny": "hyperalign.hosts.comfy_tiny",
-        "rewards": "hyperalign.hosts.comfy_rewards",
-        "search": "hyperalign.hosts.comfy_search",
+        "tiny": "hyperalign.hosts.comfy.tiny",
+        "rewards": "hyperalign.hosts.comfy.rewards",
+        "search": "hyperalign.hosts.comfy.search",
         "judges": "hyperalign.rewards.tiny",
         "plan": "hyperalign.search",
     }

@@ -124,7 +124,7 @@ def patched(model: Any, options: Options) -> tuple[dict[str, Any], list[nn.Modul
     """Returns each row's MODEL and the hypernetworks."""
     import comfy.ops
 
-    from hyperalign.hosts.comfy import apply, hosted
+    from hyperalign.hosts.comfy.model import apply, hosted
 
     networks = {
         mode: hosted(

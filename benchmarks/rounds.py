@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import statistics
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from hyperalign.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
@@ -158,13 +159,7 @@ def slug(device: torch.device) -> str:
 
 def save_json(results: Mapping[str, Any], path: Path) -> None:
     """Writes beside the target and moves into place: a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, json.dumps(results, indent=1) + "\n")
 
 
 def _version(package: str) -> str | None:

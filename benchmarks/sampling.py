@@ -25,21 +25,11 @@ import tyro
 from torch import Tensor, nn
 
 from benchmarks.bases import Base, Name, Size, build, random_hyperalign, true_size, twin
-from benchmarks.rounds import (
-    RESULTS,
-    Row,
-    environment,
-    figures,
-    interleaved,
-    rounds,
-    save_json,
-    slug,
-    table,
-)
+from benchmarks.rounds import RESULTS, Row, environment, figures, interleaved, rounds, save_json, slug, table
 from hyperalign.checkpoint import HyperAlign
 from hyperalign.errors import HyperAlignError
-from hyperalign.hosts.diffusers import Session, attach
-from hyperalign.hosts.diffusers_adapter import Adapter, Call
+from hyperalign.hosts.diffusers.adapter import Adapter, Call
+from hyperalign.hosts.diffusers.session import Session, attach
 from hyperalign.hypernetwork import HyperNetworkConfig
 from hyperalign.schedule import Variant
 from hyperalign.targets import PerceptionMode

@@ -82,8 +82,8 @@ def subject(options: Options) -> Iterator[tuple[Any, Any, int, int]]:
     """Yields MODEL, hypernetwork, side of the latents and width of the conditioning."""
     import comfy.ops
 
-    from hyperalign.hosts.comfy import hosted, load
-    from hyperalign.hosts.comfy_tiny import load_tiny
+    from hyperalign.hosts.comfy.model import hosted, load
+    from hyperalign.hosts.comfy.tiny import load_tiny
     from hyperalign.tiny.weights import HYPERNETWORKS
 
     if options.model == "tiny":
@@ -132,7 +132,7 @@ def stopwatch(device: torch.device) -> Iterator[list[float]]:
 
     The calls' share of a plain run is part of them, so their sum is a little too great.
     """
-    from hyperalign.hosts.comfy import Adapter
+    from hyperalign.hosts.comfy.model import Adapter
 
     taken: list[float] = []
     places: list[tuple[Any, str, Callable[..., Any]]] = []
@@ -174,7 +174,7 @@ def measure(options: Options) -> dict[str, Any]:
     import comfy.utils
     import comfyui_version
 
-    from hyperalign.hosts.comfy import apply
+    from hyperalign.hosts.comfy.model import apply
 
     device = torch.device(options.device)
     torch.set_num_threads(1)

@@ -26,17 +26,17 @@ from accelerate import Accelerator
 from benchmarks.rounds import GIB, RESULTS, environment, save_json, slug, spread, timed
 from hyperalign.errors import HyperAlignError
 from hyperalign.targets import PerceptionMode
-from train.bases.load import backbone_dtype, text_lengths
-from train.bases.true_shape import TRUE_SHAPES, Shape, architecture, autoencoder
 from train.config import Checkpointing, EvalConfig, RunConfig, TrainConfig
-from train.costs import matrix_rate
-from train.estimate import Work, step_memory, step_work
-from train.loop import Trainer
 from train.materials import Row
+from train.models.load import backbone_dtype, text_lengths
+from train.models.true_shape import TRUE_SHAPES, Shape, architecture, autoencoder
 from train.objective import States
-from train.parts import META, Parts, parts_of, without_recomputation
+from train.preflight.costs import matrix_rate
+from train.preflight.estimate import Work, step_memory, step_work
+from train.preflight.parts import META, Parts, parts_of, without_recomputation
+from train.preflight.smoke import smoke_world
 from train.recipe import load_recipe
-from train.smoke import smoke_world
+from train.trainer import Trainer
 
 RECIPES = {"sd15": "sd15_s", "sdxl": "sdxl_s", "flux": "flux_s", "sd3": "sd35m_s"}
 FOLDER = Path(__file__).parents[1] / "train" / "recipes"

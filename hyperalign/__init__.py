@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from .checkpoint import HyperAlign
-    from .hosts.diffusers import Session
+    from .hosts.diffusers.session import Session
     from .schedule import Variant
 
 __all__ = ["attach"]
@@ -37,6 +37,6 @@ def attach(
     Raises:
         HyperAlignError: another base model, a file that is no hypernetwork, or P without key times.
     """
-    from .hosts.diffusers import attach as attach_to  # ComfyUI imports this package without diffusers
+    from .hosts.diffusers.session import attach as attach_to  # ComfyUI imports this package without diffusers
 
     return attach_to(pipe, hyperalign, strength, variant)

@@ -1,17 +1,8 @@
-"""The model card of a hypernetwork file: what shaped it, how it was made, what to beware of.
-
-python -m hyperalign.card mine.safetensors                   prints it
-python -m hyperalign.card mine.safetensors --out README.md   writes it, as the Hugging Face hub wants it
-python -m hyperalign.card old.safetensors --record           writes licences and biases into the header of a
-                                                             file that was trained before headers had them
-"""
+"""The model card of a hypernetwork file: its sources, how it was made, what to beware of."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +10,7 @@ from typing import Any, cast
 
 from .checkpoint import Header, read_header, rewrite_header
 from .errors import HyperAlignError
+from .files import cannot_write, write_text
 from .provenance import HUB, Source
 
 PAPER = "https://arxiv.org/abs/2601.15968"
@@ -32,7 +24,7 @@ LICENCES = {
 WARNINGS = (
     "**Biases.** The base model, the reward and the preference data each carry preferences of the people and "
     "pictures they came from, and alignment can amplify them: who is shown, in which role, how dressed, in "
-    "which style. Audit the reward (`python -m hyperalign.rewards.audit`) and compare pictures of the groups "
+    "which style. Audit the reward (`python -m hyperalign audit`) and compare pictures of the groups "
     "that matter to you with and without HyperAlign before you rely on it.",
     "**Reward hacking.** A reward is a proxy. Judge by what was not optimised: held-out rewards, diversity "
     "over seeds, and people.",
@@ -78,7 +70,7 @@ def card_path(path: Path) -> Path:
 
 def write_card(path: Path, header: Header) -> Path:
     """Writes the card of a hypernetwork beside it, atomically, and returns its path."""
-    _write(card_path(path), card(header, path.stem))
+    write(card_path(path), card(header, path.stem))
     return card_path(path)
 
 
@@ -174,43 +166,7 @@ def _of_kind(sources: Sequence[Source], kind: str) -> list[Source]:
     return [source for source in sources if source.kind == kind]
 
 
-def _write(path: Path, text: str) -> None:
-    """Writes beside the target and moves it into place. Raises HyperAlignError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise HyperAlignError(
-            f"{path} cannot be written ({error.strerror}). Make room, or give another place."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hyperalign.card",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("file", type=Path, help="a hypernetwork (.safetensors)")
-    add("--out", type=Path, metavar="CARD", help="where to write the card instead of printing it")
-    add("--record", action="store_true", help="write licences and biases into the file's header first")
-    options = parser.parse_args(arguments)
-    try:
-        header = record(options.file) if options.record else read_header(options.file)
-        text = card(header, options.file.stem)
-        if options.out is not None:
-            _write(options.out, text)
-    except HyperAlignError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - a command line speaks
-        return 2
-    print(text if options.out is None else f"Wrote {options.out}")  # noqa: T201 - a command line speaks
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def write(path: Path, text: str) -> None:
+    """Writes a card whole or not at all. Raises HyperAlignError."""
+    with cannot_write(path, "Make room, or choose another path."):
+        write_text(path, text)

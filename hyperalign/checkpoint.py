@@ -6,7 +6,6 @@ Header key `hyperalign` holds the JSON of `Header`. A loader refuses whatever it
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import HyperAlignError
+from .files import replacing
 from .hypernetwork import HyperNetwork, HyperNetworkConfig
 from .provenance import Source, remembered
 from .schedule import Schedule
@@ -77,14 +77,9 @@ def save(path: Path, network: HyperNetwork, header: Header, dtype: torch.dtype =
 
 def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Writes a safetensors file beside its target and moves it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as partial:
         save_file(tensors, partial, metadata)
         partial.chmod(0o644)  # safetensors makes it readable by its owner alone
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def rewrite_header(path: Path, header: Header) -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .checkpoint import save_atomically
+from .delta import plain_lora
 from .errors import HyperAlignError
-from .factors import plain_lora
 from .hypernetwork import HyperNetwork
 from .targets import LoraNames
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .delta import core_matrix
 from .errors import HyperAlignError
-from .factors import core_matrix
 from .perception import Perception, index_encoding
 from .targets import Target
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..hyperalign.hosts import comfy as host
-from ..hyperalign.hosts import comfy_search
+from ..hyperalign.hosts.comfy import model as host
+from ..hyperalign.hosts.comfy import search as comfy_search
 from ..hyperalign.search import MODES, Plan
 from .aliases import aliases
 from .choices import choice_problem

@@ -6,7 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..hyperalign.hosts import comfy_batches, comfy_rewards
+from ..hyperalign.hosts.comfy import batches as comfy_batches
+from ..hyperalign.hosts.comfy import rewards as comfy_rewards
 from .aliases import aliases
 from .drawing import grid, with_badges
 from .sockets import RewardType, prompt_input

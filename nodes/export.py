@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..hyperalign.hosts import comfy_export
+from ..hyperalign.hosts.comfy import export as comfy_export
 from .aliases import aliases
 from .sockets import HyperAlignType, seed_input, strength_input
 

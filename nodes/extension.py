@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..hyperalign.hosts import comfy_files, comfy_reward_files
+from ..hyperalign.hosts.comfy import files as comfy_files
+from ..hyperalign.hosts.comfy import reward_files as comfy_reward_files
 from .best_of_n import HyperAlignBestOfN
 from .compare import HyperAlignCompare
 from .export import HyperAlignExportLora

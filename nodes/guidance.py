@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..hyperalign.hosts import comfy_guidance
+from ..hyperalign.hosts.comfy import guidance as comfy_guidance
 from .aliases import aliases
 from .choices import choice_problem
 from .sockets import RewardType

@@ -7,7 +7,9 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..hyperalign.errors import HyperAlignError
-from ..hyperalign.hosts import comfy, comfy_files, comfy_trace
+from ..hyperalign.hosts.comfy import files as comfy_files
+from ..hyperalign.hosts.comfy import model as comfy
+from ..hyperalign.hosts.comfy import trace as comfy_trace
 from .aliases import aliases
 from .choices import choice_problem
 from .sockets import HyperAlignType, strength_curve_input, strength_input, trace_output, variant_input

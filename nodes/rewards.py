@@ -8,8 +8,8 @@ from typing import Any
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
-from ..hyperalign.hosts import comfy_reward_files as files
-from ..hyperalign.hosts import comfy_rewards
+from ..hyperalign.hosts.comfy import reward_files as files
+from ..hyperalign.hosts.comfy import rewards as comfy_rewards
 from ..hyperalign.rewards.loading import NAMES
 from .aliases import aliases
 from .choices import choice_problem

@@ -6,8 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..hyperalign.hosts import comfy as host
-from ..hyperalign.hosts import comfy_sampling, comfy_trace
+from ..hyperalign.hosts.comfy import model as host
+from ..hyperalign.hosts.comfy import sampling as comfy_sampling
+from ..hyperalign.hosts.comfy import trace as comfy_trace
 from .aliases import aliases
 from .choices import choice_problem
 from .sockets import (

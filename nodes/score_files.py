@@ -13,7 +13,7 @@ import folder_paths
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ..hyperalign.hosts.comfy_rewards import Judgement
+from ..hyperalign.hosts.comfy.rewards import Judgement
 from .drawing import to_pil
 
 COLUMNS = ("file", "prompt", "reward", "score", "breakdown")

@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..hyperalign.hosts import comfy_batches as batches
+from ..hyperalign.hosts.comfy import batches as batches
 from ..hyperalign.selection import select
 from .aliases import aliases
 from .choices import choice_problem

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..hyperalign.hosts import comfy_tiny
+from ..hyperalign.hosts.comfy import tiny as comfy_tiny
 from .aliases import aliases
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..hyperalign.errors import HyperAlignError
-from ..hyperalign.hosts import comfy_trace
+from ..hyperalign.hosts.comfy import trace as comfy_trace
 from ..hyperalign.trace import as_json
 from ..hyperalign.trace_pca import spread_of
 from .aliases import aliases

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hyperalign.workflows.widgets import places
+from hyperalign.cli.sample.widgets import places
 from scripts.schemas import ObjectInfo, inputs_of
 
 Node = dict[str, Any]

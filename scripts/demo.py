@@ -41,8 +41,8 @@ def run(tree: Path, arguments: argparse.Namespace) -> None:
         ScriptError: a step failed; the message says which, and what to do.
     """
     # Only inside the environment is there what these modules import.
+    from hyperalign.cli.sample.client import ComfyClient
     from hyperalign.errors import HyperAlignError
-    from hyperalign.workflows.client import ComfyClient
     from scripts.drawing import choose_prompts, draw_all
     from scripts.grid import save_grid
     from scripts.measure import measure, print_table, write_report

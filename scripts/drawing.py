@@ -13,10 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hyperalign.cli.sample.client import ComfyClient, Event
+from hyperalign.cli.sample.convert import Graph, read, upstream
+from hyperalign.cli.sample.files import ObjectInfo, Prompt, load
 from hyperalign.tiny.prompts import FAMILIES, Content, sample_prompt
-from hyperalign.workflows.client import ComfyClient, Event
-from hyperalign.workflows.convert import Graph, read, upstream
-from hyperalign.workflows.files import ObjectInfo, Prompt, load
 from scripts.common import ROOT, ScriptError
 from scripts.host import Server
 

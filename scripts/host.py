@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hyperalign.workflows.server import end_tree
+from hyperalign.cli.sample.server import end_tree
 from scripts.archive import archive
 from scripts.common import BUILD, ROOT, TAIL_LINES, ScriptError
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hyperalign.tiny.evaluators import load_detector, load_heldout_reward, load_reward, load_style_classifier
 from hyperalign.tiny.geneval import diversity, is_correct, summarise
-from hyperalign.tiny.judges import load_detector, load_heldout_reward, load_reward, load_style_classifier
 from hyperalign.tiny.text_encoder import tokenize_batch
 from scripts.common import say
 from scripts.drawing import METHODS, SEEDS, Drawing, Picture

@@ -32,7 +32,7 @@ FOREIGN_CHOICES = {"sampler_name", "scheduler", "hypernetwork"}
 
 def read_object_info(tree: Path) -> ObjectInfo:
     """Starts a ComfyUI with the pack and returns its declarations of all nodes."""
-    from hyperalign.workflows.client import ComfyClient
+    from hyperalign.cli.sample.client import ComfyClient
 
     say(f"Starting ComfyUI from {tree} ...")
     with Server(tree, "schemas") as server:

@@ -18,16 +18,16 @@ def materials(config: TrainConfig, accelerator: Accelerator, smoke: bool = False
     `smoke` takes random weights of the true shape instead of the base model, rewards and data.
     """
     if config.model.base == "tiny":
-        from train.tiny_world import tiny_materials
+        from train.tiny.inputs import tiny_materials
 
         with accelerator.main_process_first():
             return tiny_materials(config, accelerator.device, accelerator.is_main_process)
     if smoke:
-        from train.smoke import described, smoke_shape, smoke_world
+        from train.preflight.smoke import described, smoke_shape, smoke_world
 
         shape = smoke_shape(config, accelerator.device)
         logger.warning("smoke run: %s", described(config, shape))
         return smoke_world(config, accelerator, shape)
-    from train.world import world
+    from train.inputs import world
 
     return world(config, accelerator)

@@ -24,11 +24,11 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from hyperalign.errors import HyperAlignError
-from train.bases.pictures import picture_encoder
+from hyperalign.files import first_line
 from train.config import TrainConfig
-from train.encoding import BAD_FILE, Counts, encode
-from train.files import first_line
-from train.pictures import Kind, UnsafeMark, open_source
+from train.data.encoding import BAD_FILE, Counts, encode
+from train.data.preference import Kind, UnsafeMark, open_source
+from train.models.image_encoder import picture_encoder
 from train.recipe import load_recipe
 
 

@@ -23,13 +23,13 @@ import tyro
 from accelerate import Accelerator
 
 from hyperalign.errors import HyperAlignError
+from hyperalign.files import first_line, write_text
 from hyperalign.schedule import find_key_times
 from train.assemble import materials
-from train.files import first_line, write_text_atomically
 from train.plot import plot_curve
+from train.preflight.smoke import smoke_config
 from train.recipe import load_recipe
 from train.relative_distance import PROMPTS, STEPS, curve_times, distance_curve, measuring_batch
-from train.smoke import smoke_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def measure(options: Options) -> tuple[float, ...]:
     rows = [{"u": round(u, 4), "distance": round(d, 5)} for u, d in zip(times, curve, strict=True)]
     asked = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()}
     report = {"key_times": found, "guidance": guidance, "options": asked, "curve": rows}
-    write_text_atomically(options.out.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
+    write_text(options.out.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
     plot_curve(times, curve, found, options.out.with_suffix(".png"))
     return found
 

@@ -11,10 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from hyperalign.checkpoint import HyperAlign
-from train.bases.base import Base, Texts
+from train.data.shards import LatentShards
+from train.models.base import Base, Texts
 from train.objective import Rewards
 from train.runtime import Row
-from train.shards import LatentShards
 
 Evaluate = Callable[[HyperAlign, Path], Row]
 """Samples held-out prompts, writes a captioned grid to the path and returns the figures.

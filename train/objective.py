@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hyperalign.hosts.diffusers_adapter import Adapter
+from hyperalign.hosts.diffusers.adapter import Adapter
 from hyperalign.schedule import Schedule
-from train.bases.base import Base, Conditions, join, repeat, take
+from train.models.base import Base, Conditions, join, repeat, take
 from train.rollout import Trajectory, guided
 
 RewardFn = Callable[[Tensor, Sequence[str]], Tensor]

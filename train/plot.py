@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from hyperalign.files import replacing
+
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 900, 480, 90, 60, 64, 30
 INK, CURVE, MARK, FAINT = "#222222", "#1f6fb2", "#c8452c", "#dddddd"
 
@@ -45,7 +47,5 @@ def plot_curve(
     middle = (LEFT + WIDTH - RIGHT) / 2
     draw.text((middle, HEIGHT - 24), "time u (1 is noise, 0 the picture)", fill=INK, font=font, anchor="mt")
     draw.text((12, 10), "relative distance of successive one-step predictions", fill=INK, font=font)
-    partial = path.with_suffix(".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(partial, "PNG")
-    partial.replace(path)
+    with replacing(path) as partial:
+        picture.save(partial, "PNG")

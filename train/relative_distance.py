@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from hyperalign.schedule import Schedule, find_key_times, relative_distance
-from train.bases.base import with_empty
-from train.draws import Draws, normal
 from train.materials import Materials
+from train.models.base import with_empty
+from train.randomness import Draws, normal
 from train.rollout import rollout
 
 STEPS = 25

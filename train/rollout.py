@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperalign.hosts.diffusers_adapter import Adapter
+from hyperalign.hosts.diffusers.adapter import Adapter
 from hyperalign.schedule import Schedule
-from train.bases.base import Base, Conditions, join
+from train.models.base import Base, Conditions, join
 
 
 def guided(cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import pickle
 import signal
 import threading
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from hyperalign.errors import HyperAlignError
+from hyperalign.files import replacing, write_text
 
 logger = logging.getLogger("hyperalign.train")
 Row = dict[str, Any]
@@ -37,17 +37,10 @@ class SavedStates:
     def save(self, state: Row, step: int) -> None:
         """Writes a state and removes those beyond the last `keep`. Raises HyperAlignError on a full disk."""
         path = self.folder / f"state-{step:06d}.pt"
-        partial = path.with_suffix(".partial")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with replacing(path, durable=True) as partial, partial.open("wb") as file:
                 torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
         except (OSError, RuntimeError) as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
             raise HyperAlignError(
                 f"The state of step {step} cannot be written to {self.folder} ({error}). Free some space and "
                 "run the same command again: it goes on from the state before."
@@ -94,9 +87,7 @@ class Log:
         if None in steps:
             logger.warning("%s: %d broken lines are left out.", self.path, steps.count(None))
         kept = [row for row, its in zip(rows, steps, strict=True) if its is not None and its < step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(row + "\n" for row in kept), encoding="utf-8")
-        partial.replace(self.path)
+        write_text(self.path, "".join(row + "\n" for row in kept))
 
     def append(self, row: Row) -> None:
         """Adds a line."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hyperalign.checkpoint import HyperAlign
-from hyperalign.hosts.diffusers_adapter import Adapter
+from hyperalign.hosts.diffusers.adapter import Adapter
 from hyperalign.schedule import Schedule
-from train.bases.base import Base, Texts, with_empty
+from train.models.base import Base, Texts, with_empty
 from train.rollout import rollout
 
 BATCH = 32

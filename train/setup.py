@@ -15,15 +15,15 @@ from torch import nn
 from hyperalign.checkpoint import Header, HyperAlign
 from hyperalign.errors import HyperAlignError
 from hyperalign.families.dit import TransformerSpec
-from hyperalign.hosts.diffusers_adapter import spec_of
+from hyperalign.hosts.diffusers.adapter import spec_of
 from hyperalign.hypernetwork import HyperNetwork
 from hyperalign.schedule import Schedule
 from train.config import TrainConfig
 from train.materials import Materials
+from train.models.sharding import wants_sharding
 from train.recipe import as_table
 from train.relative_distance import base_key_times, measuring_batch
 from train.runtime import Row
-from train.sharding import wants_sharding
 
 logger = logging.getLogger("hyperalign.train")
 

@@ -29,17 +29,17 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from tqdm import tqdm
 
 from hyperalign.errors import HyperAlignError
+from hyperalign.files import first_line
 from train.assemble import materials
-from train.bases.load import download
-from train.check import check
-from train.check_inputs import check_trackers
 from train.config import TrainConfig
-from train.files import first_line
-from train.loop import Stopped, Trainer
+from train.inputs import download_rewards
+from train.models.load import download
+from train.preflight.check import check
+from train.preflight.inputs import check_trackers
+from train.preflight.smoke import forget_last, smoke_config
 from train.recipe import as_table, check_choices, load_recipe
 from train.runtime import flat
-from train.smoke import forget_last, smoke_config
-from train.world import download_rewards
+from train.trainer import Stopped, Trainer
 
 LESS_MEMORY = (
     "Lower objective.micro_batch first, then set model.checkpointing to all, objective.conditional_only or "

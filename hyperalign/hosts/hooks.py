@@ -9,8 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..delta import add_delta_
 from ..errors import HyperAlignError
-from ..factors import add_delta_
 from ..hypernetwork import HyperNetwork
 from ..targets import Place
 from .lowrank import LowRank, fold

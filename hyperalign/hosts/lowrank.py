@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..factors import add_delta_, folded
+from ..delta import add_delta_, folded
 from ..hypernetwork import HyperNetwork
 from ..targets import Target
 from .forward_slots import SLOTS, replace_forward, take_out_forward

@@ -10,16 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .images import CLIP_MEAN, CLIP_STD, Preparation, check_images, crop_to_square, network_pixels, normalise
 from .networks import State, at_least_float32, encoder_weight, own_precision
-from .pictures import (
-    CLIP_MEAN,
-    CLIP_STD,
-    Preparation,
-    check_images,
-    crop_to_square,
-    network_pixels,
-    normalise,
-)
 from .text import CLIP_LENGTH, PromptCache, Tokenizer, check_prompts
 
 

@@ -13,9 +13,9 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from ..errors import HyperAlignError
+from ..files import check_writable, first_line
 from .loading import recipe_of
-from .score.files import check_writable
-from .weights import SUFFIX, first_line
+from .weights import SUFFIX
 
 HUB = "https://huggingface.co"
 BLOCK = 1 << 20

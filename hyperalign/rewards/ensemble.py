@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HyperAlignError
+from ..files import write_text
 from . import Reward
 
 Combination = Literal["sum", "z-score", "rank"]
@@ -124,12 +124,7 @@ def calibrate(scores: Tensor) -> Calibration:
 def save_calibrations(path: Path, calibrations: Mapping[str, Calibration]) -> None:
     """Writes calibrations by reward name, as JSON, atomically."""
     rows = {name: {"mean": c.mean, "std": c.std} for name, c in calibrations.items()}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, json.dumps(rows, indent=1) + "\n")
 
 
 def load_calibrations(path: Path) -> dict[str, Calibration]:

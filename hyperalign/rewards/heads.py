@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from .images import Preparation, check_images, network_pixels
 from .networks import at_least_float32, own_precision
-from .pictures import Preparation, check_images, network_pixels
 from .text import check_prompts
 
 SIZES = (1024, 128, 64, 16, 1)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import clip
 from .clip import ClipNetwork, ClipReward, from_open_clip
-from .pictures import CLIP_MEAN, CLIP_STD, normalise, pad_to_square
+from .images import CLIP_MEAN, CLIP_STD, normalise, pad_to_square
 from .text import Tokenizer
 from .weights import WeightFile
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from . import clip
 from .clip import Tower
 from .heads import ScoreHead
+from .images import check_images, network_pixels
 from .networks import State, at_least_float32, own_precision
-from .pictures import check_images, network_pixels
 from .text import BERT_PAD, Tokenizer, check_prompts
 from .weights import WeightFile
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .heads import HeadNetwork, HeadReward, ScoreHead
+from .images import normalise, stretch_to_square
 from .networks import State, at_least_float32
-from .pictures import normalise, stretch_to_square
 from .weights import WeightFile
 
 SIDE = 384

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import HyperAlignError
-from ..tiny.judges import TinyHeldoutReward, TinyReward, load_heldout_reward, load_reward
+from ..tiny.evaluators import TinyHeldoutReward, TinyReward, load_heldout_reward, load_reward
 from ..tiny.text_encoder import tokenize_batch
 from . import Reward
+from .images import check_images, network_pixels
 from .networks import own_precision
-from .pictures import check_images, network_pixels
 from .text import check_prompts
 
 PIXELS = 64

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import save_atomically
 from ..errors import HyperAlignError
+from ..files import first_line
 from .networks import State, dtype_of
 from .text import page
 
@@ -149,11 +150,6 @@ def _converted(path: Path, file: WeightFile, published: State) -> State:
             f"{path.name} does not have the published layout ({first_line(error)}). It is another model's "
             "file; get the published one."
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """Returns the gist of another library's error."""
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 def _check(path: Path, found: State, expected: Mapping[str, Tensor]) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from hyperalign.workflows.client import ComfyClient
-from hyperalign.workflows.convert import read, to_prompt
+from hyperalign.cli.sample.client import ComfyClient
+from hyperalign.cli.sample.convert import read, to_prompt
 from scripts.common import ROOT
 
 SUBGRAPH = "6f7c1f0e-52b0-4d0b-9f6a-0c1f3a6a00ff"

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image, ImageDraw
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
-from hyperalign.study import __main__ as command
-from hyperalign.study.results import rates
-from hyperalign.study.trials import Key, read_key
-from hyperalign.study.votes import read_votes
+from hyperalign.cli.study import command
+from hyperalign.cli.study.results import rates
+from hyperalign.cli.study.trials import Key, read_key
+from hyperalign.cli.study.votes import read_votes
 from scripts.common import BUILD
 
 NAMES = ("apple", "boat", "cloud", "drum")

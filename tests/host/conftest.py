@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from hyperalign.workflows.client import ComfyClient
+from hyperalign.cli.sample.client import ComfyClient
 from scripts.environment import venv_python
 from scripts.host import Server
 from scripts.host_tree import comfyui_tree

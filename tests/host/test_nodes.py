@@ -11,9 +11,9 @@ import pytest
 from PIL import Image, ImageChops
 from safetensors import safe_open
 
-from hyperalign.workflows.client import ComfyError, ComfyInterrupted
-from hyperalign.workflows.convert import to_prompt
-from hyperalign.workflows.files import load
+from hyperalign.cli.sample.client import ComfyError, ComfyInterrupted
+from hyperalign.cli.sample.convert import to_prompt
+from hyperalign.cli.sample.files import load
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "example_workflows"
 # The others need large files that nobody has here; test_example_workflows.py checks them all.

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops
 
-from hyperalign.workflows.client import ComfyClient
-from hyperalign.workflows.convert import to_prompt
-from hyperalign.workflows.files import load
+from hyperalign.cli.sample.client import ComfyClient
+from hyperalign.cli.sample.convert import to_prompt
+from hyperalign.cli.sample.files import load
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOW = ROOT / "example_workflows" / "base_versus_aligned.json"

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 
-from hyperalign.workflows.convert import to_prompt
-from hyperalign.workflows.files import load
+from hyperalign.cli.sample.convert import to_prompt
+from hyperalign.cli.sample.files import load
 from scripts.common import ROOT
 from scripts.schemas import breaking_changes, differences, read_snapshot, schemas_of
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hyperalign.workflows.client import ComfyError
+from hyperalign.cli.sample.client import ComfyError
 
 
 def test_the_server_answers(server):

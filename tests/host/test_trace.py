@@ -8,7 +8,7 @@ import json
 import pytest
 from PIL import Image
 
-from hyperalign.workflows.client import ComfyError
+from hyperalign.cli.sample.client import ComfyError
 
 SAMPLING = {
     "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0], "steps": 3,

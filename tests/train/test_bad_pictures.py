@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from hyperalign.errors import HyperAlignError
+from train.data.encoding import BAD_FILE, Counts, encode
+from train.data.preference import open_source
+from train.data.preference.image import Source
+from train.data.shards import LatentShards, shard_path
 from train.encode import main
-from train.encoding import BAD_FILE, Counts, encode
-from train.pictures import open_source
-from train.pictures.picture import Source
-from train.shards import LatentShards, shard_path
 
 RECIPE = Path(__file__).parents[2] / "train" / "recipes" / "tiny_s.toml"
 

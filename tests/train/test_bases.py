@@ -13,16 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperalign.errors import HyperAlignError
-from hyperalign.hosts.diffusers_adapter import Adapter
+from hyperalign.hosts.diffusers.adapter import Adapter
 from hyperalign.hypernetwork import HyperNetworkConfig
 from hyperalign.schedule import Schedule
 from hyperalign.targets import PerceptionMode
-from train.bases.autoencoder import Autoencoder
-from train.bases.base import Base, Conditions
-from train.bases.flux import Flux, pack, places, unpack
-from train.bases.load import KINDS, check_folder, load_base, make_base, text_fingerprint
-from train.bases.pictures import picture_encoder
-from train.bases.true_shape import (
+from train.config import BaseName, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from train.models.autoencoder import Autoencoder
+from train.models.base import Base, Conditions
+from train.models.flux import Flux, pack, places, unpack
+from train.models.image_encoder import picture_encoder
+from train.models.load import KINDS, check_folder, load_base, make_base, text_fingerprint
+from train.models.true_shape import (
     TRUE_SHAPES,
     Shape,
     architecture,
@@ -32,10 +33,9 @@ from train.bases.true_shape import (
     smaller,
     with_random_weights,
 )
-from train.config import BaseName, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from train.objective import Rewards, noised_states, preference_loss, reward_loss
+from train.preflight.smoke import TEXT, RandomTexts
 from train.setup import new_hyperalign
-from train.smoke import TEXT, RandomTexts
 
 NAMES: tuple[BaseName, ...] = ("sd15", "sdxl", "flux", "sd3")
 SMALL = {

@@ -17,23 +17,16 @@ from safetensors.torch import save_file
 
 from hyperalign.errors import HyperAlignError
 from hyperalign.hypernetwork import HyperNetworkConfig
-from train.bases.pictures import picture_encoder
-from train.bases.true_shape import Shape, architecture
-from train.check import Device, check, inputs, memory_line
-from train.check_inputs import Complaints, backbone_of, check_room
-from train.config import (
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    RunConfig,
-    TrainConfig,
-)
-from train.estimate import Memory
-from train.loop import Trainer
-from train.shards import ShardHeader, shard_path, write_shard
-from train.smoke import smoke_world
+from train.config import DataConfig, EvalConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
+from train.data.shards import ShardHeader, shard_path, write_shard
+from train.models.image_encoder import picture_encoder
+from train.models.true_shape import Shape, architecture
+from train.preflight.check import Device, check, inputs, memory_line
+from train.preflight.estimate import Memory
+from train.preflight.inputs import Complaints, backbone_of, check_room
+from train.preflight.smoke import smoke_world
 from train.train import main
+from train.trainer import Trainer
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from hyperalign.errors import HyperAlignError
-from train.check import check
 from train.config import DataConfig, RunConfig, TrainConfig
+from train.preflight.check import check
 from train.runtime import SavedStates
 from train.setup import identity
 from train.tiny.art import STYLES

@@ -8,7 +8,7 @@ import pytest
 
 from hyperalign.errors import HyperAlignError
 from hyperalign.tiny.prompts import FAMILIES
-from train.data import heldout_prompts, training_prompts
+from train.tiny.dataset import heldout_prompts, training_prompts
 
 
 def test_held_out_prompts_are_distinct_and_never_trained_on() -> None:
@@ -19,6 +19,6 @@ def test_held_out_prompts_are_distinct_and_never_trained_on() -> None:
 
 
 def test_asking_for_more_prompts_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.data.ENOUGH_DRAWS", 2)
+    monkeypatch.setattr("train.tiny.dataset.ENOUGH_DRAWS", 2)
     with pytest.raises(HyperAlignError, match="Ask for fewer"):
         heldout_prompts(100_000, seed=0)

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperalign.errors import HyperAlignError
-from train.bases.base import Conditions
-from train.embeddings import SHARD, CachedTexts, EmbeddingCache
+from train.data.embeddings import SHARD, CachedTexts, EmbeddingCache
+from train.models.base import Conditions
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]

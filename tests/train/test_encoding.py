@@ -23,12 +23,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from hyperalign.errors import HyperAlignError
-from hyperalign.hosts.diffusers_tiny import TinyBase, load_tiny
+from hyperalign.hosts.diffusers.tiny import TinyBase, load_tiny
+from train.data.encoding import Counts, Prepared, encode, prepare
+from train.data.preference import UnsafeMark, open_source
+from train.data.preference.image import BadPicture, EncodedPicture, Source
+from train.data.shards import LatentShards, shard_path
 from train.encode import left_out, main
-from train.encoding import Counts, Prepared, encode, prepare
-from train.pictures import UnsafeMark, open_source
-from train.pictures.picture import BadPicture, EncodedPicture, Source
-from train.shards import LatentShards, shard_path
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, FILES, ROW_GROUP = 2400, 3, 100

@@ -12,8 +12,8 @@ from accelerate.utils import LoggerType
 
 from hyperalign.errors import HyperAlignError
 from train import encode, keytimes
-from train.check_inputs import check_trackers
 from train.config import RunConfig, TrainConfig
+from train.preflight.inputs import check_trackers
 from train.train import main
 
 RECIPES = Path(__file__).parents[2] / "train" / "recipes"

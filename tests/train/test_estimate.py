@@ -23,8 +23,6 @@ from hyperalign.hypernetwork import HyperNetworkConfig
 from hyperalign.rewards import clip
 from hyperalign.rewards.clip import ClipShape, Tower
 from hyperalign.schedule import Variant
-from train import smoke
-from train.bases.true_shape import TRUE_SHAPES, Shape, architecture, autoencoder
 from train.config import (
     BaseName,
     DataConfig,
@@ -35,8 +33,10 @@ from train.config import (
     RunConfig,
     TrainConfig,
 )
-from train.costs import NOTHING, Cost, Tally, cost_of, flash_attention, matrix_rate
-from train.estimate import (
+from train.models.true_shape import TRUE_SHAPES, Shape, architecture, autoencoder
+from train.preflight import smoke
+from train.preflight.costs import NOTHING, Cost, Tally, cost_of, flash_attention, matrix_rate
+from train.preflight.estimate import (
     ASSUMED_SHARE,
     evaluation_work,
     frozen_bytes,
@@ -46,9 +46,9 @@ from train.estimate import (
     step_seconds,
     step_work,
 )
-from train.loop import Trainer
-from train.parts import META, Parts, meta_base, meta_conditions, parts_of, without_recomputation
-from train.smoke import smoke_world
+from train.preflight.parts import META, Parts, meta_base, meta_conditions, parts_of, without_recomputation
+from train.preflight.smoke import smoke_world
+from train.trainer import Trainer
 
 SMALL = {
     "sd15": Shape(narrow=10),

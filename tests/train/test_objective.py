@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hyperalign.hosts.diffusers_adapter import Adapter
-from hyperalign.hosts.diffusers_tiny import load_tiny
+from hyperalign.hosts.diffusers.adapter import Adapter
+from hyperalign.hosts.diffusers.tiny import load_tiny
 from hyperalign.hypernetwork import HyperNetworkConfig
 from hyperalign.schedule import Schedule
-from train.bases.tiny import Tiny
 from train.config import TrainConfig
+from train.models.tiny import Tiny
+from train.noise import alphas_cumprod
 from train.objective import (
     Rewards,
     States,
@@ -20,7 +21,6 @@ from train.objective import (
     reward_loss,
     rollout_states,
 )
-from train.process import alphas_cumprod
 from train.rollout import rollout
 from train.setup import new_hyperalign
 

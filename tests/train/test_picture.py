@@ -14,9 +14,9 @@ from PIL import Image
 
 from hyperalign.errors import HyperAlignError
 from train.config import DataConfig, TrainConfig
+from train.data.preference import UnsafeMark
+from train.data.preference.image import BadPicture, EncodedPicture, Picture, decode
 from train.encode import Options, unsafe_mark
-from train.pictures import UnsafeMark
-from train.pictures.picture import BadPicture, EncodedPicture, Picture, decode
 
 RED = (220, 30, 30)
 

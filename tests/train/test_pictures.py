@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from hyperalign.errors import HyperAlignError
-from train.pictures import guess_kind, open_source
-from train.pictures.picture import (
+from train.data.preference import guess_kind, open_source
+from train.data.preference.image import (
     BadPicture,
     BrokenUnit,
     EncodedPicture,

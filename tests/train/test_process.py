@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.process import Diffusion, Flow, Process, resolution_shift
+from train.noise import Diffusion, Flow, Process, resolution_shift
 
 PROCESSES: dict[str, Process] = {
     "eps": Diffusion(),

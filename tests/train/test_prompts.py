@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hyperalign.errors import HyperAlignError
-from train.prompts import load_prompts
+from train.data.prompts import load_prompts
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 GENEVAL = DATA / "geneval" / "evaluation_metadata.jsonl"

@@ -26,9 +26,9 @@ from train.config import (
     RunConfig,
     TrainConfig,
 )
-from train.loop import Trainer
 from train.relative_distance import BATCH, distance_curve, measuring_batch
 from train.setup import LEFT_OUT, MAY_CHANGE, identity, require_same_run
+from train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 

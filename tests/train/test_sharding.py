@@ -20,7 +20,7 @@ import dataclasses, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 sys.path.insert(0, {tests!r})
-import train.smoke
+import train.preflight.smoke
 from accelerate import Accelerator
 from test_smoke import RECIPES, cut_down
 from train.bases.true_shape import smaller
@@ -31,7 +31,7 @@ config = cut_down(RECIPES / {recipe!r}, Path(sys.argv[1]))
 config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, bf16=False))
 accelerator = Accelerator()
 # Accelerate itself speaks of FSDP on GPUs alone; the sharding works on CPUs too.
-train.smoke.wants_sharding = lambda _: sys.argv[2] == "shards"
+train.preflight.smoke.wants_sharding = lambda _: sys.argv[2] == "shards"
 shape = list(smaller(config.model.base))[-1]
 world = smoke_world(config, accelerator, shape)
 weights = list(world.base.backbone.parameters())

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperalign.errors import HyperAlignError
-from train.shards import LatentShards, ShardHeader, read_shard_header, shard_path, write_shard
+from train.data.shards import LatentShards, ShardHeader, read_shard_header, shard_path, write_shard
 
 SHAPE = (4, 2, 2)
 

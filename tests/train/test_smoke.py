@@ -11,12 +11,12 @@ import torch
 from accelerate import Accelerator
 
 from hyperalign import checkpoint
-from train.bases.true_shape import TRUE_SHAPES, smaller
 from train.config import TrainConfig
-from train.loop import Trainer
+from train.models.true_shape import TRUE_SHAPES, smaller
+from train.preflight.smoke import SIDE, described, smoke_config, smoke_world
 from train.recipe import load_recipe
-from train.smoke import SIDE, described, smoke_config, smoke_world
 from train.train import main
+from train.trainer import Trainer
 
 RECIPES = Path(__file__).parents[2] / "train" / "recipes"
 REAL = sorted(path for path in RECIPES.glob("*.toml") if not path.stem.startswith("tiny"))

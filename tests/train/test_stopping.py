@@ -17,19 +17,12 @@ import torch
 from accelerate import Accelerator
 
 from hyperalign.hypernetwork import HyperNetworkConfig
-from train import loop
+from train import trainer as loop
 from train.assemble import materials
-from train.bases.pictures import picture_encoder
-from train.config import (
-    DataConfig,
-    EvalConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-)
-from train.loop import Stopped, Trainer
-from train.shards import ShardHeader, shard_path, write_shard
+from train.config import DataConfig, EvalConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
+from train.data.shards import ShardHeader, shard_path, write_shard
+from train.models.image_encoder import picture_encoder
+from train.trainer import Stopped, Trainer
 
 ROOT = Path(__file__).parents[2]
 OBJECTIVE = ObjectiveConfig(prompts=2, rollout_steps=3, timesteps=1, preferred=4)

@@ -15,10 +15,10 @@ from diffusers import DDIMScheduler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hyperalign.errors import HyperAlignError
-from train.bases.load import text_encoder, text_fingerprint
 from train.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
-from train.embeddings import CachedTexts
-from train.world import cached_texts
+from train.data.embeddings import CachedTexts
+from train.inputs import cached_texts
+from train.models.load import text_encoder, text_fingerprint
 
 CPU = torch.device("cpu")
 PROMPTS = [f"a {'x' * index}" for index in range(6)]
@@ -156,7 +156,7 @@ def test_one_process_embeds_all_prompts_and_the_next_run_reads_them(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = embed(config, Accelerator(cpu=True)).conditions(PROMPTS)["prompt_embeds"]
-    monkeypatch.setattr("train.world.text_encoder", None)
+    monkeypatch.setattr("train.inputs.text_encoder", None)
     again = embed(config, Accelerator(cpu=True)).conditions(PROMPTS)["prompt_embeds"]
     assert first.shape == (6, 77, 16)
     assert torch.equal(first, again)
@@ -171,7 +171,7 @@ def test_two_machines_with_one_folder_embed_every_prompt_whoever_is_first(config
 def test_two_machines_without_a_shared_folder_stop_with_a_sentence(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.world.PATIENCE", 0.0)
+    monkeypatch.setattr("train.inputs.PATIENCE", 0.0)
     own = dataclasses.replace(config, data=DataConfig(embeddings=tmp_path / "own"))
 
     def other() -> None:

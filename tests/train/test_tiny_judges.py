@@ -14,7 +14,7 @@ pytest.importorskip("resvg_py", reason="the tiny world's build extra is not inst
 from hyperalign.tiny.prompts import COLORS, NOUNS, SHAPES, Content, Group, caption, split_of
 from train.tiny.art import SPRITE_SIZES, STYLES, Art
 from train.tiny.augment import degrade, jitter
-from train.tiny.judges import contrast, spotting, taste
+from train.tiny.evaluators import contrast, spotting, taste
 from train.tiny.pairs import (
     GROUP_IMAGES,
     GROUP_TEXTS,

@@ -19,13 +19,12 @@ from PIL import Image, ImageDraw
 from hyperalign import checkpoint
 from hyperalign.card import card, card_path
 from hyperalign.errors import HyperAlignError
-from hyperalign.hosts.diffusers_tiny import load_tiny
+from hyperalign.hosts.diffusers.tiny import load_tiny
 from hyperalign.hypernetwork import HyperNetworkConfig
 from hyperalign.schedule import Variant
 from hyperalign.targets import PerceptionMode
 from hyperalign.tiny.prompts import COLORS
 from train.assemble import materials
-from train.bases.tiny import Tiny
 from train.config import (
     DataConfig,
     EvalConfig,
@@ -35,10 +34,11 @@ from train.config import (
     RunConfig,
     TrainConfig,
 )
-from train.evaluate import sample_all
-from train.loop import Stopped, Trainer
 from train.materials import ShardPictures
+from train.models.tiny import Tiny
 from train.objective import Rewards
+from train.tiny.evaluate import sample_all
+from train.trainer import Stopped, Trainer
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

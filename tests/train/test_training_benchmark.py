@@ -25,10 +25,10 @@ from benchmarks.training import (
 )
 from hyperalign.rewards import clip
 from hyperalign.rewards.clip import ClipShape, Tower
-from train import smoke
-from train.bases.true_shape import TRUE_SHAPES, Shape, autoencoder
 from train.config import BaseName
-from train.estimate import Work
+from train.models.true_shape import TRUE_SHAPES, Shape, autoencoder
+from train.preflight import smoke
+from train.preflight.estimate import Work
 from train.recipe import load_recipe
 
 SMALL = Options(

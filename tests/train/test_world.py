@@ -30,8 +30,8 @@ from transformers import (
 
 from hyperalign import checkpoint
 from train import encode
-from train.bases.true_shape import Shape, architecture, with_random_weights
 from train.config import BaseName
+from train.models.true_shape import Shape, architecture, with_random_weights
 from train.train import main
 
 FAMILIES: tuple[BaseName, ...] = ("sd15", "sdxl", "flux", "sd3")

@@ -25,8 +25,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hyperalign.checkpoint import Header, HyperAlign
 from hyperalign.families.unet import TINY
-from hyperalign.hosts.diffusers import denoiser_of
-from hyperalign.hosts.diffusers_adapter import spec_of
+from hyperalign.hosts.diffusers.adapter import spec_of
+from hyperalign.hosts.diffusers.session import denoiser_of
 from hyperalign.hypernetwork import Conditioning, HyperNetwork, HyperNetworkConfig
 from hyperalign.schedule import Schedule
 from hyperalign.targets import BaseSpec, PerceptionMode

@@ -14,7 +14,7 @@ from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
 import hyperalign
 from hyperalign.checkpoint import save
 from hyperalign.errors import HyperAlignError
-from hyperalign.hosts.diffusers import denoiser_of
+from hyperalign.hosts.diffusers.session import denoiser_of
 from hyperalign.schedule import Schedule
 
 

@@ -13,8 +13,9 @@ import pytest
 from safetensors import safe_open
 
 from hyperalign import checkpoint, provenance
-from hyperalign.card import card, card_path, main, write_card
+from hyperalign.card import card, card_path, write_card
 from hyperalign.checkpoint import HEADER_KEY, read_header
+from hyperalign.cli.card import main
 from hyperalign.errors import HyperAlignError
 from hyperalign.provenance import Source, data_source, remembered, reward_source, sources
 from hyperalign.rewards.loading import NAMES
@@ -124,7 +125,7 @@ def test_the_card_says_what_shaped_the_file_and_what_to_beware_of(header: checkp
     }
     for said in (
         "# mine", "2604.13305", "| hpsv2.1 (optimised) | 0.3123 |", "| pickscore | 21.5 |", "2 x mine",
-        "7 of 10 pictures left out as unsafe (nsfw > 0.2)", "**Misuse.**", "hyperalign.rewards.audit",
+        "7 of 10 pictures left out as unsafe (nsfw > 0.2)", "**Misuse.**", "hyperalign.cli.audit",
     ):  # fmt: skip
         assert said in text
 

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 
 import hyperalign
 from hyperalign.checkpoint import save
+from hyperalign.cli.export import encode, export_lora, main
+from hyperalign.delta import core_matrix, merged_delta
 from hyperalign.errors import HyperAlignError
 from hyperalign.export import ORIGIN_KEY, lora_tensors
-from hyperalign.factors import core_matrix, merged_delta
 from hyperalign.families.flux import FLUX_DEV
 from hyperalign.families.sd3 import SD35_MEDIUM
 from hyperalign.families.unet import SD15, SDXL, TINY
-from hyperalign.hosts.diffusers import denoiser_of
-from hyperalign.hosts.diffusers_export import encode, export_lora, main
+from hyperalign.hosts.diffusers.session import denoiser_of
 from hyperalign.hypernetwork import HyperNetwork, HyperNetworkConfig
 from hyperalign.targets import LoraNames, Target
 

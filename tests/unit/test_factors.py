@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperalign.factors import core_matrix, forward_delta, merged_delta, plain_lora
+from hyperalign.delta import core_matrix, forward_delta, merged_delta, plain_lora
 
 sizes = st.integers(1, 7)
 

@@ -13,7 +13,7 @@ from hyperalign.errors import HyperAlignError
 from hyperalign.families.flux import FLUX_DEV, FLUX_SCHNELL
 from hyperalign.families.sd3 import SD35_MEDIUM, SD3Spec
 from hyperalign.families.unet import SD15, SDXL
-from hyperalign.hosts.diffusers_adapter import spec_of
+from hyperalign.hosts.diffusers.adapter import spec_of
 from hyperalign.perception import token_map
 from hyperalign.targets import BaseSpec
 

@@ -10,8 +10,8 @@ from diffusers import UNet2DConditionModel
 
 from hyperalign.errors import HyperAlignError
 from hyperalign.families.unet import SD15, TINY
-from hyperalign.hosts.diffusers import attach
-from hyperalign.hosts.diffusers_adapter import Adapter, spec_of, unet_call
+from hyperalign.hosts.diffusers.adapter import Adapter, spec_of, unet_call
+from hyperalign.hosts.diffusers.session import attach
 from hyperalign.hypernetwork import HyperNetworkConfig
 from hyperalign.perception import pool_features
 from hyperalign.schedule import Schedule

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from hyperalign.errors import HyperAlignError
-from hyperalign.tiny import judges, weights
-from hyperalign.tiny.judges import (
+from hyperalign.tiny import evaluators as judges
+from hyperalign.tiny import weights
+from hyperalign.tiny.evaluators import (
     TinyDetector,
     TinyHeldoutReward,
     TinyReward,

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from hyperalign.factors import forward_delta
-from hyperalign.hosts.diffusers_adapter import Adapter, unet_call
+from hyperalign.delta import forward_delta
+from hyperalign.hosts.diffusers.adapter import Adapter, unet_call
 from hyperalign.hosts.lowrank import fold
 
 

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from hyperalign.study import __main__ as command
-from hyperalign.study.intervals import bootstrap, of_votes, wilson
-from hyperalign.study.pictures import methods_of
-from hyperalign.study.results import rates
-from hyperalign.study.trials import QUESTIONS, Key, Trial, key_path, plan, read_key
-from hyperalign.study.votes import Vote, read_votes
+from hyperalign.cli.study import command
+from hyperalign.cli.study.images import methods_of
+from hyperalign.cli.study.intervals import bootstrap, of_votes, wilson
+from hyperalign.cli.study.results import rates
+from hyperalign.cli.study.trials import QUESTIONS, Key, Trial, key_path, plan, read_key
+from hyperalign.cli.study.votes import Vote, read_votes
 
 NAMES = ("one", "three", "two", "four/five")
 SECRET = "zebrafish"

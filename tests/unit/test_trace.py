@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hyperalign.delta import merged_delta
 from hyperalign.errors import HyperAlignError
-from hyperalign.factors import merged_delta
 from hyperalign.trace import (
     Rewards,
     Trace,

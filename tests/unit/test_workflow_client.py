@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperalign.workflows.client import ComfyClient, ComfyError, _reasons
-from hyperalign.workflows.websocket import CLOSE, PING, PONG, TEXT, WebSocket
+from hyperalign.cli.sample.client import ComfyClient, ComfyError, _reasons
+from hyperalign.cli.sample.websocket import CLOSE, PING, PONG, TEXT, WebSocket
 
 ACCEPTED = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
 BINARY, CONTINUED = 2, 0

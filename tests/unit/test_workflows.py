@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from hyperalign.cli.sample.convert import read, to_prompt, upstream
+from hyperalign.cli.sample.files import load
 from hyperalign.errors import HyperAlignError
-from hyperalign.workflows.convert import read, to_prompt, upstream
-from hyperalign.workflows.files import load
 
 TEXT = ["STRING", {"multiline": True}]
 INFO: dict[str, Any] = {

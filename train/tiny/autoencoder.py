@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hyperalign.hosts.diffusers_tiny import decode, posterior
+from hyperalign.hosts.diffusers.tiny import decode, posterior
 from hyperalign.tiny.weights import AUTOENCODER_CONFIG
 from train.tiny.fitting import Fit, Workshop, run_fit
 

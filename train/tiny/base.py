@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from hyperalign.tiny.prompts import COLORS, MIRRORED, RELATIONS, TEMPLATES, Content, caption
 from hyperalign.tiny.text_encoder import NOUN_TOKENS, VOCABULARY, WIDTH, TinyTextEncoder, tokenize_batch
 from hyperalign.tiny.weights import NOISE_SCHEDULE, UNET_CONFIG
-from train.attention import use_float32_attention
+from train.models.attention import use_float32_attention
 from train.tiny.fitting import Fit, Workshop, run_fit
 from train.tiny.scenes import Scene, confused_content, noisy_content
 

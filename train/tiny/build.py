@@ -25,13 +25,13 @@ import tyro
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from hyperalign.hosts.diffusers_tiny import decode, posterior
+from hyperalign.hosts.diffusers.tiny import decode, posterior
 from hyperalign.tiny.weights import AUTOENCODER_CONFIG, FOLDER, load_part, save_part
 from train.tiny import autoencoder as ae
 from train.tiny import base as base_stage
 from train.tiny.art import Art, load_art
+from train.tiny.evaluators import train_judges
 from train.tiny.fitting import Workshop
-from train.tiny.judges import train_judges
 from train.tiny.scenes import BASE_FLUENT, CONFUSED_CAPTIONS, CORRUPT_CAPTIONS, build_scenes
 
 AUTOENCODER_SCENES = 20_000

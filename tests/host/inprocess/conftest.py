@@ -71,7 +71,7 @@ class Tiny:
 
 @pytest.fixture(scope="session")
 def tiny(comfy: ModuleType) -> Tiny:
-    from hyperalign.hosts.comfy_tiny import build_clip, build_model, build_vae
+    from hyperalign.hosts.comfy.tiny import build_clip, build_model, build_vae
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**UNET_CONFIG).eval().requires_grad_(False)
@@ -117,7 +117,7 @@ def save_hyperalign() -> Callable[..., Path]:
 def make_hyperalign(
     comfy: ModuleType, save_hyperalign: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Any]:
-    from hyperalign.hosts.comfy import load
+    from hyperalign.hosts.comfy.model import load
 
     def make(**options: Any) -> Any:
         return load(save_hyperalign(tmp_path_factory.mktemp("hyperalign") / "made.safetensors", **options))

@@ -16,7 +16,7 @@ from hyperalign.families.unet import TINY
 
 @pytest.fixture
 def apply():
-    from hyperalign.hosts.comfy import apply
+    from hyperalign.hosts.comfy.model import apply
 
     return apply
 
@@ -62,7 +62,7 @@ def test_a_model_of_a_kind_nobody_taught_us(make_hyperalign, apply, kind):
 
 
 def test_a_layer_the_model_lacks(tiny, make_hyperalign, apply):
-    from hyperalign.hosts.comfy import hosted
+    from hyperalign.hosts.comfy.model import hosted
 
     hyperalign = make_hyperalign().hyperalign
     lying = dataclasses.replace(hyperalign.header.targets[0], name="mid_block.attentions.7.to_q")
@@ -72,7 +72,7 @@ def test_a_layer_the_model_lacks(tiny, make_hyperalign, apply):
 
 
 def test_bad_files_are_refused_and_the_base_stays_as_it_was(tiny, sample, make_hyperalign, tmp_path):
-    from hyperalign.hosts.comfy import load
+    from hyperalign.hosts.comfy.model import load
 
     before = sample(tiny.model)
     good = tmp_path / "good.safetensors"

@@ -51,7 +51,7 @@ def node(pack: ModuleType) -> Any:
 
 @pytest.fixture(scope="module")
 def reward(pack: ModuleType) -> Any:
-    rewards = importlib.import_module(f"{pack.__name__}.hyperalign.hosts.comfy_rewards")
+    rewards = importlib.import_module(f"{pack.__name__}.hyperalign.hosts.comfy.rewards")
     tiny = importlib.import_module(f"{pack.__name__}.hyperalign.rewards.tiny")
     return rewards.hosted(tiny.load("tiny reward"))
 
@@ -78,7 +78,7 @@ def best(node: Any, tiny: Any, reward: Any) -> Any:
 
 @pytest.fixture
 def ksampler(tiny: Any) -> Any:
-    from hyperalign.hosts.comfy_sampling import ksample
+    from hyperalign.hosts.comfy.sampling import ksample
 
     def run(seed: int) -> torch.Tensor:
         with torch.inference_mode():
@@ -135,8 +135,8 @@ def test_a_search_of_steps_is_the_host_s_sampler_where_all_noise_is_zero(best, t
     import comfy.sample
     from comfy.k_diffusion import sampling as k_diffusion
 
-    from hyperalign.hosts import comfy_trajectory
-    from hyperalign.hosts.comfy_trajectory import sigmas
+    from hyperalign.hosts.comfy import trajectory as comfy_trajectory
+    from hyperalign.hosts.comfy.trajectory import sigmas
     from hyperalign.search import Plan
 
     monkeypatch.setattr(comfy_trajectory, "epsilon_greedy", lambda plan, fresh, rate, chance: 0 * fresh())
@@ -281,7 +281,7 @@ def test_a_sample_that_diverged_has_failed_and_the_others_are_kept(best, tiny, b
 
 def test_a_score_that_is_no_number_fails_its_sample_alone(best, pack, reward):
     tiny = importlib.import_module(f"{pack.__name__}.hyperalign.rewards.tiny")
-    rewards = importlib.import_module(f"{pack.__name__}.hyperalign.hosts.comfy_rewards")
+    rewards = importlib.import_module(f"{pack.__name__}.hyperalign.hosts.comfy.rewards")
     own, places = tiny.load("tiny reward"), itertools.count()
 
     class Overflowing:
@@ -327,7 +327,7 @@ def test_frames_are_laid_out_as_by_the_host_s_decoder_and_videos_are_refused(pac
 
     import nodes
 
-    search = importlib.import_module(f"{pack.__name__}.hyperalign.hosts.comfy_search")
+    search = importlib.import_module(f"{pack.__name__}.hyperalign.hosts.comfy.search")
     network = WanVAE(dim=8, z_dim=16, temperal_downsample=[False, True, True])
     with torch.inference_mode():
         vae = VAE({key: torch.full_like(value, 0.1) for key, value in network.state_dict().items()})
@@ -353,7 +353,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(best, reward):
 
 
 def test_every_sample_is_aligned_where_there_is_a_hypernetwork(best, pack, save_hyperalign, tmp_path):
-    load = importlib.import_module(f"{pack.__name__}.hyperalign.hosts.comfy").load
+    load = importlib.import_module(f"{pack.__name__}.hyperalign.hosts.comfy.model").load
     hypernetwork = load(save_hyperalign(tmp_path / "made.safetensors"))
     base, off, on = best(), best(hypernetwork=hypernetwork, strength=0.0), best(hypernetwork=hypernetwork)
     assert torch.equal(base[1], off[1])
@@ -376,7 +376,7 @@ def test_what_cannot_be_searched_is_refused(best, changes, message):
 
 
 def test_ranks_are_refused(best, pack):
-    rewards = importlib.import_module(f"{pack.__name__}.hyperalign.hosts.comfy_rewards")
+    rewards = importlib.import_module(f"{pack.__name__}.hyperalign.hosts.comfy.rewards")
     tiny = importlib.import_module(f"{pack.__name__}.hyperalign.rewards.tiny")
     first, second = (rewards.hosted(tiny.load(name)) for name in tiny.NAMES)
     with pytest.raises(Exception, match="Ranks compare the pictures of one batch"):

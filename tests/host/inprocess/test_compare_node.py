@@ -22,7 +22,7 @@ def compare(pack: ModuleType, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(scope="module")
 def reward(pack: ModuleType) -> Any:
-    rewards = importlib.import_module(f"{pack.__name__}.hyperalign.hosts.comfy_rewards")
+    rewards = importlib.import_module(f"{pack.__name__}.hyperalign.hosts.comfy.rewards")
     return rewards.hosted(
         importlib.import_module(f"{pack.__name__}.hyperalign.rewards.tiny").load("tiny reward")
     )

@@ -20,7 +20,7 @@ def export(tiny, tmp_path, monkeypatch):
     """Writes below tmp_path; returns the path."""
     import folder_paths
 
-    from hyperalign.hosts.comfy_export import export_lora
+    from hyperalign.hosts.comfy.export import export_lora
 
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
 
@@ -53,7 +53,7 @@ def with_lora(caplog):
 
 @pytest.mark.parametrize("mode", ["prefix", "separate"])
 def test_a_run_with_the_lora_is_a_run_of_variant_i(tiny, sample, make_hyperalign, export, with_lora, mode):
-    from hyperalign.hosts.comfy import apply
+    from hyperalign.hosts.comfy.model import apply
 
     loaded = make_hyperalign(mode=mode)
     noise = torch.randn(1, 4, 16, 16, generator=torch.manual_seed(5))
@@ -70,9 +70,9 @@ def test_a_run_with_the_lora_is_a_run_of_variant_i(tiny, sample, make_hyperalign
 @pytest.mark.parametrize("time", [1.0, 0.999, 0.5, 0.0])
 def test_the_weights_are_the_live_ones_at_that_time(tiny, make_hyperalign, time):
     """Against diffusers: the same seed, prompt and picture give the same weights."""
-    from hyperalign.hosts.comfy_export import factors_at
-    from hyperalign.hosts.diffusers_adapter import Adapter, unet_call
-    from hyperalign.hosts.diffusers_tiny import tiny_scheduler
+    from hyperalign.hosts.comfy.export import factors_at
+    from hyperalign.hosts.diffusers.adapter import Adapter, unet_call
+    from hyperalign.hosts.diffusers.tiny import tiny_scheduler
 
     loaded = make_hyperalign()
     picture = torch.randn(1, 4, 16, 16, generator=torch.manual_seed(1))

@@ -22,7 +22,7 @@ def one_lora_file(folder, monkeypatch, model, hyperalign, positive, shape):
     import comfy.utils
     import folder_paths
 
-    from hyperalign.hosts.comfy_export import export_lora
+    from hyperalign.hosts.comfy.export import export_lora
 
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(folder))
     with torch.inference_mode():
@@ -54,7 +54,7 @@ def test_one_lora_file_is_the_live_hypernetwork_in_both_hosts(
 ):
     import diffusers
 
-    from hyperalign.hosts.comfy import apply
+    from hyperalign.hosts.comfy.model import apply
 
     spec, ours, theirs, call, velocity = family
     hyperalign = make_hyperalign(spec=spec, mode=mode, perception_blocks=2)
@@ -79,7 +79,7 @@ def test_one_lora_file_is_the_live_hypernetwork_in_both_hosts(
 def test_one_lora_file_fits_unets_in_both_hosts(comfy, make_hyperalign, tmp_path, monkeypatch, caplog, spec):
     import diffusers
 
-    from hyperalign.hosts.comfy import apply
+    from hyperalign.hosts.comfy.model import apply
 
     torch.manual_seed(6)
     with torch.no_grad():

@@ -30,7 +30,7 @@ from hyperalign.families.flux import FLUX_DEV, FluxSpec
 from hyperalign.families.sd3 import SD35_MEDIUM, SD3Spec
 from hyperalign.families.unet import SD15, SDXL
 from hyperalign.targets import Place
-from train.process import Diffusion
+from train.noise import Diffusion
 
 
 def host_place(entry) -> Place:
@@ -92,8 +92,8 @@ def test_both_hosts_agree_on_flux_schnell(schnell, make_hyperalign, mode):
 
 
 def test_a_hypernetwork_of_flux_dev_is_refused_on_schnell_in_both_hosts(schnell, make_hyperalign):
-    from hyperalign.hosts.comfy import apply
-    from hyperalign.hosts.diffusers import attach
+    from hyperalign.hosts.comfy.model import apply
+    from hyperalign.hosts.diffusers.session import attach
 
     _, ours, theirs, _, _ = schnell
     of_dev = make_hyperalign(spec=FLUX, perception_blocks=2)
@@ -103,9 +103,9 @@ def test_a_hypernetwork_of_flux_dev_is_refused_on_schnell_in_both_hosts(schnell,
 
 
 def both_hosts_agree(family, make_hyperalign, mode, variant):
-    from hyperalign.hosts.comfy import apply
-    from hyperalign.hosts.diffusers import attach
-    from hyperalign.hosts.diffusers_adapter import spec_of
+    from hyperalign.hosts.comfy.model import apply
+    from hyperalign.hosts.diffusers.adapter import spec_of
+    from hyperalign.hosts.diffusers.session import attach
 
     spec, ours, theirs, call, velocity = family
     assert spec_of(ours) == spec
@@ -127,7 +127,7 @@ def both_hosts_agree(family, make_hyperalign, mode, variant):
 
 def test_a_fused_slice_gets_the_delta_of_its_own_rows(family, make_hyperalign):
     """Against a copy of W to which the whole low-rank product was added, row by row."""
-    from hyperalign.factors import merged_delta
+    from hyperalign.delta import merged_delta
     from hyperalign.hosts.hooks import TargetHooks
 
     spec, _, theirs, _, _ = family
@@ -163,9 +163,9 @@ def test_a_fused_slice_gets_the_delta_of_its_own_rows(family, make_hyperalign):
 def test_unets_agree_too(comfy, make_hyperalign, spec, prediction, mode):
     from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
-    from hyperalign.hosts.comfy import apply
-    from hyperalign.hosts.diffusers import attach
-    from hyperalign.hosts.diffusers_adapter import spec_of
+    from hyperalign.hosts.comfy.model import apply
+    from hyperalign.hosts.diffusers.adapter import spec_of
+    from hyperalign.hosts.diffusers.session import attach
 
     torch.manual_seed(6)
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_unets_agree_too(comfy, make_hyperalign, spec, prediction, mode):
 def test_compiled_transformers_give_the_same_and_are_left_as_they_were(family, make_hyperalign, mode):
     from comfy_extras.nodes_torch_compile import TorchCompileModel
 
-    from hyperalign.hosts.comfy import apply
+    from hyperalign.hosts.comfy.model import apply
 
     spec, _, theirs, _, _ = family
     hyperalign = make_hyperalign(spec=spec, mode=mode, perception_blocks=2)
@@ -222,7 +222,7 @@ def test_compiled_transformers_give_the_same_and_are_left_as_they_were(family, m
 @pytest.mark.parametrize("family", ["flux"], indirect=True)
 def test_a_reference_picture_does_not_enter_perception(family, make_hyperalign):
     """FLUX Kontext appends its reference's tokens to the picture's own."""
-    from hyperalign.hosts.comfy import apply
+    from hyperalign.hosts.comfy.model import apply
 
     spec, _, theirs, _, _ = family
     hyperalign = make_hyperalign(spec=spec, perception_blocks=2)

@@ -19,8 +19,8 @@ GRADIENTS = ("prediction", "through model")
 @pytest.fixture(scope="module")
 def parts(comfy: ModuleType) -> Any:
     """The committed model and both rewards, loaded as the host's nodes do."""
-    from hyperalign.hosts.comfy_rewards import hosted
-    from hyperalign.hosts.comfy_tiny import load_tiny
+    from hyperalign.hosts.comfy.rewards import hosted
+    from hyperalign.hosts.comfy.tiny import load_tiny
     from hyperalign.rewards import tiny
 
     with torch.inference_mode():
@@ -31,7 +31,7 @@ def parts(comfy: ModuleType) -> Any:
 
 @pytest.fixture(scope="module")
 def guide(parts: Any) -> Any:
-    from hyperalign.hosts.comfy_guidance import apply_guidance
+    from hyperalign.hosts.comfy.guidance import apply_guidance
 
     def run(
         strength: float = 0.1,
@@ -56,7 +56,7 @@ def guide(parts: Any) -> Any:
 @pytest.fixture(scope="module")
 def draw(parts: Any) -> Any:
     """Latents of four seeds after eight steps."""
-    from hyperalign.hosts.comfy_sampling import ksample
+    from hyperalign.hosts.comfy.sampling import ksample
 
     def run(model: Any, cfg: float = 4.0) -> Tensor:
         with torch.inference_mode():
@@ -148,7 +148,7 @@ def test_guidance_acts_inside_its_window_and_nowhere_else(parts, guide, draw, gr
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("variant", ["s", "i"])
 def test_it_goes_with_a_hypernetwork(parts, guide, draw, gradient, variant):
-    from hyperalign.hosts.comfy import apply, load
+    from hyperalign.hosts.comfy.model import apply, load
     from hyperalign.tiny.weights import HYPERNETWORKS
 
     with torch.inference_mode():
@@ -162,8 +162,8 @@ def test_it_goes_with_a_hypernetwork(parts, guide, draw, gradient, variant):
 def test_the_gradient_through_the_model_is_that_of_finite_differences(parts, guide, draw, hypernetwork):
     from comfy.patcher_extension import WrappersMP
 
-    from hyperalign.hosts.comfy import apply, load
-    from hyperalign.hosts.comfy_guidance import DecoderCopy
+    from hyperalign.hosts.comfy.guidance import DecoderCopy
+    from hyperalign.hosts.comfy.model import apply, load
     from hyperalign.tiny.weights import HYPERNETWORKS
 
     decode, seen = DecoderCopy(parts.vae, 512), SimpleNamespace(plain=None, slopes=[])
@@ -244,7 +244,7 @@ def test_a_patch_that_cuts_the_gradient_off_is_named(parts, guide, draw):
 
 
 def test_blocks_are_computed_again_in_the_backward_pass_with_the_same_gradient(parts):
-    from hyperalign.hosts.comfy_gradient import differentiable, normal_weights
+    from hyperalign.hosts.comfy.gradient import differentiable, normal_weights
 
     model = parts.model.model
     context = parts.clip.encode_from_tokens_scheduled(parts.clip.tokenize(PROMPT))[0][0].clone()
@@ -268,7 +268,7 @@ def test_blocks_are_computed_again_in_the_backward_pass_with_the_same_gradient(p
 def test_weights_cast_into_one_buffer_are_cast_again_for_the_backward_pass(comfy):
     import comfy.ops
 
-    from hyperalign.hosts.comfy_gradient import differentiable, normal_weights
+    from hyperalign.hosts.comfy.gradient import differentiable, normal_weights
 
     buffer = torch.empty(8, 8)
     with torch.inference_mode():
@@ -287,14 +287,14 @@ def test_weights_cast_into_one_buffer_are_cast_again_for_the_backward_pass(comfy
 
 
 def test_a_weighted_sum_of_rewards_guides(parts, guide, draw, base):
-    from hyperalign.hosts.comfy_rewards import chained
+    from hyperalign.hosts.comfy.rewards import chained
 
     both = chained(parts.heldout, parts.reward, 1.0, "sum", {})
     assert score(parts, draw(guide(reward=both))) > score(parts, base)
 
 
 def test_the_copied_decoder_is_the_vae_s_and_bounded_in_size(comfy, parts):
-    from hyperalign.hosts.comfy_guidance import DecoderCopy
+    from hyperalign.hosts.comfy.guidance import DecoderCopy
 
     latents = torch.randn(1, 4, 16, 16)
     with torch.inference_mode():
@@ -319,7 +319,7 @@ def test_what_cannot_guide_is_refused(guide, options, message):
 
 
 def test_ranks_are_refused(parts, guide):
-    from hyperalign.hosts.comfy_rewards import chained
+    from hyperalign.hosts.comfy.rewards import chained
 
     with pytest.raises(HyperAlignError, match="Ranks have no gradient"):
         guide(reward=chained(parts.heldout, parts.reward, 1.0, "rank", {}))

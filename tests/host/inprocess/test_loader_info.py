@@ -17,7 +17,7 @@ def header(comfy) -> Header:
 
 
 def described(header: Header) -> list[str]:
-    from hyperalign.hosts.comfy_files import describe
+    from hyperalign.hosts.comfy.files import describe
 
     return describe(header).splitlines()
 

@@ -49,8 +49,8 @@ def euler_in_comfyui(model, noise, positive, negative):
 @pytest.mark.parametrize("variant", ["S", "P", "I"])
 @pytest.mark.parametrize("mode", ["prefix", "separate"])
 def test_cores_agree_to_1e_5_and_latents_to_1e_4(tiny, make_hyperalign, mode, variant):
-    from hyperalign.hosts.comfy import apply
-    from hyperalign.hosts.diffusers import attach
+    from hyperalign.hosts.comfy.model import apply
+    from hyperalign.hosts.diffusers.session import attach
 
     hyperalign = make_hyperalign(mode=mode, variant=variant)
     positive, negative = tiny.condition("two blue hearts"), tiny.condition("")

@@ -30,7 +30,7 @@ def folders(comfy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """The host's folders, empty and for one test."""
     import folder_paths
 
-    from hyperalign.hosts.comfy_reward_files import FOLDER
+    from hyperalign.hosts.comfy.reward_files import FOLDER
 
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
@@ -306,7 +306,7 @@ def test_pixels_that_are_no_numbers_are_refused_and_nothing_is_saved(nodes, fold
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_scores_that_are_no_numbers_are_refused_and_nothing_is_kept(nodes, pack, folders, value):
-    hosted = importlib.import_module(f"{pack.__name__}.hyperalign.hosts.comfy_rewards").hosted
+    hosted = importlib.import_module(f"{pack.__name__}.hyperalign.hosts.comfy.rewards").hosted
     overflowing = hosted(Overflowing(float(value)))
     for weight, chain in ((1.0, None), (0.0, loaded(nodes))):
         reward = nodes.comfy_rewards.chained(chain, overflowing, weight, "sum", {})

@@ -21,7 +21,7 @@ def reward(request: pytest.FixtureRequest) -> Reward:
 
 
 def test_scores_are_the_core_s_and_gradients_are_still_to_be_had(comfy: ModuleType, reward: Reward) -> None:
-    from hyperalign.hosts.comfy_rewards import hosted
+    from hyperalign.hosts.comfy.rewards import hosted
 
     images_BCHW = torch.rand(2, 3, 48, 64)
     with torch.inference_mode():

@@ -13,7 +13,7 @@ MODES = ["prefix", "separate"]
 
 @pytest.fixture
 def apply():
-    from hyperalign.hosts.comfy import apply
+    from hyperalign.hosts.comfy.model import apply
 
     return apply
 

@@ -17,9 +17,9 @@ import pytest
 from safetensors import safe_open
 
 from hyperalign.checkpoint import HEADER_KEY, save_atomically
+from hyperalign.cli.sample.convert import to_prompt
+from hyperalign.cli.sample.widgets import widgets
 from hyperalign.tiny.weights import HYPERNETWORKS
-from hyperalign.workflows.convert import to_prompt
-from hyperalign.workflows.widgets import widgets
 
 WORKFLOWS = Path(__file__).resolve().parents[3] / "example_workflows"
 Prompt = dict[str, dict[str, Any]]
@@ -132,7 +132,7 @@ def test_a_file_in_another_subfolder_is_offered(check: Any, models: Path, name: 
 
 
 def test_a_workflow_made_where_no_file_was_says_where_one_belongs(check: Any, models: Path) -> None:
-    from hyperalign.hosts.comfy_files import NONE_FOUND
+    from hyperalign.hosts.comfy.files import NONE_FOUND
 
     message = said(check(aligned(NONE_FOUND)), "2")
     assert f"Put the .safetensors file into {models / 'hyperalign'}" in message

@@ -20,7 +20,7 @@ OFF = (0.0, 0.0, 0.0)
 
 @pytest.fixture
 def apply():
-    from hyperalign.hosts.comfy import apply
+    from hyperalign.hosts.comfy.model import apply
 
     return apply
 
@@ -112,7 +112,7 @@ def test_each_evaluation_gets_the_curves_strength_at_its_noise(
     tiny, sample, make_hyperalign, apply, monkeypatch
 ):
     """With the scheduler `normal` and as many values as steps, each step gets a value of its own."""
-    from hyperalign.hosts import comfy
+    from hyperalign.hosts.comfy import model as comfy
 
     seen, scaled = [], comfy.scaled
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from hyperalign.delta import merged_delta
 from hyperalign.errors import HyperAlignError
-from hyperalign.factors import merged_delta
 from hyperalign.hosts.tracing import Recorder
 from hyperalign.strength import StrengthCurve
 from hyperalign.trace import as_json, block_strengths, dynamics, strengths, written_at
@@ -23,7 +23,7 @@ MODES = ["prefix", "separate"]
 @pytest.fixture
 def traced(tiny, sample, make_hyperalign):
     """Samples with a recorder; returns the latents, the trace and the hypernetwork."""
-    from hyperalign.hosts.comfy import apply
+    from hyperalign.hosts.comfy.model import apply
 
     def run(strength=1.0, start=0.0, end=1.0, curve=None, predictions=False, sampling=None, **options):
         loaded = make_hyperalign(**options)
@@ -66,7 +66,7 @@ def linked(comfy: ModuleType):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("variant", ["S", "P", "I"])
 def test_recording_changes_no_picture(tiny, sample, traced, make_hyperalign, mode, variant):
-    from hyperalign.hosts.comfy import apply
+    from hyperalign.hosts.comfy.model import apply
 
     latents, trace, _ = traced(mode=mode, variant=variant, predictions=True)
     assert torch.equal(latents, sample(apply(tiny.model, make_hyperalign(mode=mode, variant=variant))))
@@ -81,7 +81,7 @@ def test_weights_are_written_when_the_variant_says(traced, variant, written):
 
 
 def test_the_strengths_are_the_lengths_of_the_changes_at_work(traced, monkeypatch):
-    from hyperalign.hosts import comfy as host
+    from hyperalign.hosts.comfy import model as host
 
     calls: list[tuple[torch.Tensor, float]] = []
     original = host.TargetHooks.set_cores
@@ -145,7 +145,7 @@ def test_predictions_are_the_pictures_foreseen(traced, tiny):
 
 
 def test_an_interrupted_run_is_not_kept(tiny, sample, make_hyperalign):
-    from hyperalign.hosts.comfy import apply
+    from hyperalign.hosts.comfy.model import apply
 
     def stop(step, *_):
         if step == 1:
@@ -159,8 +159,8 @@ def test_an_interrupted_run_is_not_kept(tiny, sample, make_hyperalign):
 
 
 def test_a_run_is_found_by_what_it_sampled(tiny, sample, make_hyperalign):
-    from hyperalign.hosts.comfy import apply
-    from hyperalign.hosts.comfy_trace import select, select_all
+    from hyperalign.hosts.comfy.model import apply
+    from hyperalign.hosts.comfy.trace import select, select_all
 
     recorder = Recorder()
     model = apply(tiny.model, make_hyperalign(), recorder=recorder)
@@ -175,7 +175,7 @@ def test_a_run_is_found_by_what_it_sampled(tiny, sample, make_hyperalign):
 
 def test_old_runs_are_let_go(tiny, sample, make_hyperalign, monkeypatch):
     from hyperalign.hosts import tracing
-    from hyperalign.hosts.comfy import apply
+    from hyperalign.hosts.comfy.model import apply
 
     recorder = Recorder()
     model = apply(tiny.model, make_hyperalign(), recorder=recorder)
@@ -190,7 +190,7 @@ def test_old_runs_are_let_go(tiny, sample, make_hyperalign, monkeypatch):
 
 
 def test_nothing_is_recorded_unless_the_output_is_linked(comfy, linked):
-    from hyperalign.hosts.comfy_trace import recorder_for, wanted
+    from hyperalign.hosts.comfy.trace import recorder_for, wanted
 
     assert recorder_for(1) is None  # no node is executed
     with linked(("VAEDecode", {"samples": ["7", 0]}), ("HyperAlignTrace", {"trace": ["8", 1]})):
@@ -208,7 +208,7 @@ def test_nothing_is_recorded_unless_the_output_is_linked(comfy, linked):
     ],
 )
 def test_predictions_are_recorded_where_a_reward_may_judge_them(comfy, linked, reader, predictions):
-    from hyperalign.hosts.comfy_trace import recorder_for
+    from hyperalign.hosts.comfy.trace import recorder_for
 
     with linked(reader):
         recorder = recorder_for(1)
@@ -227,7 +227,7 @@ def test_apply_and_sampler_change_their_fingerprint_with_the_link(pack, linked):
 
 
 def test_the_trace_node_draws_and_tells_all_rows(trace_nodes, tiny, sample, make_hyperalign):
-    from hyperalign.hosts.comfy import apply
+    from hyperalign.hosts.comfy.model import apply
 
     recorder = Recorder()
     model = apply(tiny.model, make_hyperalign(variant="P"), recorder=recorder)
@@ -247,9 +247,9 @@ def test_the_trace_node_draws_and_tells_all_rows(trace_nodes, tiny, sample, make
 
 
 def test_a_reward_judges_every_step(pack, trace_nodes, tiny, sample, make_hyperalign):
-    from hyperalign.hosts.comfy import apply
+    from hyperalign.hosts.comfy.model import apply
 
-    rewards = importlib.import_module(f"{pack.__name__}.hyperalign.hosts.comfy_rewards")
+    rewards = importlib.import_module(f"{pack.__name__}.hyperalign.hosts.comfy.rewards")
     judge = rewards.hosted(
         importlib.import_module(f"{pack.__name__}.hyperalign.rewards.tiny").load("tiny reward")
     )
@@ -277,7 +277,7 @@ def test_an_empty_trace_says_what_to_connect(trace_nodes):
 
 
 def test_a_pca_has_a_point_for_each_picture(trace_nodes, tiny, sample, make_hyperalign):
-    from hyperalign.hosts.comfy import apply
+    from hyperalign.hosts.comfy.model import apply
 
     loaded, recorders = make_hyperalign(), []
     for prompt in ("a red heart", "a blue square", "two dogs"):
@@ -306,7 +306,7 @@ def test_traces_that_do_not_belong_together_are_refused(traced):
 
 
 def test_regions_are_tracks_of_their_own(tiny, sample, make_hyperalign):
-    from hyperalign.hosts.comfy import apply
+    from hyperalign.hosts.comfy.model import apply
 
     whole = tiny.condition("a red heart")
     half = [

@@ -61,7 +61,7 @@ def test_load_checkpoint_then_apply_hyperalign(checkpoint, make_hyperalign, runs
     import folder_paths
 
     import nodes
-    from hyperalign.hosts.comfy import apply, spec_of
+    from hyperalign.hosts.comfy.model import apply, spec_of
 
     folder_paths.add_model_folder_path("checkpoints", str(checkpoint.parent))
     with torch.inference_mode():

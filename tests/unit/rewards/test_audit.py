@@ -17,12 +17,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from hyperalign.errors import HyperAlignError
-from hyperalign.rewards.audit import __main__ as command
-from hyperalign.rewards.audit import measuring
-from hyperalign.rewards.audit.groups import filled, groups_of
-from hyperalign.rewards.audit.pixels import ALTERATIONS, properties
-from hyperalign.rewards.audit.statistics import (
+from hyperalign.cli.audit import command, measuring
+from hyperalign.cli.audit.groups import filled, groups_of
+from hyperalign.cli.audit.pixels import ALTERATIONS, properties
+from hyperalign.cli.audit.statistics import (
     difference,
     largest_gap,
     mean,
@@ -30,6 +28,7 @@ from hyperalign.rewards.audit.statistics import (
     rank_correlation,
     t_quantile,
 )
+from hyperalign.errors import HyperAlignError
 
 TINY = "tiny reward"
 numbers = st.lists(st.floats(-100, 100), min_size=4, max_size=30)
@@ -287,7 +286,7 @@ def test_properties_follow_the_alteration_that_is_named_after_them() -> None:
 
 def test_it_runs_as_a_command(pictures: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "hyperalign.rewards.audit", "--help"],
+        [sys.executable, "-m", "hyperalign", "audit", "--help"],
         capture_output=True,
         text=True,
         check=True,

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from hyperalign.cli import geneval as command
 from hyperalign.errors import HyperAlignError
-from hyperalign.rewards.geneval import __main__ as command
-from hyperalign.rewards.geneval import colors, detector, scorer
-from hyperalign.rewards.geneval.detector import SWIN_SMALL, DetectorShape, FoundObject, objects
-from hyperalign.rewards.geneval.prompts import COLORS, NAMES, parse_prompt
-from hyperalign.rewards.geneval.rules import THRESHOLD
+from hyperalign.geneval import colors, detector, scorer
+from hyperalign.geneval.detector import SWIN_SMALL, DetectorShape, FoundObject, objects
+from hyperalign.geneval.prompts import COLORS, NAMES, parse_prompt
+from hyperalign.geneval.rules import THRESHOLD
 
 SMALL = DetectorShape(
     width=12, depths=(1, 1, 1, 1), heads=(1, 1, 2, 2), features=32, feedforward=32, encoder_feedforward=32,

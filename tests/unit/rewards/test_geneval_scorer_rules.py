@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperalign.errors import HyperAlignError
-from hyperalign.rewards.geneval.prompts import COLORS, NAMES, Prompt, Requirement, parse_prompt, read_metadata
-from hyperalign.rewards.geneval.rules import Box, Detection, Verdict, judge, kept, relations
-from hyperalign.rewards.geneval.summary import summarise, table
+from hyperalign.geneval.prompts import COLORS, NAMES, Prompt, Requirement, parse_prompt, read_metadata
+from hyperalign.geneval.rules import Box, Detection, Verdict, judge, kept, relations
+from hyperalign.geneval.summary import summarise, table
 from hyperalign.tiny.geneval import Detection as TinyDetection
 from hyperalign.tiny.geneval import is_correct
 from hyperalign.tiny.prompts import FAMILIES, MIRRORED, Content, near_miss, sample_content

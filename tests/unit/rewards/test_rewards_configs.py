@@ -15,9 +15,9 @@ from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import nn
 from transformers.activations import ACT2FN
 
+from hyperalign.geneval import detector
 from hyperalign.rewards import clip, loading
 from hyperalign.rewards.clip import ClipShape
-from hyperalign.rewards.geneval import detector
 
 Facts = dict[str, Any]
 """heads, activation and eps of an encoder, as its modules have them."""

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from hyperalign.rewards.audit import __main__ as audit
-from hyperalign.rewards.geneval import __main__ as geneval
-from hyperalign.rewards.geneval import detector
-from hyperalign.rewards.geneval.detector import DetectorShape
-from hyperalign.rewards.score import __main__ as score
+from hyperalign.cli import geneval
+from hyperalign.cli.audit import command as audit
+from hyperalign.cli.score import command as score
+from hyperalign.geneval import detector
+from hyperalign.geneval.detector import DetectorShape
 
 DOG = {"tag": "single_object", "prompt": "a dog", "include": [{"class": "dog", "count": 1}]}
 CLIP_FILES = {"clip-vit-large-patch14/model.safetensors", "tokenizer/vocab.json", "tokenizer/merges.txt"}

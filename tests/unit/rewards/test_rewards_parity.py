@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hyperalign.rewards import Reward, aesthetic, clip, hpsv2, image_reward, loading, siglip_aesthetic
-from hyperalign.rewards.pictures import CLIP_MEAN, CLIP_STD
+from hyperalign.rewards.images import CLIP_MEAN, CLIP_STD
 
 State = dict[str, Tensor]
 Picture = NDArray[np.uint8]

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from hyperalign.cli.score.images import decode
 from hyperalign.errors import HyperAlignError
+from hyperalign.rewards import images as P
 from hyperalign.rewards import loading
-from hyperalign.rewards import pictures as P
-from hyperalign.rewards.score.pictures import decode
 
 Picture = NDArray[np.uint8]
 SIDES = st.integers(1, 90)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hyperalign.errors import HyperAlignError
+from hyperalign.geneval import detector
 from hyperalign.rewards import hpsv2, loading
-from hyperalign.rewards.geneval import detector
 
 Published = Callable[[str], Path]
 FUSED = "visual.transformer.resblocks.0.attn.in_proj_weight"

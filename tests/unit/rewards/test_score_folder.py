@@ -19,14 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from hyperalign.cli.score import command, progress, scoring
+from hyperalign.cli.score.files import Scored
+from hyperalign.cli.score.images import BadPicture, decode, open_rgb
+from hyperalign.cli.score.scoring import batches_of_one_size
+from hyperalign.cli.score.sheet import contact_sheet
+from hyperalign.cli.score.tables import combined
 from hyperalign.rewards import loading
-from hyperalign.rewards.score import __main__ as command
-from hyperalign.rewards.score import progress, scoring
-from hyperalign.rewards.score.files import Scored
-from hyperalign.rewards.score.pictures import BadPicture, decode, open_rgb
-from hyperalign.rewards.score.scoring import batches_of_one_size
-from hyperalign.rewards.score.sheet import contact_sheet
-from hyperalign.rewards.score.tables import combined
 
 TINY, HELD_OUT = "tiny reward", "tiny held-out reward"
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black")
@@ -151,7 +150,7 @@ def test_a_second_run_scores_only_what_changed(folder: Path, monkeypatch: pytest
 def test_a_killed_process_loses_no_finished_batch(folder: Path) -> None:
     """The real command, ended the hard way once its log has a picture."""
     code = (
-        "import os, sys; from hyperalign.rewards.score import __main__ as c, scoring\n"
+        "import os, sys; from hyperalign.cli.score import __main__ as c, scoring\n"
         "append = scoring.Log.append\n"
         "def last(log, rows): append(log, rows); len(log.rows) >= 4 and os._exit(9)\n"
         "scoring.Log.append = last; c.main(sys.argv[1:])"

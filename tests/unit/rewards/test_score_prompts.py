@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from hyperalign.cli.score.prompts import embedded, find_prompts, positive_prompt, read_table
 from hyperalign.errors import HyperAlignError
-from hyperalign.rewards.score.prompts import embedded, find_prompts, positive_prompt, read_table
 
 NAMES = ["a.png", "b/a.png", "b/c.png"]
 

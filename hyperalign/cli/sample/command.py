@@ -1,0 +1,193 @@
+"""Runs a workflow on a local ComfyUI and saves its pictures.
+
+python -m hyperalign sample --workflow drawing.json --set "prompt=a red heart" --set seed=5
+python -m hyperalign sample --workflow drawing.json --comfyui ~/ComfyUI --out pictures -- --cpu
+
+--set NAME=VALUE gives a widget another value. NAME is its name, where one node alone has it; title.name or
+#id.name where several do; *.name for all of them. prompt and negative find the text by themselves, and
+seed=random draws a seed, and image=photo.png uploads a picture. Without --set the workflow runs as saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import HyperAlignError
+from .client import ComfyClient, Result
+from .convert import Graph, read
+from .files import load
+from .progress import Progress
+from .server import ComfyServer, answers
+from .settings import changes_of, describe
+
+USUAL_URL = "http://127.0.0.1:8188"
+STOPPED = 130
+"""The exit status of what Ctrl+C ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line asks for."""
+
+    workflow: Path
+    settings: list[str]
+    url: str | None
+    comfyui: Path | None
+    out: Path
+    comfyui_arguments: tuple[str, ...]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    try:
+        for path in run(parse(arguments)):
+            sys.stdout.write(f"{path}\n")
+    except HyperAlignError as error:
+        say(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("\nStopped; ComfyUI runs nothing of it any more.")
+        return STOPPED
+    return 0
+
+
+def run(options: Options) -> list[Path]:
+    """Runs the workflow and returns the files it saved. Raises HyperAlignError."""
+    content = load(options.workflow)
+    _make(options.out)
+    with _server(options) as url:
+        client = ComfyClient(url)
+        info = client.object_info()
+        graph = read(content, info)
+        changes: dict[tuple[str, str], Any] = {}
+        for setting in options.settings:
+            found = changes_of(graph, info, setting, client.upload)
+            say(describe(graph, found))
+            if twice := changes.keys() & found.keys():
+                node, name = next(iter(twice))
+                raise HyperAlignError(f"{setting!r} sets {name} of node #{node} once more; give it once.")
+            changes |= found
+            graph = graph.with_values(found)
+        with Progress(graph.prompt) as progress:
+            result = client.run(graph.prompt, progress.see, graph.workflow)
+        _tell(graph, result)
+        return save(client, result, options.out)
+
+
+def save(client: ComfyClient, result: Result, folder: Path) -> list[Path]:
+    """Saves what a run put out, or where it put out nothing its previews; overwrites nothing.
+
+    Raises HyperAlignError when there is neither, or the disk refuses.
+    """
+    files = [
+        item
+        for output in result.outputs.values()
+        for items in output.values()
+        if isinstance(items, list)
+        for item in items
+        if isinstance(item, dict) and "filename" in item
+    ]
+    kept = [item for item in files if item.get("type") == "output"] or files
+    if not kept:
+        raise HyperAlignError("The workflow put out no picture; end it with Save Image or Preview Image.")
+    saved: list[Path] = []
+    for item in kept:
+        reference = {key: str(item.get(key, "")) for key in ("filename", "subfolder", "type")}
+        path = _free(folder / Path(reference["filename"]).name)
+        _write(path, client.image(reference))
+        saved.append(path)
+    return saved
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise HyperAlignError(f"{path} could not be written ({error}); give another --out.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _free(path: Path) -> Path:
+    """Returns the path, or the first like it that no file has."""
+    number, free = 2, path
+    while free.exists():
+        free = path.with_stem(f"{path.stem.rstrip('_')}_{number}")
+        number += 1
+    return free
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HyperAlignError(f"--out is {folder}, where no folder can be made ({error}).") from error
+
+
+def _tell(graph: Graph, result: Result) -> None:
+    """Says the texts that nodes show, as scores."""
+    for node, output in result.outputs.items():
+        for text in output.get("text") or []:
+            say(f"{graph.titles.get(node, (node,))[-1]}: {text}")
+
+
+@contextmanager
+def _server(options: Options) -> Iterator[str]:
+    """Yields the address of a ComfyUI: that of --url, a running one, or one started for this run."""
+    tree = options.comfyui
+    if options.url is None and tree is None:
+        if answers(USUAL_URL):
+            yield USUAL_URL
+            return
+        named = os.environ.get("COMFYUI_PATH")
+        tree = Path(named).expanduser() if named else None
+    if tree is None:
+        url = options.url or USUAL_URL
+        if not answers(url):
+            raise HyperAlignError(
+                f"No ComfyUI answers at {url}. Start one, give its address with --url, or the folder of a "
+                "ComfyUI with --comfyui or in COMFYUI_PATH to have it started."
+            )
+        yield url
+        return
+    say(f"Starting ComfyUI from {tree} ...")
+    with ComfyServer(tree, options.comfyui_arguments) as server:
+        yield server.url
+
+
+def say(text: str) -> None:
+    """Writes a line for people; what scripts read goes to standard output."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def parse(arguments: Sequence[str] | None) -> Options:
+    """Returns what the command line asks for; ends the process on a wrong one."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hyperalign sample",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--workflow", type=Path, required=True, metavar="FILE", help="a .json as ComfyUI saves or exports it")
+    add("--set", action="append", default=[], dest="settings", metavar="NAME=VALUE",
+        help="another value for a widget; give it again for more")  # fmt: skip
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--url", help=f"of a running ComfyUI (default: {USUAL_URL})")
+    where.add_argument("--comfyui", type=Path, metavar="PATH",
+        help="folder of a ComfyUI to start; COMFYUI_PATH where none runs")  # fmt: skip
+    add("--out", type=Path, default=Path(), metavar="DIR", help="where pictures go (default: here)")
+    add("comfyui_arguments", nargs="*", metavar="-- ARGUMENT", help="for a ComfyUI that is started, as --cpu")
+    found = parser.parse_args(arguments)
+    found.comfyui_arguments = tuple(found.comfyui_arguments)
+    return Options(**vars(found))

@@ -1,0 +1,140 @@
+"""From the page's format to the one the server runs, and back to the places of its values."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import HyperAlignError
+from .files import ObjectInfo, Prompt, Workflow, is_workflow
+from .levels import Level, Place, Source, root, source_of
+from .widgets import places, widgets
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A workflow ready to run, whose values can be set."""
+
+    prompt: Prompt
+    places: Mapping[tuple[str, str], Place]
+    """By node and input: where the workflow file keeps the value."""
+    titles: Mapping[str, tuple[str, ...]]
+    """By node: its own title, after those of the subgraphs around it."""
+    workflow: Workflow | None
+    """The page's format, None for a file in API format."""
+
+    def with_values(self, changes: Mapping[tuple[str, str], Any]) -> Graph:
+        """Returns a copy with other values by node and input; the workflow goes along where it can.
+
+        Two uses of a subgraph share what is inside. Where only one of them changes, the page's format cannot
+        say so, and the copy has no workflow.
+        """
+        changed = copy.deepcopy(self)
+        owners = Counter((id(place.container), place.key) for place in changed.places.values())
+        split = False
+        for (node, name), value in changes.items():
+            changed.prompt[node]["inputs"][name] = value
+            place = changed.places.get((node, name))
+            if place is not None:
+                place.container[place.key] = value
+                split = split or owners[id(place.container), place.key] > 1
+        return Graph(changed.prompt, changed.places, changed.titles, None if split else changed.workflow)
+
+
+def read(content: Workflow | Prompt, info: ObjectInfo) -> Graph:
+    """Makes a workflow of either format ready to run.
+
+    Raises HyperAlignError when the server lacks a node, or links run in a circle.
+    """
+    content = copy.deepcopy(content)
+    if not is_workflow(content):
+        found: Prompt = content
+        check_known({node["class_type"]: "" for node in found.values()}, info)
+        titles = {key: (str(node.get("_meta", {}).get("title") or ""),) for key, node in found.items()}
+        return Graph(found, {}, titles, None)
+    nodes = list(root(content).running())
+    check_known({node["type"]: _pack(node) for _, _, node in nodes if _matters(node, info)}, info)
+    prompt: Prompt = {}
+    at: dict[tuple[str, str], Place] = {}
+    titles: dict[str, tuple[str, ...]] = {}
+    for level, key, node in nodes:
+        if node["type"] in info:
+            number = level.id_of(key)
+            title = str(node.get("title") or info[node["type"]].get("display_name") or node["type"])
+            inputs = _inputs(level, key, node, info, at)
+            prompt[number] = {"class_type": node["type"], "inputs": inputs, "_meta": {"title": title}}
+            titles[number] = (*level.titles(), title)
+    for node in prompt.values():  # muted nodes give nothing
+        node["inputs"] = {k: v for k, v in node["inputs"].items() if not is_link(v) or v[0] in prompt}
+    return Graph(prompt, at, titles, content)
+
+
+def to_prompt(workflow: Workflow | Prompt, info: ObjectInfo) -> Prompt:
+    """Returns a workflow of either format in API format. Raises HyperAlignError as `read` does."""
+    return read(workflow, info).prompt
+
+
+def is_link(value: Any) -> bool:
+    """Whether an input's value is another node's output."""
+    return isinstance(value, list)
+
+
+def upstream(prompt: Prompt, node: str) -> Iterator[str]:
+    """Yields a node and, nearest first, every node it depends on."""
+    waiting, seen = [node], {node}
+    while waiting:
+        current = waiting.pop(0)
+        yield current
+        for value in prompt[current]["inputs"].values():
+            if is_link(value) and value[0] in prompt and value[0] not in seen:
+                seen.add(value[0])
+                waiting.append(value[0])
+
+
+def check_known(kinds: Mapping[str, str], info: ObjectInfo) -> None:
+    """Raises HyperAlignError unless the server knows all types of nodes; values name their packs."""
+    missing = sorted(kind for kind in kinds if kind not in info)
+    if missing:
+        named = ", ".join(repr(kind) + (f" (of {kinds[kind]})" if kinds[kind] else "") for kind in missing)
+        raise HyperAlignError(
+            f"The workflow uses {named}, which this ComfyUI does not know; install the pack that has it, or "
+            "take it out of the workflow."
+        )
+
+
+def _inputs(
+    level: Level, key: str, node: dict[str, Any], info: ObjectInfo, at: dict[tuple[str, str], Place]
+) -> dict[str, Any]:
+    number = level.id_of(key)
+    found = places(node, info[node["type"]])
+    own = {name: Place(node["widgets_values"], where) for name, (_, where) in found.items()}
+    links: dict[str, Any] = {}
+    for slot, socket in enumerate(node.get("inputs") or []):
+        name, source = str(socket["name"]), source_of(level, key, slot)
+        if isinstance(source, Place):
+            own[name] = source
+        elif isinstance(source, Source):
+            links[name] = [source.node, source.slot]
+            own.pop(name, None)
+    at |= {(number, name): place for name, place in own.items()}
+    values = {name: place.value for name, place in own.items()}
+    # A workflow of an older version lacks the widgets that came later; the page gives them their defaults.
+    later = (widget for widget in widgets(info[node["type"]], values) if widget.name not in values)
+    values |= {widget.name: widget.default for widget in later if widget.default is not None}
+    # A list would be read as a link.
+    return {k: {"__value__": v} if isinstance(v, list) else v for k, v in values.items()} | links
+
+
+def _matters(node: dict[str, Any], info: ObjectInfo) -> bool:
+    """Whether a node has to be known: the page's own helpers, linked to nothing, run on no server."""
+    ends = [socket.get("link") for socket in node.get("inputs") or []]
+    ends += [link for socket in node.get("outputs") or [] for link in socket.get("links") or []]
+    return node["type"] in info or any(end is not None for end in ends)
+
+
+def _pack(node: dict[str, Any]) -> str:
+    properties = node.get("properties") or {}
+    return str(properties.get("cnr_id") or properties.get("aux_id") or "")

@@ -1,0 +1,215 @@
+"""The page's graph with its subgraphs, and where each input's value comes from once nothing is virtual.
+
+It follows what the page does before it queues: subgraphs are opened (ids like `12:3`), bypassed nodes pass
+on their first input of the same type, reroutes and primitive nodes vanish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ...errors import HyperAlignError
+from .files import Workflow
+
+MUTED, BYPASSED = 2, 4
+REROUTE, PRIMITIVE = "Reroute", "PrimitiveNode"
+VIRTUAL = (REROUTE, PRIMITIVE, "Note", "MarkdownNote")
+INSIDE, OUTSIDE = "-10", "-20"
+"""The nodes of a subgraph that stand for its inputs and its outputs."""
+
+Node = dict[str, Any]
+
+
+class Link(NamedTuple):
+    """A link of the page."""
+
+    origin: str
+    origin_slot: int
+    target: str
+    target_slot: int
+
+
+class Source(NamedTuple):
+    """The output of a node that the server runs."""
+
+    node: str
+    slot: int
+
+
+class Place(NamedTuple):
+    """Where the page keeps a widget's value: `container[key]`."""
+
+    container: Any
+    key: int | str
+
+    @property
+    def value(self) -> Any:
+        """What is there."""
+        return self.container[self.key]
+
+
+@dataclass(slots=True)
+class Level:
+    """The workflow itself, or one use of a subgraph."""
+
+    nodes: dict[str, Node]
+    links: dict[int, Link]
+    definitions: Mapping[str, Workflow]
+    definition: Workflow
+    outer: tuple[Level, str] | None = None
+    """The level around this one, and the id there of the node that stands for this one."""
+    inner: dict[str, Level] = field(default_factory=dict[str, "Level"])
+
+    def id_of(self, node: str) -> str:
+        """Returns a node's id for the server, `12:3` inside node 12."""
+        return node if self.outer is None else f"{self.outer[0].id_of(self.outer[1])}:{node}"
+
+    def titles(self) -> tuple[str, ...]:
+        """Returns the titles of the subgraphs around, the outermost first."""
+        if self.outer is None:
+            return ()
+        level, node = self.outer
+        return (*level.titles(), level.nodes[node].get("title") or str(self.definition.get("name", "")))
+
+    def running(self) -> Iterator[tuple[Level, str, Node]]:
+        """Yields the nodes the server is to run, with their levels."""
+        for key, node in self.nodes.items():
+            if node.get("mode") in (MUTED, BYPASSED) or node["type"] in VIRTUAL:
+                continue
+            if key in self.inner:
+                yield from self.inner[key].running()
+            else:
+                yield self, key, node
+
+
+def root(workflow: Workflow) -> Level:
+    """Returns the outermost level of a workflow.
+
+    Raises HyperAlignError on a subgraph that holds itself.
+    """
+    subgraphs = (workflow.get("definitions") or {}).get("subgraphs") or []
+    return _level(workflow, {str(one["id"]): one for one in subgraphs}, None, ())
+
+
+def _level(
+    graph: Workflow,
+    definitions: Mapping[str, Workflow],
+    outer: tuple[Level, str] | None,
+    around: tuple[str, ...],
+) -> Level:
+    nodes = {str(node["id"]): node for node in graph["nodes"]}
+    level = Level(nodes, dict(map(_link, filter(None, graph.get("links") or []))), definitions, graph, outer)
+    for key, node in nodes.items():
+        kind = node["type"]
+        if kind in around:
+            raise HyperAlignError(f"The subgraph {graph.get('name')!r} holds itself; take it out of itself.")
+        if kind in definitions:
+            level.inner[key] = _level(definitions[kind], definitions, (level, key), (*around, kind))
+    return level
+
+
+def _link(saved: Any) -> tuple[int, Link]:
+    if isinstance(saved, dict):
+        names = ("origin_id", "origin_slot", "target_id", "target_slot")
+        number, (origin, slot, target, end) = saved["id"], (saved[name] for name in names)
+    else:
+        number, origin, slot, target, end = saved[:5]
+    return int(number), Link(str(origin), int(slot), str(target), int(end))
+
+
+Steps = frozenset[tuple[str, str, int]]
+
+
+def source_of(level: Level, node: str, slot: int, passed: Steps = frozenset()) -> Source | Place | None:
+    """Returns what feeds an input: an output, a widget of a primitive or a subgraph, or None for nothing.
+
+    Raises HyperAlignError on links that run in a circle.
+    """
+    sockets = level.nodes[node].get("inputs") or []
+    link = level.links.get(sockets[slot].get("link") or -1) if slot < len(sockets) else None
+    if link is None:
+        return None
+    passed = _step(passed, level, node, slot)
+    if link.origin != INSIDE:
+        return _behind(level, link, str(sockets[slot].get("type")), passed)
+    if level.outer is None:
+        return None
+    around, key = level.outer
+    name = level.definition["inputs"][link.origin_slot]["name"]
+    instance = around.nodes[key]
+    outside = next((i for i, s in enumerate(instance.get("inputs") or []) if s["name"] == name), None)
+    if outside is not None and instance["inputs"][outside].get("link") is not None:
+        return source_of(around, key, outside, passed)
+    return promoted(level, instance).get(name)
+
+
+def _behind(level: Level, link: Link, kind: str, passed: Steps) -> Source | Place | None:
+    node = level.nodes.get(link.origin)
+    if node is None:
+        return None
+    if node.get("mode") == BYPASSED:
+        through = _bypass(node, link.origin_slot, kind)
+        return None if through is None else source_of(level, link.origin, through, passed)
+    if node["type"] == REROUTE:
+        return source_of(level, link.origin, 0, passed)
+    if node["type"] == PRIMITIVE:
+        return Place(node["widgets_values"], 0) if node.get("widgets_values") else None
+    if link.origin not in level.inner:
+        return Source(level.id_of(link.origin), link.origin_slot)
+    inner = level.inner[link.origin]
+    ends = (one for one in inner.links.values() if one.target == OUTSIDE)
+    end = next((one for one in ends if one.target_slot == link.origin_slot), None)
+    if end is None or end.origin == INSIDE:
+        return None
+    return _behind(inner, end, kind, _step(passed, inner, OUTSIDE, end.target_slot))
+
+
+def _bypass(node: Node, slot: int, kind: str) -> int | None:
+    """Returns which input a bypassed node passes on: that of the same slot, or the first of the type."""
+    kinds = [str(socket.get("type")) for socket in node.get("inputs") or []]
+    if kind in ("*", ""):
+        return (slot if slot < len(kinds) else 0) if kinds else None
+    leaving = str(node["outputs"][slot].get("type"))
+    fits = [_connects(one, leaving) and _connects(one, kind) for one in kinds]
+    if slot < len(kinds) and fits[slot]:
+        return slot
+    return kinds.index(kind) if kind in kinds else next((i for i, fit in enumerate(fits) if fit), None)
+
+
+def _connects(one: str, other: str) -> bool:
+    """Whether the page would link two types: `*` meets all, lists meet where they share one."""
+    left, right = set(one.lower().split(",")), set(other.lower().split(","))
+    return "*" in left | right or bool(left & right)
+
+
+def promoted(level: Level, instance: Node) -> dict[str, Place]:
+    """Returns by name the widgets that a subgraph shows on its node, where they keep a value there."""
+    values = instance.get("widgets_values")
+    if not isinstance(values, list):
+        return {}
+    # A proxy with the node -1 is an input of the subgraph; any other only shows the widget inside.
+    if proxies := (instance.get("properties") or {}).get("proxyWidgets"):
+        names = [name if str(node) == "-1" else None for node, name in proxies]
+    else:
+        names = [one["name"] for slot, one in enumerate(level.definition["inputs"]) if _shows(level, slot)]
+    pairs = zip(names, range(len(values)), strict=False)
+    return {name: Place(values, at) for name, at in pairs if name and values[at] is not None}
+
+
+def _shows(level: Level, slot: int) -> bool:
+    """Whether an input of a subgraph leads to a widget inside."""
+    ends = [link for link in level.links.values() if link.origin == INSIDE and link.origin_slot == slot]
+    for link in ends:
+        sockets = level.nodes[link.target].get("inputs") or [] if link.target in level.nodes else []
+        if link.target_slot < len(sockets) and sockets[link.target_slot].get("widget"):
+            return True
+    return False
+
+
+def _step(passed: Steps, level: Level, node: str, slot: int) -> Steps:
+    step = (level.id_of(node), "input", slot)
+    if step in passed:
+        raise HyperAlignError(f"The links at node #{level.id_of(node)} run in a circle; cut one of them.")
+    return passed | {step}

@@ -1,0 +1,1 @@
+"""Scores whole folders of pictures: `python -m hyperalign score`. Its modules need Pillow."""

@@ -1,0 +1,165 @@
+"""Pictures of several methods: matched by name, and made small enough for one page."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from ...errors import HyperAlignError
+from ..score.images import DAMAGED, in_order, list_pictures, open_rgb
+from ..score.prompts import beside, embedded, find_prompts, listed
+
+Format = Literal["webp", "jpeg"]
+MEGABYTE = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How pictures go into the page: all alike, so that nothing but the drawing differs."""
+
+    format: Format = "webp"
+    quality: int = 90
+    side: int = 1024
+    """The longer side is at most so many pixels."""
+
+
+def methods_of(folders: Sequence[Path]) -> dict[str, Path]:
+    """Returns the folders by what the key calls them: their names, or more of their paths where these repeat.
+
+    Raises HyperAlignError unless there are two different folders or more.
+    """
+    if len(folders) < 2:
+        raise HyperAlignError("Found one folder of pictures; a study compares two or more.")
+    resolved = [folder.resolve() for folder in folders]
+    if len(set(resolved)) < len(resolved):
+        twice = next(folder for folder in folders if resolved.count(folder.resolve()) > 1)
+        raise HyperAlignError(f"{twice} is given twice; give each folder once.")
+    length = 1
+    while len({path.parts[-length:] for path in resolved}) < len(resolved):
+        length += 1
+    return {"/".join(path.parts[-length:]): path for path in resolved}
+
+
+def match(methods: Mapping[str, Path]) -> tuple[dict[str, dict[str, Path]], list[str]]:
+    """Returns the pictures that all folders have, by name and method, and the names that some lack.
+
+    A name is the path below the folder without its ending, so that `1.png` and `1.jpg` meet.
+
+    Raises HyperAlignError on a missing folder, no common name, or one name with two endings in a folder.
+    """
+    by_name: dict[str, dict[str, Path]] = defaultdict(dict)
+    for method, folder in methods.items():
+        for path in list_pictures(folder):
+            name = str(PurePosixPath(path).with_suffix(""))
+            if method in by_name[name]:
+                raise HyperAlignError(
+                    f"{folder} has {path} and {by_name[name][method].name}; keep one of them."
+                )
+            by_name[name][method] = folder / path
+    common = {name: paths for name, paths in sorted(by_name.items()) if len(paths) == len(methods)}
+    if not common:
+        examples = (next(n for n, paths in by_name.items() if method in paths) for method in methods)
+        raise HyperAlignError(
+            f"The folders have no name in common (found {', '.join(examples)}); pictures of one prompt and "
+            "seed must have the same name in every folder."
+        )
+    return common, sorted(set(by_name) - set(common))
+
+
+def prompts_of(
+    pictures: Mapping[str, Mapping[str, Path]], folder: Path, source: Path | None
+) -> dict[str, str]:
+    """Returns the prompts by the pictures' names, empty ones when none is to be found anywhere.
+
+    Args:
+        pictures: paths by name and method.
+        folder: of the first method; a table is looked up by the names in it.
+        source: a .csv or .jsonl of names and prompts, a .txt with a line for each name in sorted order, or
+            None for the text file beside a picture or ComfyUI's metadata in it.
+
+    Raises:
+        HyperAlignError: a source that cannot be read, or prompts for some pictures alone.
+    """
+    firsts = {name: next(iter(paths.values())) for name, paths in pictures.items()}
+    if source is None:
+        found = {name: (beside(path) or embedded(path) or "").strip() for name, path in firsts.items()}
+        missing = [name for name, prompt in found.items() if not prompt]
+        if 0 < len(missing) < len(found):
+            raise HyperAlignError(
+                f"Found prompts for {len(found) - len(missing)} of {len(found)} pictures; none for "
+                f"{listed(missing)}. Add theirs, or give all with --prompts."
+            )
+        return found
+    if source.suffix.lower() != ".txt":
+        names = [path.relative_to(folder).as_posix() for path in firsts.values()]
+        return dict(zip(firsts, find_prompts(folder, names, str(source)), strict=True))
+    try:
+        lines = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise HyperAlignError(f"--prompts {source} cannot be read as text ({error}).") from error
+    if len(lines) != len(firsts):
+        raise HyperAlignError(
+            f"{source.name} has {len(lines)} prompts for {len(firsts)} names; expected one line for each, "
+            f"in the names' order ({listed(list(firsts))}), or a .csv or .jsonl with names and prompts."
+        )
+    return dict(zip(firsts, lines, strict=True))
+
+
+def encode(
+    paths: Sequence[Path],
+    encoding: Encoding,
+    most_megabytes: float,
+    threads: int,
+    progress: Callable[[int], object],
+) -> list[str]:
+    """Returns pictures as data URIs, without their metadata, which could name the method.
+
+    Raises HyperAlignError on a picture that cannot be decoded, or when the page would grow over the limit.
+    """
+    uris: list[str] = []
+    size = 0
+    with ThreadPoolExecutor(threads) as pool:
+        for _, uri in in_order(pool, lambda path: _encode(path, encoding), paths, 2 * threads):
+            uris.append(uri)
+            size += len(uri)
+            progress(1)
+            if size > most_megabytes * MEGABYTE:
+                whole = size / len(uris) * len(paths) / MEGABYTE
+                raise HyperAlignError(
+                    f"The page would have some {whole:.0f} MB, more than --max-mb {most_megabytes:g}; lower "
+                    f"--side ({encoding.side}) or --quality ({encoding.quality}), take fewer with --sample, "
+                    "or raise it."
+                )
+    return uris
+
+
+def _encode(path: Path, encoding: Encoding) -> str:
+    try:
+        image = open_rgb(path)
+    except DAMAGED as error:
+        raise HyperAlignError(
+            f"{path} cannot be decoded ({type(error).__name__}: {error}); draw it again, or take its "
+            "name out of every folder."
+        ) from error
+    image.info = {key: value for key, value in image.info.items() if key == "icc_profile"}
+    image.thumbnail((encoding.side, encoding.side))
+    stream = io.BytesIO()
+    image.save(stream, encoding.format, quality=encoding.quality)
+    return f"data:image/{encoding.format};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
+
+
+def digest(paths: Sequence[Path], texts: Iterator[str]) -> str:
+    """Returns a name for these pictures and texts."""
+    found = hashlib.sha256()
+    for text in texts:
+        found.update(f"{text}\0".encode())
+    for path in paths:
+        found.update(hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()[:12]

@@ -1,0 +1,1 @@
+"""HyperAlign in ComfyUI."""

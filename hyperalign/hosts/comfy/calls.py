@@ -1,0 +1,70 @@
+"""The arguments of the host's apply_model. No host inside."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..run_state import Chunk
+
+OPTIONS_INDEX = 5
+"""Position of transformer_options among the arguments of the host's apply_model."""
+Patches = Mapping[str, list[Any]]
+"""The host's patches by where they act."""
+
+
+@contextlib.contextmanager
+def eager(model: Any, unet: nn.Module) -> Iterator[None]:
+    """Runs a base model uncompiled: an early exit has no place in a compiled graph."""
+    original = model.diffusion_model
+    model.diffusion_model = unet
+    try:
+        yield
+    finally:
+        model.diffusion_model = original
+
+
+def options_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the call's transformer_options."""
+    return args[OPTIONS_INDEX] if len(args) > OPTIONS_INDEX else kwargs.get("transformer_options", {})
+
+
+def chunks_of(x_BCHW: Tensor, options: Mapping[str, Any]) -> list[Chunk]:
+    """Returns the conditionings whose rows lie one after the other in a call."""
+    roles: Sequence[int] = options.get("cond_or_uncond") or [0]
+    sources: Sequence[Any] = options.get("uuids") or [None] * len(roles)
+    shape = (x_BCHW.shape[0] // len(roles), *x_BCHW.shape[1:])
+    return [Chunk(source, role, shape) for source, role in zip(sources, roles, strict=True)]
+
+
+def with_patches(
+    args: Sequence[Any], kwargs: dict[str, Any], ours: Patches
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the call's arguments with our patches ahead of everybody else's."""
+    options = options_of(args, kwargs)
+    patches: Mapping[str, Any] = options.get("patches", {})
+    joined = {kind: [*added, *patches.get(kind, [])] for kind, added in ours.items()}
+    return _replace_options(args, kwargs, {**options, "patches": {**patches, **joined}})
+
+
+def perception_arguments(
+    args: Sequence[Any], kwargs: dict[str, Any], ours: Patches
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the call's arguments without control and without anybody's patches but ours."""
+    options = options_of(args, kwargs)
+    kept = {key: options[key] for key in ("optimized_attention_override",) if key in options}
+    fresh = {**kept, "patches": dict(ours)}
+    without_control = [None if index == OPTIONS_INDEX - 1 else value for index, value in enumerate(args)]
+    named = {key: value for key, value in kwargs.items() if key != "control"}
+    return _replace_options(without_control, named, fresh)
+
+
+def _replace_options(
+    args: Sequence[Any], kwargs: dict[str, Any], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if len(args) > OPTIONS_INDEX:
+        return (*args[:OPTIONS_INDEX], options, *args[OPTIONS_INDEX + 1 :]), kwargs
+    return tuple(args), {**kwargs, "transformer_options": options}

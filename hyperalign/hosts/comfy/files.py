@@ -1,0 +1,86 @@
+"""Where the host finds hypernetwork files: models/hyperalign, and the tiny ones inside the pack."""
+
+from __future__ import annotations
+
+from pathlib import Path, PureWindowsPath
+
+import folder_paths
+
+from ...checkpoint import Header, read_header
+from ...errors import HyperAlignError
+from ...provenance import Source
+from ...tiny.weights import HYPERNETWORKS
+
+FOLDER = "hyperalign"
+SHOWN = 8
+NONE_FOUND = "(no file in models/hyperalign)"
+
+
+def register_folders() -> None:
+    """Adds both folders to the host's list; only .safetensors files are offered."""
+    own = Path(folder_paths.models_dir) / FOLDER
+    # Settings of extra_model_paths.yaml come first and stay first.
+    paths: list[str] = list(folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))[0])
+    paths += [path for path in (str(own), str(HYPERNETWORKS)) if path not in paths]
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, {".safetensors"})
+
+
+def file_names() -> list[str]:
+    """Returns the dropdown's entries, never none."""
+    return folder_paths.get_filename_list(FOLDER) or [NONE_FOUND]
+
+
+def file_path(name: str) -> Path:
+    """Returns the path of a dropdown's entry.
+
+    Raises:
+        HyperAlignError: there is no such file; the message says where to put one.
+    """
+    found = folder_paths.get_full_path(FOLDER, name)
+    if found is None:
+        raise HyperAlignError(_missing(name))
+    return Path(found)
+
+
+def _missing(name: str) -> str:
+    """Returns what is missing, what is there and where a file belongs."""
+    folder, names = folder_paths.get_folder_paths(FOLDER)[0], folder_paths.get_filename_list(FOLDER)
+    where = f"Put the .safetensors file into {folder} and press R to refresh the list."
+    if name == NONE_FOUND:
+        return f"No hypernetwork was there when the workflow was made. {where}"
+    # A workflow from another computer may have it in another subfolder, or with another kind of slash.
+    if alike := [known for known in names if PureWindowsPath(known).name == PureWindowsPath(name).name]:
+        return f"There is no hypernetwork {name!r}, but {', '.join(alike)}. Choose it in the widget."
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    have = ", ".join(names[:SHOWN]) + more or "no file"
+    return f"There is no hypernetwork {name!r}; the folders hold {have}. {where}"
+
+
+def describe(header: Header) -> str:
+    """Returns the header in a few lines: what it fits, how it was made, what shaped it with which biases."""
+    schedule, network, base = header.schedule, header.network, header.base
+    sizes = ", ".join(f"{key} {value}" for key, value in base.items() if key != "family")
+    times = ", ".join(f"{time:.2f}" for time in schedule.key_times)
+    steps, unsafe = header.training.get("steps"), header.training.get("unsafe")
+    return "\n".join(
+        [
+            f"base: {header.family} ({sizes})",
+            f"variant: {schedule.variant}" + (f" (key times {times})" if times else ""),
+            f"perception: {header.mode}",
+            f"layers: {len(header.targets)}, rank {network.rank}, a {network.a}, b {network.b}",
+            *([f"trained: {steps} steps"] if steps else []),
+            *(_described(source) for source in header.origins),
+            *([f"preferred pictures: {unsafe}"] if unsafe else []),
+            *([] if header.origins else ["reward and preference data: not recorded; ask whoever trained it"]),
+        ]
+    )
+
+
+def _described(source: Source) -> str:
+    biases = source.biases or "none recorded"
+    return f"{source.kind}: {source.title} (licence: {source.licence}; known biases: {biases})"
+
+
+def check_file(name: str) -> None:
+    """Reads a file's header without a tensor. Raises HyperAlignError."""
+    read_header(file_path(name))

@@ -1,0 +1,160 @@
+"""Where the host finds rewards' weights: models/hyperalign_rewards, and CLIP's vocabulary in the host."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from functools import partial
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sd1_clip
+import comfy.utils
+import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP
+
+from ...errors import HyperAlignError
+from ...rewards import download, loading
+from ...rewards.ensemble import Calibration, calibrate, load_calibrations, save_calibrations
+from ...rewards.loading import RECIPES
+from ...rewards.weights import find
+from .rewards import HostReward, Judgement, hosted
+
+LOG = logging.getLogger(__name__)
+FOLDER = "hyperalign_rewards"
+CALIBRATIONS = "calibrations.json"
+
+_READ: dict[str, tuple[list[tuple[Path, int, int]], HostReward]] = {}
+"""What was read last for each name, and from which files: a node runs again when its weight changes. The
+host decides how long: what it unloads under pressure, or when asked to free memory, is dropped here."""
+
+
+def register_folder() -> None:
+    """Adds models/hyperalign_rewards to the host's list, after those of extra_model_paths.yaml."""
+    own = str(Path(folder_paths.models_dir) / FOLDER)
+    paths: list[str] = list(folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))[0])
+    paths += [path for path in (own,) if path not in paths]
+    suffixes = {".safetensors", ".pt", ".pth", ".bin"}
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, suffixes)
+
+
+def load(name: str, *, fetch: bool = False) -> HostReward:
+    """Loads one of `loading.NAMES`, in half precision where the device is made for it.
+
+    What was read before is returned again, unless its files have changed or the host has unloaded it.
+
+    Args:
+        name: one of `loading.NAMES`.
+        fetch: download what is missing first, with the host's progress bar.
+
+    Raises:
+        HyperAlignError: a file is missing, damaged or holds code; or there is no network.
+    """
+    if fetch and name in RECIPES and problem(name) is not None:
+        download.download(name, _folder(name), _progress())
+    if name in _READ and _READ[name][0] == _state(name):
+        return _READ[name][1]
+    half = comfy.model_management.should_use_fp16(comfy.model_management.get_torch_device())
+    dtype = torch.float16 if half else torch.float32
+    reward = loading.load(name, _folder(name), dtype=dtype, tokenizer_folder=_host_vocabulary())
+    found = hosted(reward)
+    found.patchers[0].add_callback(CallbacksMP.ON_DETACH, partial(_forget, name))
+    _READ[name] = _state(name), found  # only now, as reading converts a published .pt
+    return found
+
+
+def problem(name: str) -> str | None:
+    """Returns which file of a reward is missing, its size, source page and folder; or None."""
+    if name not in RECIPES:
+        return None
+    recipe, folder = RECIPES[name], _folder(name)
+    try:
+        for file in recipe.files:
+            find(file, folder)
+        if recipe.vocabulary is not None:
+            recipe.vocabulary.load(folder, _host_vocabulary())
+    except HyperAlignError as error:
+        return f"{error} Or switch on download in Reward Model Loader."
+    return None
+
+
+def calibrations() -> dict[str, Calibration]:
+    """Returns what `store_calibrations` wrote; nothing where it never did. Raises HyperAlignError."""
+    path = _own_folder() / CALIBRATIONS
+    return load_calibrations(path) if path.is_file() else {}
+
+
+def calibrated_at() -> float:
+    """Returns when `store_calibrations` last wrote, in seconds since 1970; 0 if it never did."""
+    path = _own_folder() / CALIBRATIONS
+    return path.stat().st_mtime if path.is_file() else 0.0
+
+
+def store_calibrations(judgement: Judgement) -> None:
+    """Keeps each member's mean and deviation over these pictures, for z-scores.
+
+    A damaged file is written anew: calibrating is the way to repair it.
+
+    Raises HyperAlignError on fewer than two pictures or equal scores.
+    """
+    found = {name: calibrate(torch.tensor(scores)) for name, scores in judgement.breakdown.items()}
+    folder = _own_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        before = calibrations()
+    except HyperAlignError as error:
+        LOG.warning("%s It is written anew, with %s alone.", error, ", ".join(found))
+        before = {}
+    save_calibrations(folder / CALIBRATIONS, before | found)
+
+
+def _forget(name: str, patcher: ModelPatcher, *_: object) -> None:
+    """Drops a reward that the host unloads.
+
+    The host still needs the patcher in that moment; its own record of it keeps it until the host drops that.
+    """
+    entry = _READ.pop(name, None)
+    for record in comfy.model_management.current_loaded_models:
+        if record.model is patcher:
+            record.hyperalign_reward = entry
+
+
+def _state(name: str) -> list[tuple[Path, int, int]]:
+    """Returns the files of a reward with their times and sizes. Raises HyperAlignError if one is missing."""
+    if name not in RECIPES:
+        return []
+    paths = [find(file, _folder(name)) for file in RECIPES[name].files]
+    return [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
+
+
+def _own_folder() -> Path:
+    return Path(folder_paths.get_folder_paths(FOLDER)[0])
+
+
+def _folder(name: str) -> Path:
+    """Returns the first folder that has all of a reward's files, or else the first of all."""
+    files = RECIPES[name].files if name in RECIPES else ()
+    for folder in map(Path, folder_paths.get_folder_paths(FOLDER)):
+        published = [folder / file.path for file in files]
+        if all(path.is_file() or path.with_suffix(".safetensors").is_file() for path in published):
+            return folder
+    return _own_folder()
+
+
+def _host_vocabulary() -> Path:
+    return Path(str(comfy.sd1_clip.__file__)).parent / "sd1_tokenizer"
+
+
+def _progress() -> download.Progress:
+    """Returns what moves the host's progress bar, and ends the download when the user cancels."""
+    bar = comfy.utils.ProgressBar(1)
+    blocks = itertools.count()
+
+    def show(_name: str, here: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if next(blocks) % 8 == 0 or here == total:
+            bar.update_absolute(here, total)
+
+    return show

@@ -1,0 +1,264 @@
+"""Best-of-N and noise search with the host's own sampling: previews, progress over all samples, Cancel.
+
+Cancelling raises the host's InterruptProcessingException out of a sampler step, which also clears its
+flag. Caught once a sample is finished, the host goes on with the next node, as if the search had been
+planned that long.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import comfy.sample
+import comfy.utils
+import latent_preview
+import torch
+from comfy.model_management import InterruptProcessingException, throw_exception_if_processing_interrupted
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...errors import HyperAlignError
+from ...search import Candidate, Plan, Search
+from . import trajectory as comfy_trajectory
+from .rewards import HostReward, NotFinite
+from .sampling import check_steps
+
+CANCELLED: Counter[int] = Counter()
+"""How often a search from a seed was cut short: part of the host's cache key, or else the host would give
+what was found until then for the whole search the next time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The best samples of a search, best first, and all that was tried."""
+
+    latents: Tensor
+    images_BHWC: Tensor
+    scores: list[float]
+    seeds: list[int]
+    tried: list[tuple[int, float]]
+    """Seed and score of all; NaN or infinite for a candidate that failed."""
+    cancelled: bool
+
+    def table(self, reward: str, planned: int) -> str:
+        """Returns a text table of all candidates; the kept ones and those that failed are marked."""
+        shown = [f"{score:+8.4f}" if math.isfinite(score) else "  failed" for _, score in self.tried]
+        lines = [
+            f"{index:>3}  seed {seed:<20} {score}{'  *' if seed in self.seeds else ''}"
+            for index, ((seed, _), score) in enumerate(zip(self.tried, shown, strict=True))
+        ]
+        failed = shown.count("  failed")
+        state = "cancelled, best so far" if self.cancelled else "done"
+        state += f", {failed} failed" if failed else ""
+        return "\n".join([f"{reward}: {len(self.tried)} of {planned} ({state})", *lines])
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What the host's KSampler is called with, but for seed and noise."""
+
+    model: ModelPatcher
+    positive: Any
+    negative: Any
+    latent: dict[str, Any]
+    steps: int
+    cfg: float
+    sampler_name: str
+    scheduler: str
+    denoise: float
+
+    def start(self) -> Tensor:
+        """Returns the latent (1, ...) to start from. Raises HyperAlignError unless it is one picture's."""
+        start = comfy.sample.fix_empty_latent_channels(self.model, self.latent["samples"])
+        if len(start) != 1:
+            raise HyperAlignError(
+                f"Found {len(start)} latents to start from; expected 1: the node draws its own batches. Set "
+                "the empty latent's batch_size to 1."
+            )
+        if start.ndim == 5 and start.shape[2] != 1:
+            raise HyperAlignError(
+                f"Found a latent of {start.shape[2]} frames; expected 1: pictures are searched, no videos. "
+                "Set the empty latent's length to 1."
+            )
+        return start
+
+    def noise(self, start: Tensor, seed: int) -> Tensor:
+        """Returns the noise (1, ...) that KSampler would start from with this seed."""
+        noise: Any = comfy.sample.prepare_noise(start, seed)
+        return noise
+
+    def run(self, start: Tensor, candidates: Sequence[Candidate], callback: Callable[..., None]) -> Tensor:
+        """Returns the samples (B, ...) of candidates; the host's generator starts from the first's seed."""
+        noise = torch.cat([candidate.noise for candidate in candidates])
+        return comfy.sample.sample(
+            self.model, noise, self.steps, self.cfg, self.sampler_name, self.scheduler, self.positive,
+            self.negative, start.expand_as(noise), denoise=self.denoise,
+            noise_mask=self.latent.get("noise_mask"), seed=candidates[0].seed, callback=callback,
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        )  # fmt: skip
+
+    def run_searched(
+        self,
+        start: Tensor,
+        candidate: Candidate,
+        callback: Callable[..., None],
+        plan: Plan,
+        rate: comfy_trajectory.Rate,
+    ) -> Tensor:
+        """Returns the sample (1, ...) of a candidate with every step's noise searched."""
+        sampler = comfy_trajectory.sampler(self.sampler_name, plan, candidate.seed, rate)
+        sigmas = comfy_trajectory.sigmas(
+            self.model, self.sampler_name, self.scheduler, self.steps, self.denoise
+        )
+        return comfy.sample.sample_custom(
+            self.model, candidate.noise, self.cfg, sampler, sigmas, self.positive, self.negative, start,
+            noise_mask=self.latent.get("noise_mask"), callback=callback, seed=candidate.seed,
+        )  # fmt: skip
+
+
+def search(sampling: Sampling, plan: Plan, reward: HostReward, vae: Any, prompt: str) -> Found:
+    """Samples candidates one batch after the other and keeps the best; memory does not grow with them.
+
+    When the user cancels, what is best so far is returned; before the first sample is finished there is
+    nothing to return, and the host's exception goes on. A sample that diverged has failed, and the search
+    goes on without it.
+
+    Raises:
+        HyperAlignError: no step, other than one picture's latent, ranks, a sampler whose steps cannot be
+            searched, what the reward refuses, or every sample diverged.
+    """
+    check_steps(sampling.steps)
+    if plan.mode == "epsilon-greedy-steps":
+        comfy_trajectory.check_sampler(sampling.sampler_name)
+    if reward.combination == "rank":
+        raise HyperAlignError(
+            "Ranks compare the pictures of one batch, but a search draws them one after the other. Combine "
+            "the rewards as sum or z-score."
+        )
+    start = sampling.start()
+    state = Search[tuple[Tensor, Tensor]](plan, partial(sampling.noise, start))
+    progress = Progress(sampling, plan)
+
+    def judged(latents: Tensor) -> tuple[Tensor, list[float]]:
+        images_BHWC = decoded(vae, latents)
+        return images_BHWC, _scores(reward, images_BHWC, prompt)
+
+    def rate(latents: Tensor) -> list[float]:
+        return judged(latents)[1]
+
+    def drawn(candidates: Sequence[Candidate]) -> Tensor:
+        callback = progress.callback(len(state.tried), len(candidates))
+        if plan.mode == "epsilon-greedy-steps":
+            return sampling.run_searched(start, candidates[0], callback, plan, rate)
+        return sampling.run(start, candidates, callback)
+
+    cancelled = False
+    try:
+        while candidates := state.propose():
+            latents = drawn(candidates)
+            images_BHWC, scores = judged(latents)
+            # Clones: a row alone would keep the memory of its whole batch.
+            rows = zip(latents.cpu(), images_BHWC.cpu(), strict=True)
+            state.record(candidates, scores, [(latent.clone(), image.clone()) for latent, image in rows])
+            progress.show_best(state)
+            throw_exception_if_processing_interrupted()
+    except InterruptProcessingException:
+        if not state.kept:
+            raise
+        cancelled = True
+        CANCELLED[plan.seed] += 1
+    if not state.kept:
+        raise HyperAlignError(
+            f"All {len(state.tried)} samples have NaN or infinite pixels or scores; expected a picture. The "
+            "sampler, the VAE or the reward diverged: lower cfg, or start ComfyUI with --fp32-vae."
+        )
+    return _found(state, cancelled)
+
+
+class Progress:
+    """The host's progress bar over all samples, with the best so far beside the one in the making."""
+
+    def __init__(self, sampling: Sampling, plan: Plan) -> None:
+        self._steps = sampling.steps
+        self._bar = comfy.utils.ProgressBar(plan.count * sampling.steps)
+        self._previewer: Any = latent_preview.get_previewer(
+            sampling.model.load_device, sampling.model.model.latent_format
+        )
+        self._best: Any = None
+
+    def callback(self, done: int, batch: int) -> Callable[..., None]:
+        """Returns what the host calls after each step of a batch, `done` samples being finished."""
+
+        def after_step(step: int, x0: Tensor, _x: Tensor, total: int) -> None:
+            value = done * self._steps + round((step + 1) / total * self._steps * batch)
+            self._bar.update_absolute(value, preview=self._preview(x0))
+
+        return after_step
+
+    def show_best(self, state: Search[tuple[Tensor, Tensor]]) -> None:
+        """Shows the best picture so far, if there is one."""
+        shown = None
+        if state.kept:
+            _, image_HWC = state.kept[0].sample
+            self._best = latent_preview.preview_to_image(image_HWC[..., :3], do_scale=False)
+            shown = "JPEG", self._best, latent_preview.MAX_PREVIEW_RESOLUTION
+        self._bar.update_absolute(len(state.tried) * self._steps, preview=shown)
+
+    def _preview(self, x0: Tensor) -> Any:
+        """Returns the picture in the making, to the right of the best one; None where previews are off."""
+        if self._previewer is None:
+            return None
+        kind, current, limit = self._previewer.decode_latent_to_preview_image("JPEG", x0)
+        if self._best is None:
+            return kind, current, limit
+        width, height = self._best.size
+        canvas = self._best.resize((2 * width, height))
+        canvas.paste(self._best, (0, 0))
+        canvas.paste(current.resize((width, height)), (width, 0))
+        return kind, canvas, 2 * limit
+
+
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    """Returns the pictures (B, H, W, C) of latents; frames are laid out as by the host's VAE Decode.
+
+    Raises HyperAlignError unless there is one picture per latent.
+    """
+    images: Tensor = vae.decode(latents)
+    images_BHWC = images.flatten(0, 1) if images.ndim == 5 else images
+    if len(images_BHWC) != len(latents):
+        raise HyperAlignError(
+            f"The VAE makes {len(images_BHWC)} pictures of {len(latents)} latents; expected one of each. "
+            "Connect the VAE of a model that draws pictures, no videos."
+        )
+    return images_BHWC
+
+
+def _scores(reward: HostReward, images_BHWC: Tensor, prompt: str) -> list[float]:
+    """Returns one score per picture, NaN for one that diverged: a reward would refuse the whole batch."""
+    whole_B = images_BHWC.isfinite().flatten(1).all(dim=1)
+    if not bool(whole_B.any()):
+        return [math.nan] * len(images_BHWC)
+    prompts = [prompt] * int(whole_B.sum())
+    try:
+        judged = reward.score(images_BHWC[whole_B], prompts)
+    except NotFinite as error:
+        judged = error.scores
+    scores = iter(judged)
+    return [next(scores) if whole else math.nan for whole in whole_B.tolist()]
+
+
+def _found(state: Search[tuple[Tensor, Tensor]], cancelled: bool) -> Found:
+    latents, images = zip(*(scored.sample for scored in state.kept), strict=True)
+    return Found(
+        torch.stack(latents),
+        torch.stack(images),
+        [scored.score for scored in state.kept],
+        [scored.seed for scored in state.kept],
+        state.tried,
+        cancelled,
+    )

@@ -1,0 +1,270 @@
+"""Runs a diffusers U-Net or transformer with generated weights; cores are an explicit argument.
+
+Training needs them so: a backward pass replays blocks when the forward is long gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...checkpoint import HyperAlign, check_base
+from ...errors import HyperAlignError
+from ...families import flux, sd3, unet
+from ...families.dit import TransformerSpec
+from ...perception import token_map
+from ...targets import BaseSpec
+from ..forward_slots import watched
+from ..lowrank import LowRank, fold, give, install, remove
+
+Call = Mapping[str, Any]
+"""The keyword arguments of one forward of a base model."""
+
+
+class _PerceptionDone(Exception):
+    """Ends a forward once the down path has been seen."""
+
+
+def is_a(model: nn.Module, name: str) -> bool:
+    """Returns whether a model is of the class of that name, or of one derived from it, as FSDP derives."""
+    return any(kind.__name__ == name for kind in type(model).__mro__)
+
+
+def spec_of(model: nn.Module) -> BaseSpec:
+    """Returns the dimensions of a diffusers model. Raises HyperAlignError if its class is not known."""
+    config: dict[str, Any] = getattr(model, "config", {})
+    for family in (unet, flux, sd3):
+        if is_a(model, family.DIFFUSERS_CLASS):
+            return family.from_diffusers(config)
+    name, known = type(model).__name__, ", ".join(family.DIFFUSERS_CLASS for family in (unet, flux, sd3))
+    raise HyperAlignError(f"The base model is a {name}; HyperAlign knows {known}. Pass one of those.")
+
+
+def unet_call(x_BCHW: Tensor, t_B: Tensor, context_BLC: Tensor, **more: Any) -> Call:
+    """Returns the call of a U-Net without further conditions (SD 1.5 and the tiny model)."""
+    return {"sample": x_BCHW, "timestep": t_B, "encoder_hidden_states": context_BLC, **more}
+
+
+def _has_gradient(values: Iterable[Any]) -> bool:
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
+
+@dataclass(frozen=True, slots=True)
+class _Active:
+    """The weights of one forward."""
+
+    slot: Sequence[LowRank]
+    """Holds them once they are written."""
+
+
+class Adapter:
+    """Runs a frozen base model with generated weights; nothing of it is changed between calls."""
+
+    def __init__(self, base: nn.Module, hyperalign: HyperAlign) -> None:
+        """Resolves the targets. Raises HyperAlignError for another base model."""
+        spec = spec_of(base)
+        check_base(hyperalign.header, spec)
+        self.base = base
+        self.network = hyperalign.network
+        self.header = hyperalign.header
+        self._spec = spec
+        self._modules = [base.get_submodule(target.name) for target in hyperalign.header.targets]
+        self._levels = _perception_modules(base, spec, hyperalign.header.perception_blocks)
+        self._active: _Active | None = None
+        self._inside: dict[nn.Module, list[int]] = {}
+        self._folded: tuple[Tensor, float, LowRank] | None = None
+
+    def checkpoint_activations(self) -> None:
+        """Makes backward passes recompute the base model's blocks, weights and all, to save memory.
+
+        A block is replayed when its forward, and the hooks with it, are long gone. So each replay
+        gets hooks of its own, with the cores its forward ran with. What comes before the first
+        adapted layer has no gradient and is never replayed; perception may end in there.
+        """
+
+        def run(block: nn.Module, *args: Any) -> Any:
+            active = self._active
+            if active is None or not (_has_gradient(args) or self._targets_inside(block)):
+                return block(*args)
+
+            def contexts() -> tuple[Any, Any]:
+                return contextlib.nullcontext(), self._hooked(active, block)
+
+            return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
+
+        base: Any = self.base
+        base.enable_gradient_checkpointing(run)
+
+    def time(self, call: Call) -> float:
+        """Returns u in [0, 1] of a call, 1 being pure noise."""
+        return float(torch.as_tensor(call["timestep"]).flatten()[0]) / self._spec.last_timestep
+
+    @torch.no_grad()
+    def perceive(self, call: Call) -> list[Tensor]:
+        """Returns the unadapted features of a call, one map (B, C, H, W) per level."""
+        features: list[Tensor] = []
+
+        def stop(_: list[Tensor]) -> NoReturn:
+            raise _PerceptionDone
+
+        with self._collecting(call, features, stop), contextlib.suppress(_PerceptionDone):
+            self.base(**call)
+        return features
+
+    def forward(self, call: Call, cores_BMDA: Tensor | None, strength: float = 1.0) -> Tensor:
+        """Returns the adapted prediction; `cores_BMDA` None is the base model, bit for bit."""
+        if cores_BMDA is None or strength == 0.0:
+            return self.base(**call)[0]
+        with self._adapted([self._fold(call, cores_BMDA, strength)]):
+            return self.base(**call)[0]
+
+    def generate_and_forward(self, call: Call, strength: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Returns the prediction and the cores it was made with, generated from this very input.
+
+        In `prefix` mode the hypernetwork runs in the middle of one forward; in `separate` mode the
+        perception blocks run once more before it (the paper).
+        """
+        if self.header.mode == "separate":
+            cores_BMDA = self.network(self.perceive(call))
+            return self.forward(call, cores_BMDA, strength), cores_BMDA
+        cores: list[Tensor] = []
+        slot: list[LowRank] = []
+        features: list[Tensor] = []
+
+        def generate(seen: list[Tensor]) -> None:
+            cores.append(self.network([f.detach() for f in seen]))
+            slot.append(self._fold(call, cores[0], strength))
+            self._give(slot[0], range(len(self._modules)))
+
+        with self._collecting(call, features, generate), self._adapted(slot):
+            prediction = self.base(**call)[0]
+        return prediction, cores[0]
+
+    def _fold(self, call: Call, cores_BMDA: Tensor, strength: float) -> LowRank:
+        """Returns the weights of a forward; those at hand while the same cores serve, as in I and P."""
+        known = None if torch.is_grad_enabled() else self._folded
+        if known is not None and known[0] is cores_BMDA and known[1] == strength:
+            return known[2]
+        weights = fold(self.network, cores_BMDA, strength, call[latents_argument(self.base)].dtype)
+        # What has a gradient may be replayed once the parameters are others.
+        self._folded = None if torch.is_grad_enabled() else (cores_BMDA, strength, weights)
+        return weights
+
+    @contextlib.contextmanager
+    def _collecting(
+        self, call: Call, features: list[Tensor], done: Callable[[list[Tensor]], None]
+    ) -> Iterator[None]:
+        """Gathers each level's feature and calls `done` after the last one."""
+
+        def seen(output: Any) -> None:
+            features.append(_feature_map(self._spec, call, output))
+            if len(features) == len(self._levels):
+                done(features)
+
+        with contextlib.ExitStack() as watches:
+            for module in self._levels:
+                watches.enter_context(watched(module, seen))
+            yield
+
+    @contextlib.contextmanager
+    def _adapted(self, slot: Sequence[LowRank]) -> Iterator[None]:
+        """Adapts a forward with the weights in `slot[0]`, which may arrive mid-forward."""
+        self._active = _Active(slot)
+        try:
+            with self._hooked(self._active, self.base):
+                yield
+        finally:
+            self._active = None
+
+    @contextlib.contextmanager
+    def _hooked(self, active: _Active, part: nn.Module) -> Iterator[None]:
+        """Lets each target inside `part` of the base model add its delta."""
+        inside = self._targets_inside(part)
+        originals = [install(self._modules[index]) for index in inside]
+        if active.slot:
+            self._give(active.slot[0], inside)
+        try:
+            yield
+        finally:
+            for index, original in zip(inside, originals, strict=True):
+                remove(self._modules[index], original)
+
+    def _give(self, weights: LowRank, inside: Sequence[int]) -> None:
+        for index in inside:
+            give(self._modules[index], weights, index)
+
+    def _targets_inside(self, part: nn.Module) -> range | list[int]:
+        if part is self.base:
+            return range(len(self._modules))
+        if part not in self._inside:
+            modules = set(part.modules())
+            self._inside[part] = [i for i, module in enumerate(self._modules) if module in modules]
+        return self._inside[part]
+
+
+def check_projections(base: nn.Module) -> None:
+    """Raises HyperAlignError if fused projections run in place of the adapted to_q, to_k and to_v."""
+    if any(_is_fused(module) for module in base.modules()):
+        raise HyperAlignError(
+            f"The attention projections of the {type(base).__name__} are fused; expected to_q, to_k and to_v "
+            "apart, as each has weights of its own. Call its unfuse_qkv_projections() first."
+        )
+
+
+def _is_fused(module: Any) -> bool:
+    """Returns whether an attention runs with fused projections.
+
+    FLUX.1's attentions say so themselves. The others' mark outlives unfusing, which gives them their own
+    processors back.
+    """
+    if is_a(module, "AttentionModuleMixin"):
+        return module.fused_projections
+    return type(getattr(module, "processor", None)).__name__.startswith("Fused")
+
+
+def latents_argument(base: nn.Module) -> str:
+    """Returns the name by which a base model takes its latents."""
+    return "sample" if is_a(base, unet.DIFFUSERS_CLASS) else "hidden_states"
+
+
+def _perception_modules(base: nn.Module, spec: BaseSpec, perception_blocks: int) -> list[nn.Module]:
+    """Returns the modules whose outputs are the features, in forward order."""
+    if isinstance(spec, TransformerSpec):
+        return [base.get_submodule(spec.perception_paths(perception_blocks)[0])]
+    blocks: Any = base.get_submodule("down_blocks")
+    return [_last_of(block) for block in blocks]
+
+
+def _feature_map(spec: BaseSpec, call: Call, output: Any) -> Tensor:
+    """Returns the map (B, C, H, W) in the output of a perception module."""
+    if isinstance(spec, TransformerSpec):
+        return token_map(output[1], _grid(spec, call))
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _grid(spec: TransformerSpec, call: Call) -> tuple[int, int]:
+    """Returns rows and columns of a call's image tokens; FLUX's are packed and carry their places."""
+    if isinstance(spec, flux.FluxSpec):
+        return _packed_grid(call["img_ids"])
+    height, width = call["hidden_states"].shape[-2:]
+    return height // spec.patch, width // spec.patch
+
+
+@functools.lru_cache(maxsize=1)
+def _packed_grid(img_ids_N3: Tensor) -> tuple[int, int]:
+    """Returns rows and columns; kept for a run, as a look at the values waits for the device."""
+    own = img_ids_N3[img_ids_N3[:, 0] == 0]
+    return int(own[:, 1].max()) + 1, int(own[:, 2].max()) + 1
+
+
+def _last_of(block: Any) -> nn.Module:
+    """Returns the layer whose output is a down block's last feature before downsampling."""
+    layers = getattr(block, "attentions", None) or block.resnets
+    return layers[-1]

@@ -1,0 +1,178 @@
+"""HyperAlign on diffusers' pipelines, U-Nets and transformers: `attach` aligns one until it is detached."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from ...checkpoint import HyperAlign, load
+from ...errors import HyperAlignError
+from ...schedule import Schedule, Variant
+from ..forward_slots import owners, replace_forward, take_out_forward
+from ..run_state import Chunk, Run
+from .adapter import Adapter, Call, check_projections, latents_argument
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+class Session:
+    """An attached base model: the weights of its run, and the way to let go of it.
+
+    Also a context manager that detaches at its end. The hypernetwork follows the device of its inputs
+    and keeps its own precision, float32 as loaded.
+    """
+
+    def __init__(
+        self, adapter: Adapter, schedule: Schedule, strength: float, pipeline: DiffusionPipeline | None = None
+    ) -> None:
+        """Replaces the base model's forward, and a session that was there before."""
+        self.adapter = adapter
+        self.schedule = schedule
+        self.strength = strength
+        self._pipeline: Any = pipeline
+        self._timesteps: Tensor | None = None
+        self._u = 0.0
+        self._inside = False
+        self.new_run()
+        for earlier in owners(adapter.base):
+            if isinstance(earlier, Session):
+                earlier.detach()
+        self._original = replace_forward(adapter.base, self.forward)
+        self._signature = inspect.signature(self._original)
+        self._attached = True
+
+    @property
+    def evaluations(self) -> int:
+        """Model evaluations of the current or last run."""
+        return self._run.evaluations
+
+    @property
+    def generations(self) -> int:
+        """Evaluations of the current or last run at which weights were written."""
+        return self._run.generations
+
+    def new_run(self) -> None:
+        """Forgets the weights at hand. Runs of a pipeline are noticed without it.
+
+        Raises:
+            HyperAlignError: the base model's attention projections are fused.
+        """
+        check_projections(self.adapter.base)
+        self._run = Run(self.schedule)
+        self._contexts: list[Tensor] = []
+
+    def predict(self, call: Call) -> Tensor:
+        """Returns the adapted prediction, generating weights when they are due."""
+        u, x = self.adapter.time(call), call[latents_argument(self.adapter.base)]
+        self._begin_run_if_new(u)
+        if next(self.adapter.network.parameters()).device != x.device:
+            self.adapter.network.to(x.device)
+        source = self._conditioning(call["encoder_hidden_states"])
+        chunks = self._run.enter_call([Chunk(source, 0, tuple(x.shape))], u)
+        if not self._run.due(chunks, u):
+            return self.adapter.forward(call, self._run.cores(chunks), self.strength)
+        prediction, cores_BMDA = self.adapter.generate_and_forward(call, self.strength)
+        self._run.write(chunks[0], cores_BMDA, u)
+        return prediction
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the base model's forward."""
+        if self._inside or not self._attached or self.strength == 0.0:
+            return self._original(*args, **kwargs)
+        call = dict(self._signature.bind(*args, **kwargs).arguments)
+        wants_output = call.pop("return_dict", True)
+        self._inside = True
+        try:
+            prediction = self.predict(call)
+        finally:
+            self._inside = False
+        return Transformer2DModelOutput(sample=prediction) if wants_output else (prediction,)
+
+    def detach(self) -> None:
+        """Gives the base model back as it was; a second call does nothing."""
+        self._attached = False
+        take_out_forward(self.adapter.base, self.forward, self._original)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def _begin_run_if_new(self, u: float) -> None:
+        """Drops the weights of the last run at the first evaluation of another.
+
+        Every call of a pipeline begins with `set_timesteps`, which makes a new tensor, so a run is known
+        by the identity of its scheduler's timesteps: also after an interrupted run, with one step a run,
+        and when the scheduler was exchanged. Nothing of the pipeline is wrapped that would have to be
+        restored. A base model without a pipeline starts anew when the time rises.
+        """
+        timesteps = None if self._pipeline is None else self._pipeline.scheduler.timesteps
+        if timesteps is not self._timesteps or (timesteps is None and u > self._u):
+            self.new_run()
+        self._timesteps, self._u = timesteps, u
+
+    def _conditioning(self, context_BLC: Tensor) -> int:
+        """Returns a number for the rows' prompts: true CFG and guidance by skipped layers call once for each.
+
+        Pipelines hand over the same tensor at every step, so that contents are rarely compared.
+        """
+        for number, known in enumerate(self._contexts):
+            if known is context_BLC or (known.shape == context_BLC.shape and torch.equal(known, context_BLC)):
+                return number
+        self._contexts.append(context_BLC)
+        return len(self._contexts) - 1
+
+
+def attach(
+    target: DiffusionPipeline | nn.Module,
+    hyperalign: HyperAlign | Path | str,
+    strength: float = 1.0,
+    variant: Variant | Literal["auto"] = "auto",
+) -> Session:
+    """Aligns a pipeline until `detach()`, or inside a `with` block; attaching again replaces.
+
+    Args:
+        target: a StableDiffusion, StableDiffusionXL, StableDiffusion3 or Flux pipeline, or its U-Net or
+            transformer alone; no weight is touched.
+        hyperalign: a hypernetwork's file, or what `hyperalign.checkpoint.load` returned.
+        strength: 0 is the base model bit for bit, 1 as trained.
+        variant: S, P or I; `auto` takes the one the hypernetwork was trained for.
+
+    Returns:
+        The session: `detach()`, and `evaluations` and `generations` of the last run.
+
+    Raises:
+        HyperAlignError: another base model, one whose attention projections are fused, a file that is no
+            hypernetwork, or P without key times.
+    """
+    if not math.isfinite(strength):
+        raise HyperAlignError(f"strength is {strength}; expected a number, 0 for off and 1 as trained.")
+    loaded = hyperalign if isinstance(hyperalign, HyperAlign) else load(Path(hyperalign))
+    schedule = loaded.header.schedule
+    if variant != "auto":
+        schedule = Schedule(variant, schedule.key_times)
+    pipeline = None if isinstance(target, nn.Module) else target
+    return Session(Adapter(denoiser_of(target), loaded), schedule, strength, pipeline)
+
+
+def denoiser_of(target: DiffusionPipeline | nn.Module) -> nn.Module:
+    """Returns a pipeline's transformer or U-Net. Raises HyperAlignError if it has none."""
+    if isinstance(target, nn.Module):
+        return target
+    parts: Mapping[str, Any] = getattr(target, "components", {})
+    for name in ("transformer", "unet"):
+        if isinstance(part := parts.get(name), nn.Module):
+            return part
+    raise HyperAlignError(
+        f"HyperAlign was given a {type(target).__name__} without transformer or unet; expected a diffusers "
+        "pipeline such as StableDiffusionPipeline, or its unet or transformer. Pass one of those."
+    )

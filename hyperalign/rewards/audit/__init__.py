@@ -1,1 +1,0 @@
-"""Audits rewards over pictures and prompts: `python -m hyperalign.rewards.audit`. It needs Pillow."""

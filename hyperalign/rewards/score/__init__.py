@@ -1,1 +1,0 @@
-"""Scores whole folders of pictures: `python -m hyperalign.rewards.score`. Its modules need Pillow."""

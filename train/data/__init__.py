@@ -1,0 +1,1 @@
+"""What a run learns from: prompts, preference datasets, latent shards, text embeddings."""

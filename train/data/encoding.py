@@ -1,0 +1,358 @@
+"""Encodes preferred pictures to latent shards, one a unit of the source; what is there is not made again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from torch import Tensor
+
+from hyperalign.errors import HyperAlignError
+from hyperalign.files import first_line
+from train.data.preference.image import BadPicture, BrokenUnit, Found, Source, Unsafe, UnsafeMark, decode
+from train.data.shards import BAD_SHARE, ENOUGH, ShardHeader, read_shard_header, shard_path, write_shard
+
+logger = logging.getLogger("hyperalign.train")
+
+BAD_FILE = "bad.jsonl"
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+class PictureEncoder(Protocol):
+    """A base model's autoencoder."""
+
+    @property
+    def resolution(self) -> int:
+        """Side of the square pictures that it takes, in pixels."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells autoencoders and scalings of latents apart."""
+        ...
+
+    def encode(self, images_BCHW: Tensor, /) -> Tensor:
+        """Returns scaled latents (B, C, h, w) of float32 pictures in [0, 1] on the CPU."""
+        ...
+
+
+@dataclass(slots=True)
+class Counts:
+    """What one process has done."""
+
+    units: int = 0
+    """Units that are finished, also those that were before."""
+    reused: int = 0
+    """Units whose shard lay there already."""
+    broken: int = 0
+    """Units that could not be read to their end; they have no shard."""
+    pictures: int = 0
+    """Pictures encoded now."""
+    bad: int = 0
+    """Pictures left out because they cannot be used; bad.jsonl names them."""
+    small: int = 0
+    """Pictures left out because their short side is under `min_side`."""
+    unsafe: int = 0
+    """Pictures left out because the data set marks them as unsafe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A picture ready for the encoder: square, RGB, (H, W, 3) bytes."""
+
+    caption: str
+    name: str
+    pixels_HWC: NDArray[np.uint8]
+
+
+def encode(
+    source: Source,
+    encoder: PictureEncoder,
+    out: Path,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    batch: int = 16,
+    workers: int = 8,
+    min_side: int = 0,
+    unsafe: UnsafeMark | None = None,
+    dtype: torch.dtype = torch.float16,
+    progress: Callable[[Counts], None] | None = None,
+) -> Counts:
+    """Writes the shards of units rank, rank + world, ... that are not there yet.
+
+    A shard depends on its unit alone, so an interrupted run goes on where it stopped, on any number of
+    processes. Pictures are resized by their short side and cropped in the middle.
+
+    Args:
+        source: where the pictures come from.
+        encoder: what makes latents of them.
+        out: folder of the shards; bad pictures are named in its `bad.jsonl`.
+        rank: this process.
+        world: number of processes.
+        batch: pictures in a call of the encoder.
+        workers: threads that decode and resize.
+        min_side: pictures with a shorter side under this are left out.
+        unsafe: the mark that the source leaves pictures out by; the shards remember it.
+        dtype: of the stored latents.
+        progress: called after each batch and each unit.
+
+    Raises:
+        HyperAlignError: `out` holds shards of another encoder, resolution or source; over 1 % of the
+            pictures or units are bad, and more than one; a file cannot be written. Finished shards stay.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HyperAlignError(f"{out} cannot be made: {error.strerror}. Choose another folder.") from error
+    units = range(rank, source.units(), world)
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        run = _Run(
+            source, encoder, out, batch, min_side, str(unsafe or ""), dtype, pool,
+            progress or (lambda _: None), len(units),
+        )  # fmt: skip
+        missing = [unit for unit in units if not run.is_finished(unit)]
+        run.counts.units = run.counts.reused = len(units) - len(missing)
+        for unit in missing:
+            run.make(unit)
+    run.check_pictures()
+    return run.counts
+
+
+def prepare(found: Found, side: int, min_side: int) -> Prepared | BadPicture | Unsafe | None:
+    """Returns a picture as a square of `side` pixels, or None if it is too small."""
+    picture = found if isinstance(found, BadPicture | Unsafe) else decode(found)
+    if isinstance(picture, BadPicture | Unsafe):
+        return picture
+    if min(picture.image.size) < min_side:
+        return None
+    square = ImageOps.fit(picture.image, (side, side), Image.Resampling.LANCZOS)
+    return Prepared(picture.caption, picture.name, np.asarray(square))
+
+
+@dataclass(slots=True)
+class _Unit:
+    """A shard in the making."""
+
+    number: int
+    captions: list[str] = field(default_factory=list[str])
+    names: list[str] = field(default_factory=list[str])
+    latents: list[Tensor] = field(default_factory=list[Tensor])
+    bad: list[BadPicture] = field(default_factory=list[BadPicture])
+    unsafe: int = 0
+
+
+@dataclass(slots=True)
+class _Run:
+    source: Source
+    encoder: PictureEncoder
+    out: Path
+    batch: int
+    min_side: int
+    unsafe_mark: str
+    dtype: torch.dtype
+    pool: ThreadPoolExecutor
+    progress: Callable[[Counts], None]
+    total: int
+    counts: Counts = field(default_factory=Counts)
+    named: dict[int, dict[str, BadPicture]] = field(init=False)
+    """By unit, the pictures that earlier runs called bad."""
+    seen: int = 0
+    """Pictures looked at, of which a share may be bad; those of finished units were looked at before."""
+    bad: list[BadPicture] = field(default_factory=list[BadPicture])
+    """Those of them that are."""
+
+    def __post_init__(self) -> None:
+        self.named = _named(self.out / BAD_FILE)
+
+    def is_finished(self, unit: int) -> bool:
+        """Says whether a unit has its shard. Raises HyperAlignError if the shard is of something else."""
+        path = shard_path(self.out, unit)
+        if not path.exists():
+            return False
+        try:
+            found, _ = read_shard_header(path)
+        except HyperAlignError as error:
+            logger.warning("made again: %s", error)
+            return False
+        for what, is_, should in (
+            ("was encoded by", found.encoder, self.encoder.fingerprint),
+            ("holds pictures with a side of", found.resolution, self.encoder.resolution),
+            ("was made from", found.unit, self.source.unit_name(unit)),
+            ("left out as unsafe", found.unsafe_mark or "nothing", self.unsafe_mark or "nothing"),
+        ):
+            if is_ != should:
+                raise HyperAlignError(
+                    f"{path} {what} {is_}, not {should}. Choose another --out, or delete it."
+                )
+        # A picture that was repaired is in the shard; a unit was named when it could not be read as a whole.
+        good = {*found.names, found.unit}
+        bad = [picture for name, picture in self.named.get(unit, {}).items() if name not in good]
+        self.bad += bad
+        self.seen += len(found.names) + found.unsafe + len(bad)
+        return True
+
+    def make(self, unit: int) -> None:
+        """Encodes a unit and writes its shard. Raises HyperAlignError."""
+        made = _Unit(unit)
+        try:
+            for pictures in _chunks(self._prepared(made), self.batch):
+                self._encode(pictures, made)
+                self.progress(self.counts)
+        except BrokenUnit as error:
+            logger.warning("skipped a unit: %s", error)
+            self.counts.broken += 1
+            self._name_bad(unit, [BadPicture(self.source.unit_name(unit), str(error))])
+            self._check_units()
+            return
+        self._name_bad(unit, made.bad)  # first: whatever ends the run between, no shard hides its bad ones
+        self._write(made)
+        self.counts.units += 1
+        self.progress(self.counts)
+
+    def _prepared(self, made: _Unit) -> Iterator[Prepared]:
+        def work(found: Found) -> Prepared | BadPicture | Unsafe | None:
+            return prepare(found, self.encoder.resolution, self.min_side)
+
+        for result in _in_order(self.pool, work, self.source.read(made.number), ahead=2 * self.batch):
+            self.seen += 1
+            if result is None:
+                self.counts.small += 1
+            elif isinstance(result, Unsafe):
+                self.counts.unsafe += 1
+                made.unsafe += 1
+            elif isinstance(result, BadPicture):
+                self._skip(result, made)
+            else:
+                yield result
+
+    def _encode(self, pictures: list[Prepared], made: _Unit) -> None:
+        pixels = torch.from_numpy(np.stack([picture.pixels_HWC for picture in pictures]))
+        images = pixels.permute(0, 3, 1, 2).float() / 255.0
+        latents = self.encoder.encode(images).to("cpu", self.dtype)
+        finite = torch.isfinite(latents).flatten(1).all(1)
+        made.latents.append(latents[finite])
+        for picture, whole in zip(pictures, finite.tolist(), strict=True):
+            if whole:
+                made.captions.append(picture.caption)
+                made.names.append(picture.name)
+                self.counts.pictures += 1
+            else:
+                self._skip(BadPicture(picture.name, "its latent is not finite"), made)
+
+    def _skip(self, picture: BadPicture, made: _Unit) -> None:
+        logger.warning("skipped %s: %s", picture.name, picture.reason)
+        made.bad.append(picture)
+        self.bad.append(picture)
+        self.counts.bad += 1
+        if self.seen >= ENOUGH and self._too_many_bad():
+            self._name_bad(made.number, made.bad)
+            self.check_pictures()
+
+    def _too_many_bad(self) -> bool:
+        return len(self.bad) > max(1, BAD_SHARE * self.seen)
+
+    def check_pictures(self) -> None:
+        """Raises HyperAlignError if too many pictures were bad, now or in the runs that this one goes on."""
+        if self._too_many_bad():
+            last = self.bad[-1]
+            raise HyperAlignError(
+                f"{len(self.bad)} of {self.seen} pictures are bad; at most 1 % may be. The last is "
+                f"{last.name}: {last.reason}. {self.out / BAD_FILE} names them and their units: repair or "
+                "remove them, delete that file and the shards of these units, then run again."
+            )
+
+    def _check_units(self) -> None:
+        if self.counts.broken > max(1, BAD_SHARE * self.total):
+            raise HyperAlignError(
+                f"{self.counts.broken} of {self.total} units cannot be read; at most 1 % may be. "
+                f"{self.out / BAD_FILE} names them: fetch them again, then run again."
+            )
+
+    def _write(self, made: _Unit) -> None:
+        path = shard_path(self.out, made.number)
+        latents = torch.cat(made.latents) if made.latents else torch.empty(0, 0, 0, 0, dtype=self.dtype)
+        header = ShardHeader(
+            made.captions,
+            made.names,
+            self.encoder.fingerprint,
+            self.encoder.resolution,
+            self.source.unit_name(made.number),
+            made.unsafe,
+            self.unsafe_mark,
+        )
+        try:
+            for left_over in self.out.glob(f".{path.name}.*.partial"):
+                left_over.unlink()
+            write_shard(path, latents, header)
+        except (SafetensorError, OSError) as error:
+            raise self._unwritable(path, error) from error
+
+    def _name_bad(self, unit: int, bad: Iterable[BadPicture]) -> None:
+        lines = "".join(json.dumps({"unit": unit} | asdict(picture)) + "\n" for picture in bad)
+        if not lines:
+            return
+        try:
+            with (self.out / BAD_FILE).open("a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError as error:
+            raise self._unwritable(self.out / BAD_FILE, error) from error
+
+    def _unwritable(self, path: Path, error: BaseException) -> HyperAlignError:
+        free = shutil.disk_usage(self.out).free / 2**30
+        return HyperAlignError(
+            f"{path} cannot be written ({first_line(error)}); {free:.2f} GiB are free there. Make room and "
+            "run the same command again: finished shards stay and are not made again."
+        )
+
+
+def _named(path: Path) -> dict[int, dict[str, BadPicture]]:
+    """Returns the bad pictures that earlier runs named, by unit and name."""
+    found: dict[int, dict[str, BadPicture]] = {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            picture = BadPicture(row["name"], row["reason"])
+            found.setdefault(row["unit"], {})[picture.name] = picture
+        except (ValueError, KeyError, TypeError) as error:  # half a line of a process that was killed
+            logger.warning("%s has a line that is left aside: %s", path, first_line(error))
+    return found
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, function: Callable[[In], Out], items: Iterable[In], ahead: int
+) -> Iterator[Out]:
+    """Yields the results in the order of the items, with at most `ahead` of them under way."""
+    waiting: deque[Future[Out]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _chunks(items: Iterable[In], size: int) -> Iterator[list[In]]:
+    chunk: list[In] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

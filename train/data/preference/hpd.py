@@ -1,0 +1,86 @@
+"""HPDv2: pairs of pictures of one prompt in train.json, pictures in train.tar or an unpacked folder.
+
+The data set's loading script is not run; only its two files are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hyperalign.errors import HyperAlignError
+from train.data.preference.image import BadPicture, EncodedPicture, Found, Unsafe, UnsafeMark
+from train.data.preference.listing import Captioned, Listing, entry_value, read_file
+from train.data.preference.tar_index import TarIndex
+from train.data.prompts import json_list
+
+
+def hpd_source(path: Path, unsafe: UnsafeMark | None = None) -> Listing[Captioned]:
+    """Returns the preferred pictures of HPDv2, each once for a prompt however many pairs it won.
+
+    Args:
+        path: the folder with train.json, or train.json itself; train.tar or the folder train/ beside it.
+        unsafe: key of train.json that marks unsafe pairs; what wins one of them is left out.
+
+    Raises:
+        HyperAlignError: a file is missing, still compressed, or not of that form.
+    """
+    listing = path / "train.json" if path.is_dir() else path
+    if not listing.is_file():
+        raise HyperAlignError(f"There is no {listing}. Put HPDv2's train.json there, train.tar beside it.")
+    rows = json_list(listing)
+    if not rows:
+        raise HyperAlignError(f"{listing} holds no pair. Fetch it again.")
+    chosen: dict[tuple[str, str], bool] = {}
+    for number, row in enumerate(rows, 1):
+        where = f"{listing}, entry {number}"
+        winner = _winner(row, where)
+        marked = unsafe is not None and unsafe.flags(entry_value(row, unsafe.column, object, where), where)
+        if winner is not None:
+            chosen[winner] = chosen.get(winner, False) or marked
+    if not chosen:
+        raise HyperAlignError(f"{listing} holds no pair with one preferred picture. Fetch it again.")
+    root = listing.parent
+    for folder in (root / "train", root):
+        entries = [Captioned(caption, folder / file, file, bad) for (caption, file), bad in chosen.items()]
+        if any(entry.file.is_file() for entry in entries[:100]):
+            return Listing(listing.name, entries, read_file)
+    tar = root / "train.tar"
+    if tar.is_file():
+        entries = [Captioned(caption, tar, file, bad) for (caption, file), bad in chosen.items()]
+        return Listing(listing.name, entries, _tar_reader(TarIndex(tar)))
+    packed = root / "train.tar.gz"
+    if packed.is_file():
+        raise HyperAlignError(
+            f"{packed} is compressed, so single pictures cannot be read from it. Unpack it first: "
+            f"`gunzip {packed}` leaves train.tar, which is enough."
+        )
+    raise HyperAlignError(
+        f"{root} holds neither train.tar nor the pictures that {listing.name} names. Fetch HPDv2's "
+        "train.tar.gz there and gunzip it."
+    )
+
+
+def _winner(row: object, where: str) -> tuple[str, str] | None:
+    """Returns prompt and file of a pair's preferred picture; None for a tie."""
+    prompt = entry_value(row, "prompt", str, where)
+    choice: list[Any] = entry_value(row, "human_preference", list, where)
+    # the data set's card says file_path; its train.json has also been published with image_path
+    key = "image_path" if isinstance(row, dict) and "image_path" in row else "file_path"
+    files: list[Any] = entry_value(row, key, list, where)
+    if len(files) != len(choice) or not all(isinstance(file, str) for file in files):
+        raise HyperAlignError(f"{where}: {key} {files!r} does not go with human_preference {choice!r}.")
+    return (prompt, files[choice.index(1)]) if choice.count(1) == 1 else None
+
+
+def _tar_reader(index: TarIndex) -> Callable[[Captioned], Found]:
+    def read(entry: Captioned) -> Found:
+        if entry.unsafe:
+            return Unsafe(entry.name)
+        try:
+            return EncodedPicture(entry.caption, index.read(entry.name), entry.name)
+        except OSError as error:
+            return BadPicture(entry.name, f"it cannot be read from {index.path.name}: {error}")
+
+    return read

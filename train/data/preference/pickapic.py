@@ -1,0 +1,216 @@
+"""Pick-a-Pic v2: pairs of pictures of one prompt, as parquet files or as webdataset tars.
+
+`label_0` is 1 if the first picture was preferred, 0 if the second was and 0.5 if neither. As in
+Diffusion-DPO, ties are dropped. The published data set has no column for unsafe content; one that was
+added marks a pair (`nsfw`) or each of its pictures (`nsfw_0`, `nsfw_1`).
+"""
+
+from __future__ import annotations
+
+import logging
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hyperalign.errors import HyperAlignError
+from hyperalign.files import first_line
+from train.data.parquet import open_parquet
+from train.data.preference.image import BadPicture, BrokenUnit, EncodedPicture, Found, Unsafe, UnsafeMark
+
+logger = logging.getLogger("hyperalign.train")
+
+COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0")
+TAR_CAPTIONS = ("original_prompt", "caption", "prompt", "text")
+"""Names of the caption in a tar; the first is that of the script which the known tars were made with."""
+ROWS_AT_ONCE = 32
+
+
+def preferred(label_0: float | None) -> str | None:
+    """Returns which picture of a pair was preferred, or None for a tie or an unlabelled pair."""
+    return {1.0: "jpg_0", 0.0: "jpg_1"}.get(label_0) if label_0 is not None else None
+
+
+class PickAPicParquet:
+    """The parquet files of a folder; a unit is a row group."""
+
+    def __init__(self, path: Path, unsafe: UnsafeMark | None = None) -> None:
+        """Reads the files' footers.
+
+        Args:
+            path: a parquet file, or a folder of them.
+            unsafe: a column that marks unsafe pairs, or two that mark their pictures; those are left out.
+
+        Raises:
+            HyperAlignError: no parquet file, a broken one, or a missing column.
+        """
+        self.columns = [*COLUMNS]
+        self.unsafe = unsafe
+        self.root = path.parent if path.is_file() else path
+        self.groups: list[tuple[Path, int]] = []
+        for file in training_files(path, ".parquet"):
+            parquet = open_parquet(file)
+            names = parquet.schema_arrow.names
+            if unsafe is not None:
+                self.columns = [*COLUMNS, *_mark_columns(unsafe.column, names)]
+            missing = [name for name in self.columns if name not in names]
+            if missing:
+                raise HyperAlignError(
+                    f"{file} has no column {', '.join(missing)}; its columns are "
+                    f"{', '.join(names)}. Take the Pick-a-Pic v2 files with images, "
+                    "or another kind of source."
+                )
+            self.groups += [(file, group) for group in range(parquet.num_row_groups)]
+
+    def units(self) -> int:
+        """Returns the number of row groups."""
+        return len(self.groups)
+
+    def unit_name(self, unit: int) -> str:
+        """Returns file and row group."""
+        file, group = self.groups[unit]
+        return f"{file.relative_to(self.root).as_posix()}:{group}"
+
+    def read(self, unit: int) -> Iterator[Found]:
+        """Yields the preferred picture of every pair that is not a tie. Raises BrokenUnit."""
+        import pyarrow as pa
+
+        file, group = self.groups[unit]
+        number = -1
+        try:
+            for batch in open_parquet(file).iter_batches(ROWS_AT_ONCE, [group], self.columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    found = self._picture(row, f"{self.unit_name(unit)}:{number}")
+                    if found is not None:
+                        yield found
+        except (pa.ArrowException, OSError) as error:
+            raise BrokenUnit(f"{file}, row group {group} cannot be read: {first_line(error)}") from error
+
+    def _picture(self, row: dict[str, Any], name: str) -> Found | None:
+        side = preferred(row["label_0"])
+        if side is None:
+            return None
+        if self.unsafe is not None and self.unsafe.flags(_mark(row, self.unsafe.column, side), name):
+            return Unsafe(name)
+        if row[side] is None or row["caption"] is None:
+            return BadPicture(name, f"its {side if row[side] is None else 'caption'} is null")
+        return EncodedPicture(row["caption"], row[side], name)
+
+
+class PickAPicTars:
+    """The webdataset tars of a folder; a unit is a tar file.
+
+    A pair is a run of members `KEY.original_prompt.txt`, `KEY.jpg_0.jpg`, `KEY.jpg_1.jpg`,
+    `KEY.label_0.txt`, as the conversion script in diffusers' research project on ORPO names them. The
+    last endings may be missing, and the caption may be called `caption`, `prompt` or `text`.
+    """
+
+    def __init__(self, path: Path, unsafe: UnsafeMark | None = None) -> None:
+        """Lists the files.
+
+        Args:
+            path: a tar file, or a folder of them.
+            unsafe: a member that marks unsafe pairs, or two that mark their pictures; those are left out.
+
+        Raises:
+            HyperAlignError: no tar file.
+        """
+        self.unsafe = unsafe
+        self.root = path.parent if path.is_file() else path
+        self.files = training_files(path, ".tar")
+
+    def units(self) -> int:
+        """Returns the number of tar files."""
+        return len(self.files)
+
+    def unit_name(self, unit: int) -> str:
+        """Returns the file."""
+        return self.files[unit].relative_to(self.root).as_posix()
+
+    def read(self, unit: int) -> Iterator[Found]:
+        """Yields the preferred picture of every pair that is not a tie. Raises BrokenUnit."""
+        path = self.files[unit]
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for key, members in _pairs(tar):
+                    found = self._picture(tar, members, f"{self.unit_name(unit)}:{key}")
+                    if found is not None:
+                        yield found
+        except (tarfile.TarError, OSError) as error:
+            raise BrokenUnit(f"{path} cannot be read: {first_line(error)}") from error
+
+    def _picture(self, tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: str) -> Found | None:
+        texts = {
+            field: _contents(tar, member).decode("utf-8", "replace").strip()
+            for field, member in members.items()
+            if not field.startswith("jpg_")
+        }
+        try:
+            side = preferred(float(texts["label_0"]))
+        except (KeyError, ValueError):
+            return BadPicture(name, f"its label_0 is {texts.get('label_0', 'missing')!r}, not 0, 0.5 or 1")
+        if side is None:
+            return None
+        if self.unsafe is not None:
+            column = self.unsafe.column.lower()
+            if missing := [key for key in _mark_columns(column, texts) if key not in texts]:
+                raise HyperAlignError(
+                    f"{name} has no {', '.join(missing)}, only {', '.join(members)}. Name the column that "
+                    "marks unsafe pictures in these tars, or leave it away."
+                )
+            if self.unsafe.flags(_mark(texts, column, side), name):
+                return Unsafe(name)
+        caption = next((texts[field] for field in TAR_CAPTIONS if field in texts), None)
+        if caption is None or side not in members:
+            return BadPicture(name, f"it has no {'caption' if caption is None else side}")
+        return EncodedPicture(caption, _contents(tar, members[side]), name)
+
+
+def training_files(path: Path, suffix: str) -> list[Path]:
+    """Returns a file, or the files of a folder in order, those of the training split if it has splits.
+
+    Validation and test prompts of Pick-a-Pic are what models are judged on, so they must not be trained on.
+    """
+    if path.is_file():
+        return [path]
+    files = sorted(path.rglob(f"*{suffix}"))
+    if not files:
+        raise HyperAlignError(f"{path} holds no {suffix} file. Give the folder that the data was fetched to.")
+    train = [file for file in files if file.name.startswith("train")]
+    if train and len(train) < len(files):
+        logger.info("%s: %d files of other splits than train are left out", path, len(files) - len(train))
+    return train or files
+
+
+def _pairs(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Yields runs of members of one key, by field: `00012.jpg_0.jpg` is field jpg_0 of 00012."""
+    current, members = "", dict[str, tarfile.TarInfo]()
+    for member in tar:
+        if not member.isfile():
+            continue
+        folder, _, base = member.name.rpartition("/")
+        stem, _, field = base.partition(".")
+        key = f"{folder}/{stem}" if folder else stem
+        if key != current and members:
+            yield current, members
+            members = {}
+        current = key
+        members[field.lower().partition(".")[0]] = member
+    if members:
+        yield current, members
+
+
+def _contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    return file.read() if file is not None else b""
+
+
+def _mark_columns(column: str, names: Iterable[str]) -> list[str]:
+    """Returns the columns with the marks: that of pairs, or if only these are there those of each picture."""
+    each = [f"{column}_0", f"{column}_1"]
+    return each if column not in names and set(each) <= set(names) else [column]
+
+
+def _mark(row: Mapping[str, Any], column: str, side: str) -> object:
+    return row[column] if column in row else row[f"{column}_{side[-1]}"]

@@ -1,0 +1,142 @@
+"""Reads prompts from the files people have: text, JSON, JSON lines, parquet and tab-separated tables."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from hyperalign.errors import HyperAlignError
+from train.data.parquet import open_parquet
+
+CAPTION_KEYS = ("prompt", "caption", "text")
+"""Where a row keeps its text, in order of preference; letter case does not count."""
+
+
+def load_prompts(path: Path) -> list[str]:
+    """Returns the distinct, stripped, non-empty prompts of a file in its order.
+
+    `.txt`: one a line. `.jsonl`: an object or a string a line (GenEval's evaluation_metadata.jsonl).
+    `.json`: a list of objects or strings (HPDv2's train.json and benchmark files). `.parquet` (Pick-a-Pic)
+    and `.tsv` (PartiPrompts): a column. Objects and columns are named `prompt`, `caption` or `text`.
+
+    Raises:
+        HyperAlignError: no such file, an unknown ending, no such column, a bad line (named by its
+            number), or no prompt at all.
+    """
+    if not path.is_file():
+        raise HyperAlignError(
+            f"There is no prompt file {path}. Give a .txt, .jsonl, .json, .parquet or .tsv."
+        )
+    match path.suffix.lower():
+        case ".txt":
+            texts: Iterable[str] = (line for _, line in text_lines(path))
+        case ".jsonl":
+            texts = (caption_of(row, f"{path}, line {number}") for number, row in json_lines(path))
+        case ".json":
+            texts = (caption_of(row, f"{path}, entry {i}") for i, row in enumerate(json_list(path), 1))
+        case ".parquet":
+            texts = _parquet_captions(path)
+        case ".tsv":
+            texts = _table_captions(path)
+        case other:
+            raise HyperAlignError(
+                f"{path} ends in {other!r}; prompts are read from .txt, .jsonl, .json, .parquet and .tsv."
+            )
+    prompts = list(dict.fromkeys(stripped for text in texts if (stripped := text.strip())))
+    if not prompts:
+        raise HyperAlignError(f"{path} holds no prompt. Put one on each line, or name another file.")
+    return prompts
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields numbered lines. Raises HyperAlignError at one that is not UTF-8."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise HyperAlignError(
+                    f"{path}, line {number} is not UTF-8 text ({error.reason}). Save the file as UTF-8."
+                ) from error
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yields the value of every line that is not blank. Raises HyperAlignError at one that is not JSON."""
+    for number, line in text_lines(path):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise HyperAlignError(
+                    f"{path}, line {number} is not JSON ({error.msg}). Correct or remove that line."
+                ) from error
+
+
+def json_list(path: Path) -> list[Any]:
+    """Returns the list that a JSON file holds. Raises HyperAlignError if it holds anything else."""
+    text = "\n".join(line for _, line in text_lines(path))
+    if not text.strip():
+        return []
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise HyperAlignError(
+            f"{path}, line {error.lineno} is not JSON ({error.msg}). Correct it."
+        ) from error
+    if not isinstance(value, list):
+        raise HyperAlignError(
+            f"{path} holds a {type(value).__name__}; expected a list of prompts or of objects. "
+            "Put the rows into one [ ... ]."
+        )
+    return cast("list[Any]", value)
+
+
+def caption_of(row: object, where: str) -> str:
+    """Returns the text of a string or of an object with one of CAPTION_KEYS. Raises HyperAlignError."""
+    if isinstance(row, str):
+        return row
+    if not isinstance(row, dict):
+        raise HyperAlignError(f"{where} is a {type(row).__name__}; expected a string or an object.")
+    keys = cast("dict[str, Any]", row)
+    value = keys[caption_column(keys, where)]
+    if not isinstance(value, str):
+        raise HyperAlignError(f"{where}: the caption is {value!r}; expected a string.")
+    return value
+
+
+def caption_column(columns: Iterable[str], where: str) -> str:
+    """Returns which column holds the text. Raises HyperAlignError if none does."""
+    found = list(columns)
+    for key in CAPTION_KEYS:
+        for column in found:
+            if column.lower() == key:
+                return column
+    raise HyperAlignError(
+        f"{where} has {', '.join(found) or 'nothing'}; expected one of {', '.join(CAPTION_KEYS)}. "
+        "Rename the one that holds the prompt."
+    )
+
+
+def _parquet_captions(path: Path) -> Iterator[str]:
+    file = open_parquet(path)
+    column = caption_column(file.schema_arrow.names, f"{path}")
+    for batch in file.iter_batches(columns=[column]):
+        yield from (str(value) for value in batch.column(0).to_pylist() if value is not None)
+
+
+def _table_captions(path: Path) -> Iterator[str]:
+    lines = (line for _, line in text_lines(path))
+    rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    header = next(rows, None)
+    if header is None:
+        return
+    column = header.index(caption_column(header, f"{path}"))
+    for number, row in enumerate(rows, 2):
+        if len(row) <= column:
+            raise HyperAlignError(
+                f"{path}, line {number} has {len(row)} of {len(header)} columns. Correct or remove that line."
+            )
+        yield row[column]

@@ -1,0 +1,287 @@
+"""Latent shards: preferred pictures encoded once, a `.safetensors` a unit, and how training reads them.
+
+A shard holds `latents` (N, C, h, w) and a JSON header with captions, names, encoder and resolution.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hyperalign.checkpoint import save_atomically
+from hyperalign.errors import HyperAlignError
+from hyperalign.files import first_line, write_text
+
+logger = logging.getLogger("hyperalign.train")
+
+FORMAT_VERSION = 1
+HEADER_KEY = "hyperalign_latents"
+INDEX_FILE = "index.json"
+BAD_SHARE = 0.01
+"""More than this share of bad shards or pictures ends a run."""
+ENOUGH = 100
+"""So many pictures must have been seen before their share of bad ones means anything."""
+WINDOW = 4
+"""Shards that are mixed with each other at any place of the stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardHeader:
+    """What a shard says of itself."""
+
+    captions: list[str]
+    names: list[str]
+    encoder: str
+    """Fingerprint of the autoencoder and of how its latents are scaled."""
+    resolution: int
+    """Side of the square pictures, in pixels."""
+    unit: str = ""
+    """The unit of the source that it was made from."""
+    unsafe: int = 0
+    """Pictures that were left out because the data set marks them as unsafe."""
+    unsafe_mark: str = ""
+    """By which mark, such as `nsfw > 0.5`; empty if none was asked for."""
+    version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """The few facts of a shard that the index keeps; `state` is its size and time of change."""
+
+    state: list[int]
+    shape: list[int]
+    encoder: str
+    resolution: int
+
+
+def shard_path(folder: Path, unit: int) -> Path:
+    """Returns where the shard of a unit lies."""
+    return folder / f"shard-{unit:06d}.safetensors"
+
+
+def write_shard(path: Path, latents_NCHW: Tensor, header: ShardHeader) -> None:
+    """Writes a shard atomically."""
+    save_atomically({"latents": latents_NCHW.contiguous()}, path, {HEADER_KEY: json.dumps(asdict(header))})
+
+
+def read_shard_header(path: Path) -> tuple[ShardHeader, tuple[int, ...]]:
+    """Returns header and shape (N, C, h, w) without reading a latent.
+
+    Raises:
+        HyperAlignError: not a whole latent shard of this version.
+    """
+    header, shape, _ = _open_shard(path)
+    return header, shape
+
+
+class LatentShards:
+    """The shards of a folder as one endless shuffled stream of rows.
+
+    What stands at a position of the stream depends on the seed and the shards alone, so a run goes on
+    from a position on any number of processes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: str | None = None,
+        resolution: int | None = None,
+        window: int = WINDOW,
+    ) -> None:
+        """Reads the shards' headers, or what `index.json` keeps of those that have not changed.
+
+        Args:
+            folder: where train/encode.py wrote them.
+            fingerprint: the encoder they must be of; None takes any.
+            resolution: the side of the pictures they must be of, in pixels; None takes any.
+            window: shards that are mixed with each other at any place of the stream.
+
+        Raises:
+            HyperAlignError: no shard, none with a picture, too many broken ones, or of another encoder,
+                resolution or shape.
+        """
+        self.folder = folder
+        self.window = window
+        infos, self.broken = _index(folder)
+        _check_broken(folder, self.broken, len(infos) + len(self.broken))
+        infos = {name: info for name, info in infos.items() if info.shape[0]}
+        if not infos:
+            raise HyperAlignError(f"{folder} holds no encoded picture. Make them with train/encode.py.")
+        first = next(iter(infos.values()))
+        self.fingerprint = fingerprint or first.encoder
+        self.resolution = resolution or first.resolution
+        self.shape = tuple(first.shape[1:])
+        """(C, h, w) of a latent."""
+        for name, info in infos.items():
+            self._check(folder / name, info)
+        self.names = list(infos)
+        self.counts = np.array([info.shape[0] for info in infos.values()])
+        self._ends = np.cumsum(self.counts)
+        self._shard = lru_cache(maxsize=2 * window + 2)(self._open)
+        self._order = lru_cache(maxsize=2)(self.order)
+        self._rows_read = self._rows_broken = 0
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def captions(self) -> list[str]:
+        """Returns the distinct captions, for a cache of their embeddings; reads every shard's header.
+
+        Raises:
+            HyperAlignError: a shard has broken since the folder was opened.
+        """
+        headers = (read_shard_header(self.folder / name)[0] for name in self.names)
+        return list(dict.fromkeys(caption for header in headers for caption in header.captions))
+
+    def left_out(self) -> str:
+        """Returns how many pictures were left out as unsafe and by which mark, in words; reads every header.
+
+        Raises:
+            HyperAlignError: a shard has broken since the folder was opened.
+        """
+        headers = [read_shard_header(self.folder / name)[0] for name in self.names]
+        marks = sorted({header.unsafe_mark for header in headers if header.unsafe_mark})
+        count, kept = sum(header.unsafe for header in headers), len(self)
+        return f"{count} of {count + kept} pictures left out as unsafe ({', '.join(marks)})" if marks else ""
+
+    def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """Returns all rows, shuffled so that any stretch of them touches few shards.
+
+        The shards are permuted; a row of the k-th comes at k plus a uniform share of the window.
+        """
+        rng = np.random.default_rng((seed, epoch))
+        place = rng.permutation(len(self.counts))
+        return np.argsort(np.repeat(place, self.counts) + self.window * rng.random(len(self)), kind="stable")
+
+    def batch(self, position: int, count: int, seed: int) -> list[int]:
+        """Returns the rows at positions [position, position + count) of the endless stream."""
+        rows: list[int] = []
+        while len(rows) < count:
+            epoch, start = divmod(position + len(rows), len(self))
+            rows += self._order(seed, epoch)[start : start + count - len(rows)].tolist()
+        return rows
+
+    def read(self, rows: Sequence[int]) -> tuple[Tensor, list[str]]:
+        """Returns latents (B, C, h, w) as they are stored, and captions.
+
+        A row that cannot be read is replaced by another one of the batch, counted and named in the log.
+
+        Raises:
+            HyperAlignError: more than 1 % of the rows read so far could not be read.
+        """
+        found = [self._row(row) for row in rows]
+        good = [row for row in found if row is not None]
+        self._rows_read += len(found)
+        self._rows_broken += len(found) - len(good)
+        too_many = self._rows_read >= ENOUGH and self._rows_broken > BAD_SHARE * self._rows_read
+        if too_many or not good:
+            raise HyperAlignError(
+                f"{self._rows_broken} of {self._rows_read} pictures could not be read from {self.folder}; at "
+                "most 1 % may be bad. The log names the shards: delete them and run train/encode.py again."
+            )
+        whole = [row or good[i % len(good)] for i, row in enumerate(found)]
+        return torch.stack([latent for latent, _ in whole]), [caption for _, caption in whole]
+
+    def _open(self, number: int) -> tuple[ShardHeader, tuple[int, ...], Any]:
+        return _open_shard(self.folder / self.names[number])
+
+    def _row(self, row: int) -> tuple[Tensor, str] | None:
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        index = row - int(self._ends[number] - self.counts[number])
+        try:
+            header, _, file = self._shard(number)
+            latent = cast(Tensor, file.get_slice("latents")[index]).clone()
+            if not bool(torch.isfinite(latent).all()):
+                raise HyperAlignError(f"its row {index} is not finite")
+        except (SafetensorError, OSError, HyperAlignError) as error:
+            logger.warning("skipped a picture of %s: %s", self.folder / self.names[number], first_line(error))
+            return None
+        return latent, header.captions[index]
+
+    def _check(self, path: Path, info: ShardInfo) -> None:
+        for what, found, expected in (
+            ("encoded by", info.encoder, self.fingerprint),
+            ("of pictures with a side of", info.resolution, self.resolution),
+            ("of latents of the shape", tuple(info.shape[1:]), self.shape),
+        ):
+            if found != expected:
+                raise HyperAlignError(
+                    f"{path} is {what} {found}; expected {expected}. Encode the pictures for this recipe "
+                    "into another folder with train/encode.py."
+                )
+
+
+def _open_shard(path: Path) -> tuple[ShardHeader, tuple[int, ...], Any]:
+    try:
+        file: Any = safe_open(str(path), framework="pt")
+        raw = json.loads((file.metadata() or {})[HEADER_KEY])
+        shape = tuple(cast("list[int]", file.get_slice("latents").get_shape()))
+        header = ShardHeader(**raw)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise HyperAlignError(f"{path} is not a whole latent shard: {first_line(error)}") from error
+    if header.version != FORMAT_VERSION or not len(header.captions) == len(header.names) == shape[0]:
+        raise HyperAlignError(
+            f"{path} is a latent shard of version {header.version} with {shape[0]} latents and "
+            f"{len(header.captions)} captions; expected version {FORMAT_VERSION} and as many of both."
+        )
+    return header, shape, file
+
+
+def _index(folder: Path) -> tuple[dict[str, ShardInfo], dict[str, str]]:
+    """Returns the facts of all whole shards, and why the others are broken, both by file name."""
+    if not folder.is_dir():
+        raise HyperAlignError(
+            f"There is no folder {folder} of encoded pictures. Make it with train/encode.py."
+        )
+    kept = _kept_index(folder / INDEX_FILE)
+    infos: dict[str, ShardInfo] = {}
+    broken: dict[str, str] = {}
+    for path in sorted(folder.glob("shard-*.safetensors")):
+        stat = path.stat()
+        state = [stat.st_size, stat.st_mtime_ns]
+        if path.name in kept and kept[path.name].state == state:
+            infos[path.name] = kept[path.name]
+            continue
+        try:
+            header, shape = read_shard_header(path)
+            infos[path.name] = ShardInfo(state, list(shape), header.encoder, header.resolution)
+        except HyperAlignError as error:
+            logger.warning("skipped a shard: %s", error)
+            broken[path.name] = str(error)
+    if infos != kept:
+        try:
+            table = {name: asdict(info) for name, info in infos.items()}
+            write_text(folder / INDEX_FILE, json.dumps(table))
+        except OSError as error:
+            logger.warning("the index of %s is not kept: %s", folder, error)
+    return infos, broken
+
+
+def _kept_index(path: Path) -> dict[str, ShardInfo]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        return {name: ShardInfo(**info) for name, info in table.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        logger.warning("%s is made anew: %s", path, error)
+        return {}
+
+
+def _check_broken(folder: Path, broken: dict[str, str], total: int) -> None:
+    if len(broken) > BAD_SHARE * total:
+        raise HyperAlignError(
+            f"{len(broken)} of {total} shards in {folder} are broken, first {next(iter(broken))}; at most "
+            "1 % may be. Delete them and run train/encode.py again: it makes only what is missing."
+        )

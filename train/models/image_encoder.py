@@ -1,0 +1,43 @@
+"""The autoencoder of a recipe's base model, as `train/encode.py` uses it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hyperalign.hosts.diffusers.tiny import load_tiny
+from train.config import TrainConfig
+from train.models.load import load_autoencoder
+
+
+@dataclass(frozen=True, slots=True)
+class PictureEncoder:
+    """Pictures to latents, with the name under which the latents are kept."""
+
+    resolution: int
+    """Side of the square pictures, in pixels."""
+    fingerprint: str
+    """Tells autoencoders and scalings of latents apart."""
+    encode: Callable[[Tensor], Tensor]
+    """Pictures (B, 3, H, W) in [0, 1] -> scaled latents on the CPU."""
+
+
+def latent_fingerprint(autoencoder: nn.Module, scale: float, shift: float) -> str:
+    """Returns a name for what latents mean: the encoder's first weights, their scale and shift."""
+    first = next(autoencoder.parameters()).detach().float().cpu().numpy().tobytes()
+    return hashlib.sha256(first + f"{scale} {shift}".encode()).hexdigest()[:16]
+
+
+def picture_encoder(config: TrainConfig, device: torch.device) -> PictureEncoder:
+    """Returns a recipe's encoder. Raises HyperAlignError if its autoencoder is not there."""
+    if config.model.base == "tiny":
+        tiny = load_tiny(device)
+        name = latent_fingerprint(tiny.autoencoder, tiny.latent_scale, 0.0)
+        return PictureEncoder(64, name, lambda images: tiny.encode(images.to(device)).cpu())
+    autoencoder = load_autoencoder(config, device, "full")
+    name = latent_fingerprint(autoencoder.module, autoencoder.scale, autoencoder.shift)
+    return PictureEncoder(config.model.resolution, name, lambda images: autoencoder.encode(images).cpu())

@@ -1,0 +1,1 @@
+"""What a recipe needs and costs, found out before it runs."""

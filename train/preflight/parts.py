@@ -1,0 +1,184 @@
+"""The parts that a recipe's training step is put together from, built on the meta device and counted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hyperalign.families.dit import TransformerSpec
+from hyperalign.hosts.diffusers.adapter import Adapter, spec_of
+from hyperalign.rewards import Reward, clip, loading, tiny
+from hyperalign.rewards.clip import ClipReward
+from hyperalign.rewards.heads import HeadReward
+from hyperalign.rewards.image_reward import ImageRewardNetwork
+from hyperalign.rewards.networks import dtype_of, encoder_weight, fill, set_checkpointing
+from hyperalign.schedule import Schedule
+from hyperalign.targets import BaseSpec
+from train.config import TrainConfig
+from train.models.autoencoder import Autoencoder
+from train.models.base import Base, Conditions
+from train.models.load import backbone_dtype, context_tokens, make_base, text_lengths
+from train.preflight.costs import NOTHING, Cost, cost_of, operations_until
+from train.preflight.smoke import TEXT, RandomTexts
+from train.setup import new_hyperalign
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What each part costs, for one row of the backbone or for one picture."""
+
+    sampling: Cost
+    """A row of the adapted backbone without gradient."""
+    training: Cost
+    """A row of the adapted backbone with gradient to the cores."""
+    perception: float
+    """Operations of the perception blocks for one row."""
+    generation: Cost
+    """The hypernetwork for one row, with gradient."""
+    decoding: Cost
+    """A picture through the decoder, with gradient."""
+    judging: Cost
+    """A picture through all optimised rewards, with gradient."""
+    parameters: dict[str, int]
+    """Of the backbone, autoencoder, hypernetwork and each reward, also the watched ones."""
+    targets: int
+    """Adapted projections."""
+    text_numbers: tuple[int, ...]
+    """Numbers in the conditions of one text, for each padding."""
+    guided_by_rows: bool
+    """Whether guidance takes a second row."""
+
+
+def parts_of(config: TrainConfig, backbone: nn.Module, autoencoder: nn.Module) -> Parts:
+    """Returns what a recipe's step is made of; takes seconds.
+
+    Args:
+        config: a recipe for a real base model.
+        backbone: its U-Net or transformer on the meta device; changed into the recipe's precision.
+        autoencoder: what decodes in training, on the meta device; changed too.
+
+    Raises:
+        HyperAlignError: the hypernetwork does not fit the base model, or a reward is unknown.
+    """
+    base = meta_base(config, backbone, autoencoder)
+    with META:
+        hyperalign = new_hyperalign(config, backbone, Schedule("S"))
+        x_1CHW, t_1 = torch.randn(1, *base.latent_shape), torch.ones(1)
+        core_1MDA = torch.zeros(1, len(hyperalign.header.targets), config.network.b, config.network.a)
+        maps = [torch.zeros(1, *s) for s in feature_shapes(spec_of(backbone), base.latent_shape[-1])]
+    adapter, lengths = Adapter(backbone, hyperalign), text_lengths(config)
+    call = base.call(x_1CHW, t_1, meta_conditions(config, max(lengths)))
+    last = perceiving(backbone, hyperalign.header.perception_blocks)
+    with torch.no_grad():
+        sampling = cost_of(lambda: adapter.forward(call, core_1MDA))
+    perception = operations_until(last, lambda: backbone(**call))
+    if config.model.recomputes_backbone:
+        adapter.checkpoint_activations()
+    core_1MDA.requires_grad_()
+    for parameter in hyperalign.network.parameters():  # the optimiser's bytes count the gradients
+        parameter.grad = torch.zeros_like(parameter)
+    rewards = meta_rewards(config)
+    return Parts(
+        sampling=sampling,
+        training=cost_of(lambda: adapter.forward(call, core_1MDA)),
+        perception=perception,
+        generation=cost_of(lambda: hyperalign.network(maps)),
+        decoding=cost_of(lambda: base.decode(x_1CHW.requires_grad_())),
+        judging=judging(config, [rewards[name] for name in config.objective.rewards if name in rewards]),
+        parameters={
+            "backbone": _count(backbone),
+            "autoencoder": _count(autoencoder),
+            "hypernetwork": _count(hyperalign.network),
+            **{name: _count(reward.module) for name, reward in rewards.items()},
+        },
+        targets=len(hyperalign.header.targets),
+        text_numbers=tuple(
+            sum(value.numel() for value in meta_conditions(config, length).values()) for length in lengths
+        ),
+        guided_by_rows=base.cfg,
+    )
+
+
+def without_recomputation(config: TrainConfig) -> TrainConfig:
+    """Returns the recipe that does nothing twice: what counts as the model's own work."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, checkpointing="none"))
+
+
+def meta_base(config: TrainConfig, backbone: nn.Module, autoencoder: nn.Module) -> Base:
+    """Returns a base model on the meta device, in the precision of the recipe."""
+    for model in (backbone, autoencoder):
+        nn.Module.to(model, backbone_dtype(config)).eval().requires_grad_(False)
+    return make_base(config, backbone, Autoencoder(autoencoder, config.model.recomputes_pictures), "epsilon")
+
+
+def meta_conditions(config: TrainConfig, length: int) -> Conditions:
+    """Returns the conditions of one text at a padding."""
+    width, pooled = TEXT[config.model.base]
+    return RandomTexts(width, pooled, (context_tokens(config, length),), META).conditions([""])
+
+
+def feature_shapes(spec: BaseSpec, side: int) -> list[tuple[int, int, int]]:
+    """Returns the shapes (C, H, W) of perception's maps for square latents of a side."""
+    if isinstance(spec, TransformerSpec):
+        return [(spec.hidden, side // spec.patch, side // spec.patch)]
+    return [(channels, side >> level, side >> level) for level, channels in enumerate(spec.feature_channels)]
+
+
+def perceiving(backbone: nn.Module, blocks: int) -> nn.Module:
+    """Returns the module after which everything is perceived. Raises HyperAlignError if there is none."""
+    spec = spec_of(backbone)
+    if isinstance(spec, TransformerSpec):
+        return backbone.get_submodule(spec.perception_paths(blocks)[0])
+    return backbone.get_submodule(f"down_blocks.{len(spec.feature_channels) - 1}")
+
+
+def meta_rewards(config: TrainConfig) -> dict[str, Reward]:
+    """Returns the optimised and the watched rewards; the tiny ones cost nothing and are left out."""
+    names = dict.fromkeys([*config.objective.rewards, *config.eval.rewards])
+    return {name: meta_reward(name, backbone_dtype(config)) for name in names if name not in tiny.NAMES}
+
+
+def meta_reward(name: str, dtype: torch.dtype) -> Reward:
+    """Returns a reward without memory for its weights. Raises HyperAlignError on another name."""
+    recipe = loading.recipe_of(name)
+    with META:
+        network = recipe.network()
+        state = {
+            key: torch.empty(value.shape, dtype=dtype_of(key, dtype))
+            for key, value in network.state_dict().items()
+        }
+    fill(network, state)
+    return recipe.assemble(name, network, recipe.vocabulary.stand_in if recipe.vocabulary else None)
+
+
+def judging(config: TrainConfig, rewards: Sequence[Reward]) -> Cost:
+    """Returns the cost of one picture through all rewards, with gradient to the picture."""
+    total, side = NOTHING, config.model.resolution
+    for reward in rewards:
+        set_checkpointing(reward.module, config.model.recomputes_pictures)
+        image_1CHW = torch.zeros(1, 3, side, side, device=META, requires_grad=True)
+        total = total.beside(cost_of(lambda reward=reward, image=image_1CHW: look(reward, image)))
+    return total
+
+
+def look(reward: Reward, images_BCHW: Tensor) -> Tensor:
+    """Returns what a reward sees in pictures.
+
+    That is nearly all of the work of a score, which itself asks for values that meta tensors do not have.
+    """
+    network, dtype = reward.module, encoder_weight(reward.module).dtype
+    if isinstance(network, ImageRewardNetwork):
+        return network.look(clip.prepare(images_BCHW).to(dtype))
+    if isinstance(reward, (ClipReward, HeadReward)):
+        return reward.module.embed_images(reward.prepare(images_BCHW).to(dtype))
+    raise TypeError(f"{type(reward).__name__} looks at pictures in a way that is not known here")
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

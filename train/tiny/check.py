@@ -1,0 +1,53 @@
+"""`--check` of a recipe for the embedded tiny model."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+
+from hyperalign.errors import HyperAlignError
+from hyperalign.families.unet import TINY
+from hyperalign.hypernetwork import HyperNetwork
+from hyperalign.tiny.weights import part_path
+from train.config import TrainConfig
+from train.preflight.inputs import check_trackers, check_writable, saved_step
+from train.tiny.art import STYLES
+
+PARTS = ("unet", "autoencoder", "text_encoder", "reward", "heldout_reward", "detector", "style")
+
+
+def check_tiny(config: TrainConfig) -> str:
+    """Returns a summary of the run, without memory and speed.
+
+    Raises:
+        HyperAlignError: whatever would stop it later.
+    """
+    missing = [part_path(name).name for name in PARTS if not part_path(name).is_file()]
+    if missing:
+        raise HyperAlignError(
+            f"The embedded model lacks {', '.join(missing)}. Rebuild it with `python train/tiny/build.py`."
+        )
+    check_writable(config.run.out, "run.out")
+    check_trackers(config)
+    step = saved_step(config)
+    has_art = all((config.data.cache / "art" / f"{style}.json").exists() for style in STYLES)
+    if not has_art and shutil.which("npm") is None:
+        raise HyperAlignError(
+            f"The emoji art is not in {config.data.cache / 'art'} and npm, which fetches it, was not found. "
+            "Install Node.js, or copy the art there."
+        )
+    targets = TINY.targets(config.model.mode)
+    with torch.device("meta"):
+        network = HyperNetwork(config.network, targets, TINY.feature_channels)
+    numbers = sum(parameter.numel() for parameter in network.parameters())
+    o = config.objective
+    return "\n".join([
+        f"recipe is sound: variant {config.model.variant}, {config.model.mode} perception, "
+        f"{config.optim.steps} steps",
+        f"hypernetwork: {numbers / 1e6:.2f} M parameters for {len(targets)} attention projections",
+        f"a step: {o.prompts} prompts x {o.rollout_steps} rollout steps, {o.prompts * o.timesteps} pictures "
+        f"with reward gradient, {o.preferred} preferred pictures",
+        f"goes on from step {step} in {config.run.out}" if step else f"starts anew in {config.run.out}",
+        "not estimated for the embedded tiny model: peak memory, speed and the room its states take",
+    ])  # fmt: skip

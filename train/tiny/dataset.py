@@ -1,0 +1,103 @@
+"""EmojiScenes for the trainer: prompts to draw and preferred pictures to learn from."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyperalign.checkpoint import save_atomically
+from hyperalign.errors import HyperAlignError
+from hyperalign.hosts.diffusers.tiny import TinyBase
+from hyperalign.tiny.prompts import FAMILIES, TEMPLATES, Content, Family, caption, sample_prompt, split_of
+from hyperalign.tiny.text_encoder import text_of, tokenize_batch
+from train.config import DataConfig
+
+ENOUGH_DRAWS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class PreferredScenes:
+    """Latents (N, 4, 16, 16) and captions of preferred pictures."""
+
+    latents: Tensor
+    captions: list[str]
+
+
+def training_prompts(count: int, seed: int) -> list[str]:
+    """Returns training-split prompts, families drawn uniformly; the seed decides all of them."""
+    rng = random.Random(seed)
+    return [sample_prompt(rng, "train", rng.choice(FAMILIES))[0] for _ in range(count)]
+
+
+def heldout_prompts(count: int, seed: int) -> list[tuple[str, Content]]:
+    """Returns distinct test-split prompts with their contents, the six families in turn.
+
+    The two small families hold about 25 such prompts each; the others go on without them.
+
+    Raises:
+        HyperAlignError: there are not that many.
+    """
+    rng = random.Random(seed)
+    chosen: dict[str, Content] = {}
+    families = list(FAMILIES)
+    while len(chosen) < count and families:
+        for family in tuple(families):
+            new = next((p for p in _draws(rng, family) if p[0] not in chosen), None)
+            if new is None:
+                families.remove(family)
+            elif len(chosen) < count:
+                chosen[new[0]] = new[1]
+    if len(chosen) < count:
+        raise HyperAlignError(f"There are {len(chosen)} held-out prompts, not {count}. Ask for fewer.")
+    return list(chosen.items())
+
+
+def _draws(rng: random.Random, family: Family) -> Iterator[tuple[str, Content]]:
+    """Yields so many draws that a prompt which has not come by then does not exist."""
+    for _ in range(ENOUGH_DRAWS):
+        yield sample_prompt(rng, "test", family)
+
+
+def preferred_pictures(base: TinyBase, config: DataConfig) -> PreferredScenes:
+    """Draws scenes with right captions in the preferred style, encodes them once and caches them.
+
+    Only contents of the training split are drawn.
+    """
+    import numpy as np
+    from safetensors.torch import load_file
+
+    from train.tiny.art import load_art
+    from train.tiny.scenes import render, sample_scene
+
+    encoder = [p.cpu().numpy().tobytes() for p in base.autoencoder.encoder.parameters()]
+    fingerprint = hashlib.sha256(b"".join(encoder))
+    path = config.cache / f"preferred-{config.scenes}-{config.seed}-{fingerprint.hexdigest()[:8]}.safetensors"
+    if not path.exists():
+        art, rng = load_art(config.cache / "art"), random.Random(config.seed)
+        latents: list[Tensor] = []
+        texts: list[str] = []
+        while len(texts) < config.scenes:
+            chunk = [_training_content(rng) for _ in range(min(256, config.scenes - len(texts)))]
+            pixels = np.stack([render(sample_scene(rng, content, "fluent"), art) for _, content in chunk])
+            images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255.0
+            latents.append(base.encode(images.to(base.device)).cpu())
+            texts += [text for text, _ in chunk]
+        save_atomically(
+            {"latents": torch.cat(latents).contiguous(), "tokens": tokenize_batch(texts)}, path, {}
+        )
+    stored = load_file(path)
+    return PreferredScenes(stored["latents"], [text_of(row) for row in stored["tokens"].tolist()])
+
+
+def _training_content(rng: random.Random) -> tuple[str, Content]:
+    while True:
+        text, content = sample_prompt(rng, "train", rng.choice(FAMILIES))
+        if all(split_of(content, template) == "train" for template in TEMPLATES):
+            return caption(content, rng.choice(TEMPLATES)), content
+        if content.family in ("single_object", "colors"):
+            return text, content
