@@ -1,4 +1,4 @@
-"""Base against HyperAlign S, P, I and a static LoRA on held-out prompts of the embedded model.
+"""Base against HyperAlign S, P, I and a static LoRA on validation prompts of the embedded model.
 
     python -m benchmarks.alignment
 
@@ -35,10 +35,10 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Measures every method on held-out prompts."""
+    """Measures every method on validation prompts."""
 
     prompts: int = 240
-    """Held-out prompts, the six families in turn."""
+    """Validation prompts, the six families in turn."""
     seeds: tuple[int, ...] = (0, 1)
     """Noise seeds of each prompt."""
     steps: int = 25
@@ -48,7 +48,7 @@ class Options:
     hypernetworks: Path = HYPERNETWORKS
     """Folder with tiny_s, tiny_p, tiny_i and tiny_static."""
     grids: Path | None = None
-    """Folder for one picture sheet per method."""
+    """Folder for one image sheet per method."""
     out: Path = RESULTS / "alignment.json"
     """Where the figures go."""
 
@@ -103,7 +103,7 @@ def compare(judged: Judged, base: Judged, families: list[str]) -> dict[str, Any]
     }
     pairs = {
         "reward": judged.reward - base.reward,
-        "heldout_reward": judged.heldout_reward - base.heldout_reward,
+        "validation_reward": judged.validation_reward - base.validation_reward,
         "style": judged.style - base.style,
         "diversity": (judged.diversity - base.diversity)[:, None],
     }
@@ -158,11 +158,11 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def means(judged: Judged, families: list[str]) -> dict[str, Any]:
-    """Returns the means over all pictures."""
+    """Returns the means over all images."""
     marks = [(f, bool(c)) for f, row in zip(families, judged.correct.tolist(), strict=True) for c in row]
     return {
         "reward": float(judged.reward.mean()),
-        "heldout_reward": float(judged.heldout_reward.mean()),
+        "validation_reward": float(judged.validation_reward.mean()),
         "geneval": summarise(marks),  # pyright: ignore
         "style": float(judged.style.mean()),
         "diversity": float(judged.diversity.mean()),
@@ -172,8 +172,8 @@ def means(judged: Judged, families: list[str]) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """Returns the figures as a Markdown table."""
     lines = [
-        "| method | GenEval | difference | held-out reward | difference | reward | Fluent | diversity ratio "
-        "| weights written |",
+        "| method | GenEval | difference | validation reward | difference | reward | Fluent | diversity "
+        "ratio | weights generated |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in results["methods"].items():
@@ -188,7 +188,7 @@ def table(results: dict[str, Any]) -> str:
         ratio = cell("diversity_ratio").replace("+", "") or "1"
         lines.append(
             f"| {name} | {row['geneval']['overall']:.3f} | {cell('geneval_overall')} "
-            f"| {row['heldout_reward']:.3f} | {cell('heldout_reward')} "
+            f"| {row['validation_reward']:.3f} | {cell('validation_reward')} "
             f"| {row['reward']:.3f} | {row['style']:.3f} | {ratio} "
             f"| {row['generations_per_run']} |"
         )
@@ -196,14 +196,14 @@ def table(results: dict[str, Any]) -> str:
         told = ", ".join(
             f"{name.replace('_', ' ')} {v['difference']:+.3f} [{v['low']:+.3f}, {v['high']:+.3f}]"
             for name, v in versus.items()
-            if name in ("geneval_overall", "heldout_reward")
+            if name in ("geneval_overall", "validation_reward")
         )
         lines.append(f"\ntiny_s against tiny_static: {told}")
     return "\n".join(lines)
 
 
 def families_table(results: dict[str, Any]) -> str:
-    """Returns each method's share of right pictures per family as a Markdown table."""
+    """Returns each method's share of right images per family as a Markdown table."""
     methods = results["methods"]
     families = [name for name in methods["base"]["geneval"] if name != "overall"]
     rows = [

@@ -4,7 +4,7 @@
     python -m benchmarks.best_of_n --count 64
 
 Reads after every sample how much memory the process has (and, on a GPU, how much the host has reserved
-there). Flat means: from the second quarter to the last, less is added than all pictures and latents would
+there). Flat means: from the second quarter to the last, less is added than all images and latents would
 need if they were kept. Prints a table and writes benchmarks/results/best_of_n_<device>.json. COMFYUI_PATH
 names another ComfyUI than build/'s.
 """
@@ -30,7 +30,7 @@ from scripts.host_tree import comfyui_tree
 PROMPT = "a red heart"
 MIB = 1 << 20
 KEPT = 64 * 64 * 3 * 4 + 16 * 16 * 4 * 4
-"""Bytes of one of the embedded model's pictures and its latent."""
+"""Bytes of one of the embedded model's images and its latent."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ class Options:
     weights: tuple[Weights, ...] = ("fp16", "bf16", "fp8_e4m3fn")
     """How the host keeps the base model's weights."""
     pixels: int = TRUE_PIXELS
-    """Side of the picture."""
+    """Side of the image."""
     steps: int | None = None
     """Steps of a run: 50 on a GPU and 2 on a CPU if not given."""
     repeats: int = 5

@@ -1,10 +1,10 @@
 """Scoring with the rewards at true shape with random weights: speed, memory, and what is not the network.
 
-    python -m benchmarks.rewards                                        # a GPU: 16 pictures of 1024 pixels
+    python -m benchmarks.rewards                                        # a GPU: 16 images of 1024 pixels
     python -m benchmarks.rewards --device cpu --gradient-batch 2 --repeats 1 --rewards hpsv2.1
 
-Per reward: pictures a second and the share of the time outside the reward's network (checks, resizing,
-normalisation; prompts are read once and kept), then pictures a second and memory of a score with its
+Per reward: images a second and the share of the time outside the reward's network (checks, resizing,
+normalisation; prompts are read once and kept), then images a second and memory of a score with its
 gradient to the pixels, with and without recomputation of activations. Prints a table and writes
 benchmarks/results/rewards_<device>.json.
 """
@@ -48,9 +48,9 @@ class Options:
     dtype: str = "bfloat16"
     """Of the encoders: bfloat16, float16 or float32."""
     batch: int = 16
-    """Pictures scored at once."""
+    """Images scored at once."""
     gradient_batch: int = 16
-    """Pictures scored at once with a gradient."""
+    """Images scored at once with a gradient."""
     pixels: int = 1024
     """Their side."""
     repeats: int = 5
@@ -189,10 +189,10 @@ def table(results: Mapping[str, Any]) -> str:
     """Returns the figures as a Markdown table."""
     setting = results["setting"]
     lines = [
-        f"{setting['device_name']}, {setting['dtype']}, {setting['pixels']} px, {setting['batch']} pictures "
+        f"{setting['device_name']}, {setting['dtype']}, {setting['pixels']} px, {setting['batch']} images "
         f"({setting['gradient_batch']} with gradient); memory is all that is in use",
         "",
-        "| reward | pictures/s | outside the network | GiB "
+        "| reward | images/s | outside the network | GiB "
         "| with gradient, recomputing | GiB | with gradient | GiB |",
         "|---|---|---|---|---|---|---|---|",
     ]

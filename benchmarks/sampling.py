@@ -51,7 +51,7 @@ class Options:
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Of the base model; the hypernetwork runs in float32."""
     pixels: int | None = None
-    """Side of the picture; the model's own if not given."""
+    """Side of the image; the model's own if not given."""
     steps: int | None = None
     """Steps of a run: 50 on a GPU and 4 on a CPU if not given."""
     repeats: int = 5

@@ -66,9 +66,9 @@ class Options:
     steps: int = 25
     """Steps of a run."""
     batch: int = 1
-    """Pictures drawn at once."""
+    """Images drawn at once."""
     pixels: int = 512
-    """Side of the picture of sd15; the tiny model has 64."""
+    """Side of the image of sd15; the tiny model has 64."""
     repeats: int = 40
     """Rounds."""
     minutes: float = 10.0
@@ -115,13 +115,13 @@ def sampling(model: Any, options: Options, side: int, width: int) -> Callable[[]
 
 
 def drawing(recorder: Recorder) -> Callable[[], Any]:
-    """Returns what HyperAlign Trace does, from the recorded run to picture and JSON."""
-    picture = _pack_module("nodes.trace_picture")
+    """Returns what HyperAlign Trace does, from the recorded run to image and JSON."""
+    image = _pack_module("nodes.trace_image")
     trace = importlib.import_module("hyperalign.trace")
 
     def draw() -> Any:
         run = recorder.select().trace()
-        return picture.trace_picture(run), json.dumps(trace.as_json(run))
+        return image.trace_image(run), json.dumps(trace.as_json(run))
 
     return draw
 

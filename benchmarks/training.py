@@ -56,15 +56,15 @@ class Options:
     bf16: bool = True
     """Frozen models in bfloat16, or float32; the hypernetwork is float32."""
     batch: int = 2
-    """Prompts of a step, and preferred pictures of a step."""
+    """Prompts of a step, and preferred images of a step."""
     micro_batch: int | None = None
-    """Pictures in one backward pass; else the recipe's, and at most the batch."""
+    """Images in one backward pass; else the recipe's, and at most the batch."""
     timesteps: int = 2
     """Steps of each rollout that get a gradient."""
     rollout_steps: int | None = None
     """Steps of the rollout."""
     resolution: int | None = None
-    """Side of the pictures in pixels."""
+    """Side of the images in pixels."""
     text_tokens: int | None = None
     """Padding of the text, where it is a choice; else the recipe's longest."""
     reward: str = REWARD
@@ -223,7 +223,7 @@ def measure(options: Options) -> dict[str, Any]:
             began = time.monotonic()
             steps.append(trainer.measured_step())
             rates.append(rate_of(config, trainer.device))
-            results |= figures(steps, running, own, statistics.median(rates), pictures(config))
+            results |= figures(steps, running, own, statistics.median(rates), images(config))
             save_json(results, path)
             if 2 * time.monotonic() - began > deadline:
                 break
@@ -238,8 +238,8 @@ def rate_of(config: TrainConfig, device: torch.device) -> float:
     return matrix_rate(device, backbone_dtype(config), clock=clock)
 
 
-def pictures(config: TrainConfig) -> int:
-    """Returns the pictures with gradient of one step."""
+def images(config: TrainConfig) -> int:
+    """Returns the images with gradient of one step."""
     return config.objective.prompts * config.objective.timesteps + config.objective.preferred
 
 
@@ -253,7 +253,7 @@ def figures(
         running: operations as they run, with recomputation.
         own: the model's own operations.
         rate: operations a second of a large matrix product.
-        samples: pictures with gradient in a step.
+        samples: images with gradient in a step.
     """
     phases: dict[str, Any] = {}
     groups = {name: (name,) for name in steps[0]}
@@ -301,7 +301,7 @@ def setting(options: Options, config: TrainConfig, trainer: Trainer, parts: Part
         "rollout_steps": o.rollout_steps,
         "preferred": o.preferred,
         "micro_batch": o.micro_batch,
-        "rows_per_picture": 2 if parts.guided_by_rows else 1,
+        "rows_per_image": 2 if parts.guided_by_rows else 1,
         "hypernetwork": asdict(config.network),
         "targets": parts.targets,
         "parameters": parts.parameters,
@@ -349,7 +349,7 @@ def table(results: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"{samples['median']:.3f} samples/s [{samples['min']:.3f}, {samples['max']:.3f}] "
-        f"({results['samples']} pictures with gradient a step); matrix products reach "
+        f"({results['samples']} images with gradient a step); matrix products reach "
         f"{results['matrix_tflops']:.3f} TFLOP/s; the estimate of the peak was {expected:.2f} GiB",
     ]
     return "\n".join(lines)

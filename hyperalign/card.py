@@ -23,13 +23,13 @@ LICENCES = {
 
 WARNINGS = (
     "**Biases.** The base model, the reward and the preference data each carry preferences of the people and "
-    "pictures they came from, and alignment can amplify them: who is shown, in which role, how dressed, in "
-    "which style. Audit the reward (`python -m hyperalign audit`) and compare pictures of the groups "
+    "images they came from, and alignment can amplify them: who is shown, in which role, how dressed, in "
+    "which style. Audit the reward (`python -m hyperalign audit`) and compare images of the groups "
     "that matter to you with and without HyperAlign before you rely on it.",
-    "**Reward hacking.** A reward is a proxy. Judge by what was not optimised: held-out rewards, diversity "
+    "**Reward hacking.** A reward is a proxy. Judge by what was not optimised: validation rewards, diversity "
     "over seeds, and people.",
     "**Misuse.** What follows prompts more closely follows harmful, misleading and identity-revealing ones "
-    "more closely too. Moderate prompts and pictures where others can use the model, mark pictures as "
+    "more closely too. Moderate prompts and images where others can use the model, mark images as "
     "generated, and do not depict real people without their consent.",
     "**Licences.** Those above go on to apply; some forbid commercial use, or certain uses.",
 )
@@ -142,11 +142,11 @@ def _figures(training: dict[str, Any]) -> str:
     if not numbers:
         return "None recorded in the file."
     optimised = cast("dict[str, Any]", training.get("recipe", {}).get("objective", {}).get("rewards", {}))
-    rows = ["| on held-out prompts | |", "|---|---|"]
+    rows = ["| on validation prompts | |", "|---|---|"]
     for name, value in numbers.items():
         rows.append(f"| {name}{' (optimised)' if name in optimised else ''} | {value:.4g} |")
     return "\n".join(rows) + (
-        "\n\nThe trainer's last evaluation. What was optimised rises even where pictures get worse; read the "
+        "\n\nThe trainer's last evaluation. What was optimised rises even where images get worse; read the "
         "others."
     )
 
@@ -154,7 +154,7 @@ def _figures(training: dict[str, Any]) -> str:
 def _making(header: Header) -> str:
     training = header.training
     steps = f"{training['steps']} training steps. " if "steps" in training else ""
-    unsafe = f" Preferred pictures: {training['unsafe']}." if training.get("unsafe") else ""
+    unsafe = f" Preferred images: {training['unsafe']}." if training.get("unsafe") else ""
     recipe = training.get("recipe")
     text = f"{steps}Perception: {header.mode}.{unsafe}"
     if not recipe:

@@ -1,7 +1,7 @@
 """The weights of one row as an ordinary LoRA file, for any loader. No host inside.
 
 B_aux B_hyper A_hyper A_aux is a product of rank r, so the row's change *is* a LoRA: nothing is approximated.
-What is lost is that it no longer follows the time, the prompt and the picture in the making.
+What is lost is that it no longer follows the time, the prompt and the image in the making.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def check_time(time: float, has_samples: bool) -> None:
     """Raises HyperAlignError unless a noisy latent of this time can be made: below 1 it takes samples."""
     if not (math.isfinite(time) and 0.0 <= time <= 1.0):
         raise HyperAlignError(
-            f"time is {time}; expected a number from 0, the finished picture, to 1, pure noise. Use 1."
+            f"time is {time}; expected a number from 0, the finished image, to 1, pure noise. Use 1."
         )
     if time < 1.0 and not has_samples:
         raise HyperAlignError(
-            f"time is {time}, but there is no picture to put noise on; below 1 the hypernetwork looks at a "
-            "half-finished one. Give the latents of a finished picture, or use time 1."
+            f"time is {time}, but there is no image to put noise on; below 1 the hypernetwork looks at a "
+            "half-finished one. Give the latents of a finished image, or use time 1."
         )
 
 
@@ -75,7 +75,7 @@ def lora_tensors(
     if b_hyper_BMDR.shape[0] != 1:
         raise HyperAlignError(
             f"Found weights of {b_hyper_BMDR.shape[0]} rows; a LoRA file holds those of one. "
-            "Export one picture and one prompt at a time."
+            "Export one image and one prompt at a time."
         )
     tensors: dict[str, Tensor] = {}
     for index, target in enumerate(network.targets):

@@ -72,7 +72,7 @@ def guided_through(
         x0_BCHW, size_B111 = predict(leaf_BCHW)
         if not x0_BCHW.requires_grad:
             raise HyperAlignError(
-                "The model's prediction has no gradient to the noisy picture: a patch cuts it off. End the "
+                "The model's prediction has no gradient to the noisy image: a patch cuts it off. End the "
                 "gradient at the prediction, or remove that patch."
             )
         direction_BCHW = _direction(score(x0_BCHW), leaf_BCHW)
@@ -93,7 +93,7 @@ def _direction(scores_B: Tensor, leaf_BCHW: Tensor) -> Tensor:
     """Returns d scores / d leaf with an rms of 1 in each row. Raises HyperAlignError."""
     total = scores_B.sum() * GRADIENT_SCALE
     if not total.requires_grad:
-        raise HyperAlignError("The reward has no gradient to the picture. Choose another reward.")
+        raise HyperAlignError("The reward has no gradient to the image. Choose another reward.")
     (gradient_BCHW,) = torch.autograd.grad(total, leaf_BCHW)
     if not bool(torch.isfinite(gradient_BCHW).all()):
         raise HyperAlignError(

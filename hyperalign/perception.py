@@ -22,7 +22,7 @@ MAX_IMAGE_TOKENS = 256
 def token_map(tokens_BLC: Tensor, grid: tuple[int, int]) -> Tensor:
     """Returns a transformer's image tokens as a map (B, C, H, W); tokens beyond the grid are left out.
 
-    What follows the picture's own tokens are reference pictures.
+    What follows the image's own tokens are reference images.
     """
     height, width = grid
     return tokens_BLC[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
@@ -60,7 +60,7 @@ def grid_encoding(height: int, width: int, channels: int, device: torch.device) 
     """Returns (height * width, channels): half the channels tell the row, half the column.
 
     Positions are relative to the map's size (0 to 64), so that a cell means the same part of the
-    picture at every resolution.
+    image at every resolution.
     """
     rows = (torch.arange(height, device=device) + 0.5) * (64.0 / height)
     columns = (torch.arange(width, device=device) + 0.5) * (64.0 / width)

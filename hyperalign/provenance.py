@@ -2,7 +2,7 @@
 
 The facts stand here once; a file's header, its model card and the loader's text repeat them.
 Audits that the sentences on biases rest on: arXiv 2604.13305 (CLIP, HPS, ImageReward and PickScore),
-2601.09896 (LAION aesthetic), 2512.11883 (pictures that are ugly on purpose).
+2601.09896 (LAION aesthetic), 2512.11883 (images that are ugly on purpose).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PEOPLE = (
     "(arXiv 2604.13305)"
 )
 HPS = (
-    "learned from annotators' choices between generated pictures (HPDv2); marks down what is ugly on purpose "
+    "learned from annotators' choices between generated images (HPDv2); marks down what is ugly on purpose "
     f"(arXiv 2512.11883); {PEOPLE}"
 )
 
@@ -72,11 +72,11 @@ REWARDS = {
     ),
     "imagereward": Source(
         "reward", "ImageReward v1.0", "Apache-2.0", "https://huggingface.co/THUDM/ImageReward",
-        f"learned from annotators' ratings of pictures for DiffusionDB prompts; {PEOPLE}",
+        f"learned from annotators' ratings of images for DiffusionDB prompts; {PEOPLE}",
     ),
     "clip": Source(
         "reward", "CLIP score (ViT-L/14)", "MIT", "https://huggingface.co/openai/clip-vit-large-patch14",
-        f"learned from web pictures and English captions; counts and places things poorly; {PEOPLE}",
+        f"learned from web images and English captions; counts and places things poorly; {PEOPLE}",
     ),
     "aesthetic": Source(
         "reward", "LAION aesthetic v2", "Apache-2.0",
@@ -94,8 +94,8 @@ REWARDS = {
         "reward", "tiny preference reward", "Apache-2.0", "",
         "prefers Fluent emoji to Noto emoji by design, and knows 84 words",
     ),
-    "tiny held-out reward": Source(
-        "reward", "tiny held-out reward", "Apache-2.0", "",
+    "tiny validation reward": Source(
+        "reward", "tiny validation reward", "Apache-2.0", "",
         "prefers Fluent emoji to Noto emoji by design, and knows 84 words",
     ),
 }  # fmt: skip
@@ -103,14 +103,14 @@ REWARDS = {
 
 DATA_SETS = {
     "pickapicv2": Source(
-        "preference data", "Pick-a-Pic v2", "none named on its card; the pictures were made by its users",
+        "preference data", "Pick-a-Pic v2", "none named on its card; the images were made by its users",
         "https://huggingface.co/datasets/yuvalkirstain/pickapic_v2",
-        "English prompts and choices of a web app's self-selected users; unsafe pictures are in it and no "
+        "English prompts and choices of a web app's self-selected users; unsafe images are in it and no "
         "column marks them",
     ),
     "hpdv2": Source(
         "preference data", "HPDv2", "Apache-2.0", "https://huggingface.co/datasets/ymhao/HPDv2",
-        "paid annotators' choices; prompts of DiffusionDB users, rewritten by ChatGPT, and of COCO; pictures "
+        "paid annotators' choices; prompts of DiffusionDB users, rewritten by ChatGPT, and of COCO; images "
         "of 2022's generators; no column marks unsafe ones",
     ),
     "emojiscenes": Source(
@@ -125,7 +125,7 @@ BASES = {
     "sd15": Source(
         "base model", "Stable Diffusion 1.5", "CreativeML Open RAIL-M",
         "https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "learned from LAION's web pictures with English captions, chosen by LAION aesthetic",
+        "learned from LAION's web images with English captions, chosen by LAION aesthetic",
     ),
     "sdxl": Source(
         "base model", "SDXL 1.0", "CreativeML Open RAIL++-M",
@@ -158,7 +158,7 @@ def data_source(text: str) -> list[Source]:
     """Returns the known data sets that a description names, else the description as the user's own data.
 
     Args:
-        text: such as `Pick-a-Pic v2, preferred pictures`; empty or `none` for no data.
+        text: such as `Pick-a-Pic v2, preferred images`; empty or `none` for no data.
     """
     if text.strip().lower() in ("", "none"):
         return []

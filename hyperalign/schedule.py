@@ -1,6 +1,6 @@
 """When weights are written anew: every evaluation (S), at key times (P) or once (I).
 
-Times are normalised: u = 1 is pure noise, u = 0 the finished picture.
+Times are normalised: u = 1 is pure noise, u = 0 the finished image.
 """
 
 from __future__ import annotations

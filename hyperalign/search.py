@@ -1,13 +1,13 @@
 """Test-time search over starting noise: the sampling baselines that the paper compares with.
 
-- `best-of-N`: N fresh noises; the best picture wins (arXiv 2501.09732, random search).
+- `best-of-N`: N fresh noises; the best image wins (arXiv 2501.09732, random search).
 - `zero-order`: rounds of candidates near the best noise so far (arXiv 2501.09732, zero-order search).
 - `epsilon-greedy`: the same, but each candidate is fresh with probability epsilon, which is the rule of
   arXiv 2506.03164 applied to the starting noise, so that every sampler will do.
 - `epsilon-greedy-steps`: arXiv 2506.03164 itself, the baseline that the paper calls epsilon-greedy: fresh
   starting noises as in `best-of-N`, and `epsilon_greedy` for the noise of every denoising step.
 
-Candidate i belongs to seed + i: the same settings give the same pictures.
+Candidate i belongs to seed + i: the same settings give the same images.
 """
 
 from __future__ import annotations

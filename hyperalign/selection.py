@@ -1,4 +1,4 @@
-"""Which of several scored pictures are kept."""
+"""Which of several scored images are kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def select(
     """Returns the indices of the chosen and of the rejected, both best first, equals in their order.
 
     Args:
-        scores: one per picture; greater is better.
+        scores: one per image; greater is better.
         mode: `top-k` keeps the k best, `threshold` those of at least the threshold, `sort` all.
         k: how many `top-k` keeps; all of fewer.
         threshold: what `threshold` asks for.

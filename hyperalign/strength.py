@@ -2,7 +2,7 @@
 
 Because y = W x + s B_aux (K (A_aux x)), a strength for each adapted layer is a factor on its core K.
 
-Percents are ComfyUI's: a fraction of the model's noise range, 0 pure noise and 1 the finished picture, for
+Percents are ComfyUI's: a fraction of the model's noise range, 0 pure noise and 1 the finished image, for
 SD-type models 1 - u. They say the same whatever the sampler, scheduler, number of steps or denoise, and for
 evaluations between two steps. With the scheduler `normal`, the n-th of N steps lies at (n - 1) / (N - 1).
 """

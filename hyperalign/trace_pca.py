@@ -20,7 +20,7 @@ STEPS = 6
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """The weights of several pictures in the plane of their two principal components."""
+    """The weights of several images in the plane of their two principal components."""
 
     evaluations: tuple[int, ...]
     """The steps that are shown, S, as indices."""
@@ -82,7 +82,7 @@ def pca(points_NF: Tensor, components: int = 2) -> tuple[Tensor, Tensor]:
     """
     if len(points_NF) < 3:
         raise HyperAlignError(
-            f"Found {len(points_NF)} points; expected at least 3. Draw several pictures: a batch, or traces "
+            f"Found {len(points_NF)} points; expected at least 3. Draw several images: a batch, or traces "
             "of several prompts or seeds."
         )
     centred_NF = points_NF.float() - points_NF.float().mean(dim=0)
@@ -107,8 +107,8 @@ def _points(trace: Trace, evaluations: Sequence[int]) -> Tensor:
         served = [track.in_force[evaluation] for evaluation in evaluations]
         if -1 in served:
             raise HyperAlignError(
-                "The regions of a picture were not drawn at the same steps, so their weights cannot be "
-                "compared. Use one prompt for the whole picture."
+                "The regions of an image were not drawn at the same steps, so their weights cannot be "
+                "compared. Use one prompt for the whole image."
             )
         parts.append(track.weights_GRMF[served].flatten(2))
     return torch.cat(parts, dim=1)

@@ -34,8 +34,8 @@ class HyperAlignBestOfN(io.ComfyNode):
             display_name="Best-of-N Sampler",
             category="HyperAlign",
             **aliases("batch seeds", "seed search", "noise search", "zero order", "test-time scaling"),
-            description="KSampler for several seeds that keeps the pictures a reward likes best. Costs as much time "
-            "as it draws pictures; memory does not grow with them. Cancel returns the best so far.",
+            description="KSampler for several seeds that keeps the images a reward likes best. Costs as much time "
+            "as it draws images; memory does not grow with them. Cancel returns the best so far.",
             inputs=[*_sockets(), *sampling_widgets(), *_search_widgets(), *_noise_widgets(), *_optional()],
             outputs=_outputs(),
         )
@@ -65,7 +65,7 @@ class HyperAlignBestOfN(io.ComfyNode):
         epsilon: float, round_size: int, hypernetwork: Any = None, variant: Any = "auto",
         strength: float = 1.0, iterations: int = 4, **sampling: Any,
     ) -> io.NodeOutput:  # fmt: skip
-        """Returns the best latents and pictures with their scores and seeds."""
+        """Returns the best latents and images with their scores and seeds."""
         stop_at = threshold if early_stop else math.inf
         plan = Plan(count, seed, mode, batch_size, keep, stop_at, round_size, radius, epsilon, iterations)
         if hypernetwork is not None:
@@ -86,7 +86,7 @@ def _sockets() -> list[io.Input]:
         *conditioning_inputs(),
         io.Latent.Input(
             "latent_image",
-            tooltip="One latent to start from, an empty one for new pictures; its batch_size is 1.",
+            tooltip="One latent to start from, an empty one for new images; its batch_size is 1.",
         ),
         io.Vae.Input("vae", tooltip="Decodes each sample so that it can be judged."),
         RewardType.Input("reward", tooltip="From Reward Model Loader. A chain combined by rank is refused."),
@@ -94,7 +94,7 @@ def _sockets() -> list[io.Input]:
             "prompt",
             multiline=True,
             default="a red heart",
-            tooltip="The prompt the pictures are judged against, usually that of positive; empty = against the empty prompt.",
+            tooltip="The prompt the images are judged against, usually that of positive; empty = against the empty prompt.",
         ),
     ]
 
@@ -106,22 +106,22 @@ def _search_widgets() -> list[io.Input]:
             default=8,
             min=1,
             max=4096,
-            tooltip="How many pictures are drawn at most; time grows with it, memory does not. 0 is refused.",
+            tooltip="How many images are drawn at most; time grows with it, memory does not. 0 is refused.",
         ),
         io.Combo.Input(
             "mode",
             options=list(MODES),
             default="best-of-N",
-            tooltip="best-of-N = every picture from its own seed: seed, seed + 1, ...; zero-order = rounds of noise "
+            tooltip="best-of-N = every image from its own seed: seed, seed + 1, ...; zero-order = rounds of noise "
             "near the best so far; epsilon-greedy = the same, with fresh noise now and then; epsilon-greedy-steps = "
-            "each picture from its own seed, with the noise of every step searched; needs an ancestral sampler.",
+            "each image from its own seed, with the noise of every step searched; needs an ancestral sampler.",
         ),
         io.Int.Input(
             "batch_size",
             default=1,
             min=1,
             max=64,
-            tooltip="How many pictures are drawn at once. 1 = least memory; more is faster on large GPUs. 0 is refused.",
+            tooltip="How many images are drawn at once. 1 = least memory; more is faster on large GPUs. 0 is refused.",
         ),
         io.Int.Input(
             "keep", default=1, min=1, max=256, tooltip="How many of the best are returned. 0 is refused."
@@ -147,7 +147,7 @@ def _noise_widgets() -> list[io.Input]:
             max=10.0,
             step=0.01,
             tooltip="How far zero-order and epsilon-greedy go from the best noise, as a part of fresh noise, and how "
-            "far at most epsilon-greedy-steps. 0 would draw the same picture again and is refused; small = variations "
+            "far at most epsilon-greedy-steps. 0 would draw the same image again and is refused; small = variations "
             "of the best.",
         ),
         io.Float.Input(
@@ -164,7 +164,7 @@ def _noise_widgets() -> list[io.Input]:
             default=4,
             min=1,
             max=256,
-            tooltip="After how many pictures zero-order and epsilon-greedy move to the best noise so far; in "
+            tooltip="After how many images zero-order and epsilon-greedy move to the best noise so far; in "
             "epsilon-greedy-steps, how many noises each round of a step tries. 0 is refused.",
         ),
     ]
@@ -172,9 +172,7 @@ def _noise_widgets() -> list[io.Input]:
 
 def _optional() -> list[io.Input]:
     inputs: list[io.Input] = [
-        HyperAlignType.Input(
-            "hypernetwork", tooltip="From HyperAlign Loader; every picture is then aligned."
-        ),
+        HyperAlignType.Input("hypernetwork", tooltip="From HyperAlign Loader; every image is then aligned."),
         variant_input(),
         strength_input(),
         io.Int.Input(
@@ -194,14 +192,14 @@ def _optional() -> list[io.Input]:
 def _outputs() -> list[io.Output]:
     return [
         io.Latent.Output(display_name="latent", tooltip="The kept latents, best first."),
-        io.Image.Output(display_name="images", tooltip="The kept pictures, best first."),
+        io.Image.Output(display_name="images", tooltip="The kept images, best first."),
         io.Float.Output(
-            display_name="scores", is_output_list=True, tooltip="The kept pictures' scores, as a list."
+            display_name="scores", is_output_list=True, tooltip="The kept images' scores, as a list."
         ),
         io.Int.Output(
             display_name="seeds",
             is_output_list=True,
-            tooltip="The kept pictures' seeds, as a list. In mode best-of-N, KSampler draws the same picture from one.",
+            tooltip="The kept images' seeds, as a list. In mode best-of-N, KSampler draws the same image from one.",
         ),
         io.String.Output(
             display_name="table", tooltip="Every candidate's seed and score; kept ones have a star."

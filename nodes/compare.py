@@ -1,4 +1,4 @@
-"""Base against aligned, picture by picture."""
+"""Base against aligned, image by image."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class HyperAlignCompare(io.ComfyNode):
             display_name="Compare",
             category="HyperAlign",
             **aliases("side by side", "a/b", "compare images", "grid"),
-            description="Base above aligned for each seed, with the score under each picture. Draw both batches with "
+            description="Base above aligned for each seed, with the score under each image. Draw both batches with "
             "the same seed, so that only the alignment differs.",
             is_output_node=True,
             inputs=[
-                io.Image.Input("base", tooltip="Pictures without alignment: the upper row."),
+                io.Image.Input("base", tooltip="Images without alignment: the upper row."),
                 io.Image.Input(
-                    "aligned", tooltip="As many pictures with it, of the same seeds: the lower row."
+                    "aligned", tooltip="As many images with it, of the same seeds: the lower row."
                 ),
                 RewardType.Input(
                     "reward", tooltip="From Reward Model Loader; best one the alignment was not trained with."
@@ -42,9 +42,7 @@ class HyperAlignCompare(io.ComfyNode):
                 _label_input("aligned"),
             ],
             outputs=[
-                io.Image.Output(
-                    display_name="grid", tooltip="All pictures with their scores as one picture."
-                ),
+                io.Image.Output(display_name="grid", tooltip="All images with their scores as one image."),
                 io.Float.Output(
                     display_name="gain",
                     tooltip="Mean score of aligned less that of base; above 0 = aligned is better.",
@@ -66,16 +64,16 @@ class HyperAlignCompare(io.ComfyNode):
         aligned_label: str = "aligned",
     ) -> io.NodeOutput:
         """Returns the grid, the mean gain and a table."""
-        pictures = comfy_batches.paired(base, aligned)
+        images = comfy_batches.paired(base, aligned)
         prompts = comfy_rewards.prompts_for(prompt, len(base))
-        scores = reward.judge(pictures, prompts * 2).scores
+        scores = reward.judge(images, prompts * 2).scores
         before, after = scores[: len(base)], scores[len(base) :]
         labels = base_label.strip(), aligned_label.strip()
-        picture = _grid(base, aligned, before, after, labels)
+        image = _grid(base, aligned, before, after, labels)
         gains = [second - first for first, second in zip(before, after, strict=True)]
         table = _table(reward.name, before, after, prompts, labels)
-        shown = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(table).as_dict()
-        return io.NodeOutput(picture, sum(gains) / len(gains), table, ui=shown)
+        shown = ui.PreviewImage(image, cls=cls).as_dict() | ui.PreviewText(table).as_dict()
+        return io.NodeOutput(image, sum(gains) / len(gains), table, ui=shown)
 
 
 def _label_input(row: str) -> io.String.Input:
@@ -88,10 +86,10 @@ def _label_input(row: str) -> io.String.Input:
 
 
 def _grid(base: Any, aligned: Any, before: list[float], after: list[float], labels: tuple[str, str]) -> Any:
-    """Returns one picture with the aligned row below each base row."""
+    """Returns one image with the aligned row below each base row."""
     upper, lower = (
-        with_badges(pictures, [f"{label} {score:.4f}".strip() for score in scores])
-        for pictures, label, scores in zip((base, aligned), labels, (before, after), strict=True)
+        with_badges(images, [f"{label} {score:.4f}".strip() for score in scores])
+        for images, label, scores in zip((base, aligned), labels, (before, after), strict=True)
     )
     starts = range(0, len(upper), COLUMNS)
     return grid([row[at : at + COLUMNS] for at in starts for row in (upper, lower)])

@@ -23,7 +23,7 @@ class HyperAlignExportLora(io.ComfyNode):
             category="HyperAlign",
             **aliases("save lora", "extract lora", "bake", "hypernetwork to lora"),
             description="Saves the weights a hypernetwork writes for one prompt, seed and time as a plain LoRA in "
-            "output/loras, for Load LoRA here or for diffusers. The LoRA no longer follows the picture in the making.",
+            "output/loras, for Load LoRA here or for diffusers. The LoRA no longer follows the image in the making.",
             is_output_node=True,
             inputs=_inputs(),
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -53,8 +53,8 @@ def _inputs() -> list[io.Input]:
         ),
         io.Latent.Input(
             "latent_image",
-            tooltip="At time 1 an empty latent of the picture's size; below 1 a finished picture (from KSampler or "
-            "VAE Encode), which is noised to that time. Of a batch, the first picture.",
+            tooltip="At time 1 an empty latent of the image's size; below 1 a finished image (from KSampler or "
+            "VAE Encode), which is noised to that time. Of a batch, the first image.",
         ),
         seed_input(
             "Number that decides the noise the hypernetwork looks at, as in KSampler. 0 is a seed like any."
@@ -66,7 +66,7 @@ def _inputs() -> list[io.Input]:
             max=1.0,
             step=0.01,
             tooltip="When the hypernetwork looks, as a fraction of the noise. 1 = at pure noise, what variant I uses for "
-            "the whole run; 0 = at the finished picture. It counts down, against start_percent of Apply HyperAlign.",
+            "the whole run; 0 = at the finished image. It counts down, against start_percent of Apply HyperAlign.",
         ),
         strength_input(),
         io.String.Input(

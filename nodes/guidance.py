@@ -25,7 +25,7 @@ class HyperAlignGuidance(io.ComfyNode):
             **aliases(
                 "gradient guidance", "universal guidance", "classifier guidance", "freedom", "dymo", "mpgd"
             ),
-            description="Makes a MODEL sample towards a greater reward, by the reward's gradient on the picture "
+            description="Makes a MODEL sample towards a greater reward, by the reward's gradient on the image "
             "foreseen at each step. Each guided step adds a decoding and a reward, forwards and backwards: "
             "about 3 times the work of SD 1.5, 1.3 times that of SDXL, and several GB more memory. Through the "
             "model it costs a backward pass of the model too.",
@@ -53,13 +53,13 @@ def _inputs() -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip="The model to guide, aligned or not. It is not changed."),
         RewardType.Input("reward", tooltip="From Reward Model Loader. A chain by rank has no gradient."),
-        io.Vae.Input("vae", tooltip="The model's VAE; a copy of it decodes the foreseen pictures."),
+        io.Vae.Input("vae", tooltip="The model's VAE; a copy of it decodes the foreseen images."),
         io.String.Input(
             "prompt",
             multiline=True,
             default="a red heart",
-            tooltip="The prompt the reward judges against, usually that of the sampler; one line for all pictures of "
-            "a batch or one per picture. 0 lines = the empty prompt.",
+            tooltip="The prompt the reward judges against, usually that of the sampler; one line for all images of "
+            "a batch or one per image. 0 lines = the empty prompt.",
         ),
         io.Float.Input(
             "strength",
@@ -67,8 +67,8 @@ def _inputs() -> list[io.Input]:
             min=-2.0,
             max=2.0,
             step=0.01,
-            tooltip="Size of each correction, as a part of the foreseen picture's contrast (through model: as a part "
-            "of what cfg adds). 0 = off, the picture of the model without guidance, bit for bit; above 0.3 (through "
+            tooltip="Size of each correction, as a part of the foreseen image's contrast (through model: as a part "
+            "of what cfg adds). 0 = off, the image of the model without guidance, bit for bit; above 0.3 (through "
             "model: 1) the reward is soon deceived; below 0 = away from it.",
         ),
         io.Float.Input(
@@ -95,7 +95,7 @@ def _inputs() -> list[io.Input]:
             min=64,
             max=4096,
             step=64,
-            tooltip="Longest side in pixels at which foreseen pictures are decoded for the reward; the result keeps "
+            tooltip="Longest side in pixels at which foreseen images are decoded for the reward; the result keeps "
             "its size. Smaller = less time and memory: 256 is a quarter of 512; 0 is refused.",
         ),
         io.Combo.Input(
@@ -103,8 +103,8 @@ def _inputs() -> list[io.Input]:
             options=list(comfy_guidance.GRADIENTS),
             default="prediction",
             optional=True,
-            tooltip="Where the reward's gradient goes. prediction = to the foreseen picture (MPGD), which goes with "
-            "every model; through model = on through the model to the noisy picture (FreeDoM, DyMO): 3 to 4 times the "
+            tooltip="Where the reward's gradient goes. prediction = to the foreseen image (MPGD), which goes with "
+            "every model; through model = on through the model to the noisy image (FreeDoM, DyMO): 3 to 4 times the "
             "model's work in each guided step, and 1 GB or more for SD 1.5 at 512 pixels, 2 with a hypernetwork.",
         ),
     ]

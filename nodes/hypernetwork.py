@@ -29,7 +29,7 @@ class HyperAlignLoader(io.ComfyNode):
             category="HyperAlign",
             **aliases("load hypernetwork", "alignment", "hyperlora", "model loader"),
             description="Loads a HyperAlign hypernetwork from models/hyperalign and shows what it was trained for. A "
-            "hypernetwork is a small network that looks at the picture in the making and writes weights into the "
+            "hypernetwork is a small network that looks at the image in the making and writes weights into the "
             "diffusion model; connect it to Apply HyperAlign or HyperAlign Sampler.",
             inputs=[
                 io.Combo.Input(
@@ -84,7 +84,7 @@ class HyperAlignApply(io.ComfyNode):
             display_name="Apply HyperAlign",
             category="HyperAlign",
             **aliases("hypernetwork", "align model", "human preference", "prompt adherence", "lora"),
-            description="Makes a MODEL sample with weights that a hypernetwork writes for the picture in the making. "
+            description="Makes a MODEL sample with weights that a hypernetwork writes for the image in the making. "
             "Works with any sampler; a second one replaces the first.",
             inputs=[
                 io.Model.Input(

@@ -1,4 +1,4 @@
-"""Lines, text and colour scales on a supersampled canvas; what the pictures of traces share."""
+"""Lines, text and colour scales on a supersampled canvas; what the images of traces share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .drawing import DARK, LIGHT, to_tensor
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
-"""Left, top, right and bottom in pixels of the finished picture, as everywhere here."""
+"""Left, top, right and bottom in pixels of the finished image, as everywhere here."""
 INSIDE, LINE, FAINT = (39, 39, 42), (82, 82, 91), (175, 175, 184)
 BLUE, YELLOW, PINK, GREEN = (56, 189, 248), (250, 204, 21), (244, 114, 182), (74, 222, 128)
 SCALE_STOPS = ((42, 16, 84), (62, 74, 137), (38, 130, 142), (53, 183, 121), (253, 231, 37))
@@ -23,16 +23,16 @@ FACTOR = 2
 
 
 class Canvas:
-    """A dark picture to draw on."""
+    """A dark image to draw on."""
 
     def __init__(self, width: int, height: int) -> None:
         self.width, self.height = width, height
-        self._picture = Image.new("RGB", (width * FACTOR, height * FACTOR), DARK)
-        self._pen = ImageDraw.Draw(self._picture)
+        self._image = Image.new("RGB", (width * FACTOR, height * FACTOR), DARK)
+        self._pen = ImageDraw.Draw(self._image)
 
     def finished(self) -> Tensor:
-        """Returns the picture, (1, H, W, 3)."""
-        return to_tensor(self._picture.resize((self.width, self.height), Image.Resampling.LANCZOS))[None]
+        """Returns the image, (1, H, W, 3)."""
+        return to_tensor(self._image.resize((self.width, self.height), Image.Resampling.LANCZOS))[None]
 
     def text(self, at: Point, text: str, colour: Colour = LIGHT, size: int = 13, anchor: str = "lm") -> float:
         """Writes text and returns its width."""

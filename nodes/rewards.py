@@ -1,4 +1,4 @@
-"""Judging pictures."""
+"""Judging images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class HyperAlignRewardLoader(io.ComfyNode):
             display_name="Reward Model Loader",
             category="HyperAlign",
             **aliases("hps", "pickscore", "imagereward", "aesthetic", "clip score", "preference model"),
-            description="Loads a model that judges pictures from models/hyperalign_rewards: by their prompt, as people "
+            description="Loads a model that judges images from models/hyperalign_rewards: by their prompt, as people "
             "prefer them, or by their looks alone. Several in a chain judge as one. Nothing is downloaded unless you "
             "ask for it.",
             inputs=_loader_inputs(),
@@ -70,7 +70,7 @@ class HyperAlignRewardLoader(io.ComfyNode):
 
 
 class HyperAlignRewardScore(io.ComfyNode):
-    """Scores a batch of pictures."""
+    """Scores a batch of images."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -80,18 +80,18 @@ class HyperAlignRewardScore(io.ComfyNode):
             display_name="Reward Score",
             category="HyperAlign",
             **aliases("rate images", "aesthetic score", "judge", "evaluate", "quality"),
-            description="Scores every picture of a batch against its prompt; greater is better. Shows each picture "
+            description="Scores every image of a batch against its prompt; greater is better. Shows each image "
             "with its score, and saves them with it if you like.",
             is_output_node=True,
             inputs=[
                 RewardType.Input("reward", tooltip="From Reward Model Loader."),
-                io.Image.Input("images", tooltip="One picture or a batch; each gets its own score."),
+                io.Image.Input("images", tooltip="One image or a batch; each gets its own score."),
                 prompt_input(),
                 *_saving_inputs(),
             ],
             outputs=[
                 io.Float.Output(
-                    display_name="scores", is_output_list=True, tooltip="One score per picture, as a list."
+                    display_name="scores", is_output_list=True, tooltip="One score per image, as a list."
                 ),
                 io.Float.Output(display_name="mean", tooltip="The mean of the scores."),
                 io.String.Output(display_name="table", tooltip="Scores and prompts as a text table."),
@@ -118,7 +118,7 @@ class HyperAlignRewardScore(io.ComfyNode):
         sidecar: str = "CSV",
         calibrate: bool = False,
     ) -> io.NodeOutput:
-        """Returns the scores, their mean, a table and the breakdown; shows pictures with badges."""
+        """Returns the scores, their mean, a table and the breakdown; shows images with badges."""
         judgement = reward.judge(images, comfy_rewards.prompts_for(prompt, len(images)))
         if calibrate:
             files.store_calibrations(judgement)
@@ -131,7 +131,7 @@ class HyperAlignRewardScore(io.ComfyNode):
 
 
 def _workflow_of(hidden: Any) -> dict[str, Any]:
-    """Returns what the host writes into its own pictures, unless it is told not to."""
+    """Returns what the host writes into its own images, unless it is told not to."""
     if args.disable_metadata or hidden is None:
         return {}
     return ({"prompt": hidden.prompt} if hidden.prompt else {}) | dict(hidden.extra_pnginfo or {})
@@ -142,7 +142,7 @@ def _loader_inputs() -> list[io.Input]:
         io.Combo.Input(
             "reward",
             options=list(NAMES),
-            tooltip="hpsv2.1, hpsv2, pickscore, imagereward and clip judge how well a picture fits its prompt; "
+            tooltip="hpsv2.1, hpsv2, pickscore, imagereward and clip judge how well an image fits its prompt; "
             "aesthetic and siglip-aesthetic its looks alone; the tiny ones read EmojiScenes prompts only. The "
             "weights belong into models/hyperalign_rewards.",
         ),
@@ -184,7 +184,7 @@ def _saving_inputs() -> list[io.Input]:
             "save",
             default=False,
             optional=True,
-            tooltip="On = save the pictures to the output folder with their scores in the PNG's text.",
+            tooltip="On = save the images to the output folder with their scores in the PNG's text.",
         ),
         io.String.Input(
             "filename_prefix",
@@ -197,13 +197,13 @@ def _saving_inputs() -> list[io.Input]:
             options=["CSV", "JSONL", "none"],
             default="CSV",
             optional=True,
-            tooltip="A table beside the saved pictures that grows by one line for each; none = no table.",
+            tooltip="A table beside the saved images that grows by one line for each; none = no table.",
         ),
         io.Boolean.Input(
             "calibrate",
             default=False,
             optional=True,
-            tooltip="On = keep each reward's mean and spread over these pictures in "
-            "models/hyperalign_rewards/calibrations.json, which z-score reads. Give it 50 pictures or more.",
+            tooltip="On = keep each reward's mean and spread over these images in "
+            "models/hyperalign_rewards/calibrations.json, which z-score reads. Give it 50 images or more.",
         ),
     ]

@@ -36,7 +36,7 @@ class HyperAlignSampler(io.ComfyNode):
             category="HyperAlign",
             **aliases("ksampler", "aligned ksampler", "sample"),
             description="KSampler with a hypernetwork: the same as Apply HyperAlign followed by KSampler. The hypernetwork "
-            "looks at the picture in the making and writes weights into the model, so that the picture follows the "
+            "looks at the image in the making and writes weights into the model, so that the image follows the "
             "prompt and people's preference better. Preview and progress are the usual ones.",
             inputs=[
                 *_sockets(),
@@ -94,7 +94,7 @@ def _sockets() -> list[io.Input]:
         ),
         HyperAlignType.Input("hypernetwork", tooltip="From HyperAlign Loader."),
         *conditioning_inputs(),
-        io.Latent.Input("latent_image", tooltip="The latents to start from; empty ones for a new picture."),
+        io.Latent.Input("latent_image", tooltip="The latents to start from; empty ones for a new image."),
     ]
 
 
@@ -102,7 +102,7 @@ def sampling_widgets() -> list[io.Input]:
     """Returns KSampler's widgets, for every node that samples."""
     return [
         seed_input(
-            "Number that decides the starting noise; the same seed gives the same picture. 0 is a seed like any."
+            "Number that decides the starting noise; the same seed gives the same image. 0 is a seed like any."
         ),
         io.Int.Input(
             "steps",
@@ -140,6 +140,6 @@ def sampling_widgets() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="Fraction of noise put on the input latents. 1 = a new picture; 0 = the input unchanged.",
+            tooltip="Fraction of noise put on the input latents. 1 = a new image; 0 = the input unchanged.",
         ),
     ]

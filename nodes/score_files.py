@@ -1,4 +1,4 @@
-"""Saved pictures that know their scores, and a table of them beside."""
+"""Saved images that know their scores, and a table of them beside."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ COLUMNS = ("file", "prompt", "reward", "score", "breakdown")
 def save_scored(
     images_BHWC: Tensor, judgement: Judgement, prefix: str, sidecar: str, workflow: Mapping[str, Any]
 ) -> list[Path]:
-    """Writes each picture as PNG with its scores, and adds a line to the sidecar for each.
+    """Writes each image as PNG with its scores, and adds a line to the sidecar for each.
 
     Args:
-        images_BHWC: the pictures, in [0, 1].
+        images_BHWC: the images, in [0, 1].
         judgement: their scores.
         prefix: of the file names, below the host's output folder; subfolders are allowed.
         sidecar: "CSV", "JSONL" or "none".
-        workflow: what the host puts into its own pictures, by key.
+        workflow: what the host puts into its own images, by key.
 
     Returns:
-        The pictures' paths.
+        The images' paths.
     """
     height, width = images_BHWC.shape[1:3]
     folder, name, counter, _, _ = folder_paths.get_save_image_path(

@@ -1,4 +1,4 @@
-"""Keeping the pictures with the best scores."""
+"""Keeping the images with the best scores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class HyperAlignSelect(io.ComfyNode):
             display_name="Select by Reward",
             category="HyperAlign",
             **aliases("filter images", "top k", "pick best", "sort images", "threshold"),
-            description="Keeps the pictures with the best scores, best first, with their latents, masks and seeds. "
+            description="Keeps the images with the best scores, best first, with their latents, masks and seeds. "
             "The others come out of outputs of their own. What follows an empty output is quietly skipped.",
             is_input_list=True,
             inputs=_inputs(),
@@ -51,11 +51,11 @@ class HyperAlignSelect(io.ComfyNode):
         seeds: list[int] | None = None,
     ) -> io.NodeOutput:
         """Returns the chosen, then the rejected."""
-        pictures = batches.joined("pictures", images)
+        images = batches.joined("images", images)
         latent = batches.joined_latents(latents) if latents else None
         mask = batches.joined("masks", masks) if masks else None
         halves = select(scores, mode[0], k[0], threshold[0])
-        outputs = [_half(half, scores, pictures, latent, mask, seeds) for half in halves]
+        outputs = [_half(half, scores, images, latent, mask, seeds) for half in halves]
         return io.NodeOutput(*outputs[0], *outputs[1])
 
 
@@ -64,7 +64,7 @@ def _half(
 ) -> list[Any]:
     """Returns images, latents, masks, indices, seeds and scores; an absent one ends what would follow it."""
     absent, count = ExecutionBlocker(None), len(scores)
-    picked = batches.pick("pictures", images, indices, count)
+    picked = batches.pick("images", images, indices, count)
     outputs: list[Any] = [
         picked,
         absent if latent is None else batches.pick_latents(latent, indices, count),
@@ -78,11 +78,11 @@ def _half(
 
 def _inputs() -> list[io.Input]:
     return [
-        io.Image.Input("images", tooltip="The pictures that were scored, in the same order."),
+        io.Image.Input("images", tooltip="The images that were scored, in the same order."),
         io.Float.Input(
             "scores",
             force_input=True,
-            tooltip="One score per picture, from Reward Score or Best-of-N Sampler; greater is better, 0 is a score like any.",
+            tooltip="One score per image, from Reward Score or Best-of-N Sampler; greater is better, 0 is a score like any.",
         ),
         io.Combo.Input(
             "mode",
@@ -96,22 +96,20 @@ def _inputs() -> list[io.Input]:
             default=1,
             min=1,
             max=4096,
-            tooltip="How many pictures top-k keeps; all of fewer. 0 is refused. The other modes do not look at it.",
+            tooltip="How many images top-k keeps; all of fewer. 0 is refused. The other modes do not look at it.",
         ),
         threshold_input(
             "The least score that the mode threshold keeps, in the reward's own units; 0 = a score of 0 or more."
         ),
-        io.Latent.Input(
-            "latents", optional=True, tooltip="The pictures' latents; they follow the selection."
-        ),
+        io.Latent.Input("latents", optional=True, tooltip="The images' latents; they follow the selection."),
         io.Mask.Input(
-            "masks", optional=True, tooltip="The pictures' masks; they follow the selection. One serves all."
+            "masks", optional=True, tooltip="The images' masks; they follow the selection. One serves all."
         ),
         io.Int.Input(
             "seeds",
             optional=True,
             force_input=True,
-            tooltip="The pictures' seeds as a list, from Best-of-N Sampler; 0 is a seed like any. One serves all.",
+            tooltip="The images' seeds as a list, from Best-of-N Sampler; 0 is a seed like any. One serves all.",
         ),
     ]
 
@@ -119,20 +117,20 @@ def _inputs() -> list[io.Input]:
 def _outputs(prefix: str) -> list[io.Output]:
     which = "rejected" if prefix else "chosen"
     return [
-        io.Image.Output(display_name=f"{prefix}images", tooltip=f"The {which} pictures, best first."),
-        io.Latent.Output(display_name=f"{prefix}latents", tooltip=f"The latents of the {which} pictures."),
-        io.Mask.Output(display_name=f"{prefix}masks", tooltip=f"The masks of the {which} pictures."),
+        io.Image.Output(display_name=f"{prefix}images", tooltip=f"The {which} images, best first."),
+        io.Latent.Output(display_name=f"{prefix}latents", tooltip=f"The latents of the {which} images."),
+        io.Mask.Output(display_name=f"{prefix}masks", tooltip=f"The masks of the {which} images."),
         io.Int.Output(
             display_name=f"{prefix}indices",
             is_output_list=True,
-            tooltip=f"Places of the {which} pictures in the batch that came in; 0 = the first.",
+            tooltip=f"Places of the {which} images in the batch that came in; 0 = the first.",
         ),
         io.Int.Output(
-            display_name=f"{prefix}seeds", is_output_list=True, tooltip=f"The seeds of the {which} pictures."
+            display_name=f"{prefix}seeds", is_output_list=True, tooltip=f"The seeds of the {which} images."
         ),
         io.Float.Output(
             display_name=f"{prefix}scores",
             is_output_list=True,
-            tooltip=f"The scores of the {which} pictures.",
+            tooltip=f"The scores of the {which} images.",
         ),
     ]

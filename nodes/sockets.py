@@ -19,7 +19,7 @@ def strength_input() -> io.Float.Input:
         min=-4.0,
         max=4.0,
         step=0.05,
-        tooltip="How strongly the generated weights act, as a factor. 1 = as trained; 0 = off, the picture of the "
+        tooltip="How strongly the generated weights act, as a factor. 1 = as trained; 0 = off, the image of the "
         "model without HyperAlign, bit for bit; below 0 pushes the other way.",
     )
 
@@ -46,12 +46,12 @@ def variant_input() -> io.Combo.Input:
 
 
 def prompt_input() -> io.String.Input:
-    """Returns the widget with the prompts that pictures are judged against."""
+    """Returns the widget with the prompts that images are judged against."""
     return io.String.Input(
         "prompt",
         multiline=True,
         default="a red heart",
-        tooltip="One line = the prompt of all pictures; or one line per picture, in their order. "
+        tooltip="One line = the prompt of all images; or one line per image, in their order. "
         "0 lines = judged against the empty prompt.",
     )
 
@@ -64,7 +64,7 @@ def trace_output(tooltip: str) -> io.Output:
 def conditioning_inputs() -> list[io.Input]:
     """Returns the sockets for both prompts of a sampler."""
     return [
-        io.Conditioning.Input("positive", tooltip="What the picture should show, from CLIP Text Encode."),
+        io.Conditioning.Input("positive", tooltip="What the image should show, from CLIP Text Encode."),
         io.Conditioning.Input(
             "negative", tooltip="What it should not show, from CLIP Text Encode; unused at cfg 1."
         ),

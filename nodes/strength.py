@@ -13,7 +13,7 @@ from ..hyperalign.strength import EASES, StrengthCurve, parse_values
 from .aliases import aliases
 from .choices import choice_problem
 from .sockets import HyperAlignStrengthType
-from .strength_picture import picture
+from .strength_image import image
 
 MODES = ["ease", "list"]
 DRAWN = 64
@@ -64,7 +64,7 @@ class HyperAlignStrength(io.ComfyNode):
         groups = first["early_blocks"], first["middle_blocks"], first["late_blocks"]
         values, ease = _values(first, floats)
         curve = StrengthCurve(values, ease, first["start_percent"], first["end_percent"], groups)
-        return io.NodeOutput(curve, ui=ui.PreviewImage(picture(curve), cls=cls))
+        return io.NodeOutput(curve, ui=ui.PreviewImage(image(curve), cls=cls))
 
 
 def _values(widgets: dict[str, Any], floats: Any) -> tuple[tuple[float, ...], Any]:

@@ -56,7 +56,7 @@ class HyperAlignTinyLatent(io.ComfyNode):
                     default=1,
                     min=1,
                     max=256,
-                    tooltip="Number of pictures to draw at once. 0 pictures cannot be drawn and are refused.",
+                    tooltip="Number of images to draw at once. 0 images cannot be drawn and are refused.",
                 )
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For KSampler or HyperAlign Sampler.")],

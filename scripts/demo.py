@@ -1,7 +1,7 @@
 """The demo: the same prompts drawn by the base model and by HyperAlign I, P and S in a real ComfyUI.
 
 `python3 scripts/demo.py` sets up what is missing, starts ComfyUI, runs the shipped workflow for every
-prompt, seed and method, and writes demo_output/grid.png, the single pictures and report.json.
+prompt, seed and method, and writes demo_output/grid.png, the single images and report.json.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def run(tree: Path, arguments: argparse.Namespace) -> None:
             server.check_alive()
             raise ScriptError(f"ComfyUI could not run the workflow: {error}") from error
     try:
-        scored = measure(drawing.pictures)
+        scored = measure(drawing.images)
     except HyperAlignError as error:
-        raise ScriptError(f"The pictures could not be judged: {error}") from error
+        raise ScriptError(f"The images could not be judged: {error}") from error
     report = write_report(drawing, scored, arguments.output / "report.json")
     save_grid(scored, arguments.output / "grid.png")
     print_table(report)

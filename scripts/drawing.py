@@ -1,4 +1,4 @@
-"""Draws the demo's pictures by running the shipped workflow in ComfyUI, once per prompt, seed and method."""
+"""Draws the demo's images by running the shipped workflow in ComfyUI, once per prompt, seed and method."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ RUN_LINE = re.compile(r"HyperAlign run: variant=(\w) .*?\bgenerations=(\d+)")
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt with what a picture of it must show."""
+    """A prompt with what an image of it must show."""
 
     prompt: str
     content: Content
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One drawn picture; `seconds` is the time from text to file, `generations` what the pack reported."""
+class GeneratedImage:
+    """One drawn image; `seconds` is the time from text to file, `generations` what the pack reported."""
 
     request: Request
     seed: int
@@ -55,9 +55,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Drawing:
-    """All pictures of a demo, and the settings they were drawn with."""
+    """All images of a demo, and the settings they were drawn with."""
 
-    pictures: list[Picture]
+    images: list[GeneratedImage]
     steps: int
     cfg: float
     host: dict[str, str]
@@ -65,7 +65,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Branch:
-    """One of the workflow's two ways from a sampler to a saved picture; node ids."""
+    """One of the workflow's two ways from a sampler to a saved image; node ids."""
 
     sampler: str
     save: str
@@ -94,7 +94,7 @@ class DemoGraph:
 
 
 def choose_prompts(per_family: int) -> list[Request]:
-    """Returns the demo's held-out prompts: always the same ones, each once."""
+    """Returns the demo's validation prompts: always the same ones, each once."""
     rng = random.Random(7)
     chosen: dict[str, Request] = {}
     for number, family in enumerate(FAMILIES, start=1):
@@ -123,7 +123,7 @@ def read_graph(info: ObjectInfo) -> DemoGraph:
     loaders = _nodes_of(prompt, "HyperAlignLoader")
     if set(branches) != {False, True} or not loaders:
         raise ScriptError(
-            f"{WORKFLOW} must save a picture of the base and one of an aligned model: take the shipped file."
+            f"{WORKFLOW} must save an image of the base and one of an aligned model: take the shipped file."
         )
     positive = prompt[branches[False].sampler]["inputs"]["positive"][0]
     text = next(node for node in upstream(prompt, positive) if "text" in prompt[node]["inputs"])
@@ -145,15 +145,15 @@ def draw_all(server: Server, client: ComfyClient, requests: Sequence[Request], o
     folder = output / "images"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    pictures: list[Picture] = []
+    images: list[GeneratedImage] = []
     # Method by method, so that ComfyUI loads each hypernetwork once.
     jobs = [(n, r, s, m) for m in METHODS for n, r in enumerate(requests, start=1) for s in SEEDS]
     often = 0.2 if sys.stderr.isatty() else 10.0
-    for number, request, seed, method in tqdm(jobs, desc="Drawing", unit="picture", mininterval=often):
+    for number, request, seed, method in tqdm(jobs, desc="Drawing", unit="image", mininterval=often):
         path = folder / f"{number:02d}_seed{seed}_{method}.png"
-        pictures.append(_draw(server, client, graph, request, seed, method, path))
+        images.append(_draw(server, client, graph, request, seed, method, path))
     sampler = graph.graph.prompt[graph.base.sampler]["inputs"]
-    return Drawing(pictures, int(sampler["steps"]), float(sampler["cfg"]), _host(server))
+    return Drawing(images, int(sampler["steps"]), float(sampler["cfg"]), _host(server))
 
 
 def _draw(
@@ -164,8 +164,8 @@ def _draw(
     seed: int,
     method: str,
     path: Path,
-) -> Picture:
-    """Runs the workflow's branch of one method and keeps the picture, workflow embedded, at `path`."""
+) -> GeneratedImage:
+    """Runs the workflow's branch of one method and keeps the image, workflow embedded, at `path`."""
     branch = graph.base if method == BASE else graph.aligned
     variation = graph.variation(request, seed, method)
     said_before = len(server.log())
@@ -173,7 +173,7 @@ def _draw(
     images = result.outputs[branch.save]["images"]
     path.write_bytes(client.image(images[0]))
     generations = 0 if method == BASE else _generations(server.log()[said_before:])
-    return Picture(request, seed, method, path, result.seconds / len(images), generations)
+    return GeneratedImage(request, seed, method, path, result.seconds / len(images), generations)
 
 
 def _alive(server: Server) -> Callable[[Event], None]:

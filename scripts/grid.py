@@ -1,4 +1,4 @@
-"""The demo's picture: prompts as rows, methods as columns, scores under each image."""
+"""The demo's image: prompts as rows, methods as columns, scores under each image."""
 
 from __future__ import annotations
 
@@ -22,16 +22,14 @@ TITLES["hyperalign-s"] = "HyperAlign-S"
 
 
 def save_grid(scored: Sequence[Scored], path: Path) -> None:
-    """Draws the first seed's pictures of every prompt and method."""
-    shown = {(s.picture.request.prompt, s.picture.method): s for s in scored if s.picture.seed == SEEDS[0]}
+    """Draws the first seed's images of every prompt and method."""
+    shown = {(s.image.request.prompt, s.image.method): s for s in scored if s.image.seed == SEEDS[0]}
     prompts = list(dict.fromkeys(prompt for prompt, _ in shown))
     width = LABELS + len(METHODS) * (TILE + GAP) + GAP
     height = HEAD + len(prompts) * (TILE + UNDER + GAP) + GAP
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
-    note = (
-        f"One prompt and seed ({SEEDS[0]}) a row; under each picture its reward and the detector's verdict."
-    )
+    note = f"One prompt and seed ({SEEDS[0]}) a row; under each image its reward and the detector's verdict."
     draw.text((GAP, GAP), note, INK, ImageFont.load_default(15))
     for column, method in enumerate(METHODS):
         centre = (_left(column) + TILE // 2, HEAD - 20)
@@ -50,8 +48,8 @@ def _left(column: int) -> int:
 
 
 def _place(sheet: Image.Image, draw: ImageDraw.ImageDraw, scored: Scored, corner: tuple[int, int]) -> None:
-    picture = Image.open(scored.picture.path).convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS)
-    sheet.paste(picture, corner)
+    image = Image.open(scored.image.path).convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS)
+    sheet.paste(image, corner)
     left, top = corner
     draw.rectangle((left, top, left + TILE - 1, top + TILE - 1), outline=(218, 220, 224))
     verdict, color = ("right", RIGHT) if scored.correct else ("wrong", WRONG)

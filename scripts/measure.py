@@ -1,4 +1,4 @@
-"""Judges the demo's pictures with the embedded world's judges and writes the report."""
+"""Judges the demo's images with the embedded world's judges and writes the report."""
 
 from __future__ import annotations
 
@@ -14,44 +14,49 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hyperalign.tiny.evaluators import load_detector, load_heldout_reward, load_reward, load_style_classifier
+from hyperalign.tiny.evaluators import (
+    load_detector,
+    load_reward,
+    load_style_classifier,
+    load_validation_reward,
+)
 from hyperalign.tiny.geneval import diversity, is_correct, summarise
 from hyperalign.tiny.text_encoder import tokenize_batch
 from scripts.common import say
-from scripts.drawing import METHODS, SEEDS, Drawing, Picture
+from scripts.drawing import METHODS, SEEDS, Drawing, GeneratedImage
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A picture with every judge's word; `embedding_D` is the held-out reward's view of it."""
+    """An image with every judge's word; `embedding_D` is the validation reward's view of it."""
 
-    picture: Picture
+    image: GeneratedImage
     reward: float
-    heldout_reward: float
+    validation_reward: float
     style: float
     correct: bool
     embedding_D: Tensor
 
 
 def read_images(paths: Sequence[Path]) -> Tensor:
-    """Returns the pictures as (B, 3, H, W) in [0, 1]."""
+    """Returns the images as (B, 3, H, W) in [0, 1]."""
     arrays = [np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255.0 for path in paths]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
 @torch.no_grad()
-def measure(pictures: Sequence[Picture]) -> list[Scored]:
-    """Returns every picture with its scores, in the order given."""
-    images_BCHW = read_images([picture.path for picture in pictures])
-    tokens_BL = tokenize_batch([picture.request.prompt for picture in pictures])
-    heldout = load_heldout_reward()
+def measure(images: Sequence[GeneratedImage]) -> list[Scored]:
+    """Returns every image with its scores, in the order given."""
+    images_BCHW = read_images([image.path for image in images])
+    tokens_BL = tokenize_batch([image.request.prompt for image in images])
+    validation = load_validation_reward()
     rewards = load_reward()(images_BCHW, tokens_BL).tolist()
-    heldout_rewards = heldout(images_BCHW, tokens_BL).tolist()
+    validation_rewards = validation(images_BCHW, tokens_BL).tolist()
     styles = load_style_classifier()(images_BCHW).tolist()
     found = load_detector().detect(images_BCHW)
-    correct = [is_correct(p.request.content, f) for p, f in zip(pictures, found, strict=True)]
-    embeddings_BD = heldout.embed_images(images_BCHW)
-    columns = (pictures, rewards, heldout_rewards, styles, correct, embeddings_BD)
+    correct = [is_correct(p.request.content, f) for p, f in zip(images, found, strict=True)]
+    embeddings_BD = validation.embed_images(images_BCHW)
+    columns = (images, rewards, validation_rewards, styles, correct, embeddings_BD)
     return [Scored(*row) for row in zip(*columns, strict=True)]
 
 
@@ -59,11 +64,11 @@ def write_report(drawing: Drawing, scored: Sequence[Scored], path: Path) -> dict
     """Writes report.json and returns what it says."""
     report = {
         "host": drawing.host,
-        "prompts": len({s.picture.request.prompt for s in scored}),
+        "prompts": len({s.image.request.prompt for s in scored}),
         "seeds": list(SEEDS),
         "steps": drawing.steps,
         "cfg": drawing.cfg,
-        "methods": {m: _figures([s for s in scored if s.picture.method == m]) for m in METHODS},
+        "methods": {m: _figures([s for s in scored if s.image.method == m]) for m in METHODS},
     }
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
@@ -72,18 +77,18 @@ def write_report(drawing: Drawing, scored: Sequence[Scored], path: Path) -> dict
 def _figures(scored: Sequence[Scored]) -> dict[str, Any]:
     by_prompt: dict[str, list[Tensor]] = {}
     for s in scored:
-        by_prompt.setdefault(s.picture.request.prompt, []).append(s.embedding_D)
+        by_prompt.setdefault(s.image.request.prompt, []).append(s.embedding_D)
     embeddings_PSD = torch.stack([torch.stack(seeds) for seeds in by_prompt.values()])
-    geneval = summarise((s.picture.request.content.family, s.correct) for s in scored)
+    geneval = summarise((s.image.request.content.family, s.correct) for s in scored)
     return {
         "reward": _mean(s.reward for s in scored),
-        "heldout_reward": _mean(s.heldout_reward for s in scored),
+        "validation_reward": _mean(s.validation_reward for s in scored),
         "geneval": {name: round(share, 4) for name, share in geneval.items()},
         "style": _mean(s.style for s in scored),
         "diversity": round(float(diversity(embeddings_PSD).mean()), 4),
         # The median: the first run also loads the models.
-        "seconds_per_image": round(statistics.median(s.picture.seconds for s in scored), 3),
-        "generations_per_run": _mean(s.picture.generations for s in scored),
+        "seconds_per_image": round(statistics.median(s.image.seconds for s in scored), 3),
+        "generations_per_run": _mean(s.image.generations for s in scored),
     }
 
 
@@ -93,11 +98,11 @@ def _mean(values: Any) -> float:
 
 def print_table(report: dict[str, Any]) -> None:
     """Prints the report's figures, one method a line."""
-    titles = ("", "reward", "held-out", "geneval", "style", "diversity", "s/image", "generations")
+    titles = ("", "reward", "validation", "geneval", "style", "diversity", "s/image", "generations")
     rows: list[tuple[str, ...]] = [titles]
     for method, figures in report["methods"].items():
         numbers = (
-            figures["reward"], figures["heldout_reward"], figures["geneval"]["overall"], figures["style"],
+            figures["reward"], figures["validation_reward"], figures["geneval"]["overall"], figures["style"],
             figures["diversity"], figures["seconds_per_image"],
         )  # fmt: skip
         rows.append((method, *(f"{n:.3f}" for n in numbers), f"{figures['generations_per_run']:g}"))

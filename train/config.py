@@ -29,7 +29,7 @@ class ModelConfig:
     hub: str = ""
     """Its name on the Hugging Face hub, read only with --download."""
     resolution: int = 512
-    """Side of the pictures in pixels; train at what you sample."""
+    """Side of the images in pixels; train at what you sample."""
     vae: Literal["full", "taesd"] = "full"
     """taesd decodes with a tiny autoencoder: faster, less memory, a little blurred."""
     taesd: Path = Path()
@@ -54,7 +54,7 @@ class ModelConfig:
         return self.checkpointing == "all"
 
     @property
-    def recomputes_pictures(self) -> bool:
+    def recomputes_images(self) -> bool:
         """Whether decoder and rewards do."""
         return self.checkpointing != "none"
 
@@ -66,13 +66,13 @@ class ObjectiveConfig:
     rewards: dict[str, float] = field(default_factory=lambda: {"tiny reward": 1.0})
     """Rewards by name with their weights; their weighted sum is R."""
     reward_weight: float = 1.0
-    """Weight of the reward loss; 0 trains on preferred pictures alone."""
+    """Weight of the reward loss; 0 trains on preferred images alone."""
     preference_weight: float = 1.0
-    """Weight of the denoising loss on preferred pictures; 0 invites reward hacking."""
+    """Weight of the denoising loss on preferred images; 0 invites reward hacking."""
     reward_cap: float = float("inf")
     """Scores above this earn nothing more: relu(cap - score)."""
     state: State = "rollout"
-    """Where x_t of the reward loss comes from: own rollouts, noised preferred pictures, or both in turn."""
+    """Where x_t of the reward loss comes from: own rollouts, noised preferred images, or both in turn."""
     prompts: int = 16
     """Prompts in each step and process."""
     timesteps: int = 2
@@ -82,23 +82,23 @@ class ObjectiveConfig:
     skip_first: int = 1
     """First steps of a rollout that get no reward gradient: x0-hat is a blur there."""
     reward_range: tuple[float, float] = (0.0, 0.9)
-    """Times u of the reward loss on noised pictures."""
+    """Times u of the reward loss on noised images."""
     guidance: float = 4.0
     """Guidance of rollout and x0-hat; train at what you sample with. FLUX.1 takes it as an input."""
     conditional_only: bool = False
     """Send the reward's gradient through the rows with prompt alone: half the memory of guidance."""
     preferred: int = 48
-    """Preferred pictures in each step and process."""
+    """Preferred images in each step and process."""
     preferred_range: tuple[float, float] = (0.0, 1.0)
-    """Times u of the noise on preferred pictures; high ones decide what is drawn, low ones how finely."""
+    """Times u of the noise on preferred images; high ones decide what is drawn, low ones how finely."""
     time_law: TimeLaw = "uniform"
     """How u is drawn in its range; logit_normal favours the middle (Esser et al. 2024)."""
     snr_cap: float = float("inf")
     """Min-SNR weighting of the preference loss (Hang et al. 2023); inf is Eq 9 as it stands."""
     drop_caption: float = 0.1
-    """Share of preferred pictures shown without their caption."""
+    """Share of preferred images shown without their caption."""
     micro_batch: int = 0
-    """Pictures in one backward pass, gradients added up; 0 takes all at once."""
+    """Images in one backward pass, gradients added up; 0 takes all at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +121,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """Prompts and preferred pictures. The tiny model draws its own from a seed."""
+    """Prompts and preferred images. The tiny model draws its own from a seed."""
 
     scenes: int = 12000
     """Tiny model: preferred scenes (right captions, Fluent style) to encode once."""
@@ -133,9 +133,9 @@ class DataConfig:
     preferred: Path = Path()
     """Folder of latent shards that `train/encode.py` wrote."""
     preferred_name: str = ""
-    """What the preferred pictures are, with their licence; goes into the hypernetwork's header."""
+    """What the preferred images are, with their licence; goes into the hypernetwork's header."""
     unsafe_column: str = ""
-    """For train/encode.py: the data set's own mark of unsafe pictures, which are left out and counted."""
+    """For train/encode.py: the data set's own mark of unsafe images, which are left out and counted."""
     unsafe_above: float = 0.5
     """Numbers in unsafe_column above this are unsafe."""
     embeddings: Path = Path("build/embeddings")
@@ -148,16 +148,16 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
-    """Held-out figures and pictures during training."""
+    """Validation figures and images during training."""
 
     every: int = 50
     """Steps between evaluations; 0 turns them off."""
     prompts: int = 36
-    """Held-out prompts of each evaluation; for the tiny model its six families in turn."""
+    """Validation prompts of each evaluation; for the tiny model its six families in turn."""
     steps: int = 15
     """Sampling steps of each evaluation."""
     file: Path = Path()
-    """Held-out prompts, in any form that data.prompts takes."""
+    """Validation prompts, in any form that data.prompts takes."""
     rewards: dict[str, float] = field(default_factory=dict[str, float])
     """Rewards that are watched and never optimised."""
 

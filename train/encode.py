@@ -1,4 +1,4 @@
-"""Encodes preferred pictures once, so that training reads latents instead of pictures.
+"""Encodes preferred images once, so that training reads latents instead of images.
 
 python train/encode.py --recipe train/recipes/sd15_s.toml --source data/pickapic_v2 --out data/pickapic-sd15
 accelerate launch train/encode.py --recipe R --source data/HPDv2 --kind hpd --out data/hpd-sd15
@@ -28,7 +28,7 @@ from hyperalign.files import first_line
 from train.config import TrainConfig
 from train.data.encoding import BAD_FILE, Counts, encode
 from train.data.preference import Kind, UnsafeMark, open_source
-from train.models.image_encoder import picture_encoder
+from train.models.image_encoder import image_encoder
 from train.recipe import load_recipe
 
 
@@ -39,25 +39,25 @@ class Options:
     recipe: Path
     """Recipe whose base model and resolution the latents are for."""
     source: Path
-    """File or folder with the preferred pictures."""
+    """File or folder with the preferred images."""
     out: Path
     """Folder for the latent shards."""
     kind: Kind = "auto"
     """pickapic (parquet), pickapic_tars, hpd (train.json and train.tar), folder, jsonl; auto looks."""
     unsafe_column: str | None = None
-    """Name of the data set's own mark of unsafe pictures, left out then; default: the recipe's."""
+    """Name of the data set's own mark of unsafe images, left out then; default: the recipe's."""
     unsafe_above: float | None = None
     """Numbers in that column above this are unsafe; default: the recipe's."""
     min_side: int = 0
-    """Leave out pictures whose short side has fewer pixels: enlarged ones teach blur."""
+    """Leave out images whose short side has fewer pixels: enlarged ones teach blur."""
     batch: int = 16
-    """Pictures in a call of the autoencoder."""
+    """Images in a call of the autoencoder."""
     workers: int = 8
     """Threads of each process that decode and resize."""
 
 
 def unsafe_mark(options: Options, config: TrainConfig) -> UnsafeMark | None:
-    """Returns which pictures are to be left out as unsafe: by the command line, or else by the recipe."""
+    """Returns which images are to be left out as unsafe: by the command line, or else by the recipe."""
     column = config.data.unsafe_column if options.unsafe_column is None else options.unsafe_column
     above = config.data.unsafe_above if options.unsafe_above is None else options.unsafe_above
     return UnsafeMark(column, above) if column else None
@@ -69,7 +69,7 @@ def run(options: Options, accelerator: Accelerator) -> Counts:
     unsafe = unsafe_mark(options, config)
     with accelerator.main_process_first():  # it indexes a tar, the others read the index
         source = open_source(options.kind, options.source, unsafe)
-    encoder = picture_encoder(config, accelerator.device)
+    encoder = image_encoder(config, accelerator.device)
     rank, world = accelerator.process_index, accelerator.num_processes
     bar: tqdm[Any] = tqdm(
         total=len(range(rank, source.units(), world)), unit="unit", disable=not accelerator.is_main_process
@@ -77,8 +77,8 @@ def run(options: Options, accelerator: Accelerator) -> Counts:
 
     def show(counts: Counts) -> None:
         seconds = max(1e-9, float(bar.format_dict["elapsed"]))
-        figures = {"pictures": counts.pictures, "bad": counts.bad, "unsafe": counts.unsafe}
-        bar.set_postfix(figures, rate=f"{counts.pictures / seconds:.1f}/s")
+        figures = {"images": counts.images, "bad": counts.bad, "unsafe": counts.unsafe}
+        bar.set_postfix(figures, rate=f"{counts.images / seconds:.1f}/s")
         bar.update(counts.units - bar.n)
 
     with bar:
@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     if accelerator.is_main_process:
-        done = f"Encoded {counts.pictures} pictures in this process to {options.out}."
+        done = f"Encoded {counts.images} images in this process to {options.out}."
         print(f"{done} {left_out(counts)}".rstrip())
     return 0
 

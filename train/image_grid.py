@@ -1,4 +1,4 @@
-"""Pictures of a run: held-out prompts with captions."""
+"""Images of a run: validation prompts with captions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from hyperalign.files import replacing
-from train.sampling import Pictures
+from train.sampling import SampledImages
 
 SCALE = 2
 SIDE = 256
@@ -15,8 +15,8 @@ CAPTION = 26
 COLUMNS = 6
 
 
-def save_grid(samples: Pictures, path: Path, rows: int = 4) -> None:
-    """Writes one captioned PNG with the first picture of each prompt."""
+def save_grid(samples: SampledImages, path: Path, rows: int = 4) -> None:
+    """Writes one captioned PNG with the first image of each prompt."""
     count = min(len(samples.prompts), rows * COLUMNS)
     side = min(SIDE, samples.images.shape[-1] * SCALE)
     sheet = Image.new("RGB", (COLUMNS * side, -(-count // COLUMNS) * (side + CAPTION)), "white")

@@ -23,9 +23,9 @@ from train.data.embeddings import CachedTexts
 from train.data.prompts import load_prompts
 from train.data.shards import LatentShards
 from train.image_grid import save_grid
-from train.materials import Evaluate, Materials, PromptList, ShardPictures
+from train.materials import Evaluate, Materials, PromptList, ShardImages
 from train.models.base import Base, Texts
-from train.models.image_encoder import picture_encoder
+from train.models.image_encoder import image_encoder
 from train.models.load import (
     backbone_dtype,
     check_folder,
@@ -37,22 +37,22 @@ from train.models.load import (
 from train.models.sharding import shard, wants_sharding
 from train.objective import Rewards
 from train.runtime import Row
-from train.sampling import Pictures, sample
+from train.sampling import SampledImages, sample
 
 EVAL_SEEDS = (0, 1)
 PATIENCE = 90.0
 """Seconds within which network disks show what another machine wrote."""
 
 
-def needs_pictures(config: TrainConfig) -> bool:
-    """Returns whether a run reads preferred pictures."""
+def needs_images(config: TrainConfig) -> bool:
+    """Returns whether a run reads preferred images."""
     o = config.objective
     return o.preference_weight > 0 or (o.reward_weight > 0 and o.state != "rollout")
 
 
-def open_pictures(config: TrainConfig, fingerprint: str | None) -> ShardPictures | None:
-    """Returns the preferred pictures of a recipe. Raises HyperAlignError if they are not there or unfit."""
-    if not needs_pictures(config):
+def open_images(config: TrainConfig, fingerprint: str | None) -> ShardImages | None:
+    """Returns the preferred images of a recipe. Raises HyperAlignError if they are not there or unfit."""
+    if not needs_images(config):
         return None
     folder = config.data.preferred
     if not folder.is_dir() or folder == Path():
@@ -61,11 +61,11 @@ def open_pictures(config: TrainConfig, fingerprint: str | None) -> ShardPictures
             "train/encode.py, or set objective.preference_weight to 0 and objective.state to rollout."
         )
     shards = LatentShards(folder, fingerprint, config.model.resolution)
-    return ShardPictures(shards, config.run.seed)
+    return ShardImages(shards, config.run.seed)
 
 
 def read_prompts(config: TrainConfig) -> tuple[list[str], list[str]]:
-    """Returns the prompts to train on and the held-out ones. Raises HyperAlignError."""
+    """Returns the prompts to train on and the validation ones. Raises HyperAlignError."""
     if config.data.prompts == Path():
         raise HyperAlignError("data.prompts is empty; expected a file of prompts. Set it.")
     prompts = load_prompts(config.data.prompts)
@@ -73,7 +73,7 @@ def read_prompts(config: TrainConfig) -> tuple[list[str], list[str]]:
         return prompts, []
     if config.eval.file == Path():
         raise HyperAlignError(
-            "eval.file is empty; expected a file of held-out prompts. Set it, or set eval.every to 0."
+            "eval.file is empty; expected a file of validation prompts. Set it, or set eval.every to 0."
         )
     return prompts, load_prompts(config.eval.file)[: config.eval.prompts]
 
@@ -126,7 +126,7 @@ def cached_texts(config: TrainConfig, accelerator: Accelerator, texts: Sequence[
 
 
 def diversity(embeddings_PSD: Tensor) -> float:
-    """Returns the mean cosine distance between the first two seeds' pictures of each prompt."""
+    """Returns the mean cosine distance between the first two seeds' images of each prompt."""
     first, second = F.normalize(embeddings_PSD.float(), dim=-1)[:, :2].unbind(dim=1)
     return float((1.0 - (first * second).sum(dim=-1)).mean())
 
@@ -139,7 +139,7 @@ def evaluation(
     prompts: Sequence[str],
     accelerator: Accelerator,
 ) -> Evaluate:
-    """Returns what samples the held-out prompts at two seeds and scores them by every reward.
+    """Returns what samples the validation prompts at two seeds and scores them by every reward.
 
     Each process takes its share of the prompts, as many as the others.
     """
@@ -148,43 +148,41 @@ def evaluation(
 
     def evaluate(hyperalign: HyperAlign, grid: Path) -> Row:
         batch = config.objective.micro_batch or config.objective.prompts
-        pictures = sample(
+        images = sample(
             base, texts, hyperalign, own, seeds=EVAL_SEEDS, steps=config.eval.steps,
             guidance=config.objective.guidance, batch=batch,
         )  # fmt: skip
-        figures = score(pictures, rewards, base.device)
-        save_shared_grid(pictures, grid, accelerator)
+        figures = score(images, rewards, base.device)
+        save_shared_grid(images, grid, accelerator)
         means = {name: _gathered(torch.tensor([value], device=base.device), accelerator).mean().item()
                  for name, value in figures.items()}  # fmt: skip
-        return means | {"generations_per_run": pictures.generations_per_run}
+        return means | {"generations_per_run": images.generations_per_run}
 
     return evaluate
 
 
-def score(pictures: Pictures, rewards: dict[str, Reward], device: torch.device) -> dict[str, float]:
-    """Returns the mean of every reward, the diversity by the first one's eyes, and the time of a picture."""
-    seeds = pictures.images.shape[1]
+def score(images: SampledImages, rewards: dict[str, Reward], device: torch.device) -> dict[str, float]:
+    """Returns the mean of every reward, the diversity by the first one's eyes, and the time of an image."""
+    seeds = images.images.shape[1]
     jobs = [
-        (prompt, image)
-        for prompt, row in zip(pictures.prompts, pictures.images, strict=True)
-        for image in row
+        (prompt, image) for prompt, row in zip(images.prompts, images.images, strict=True) for image in row
     ]
-    figures = {"seconds_per_image": pictures.seconds_per_image}
+    figures = {"seconds_per_image": images.seconds_per_image}
     with torch.no_grad():
         for name, reward in rewards.items():
             scores = [reward.score(image[None].to(device), [prompt]) for prompt, image in jobs]
             figures[name] = float(torch.cat(scores).mean())
         judge = next(iter(rewards.values()))
         embeddings = torch.cat([judge.embed_images(image[None].to(device)) for _, image in jobs])
-    return figures | {"diversity": diversity(embeddings.unflatten(0, (len(pictures.prompts), seeds)))}
+    return figures | {"diversity": diversity(embeddings.unflatten(0, (len(images.prompts), seeds)))}
 
 
-def save_shared_grid(pictures: Pictures, path: Path, accelerator: Accelerator) -> None:
-    """Writes one picture of every prompt of all processes."""
-    first = _gathered(pictures.images[:, :1].to(accelerator.device), accelerator).cpu()
-    prompts: list[str] = gather_object(pictures.prompts)
+def save_shared_grid(images: SampledImages, path: Path, accelerator: Accelerator) -> None:
+    """Writes one image of every prompt of all processes."""
+    first = _gathered(images.images[:, :1].to(accelerator.device), accelerator).cpu()
+    prompts: list[str] = gather_object(images.prompts)
     if accelerator.is_main_process:
-        save_grid(dataclasses.replace(pictures, prompts=prompts, images=first), path)
+        save_grid(dataclasses.replace(images, prompts=prompts, images=first), path)
 
 
 def _gathered(values: Tensor, accelerator: Accelerator) -> Tensor:
@@ -201,34 +199,34 @@ def origin(config: TrainConfig) -> dict[str, str]:
     """Returns what shaped the hypernetwork, for its header."""
     weights = [f"{weight:g} x {name}" for name, weight in config.objective.rewards.items()]
     data = config.data.preferred_name or str(config.data.preferred.name) or "none"
-    return {"reward": " + ".join(weights), "preference_data": data if needs_pictures(config) else "none"}
+    return {"reward": " + ".join(weights), "preference_data": data if needs_images(config) else "none"}
 
 
-def left_out(pictures: ShardPictures | None) -> dict[str, str]:
-    """Returns how many preferred pictures were left out as unsafe, for the hypernetwork's header."""
-    words = pictures.shards.left_out() if pictures else ""
+def left_out(images: ShardImages | None) -> dict[str, str]:
+    """Returns how many preferred images were left out as unsafe, for the hypernetwork's header."""
+    words = images.shards.left_out() if images else ""
     return {"unsafe": words} if words else {}
 
 
 def world(config: TrainConfig, accelerator: Accelerator) -> Materials:
     """Returns the materials of a recipe for a real base model. Raises HyperAlignError."""
     check_folder(config)
-    prompts, heldout = read_prompts(config)
-    pictures = open_pictures(config, picture_encoder(config, torch.device("cpu")).fingerprint)
-    captions = pictures.shards.captions() if pictures else []
-    texts = cached_texts(config, accelerator, [*prompts, *heldout, *captions, ""])
+    prompts, validation = read_prompts(config)
+    images = open_images(config, image_encoder(config, torch.device("cpu")).fingerprint)
+    captions = images.shards.captions() if images else []
+    texts = cached_texts(config, accelerator, [*prompts, *validation, *captions, ""])
     base = load_base(config, accelerator.device)
     if wants_sharding(accelerator):
         shard(base.backbone)
     rewards = load_rewards(config, accelerator.device)
     for reward in rewards.values():
-        set_checkpointing(reward.module, config.model.recomputes_pictures)
+        set_checkpointing(reward.module, config.model.recomputes_images)
     return Materials(
         base=base,
         texts=texts,
         prompts=PromptList(prompts),
-        preferred=pictures,
+        preferred=images,
         rewards=scoring(rewards, config.objective.rewards),
-        evaluate=evaluation(config, base, texts, rewards, heldout, accelerator),
-        origin=origin(config) | left_out(pictures),
+        evaluate=evaluation(config, base, texts, rewards, validation, accelerator),
+        origin=origin(config) | left_out(images),
     )

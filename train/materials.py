@@ -1,4 +1,4 @@
-"""What a run is made of: base model, conditions, prompts, preferred pictures, rewards and judges."""
+"""What a run is made of: base model, conditions, prompts, preferred images, rewards and judges."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.objective import Rewards
 from train.runtime import Row
 
 Evaluate = Callable[[HyperAlign, Path], Row]
-"""Samples held-out prompts, writes a captioned grid to the path and returns the figures.
+"""Samples validation prompts, writes a captioned grid to the path and returns the figures.
 
 Every process calls it; only the main one's figures count."""
 
@@ -31,14 +31,14 @@ class Prompts(Protocol):
 
 
 class Preferred(Protocol):
-    """Where the pictures of the preference loss come from."""
+    """Where the images of the preference loss come from."""
 
     def batch(
         self, position: int, count: int, rng: np.random.Generator, part: slice
     ) -> tuple[Tensor, list[str]]:
         """Returns part of a batch: latents (B, C, H, W) and captions.
 
-        The batch holds `count` pictures at this position of the stream; `part` is what is read of it.
+        The batch holds `count` images at this position of the stream; `part` is what is read of it.
         """
         ...
 
@@ -70,7 +70,7 @@ class PromptList:
 
 
 @dataclass(frozen=True, slots=True)
-class ShardPictures:
+class ShardImages:
     """Latent shards as a stream whose order the run's seed decides."""
 
     shards: LatentShards

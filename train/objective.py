@@ -1,4 +1,4 @@
-"""The two losses: reward on guided x0-hat (Eq 8) and denoising on preferred pictures (Eq 9)."""
+"""The two losses: reward on guided x0-hat (Eq 8) and denoising on preferred images (Eq 9)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train.models.base import Base, Conditions, join, repeat, take
 from train.rollout import Trajectory, guided
 
 RewardFn = Callable[[Tensor, Sequence[str]], Tensor]
-"""Pictures (B, 3, H, W), about [0, 1], and their prompts -> scores (B,)."""
+"""Images (B, 3, H, W), about [0, 1], and their prompts -> scores (B,)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Rewards:
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Noisy latents with what their weights are generated from, one row a picture."""
+    """Noisy latents with what their weights are generated from, one row an image."""
 
     x: Tensor
     t_B: Tensor
@@ -100,7 +100,7 @@ def noised_states(
     uncond: Conditions | None,
     prompts: list[str],
 ) -> States:
-    """Returns noised pictures. Their weights come from the noised picture itself.
+    """Returns noised images. Their weights come from the noised image itself.
 
     At x_t for S, and for P and I at the time when a run would have written the weights it uses at t.
     """
@@ -164,7 +164,7 @@ def reward_loss(
     Args:
         adapter: the adapted base model.
         base: decodes, and knows the noise process.
-        rewards: pictures and prompts -> R and its parts.
+        rewards: images and prompts -> R and its parts.
         states: where the one step starts.
         guidance: classifier-free guidance scale, as in sampling.
         cap: score above which nothing more is earned.
@@ -180,7 +180,7 @@ def reward_loss(
 def preference_loss(
     adapter: Adapter, base: Base, x0: Tensor, noise: Tensor, states: States, snr_cap: float = float("inf")
 ) -> Tensor:
-    """Returns L_G = E w(t) || output - target ||^2 on noised preferred pictures (Eq 9)."""
+    """Returns L_G = E w(t) || output - target ||^2 on noised preferred images (Eq 9)."""
     output = adapted_prediction(
         adapter, base, states.x, states.t_B, states.x_gen, states.t_gen_B, states.cond
     )

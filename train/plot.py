@@ -1,4 +1,4 @@
-"""One curve as a picture, without a plotting library."""
+"""One curve as an image, without a plotting library."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def plot_curve(
     low = math.floor(math.log10(max(min(distances), 1e-6)))
     high = math.ceil(math.log10(max(distances)))
     high = max(high, low + 1)
-    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
 
     def place(u: float, distance: float) -> tuple[float, float]:
         x = LEFT + (1.0 - u) * (WIDTH - LEFT - RIGHT)
@@ -45,7 +45,7 @@ def plot_curve(
     for x, y in points:
         draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=CURVE)
     middle = (LEFT + WIDTH - RIGHT) / 2
-    draw.text((middle, HEIGHT - 24), "time u (1 is noise, 0 the picture)", fill=INK, font=font, anchor="mt")
+    draw.text((middle, HEIGHT - 24), "time u (1 is noise, 0 the image)", fill=INK, font=font, anchor="mt")
     draw.text((12, 10), "relative distance of successive one-step predictions", fill=INK, font=font)
     with replacing(path) as partial:
-        picture.save(partial, "PNG")
+        image.save(partial, "PNG")

@@ -1,4 +1,4 @@
-"""Pictures of prompts at seeds, by a base model with or without a hypernetwork."""
+"""Images of prompts at seeds, by a base model with or without a hypernetwork."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ BATCH = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
-    """Pictures of P prompts at S seeds."""
+class SampledImages:
+    """Images of P prompts at S seeds."""
 
     prompts: list[str]
     images: Tensor
@@ -30,7 +30,7 @@ class Pictures:
 
 
 def initial_noise(prompt_index: int, seed: int, shape: tuple[int, int, int]) -> Tensor:
-    """Returns the noise of one picture; it depends on its prompt's place and its seed alone."""
+    """Returns the noise of one image; it depends on its prompt's place and its seed alone."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + prompt_index)
     return torch.randn(shape, generator=generator)
 
@@ -48,7 +48,7 @@ def sample(
     strength: float = 1.0,
     bf16: bool = False,
     batch: int = BATCH,
-) -> Pictures:
+) -> SampledImages:
     """Samples every prompt at every seed; None is the base model."""
     jobs = [(index, seed) for index in range(len(prompts)) for seed in seeds]
     adapter = Adapter(base.backbone, hyperalign) if hyperalign else None
@@ -69,4 +69,4 @@ def sample(
         generations = path.generations
     seconds = (time.monotonic() - started) / len(jobs)
     stacked = torch.cat(images).unflatten(0, (len(prompts), len(seeds)))
-    return Pictures(list(prompts), stacked, seconds, generations)
+    return SampledImages(list(prompts), stacked, seconds, generations)

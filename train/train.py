@@ -80,7 +80,7 @@ def prepare(config: TrainConfig, switches: Switches) -> Trainer:
     check_trackers(config)
     if switches.smoke:
         config = smoke_config(config)
-    # The main process downloads, encodes prompts and samples pictures while the others wait.
+    # The main process downloads, encodes prompts and samples images while the others wait.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
     accelerator = Accelerator(
         log_with=list(config.run.trackers) or None, project_dir=config.run.out, kwargs_handlers=[patience]

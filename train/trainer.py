@@ -71,12 +71,12 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(
             self.network.parameters(), config.optim.lr, (0.9, 0.99), weight_decay=config.optim.weight_decay
         )
-        self.step = self.pictures_seen = self.skipped = self._skipped_in_a_row = 0
+        self.step = self.images_seen = self.skipped = self._skipped_in_a_row = 0
         config.run.out.mkdir(parents=True, exist_ok=True)
         self._identity = json.dumps(identity(config))
         self._figures: Row = {}
         self._unlogged: Row = {}  # of the last step, until it is evaluated and logged
-        self._drawn = 0  # pictures of the step that is under way
+        self._drawn = 0  # images of the step that is under way
         self._between_steps = True  # while it is not, the weights are of no step
         self._log = Log(config.run.out / "log.jsonl")
         if saved is not None:
@@ -200,13 +200,13 @@ class Trainer:
         o, processes = self.config.objective, self.accelerator.num_processes
         rewarded = o.prompts * o.timesteps * bool(o.reward_weight)
         learned = o.preferred * bool(o.preference_weight)
-        row: Row = {"pictures_per_second": (rewarded + learned) * processes / seconds}
+        row: Row = {"images_per_second": (rewarded + learned) * processes / seconds}
         if self.device.type == "cuda":
             row["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return row
 
     def _reward_pass(self) -> Row:
-        """L_R through one step from states of a rollout, of noised pictures, or of both (Eq 8)."""
+        """L_R through one step from states of a rollout, of noised images, or of both (Eq 8)."""
         o = self.config.objective
         kind = o.state if o.state != "mixed" else ("rollout", "noised")[self.step % 2]
         states = self._rollout_states() if kind == "rollout" else self._noised_states()
@@ -241,15 +241,15 @@ class Trainer:
 
     def _noised_states(self) -> States:
         o = self.config.objective
-        x0, noise, u_B, captions = self._pictures(o.prompts * o.timesteps, o.reward_range, purpose=3)
+        x0, noise, u_B, captions = self._images(o.prompts * o.timesteps, o.reward_range, purpose=3)
         cond, uncond = with_empty(self.base, self.materials.texts, captions)
         t_B = self.base.process.at(u_B)
         return noised_states(self.base, self.schedule, x0, noise, t_B, cond, uncond, captions)
 
     def _preference_pass(self) -> Row:
-        """L_G on noised preferred pictures (Eq 9)."""
+        """L_G on noised preferred images (Eq 9)."""
         o = self.config.objective
-        x0, noise, u_B, captions = self._pictures(
+        x0, noise, u_B, captions = self._images(
             o.preferred, o.preferred_range, purpose=2, drop=o.drop_caption
         )
         cond = self.materials.texts.conditions(captions)
@@ -266,16 +266,16 @@ class Trainer:
             total += share * loss.item()
         return {"preference_loss": total}
 
-    def _pictures(
+    def _images(
         self, rows: int, bounds: tuple[float, float], purpose: int, drop: float = 0.0
     ) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-        """Returns this process's latents, noise, times u and captions of preferred pictures."""
+        """Returns this process's latents, noise, times u and captions of preferred images."""
         preferred = self.materials.preferred
         if preferred is None:
-            raise HyperAlignError("The run needs preferred pictures; set data.preferred.")
+            raise HyperAlignError("The run needs preferred images; set data.preferred.")
         draws, whole = self._draws(), rows * self.accelerator.num_processes
         rng, own = draws.generator(purpose), draws.part(rows)
-        x0, captions = preferred.batch(self.pictures_seen + self._drawn, whole, rng, own)
+        x0, captions = preferred.batch(self.images_seen + self._drawn, whole, rng, own)
         self._drawn += whole
         chances = rng.random((whole,))[own] if drop else np.ones(rows)
         u_B = times(whole, bounds, self.config.objective.time_law, rng)[own]
@@ -326,7 +326,7 @@ class Trainer:
             self.optimiser.step()
             self._update_average()
         self.skipped += not finite
-        self.pictures_seen += self._drawn
+        self.images_seen += self._drawn
         self.step += 1
         self.optimiser.zero_grad()
         return {"grad_norm": float(norm), "skipped": not finite, "skipped_in_all": self.skipped}
@@ -362,7 +362,7 @@ class Trainer:
         grid = self.config.run.out / "grids" / f"{self.step:05d}.png"
         figures = self.materials.evaluate(self.averaged(), grid)
         self._figures = flat(figures)
-        return {"heldout": figures}
+        return {"validation": figures}
 
     def _save_state(self) -> None:
         """Saves everything a run is; it is the same in every process, so the main one writes it."""
@@ -373,7 +373,7 @@ class Trainer:
             "network": self.network.state_dict(),
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
-            "pictures_seen": self.pictures_seen,
+            "images_seen": self.images_seen,
             "skipped": self.skipped,
             "figures": self._figures,
             "unlogged": self._unlogged,
@@ -387,7 +387,7 @@ class Trainer:
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.pictures_seen = int(state["step"]), int(state["pictures_seen"])
+        self.step, self.images_seen = int(state["step"]), int(state["images_seen"])
         self.skipped = int(state["skipped"])
         self._figures = state.get("figures", {})
         self._unlogged = state.get("unlogged", {})

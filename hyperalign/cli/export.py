@@ -56,7 +56,7 @@ def export_lora(
         pipe: a StableDiffusion, StableDiffusionXL, StableDiffusion3 or Flux pipeline.
         hyperalign: a hypernetwork's file, or what `hyperalign.checkpoint.load` returned.
         out: the `.safetensors` file to write.
-        prompt: what the picture shows; embeddings may be given among the options instead.
+        prompt: what the image shows; embeddings may be given among the options instead.
         seed: of the noise, as `torch.Generator().manual_seed(seed)` for the pipeline.
         time: u in [0, 1] at which the hypernetwork looks, 1 being pure noise.
         strength: what the LoRA's own strength 1 stands for.
@@ -87,10 +87,10 @@ def export_lora(
 
 
 @torch.no_grad()
-def encode(pipe: Any, picture: Any, height: int, width: int) -> Tensor:
-    """Returns a PIL picture as the pipeline's latents, for `samples`."""
+def encode(pipe: Any, image: Any, height: int, width: int) -> Tensor:
+    """Returns a PIL image as the pipeline's latents, for `samples`."""
     vae: Any = pipe.vae
-    pixels_BCHW = pipe.image_processor.preprocess(picture, height=height, width=width)
+    pixels_BCHW = pipe.image_processor.preprocess(image, height=height, width=width)
     kept = vae.dtype
     vae.to(torch.float32)  # SDXL's overflows in half precision
     latents_BCHW = vae.encode(pixels_BCHW.to(vae.device, torch.float32)).latent_dist.mode()
@@ -168,19 +168,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--pipeline", type=Path, required=True, help="folder of the base model, as diffusers saves it"
     )
     parser.add_argument("--hypernetwork", type=Path, required=True, help="the hypernetwork's file")
-    parser.add_argument("--prompt", required=True, help="what the picture shows")
+    parser.add_argument("--prompt", required=True, help="what the image shows")
     parser.add_argument("--seed", type=int, default=0, help="of the starting noise (default: %(default)s)")
     parser.add_argument(
         "--time", type=float, default=1.0,
-        help="when the hypernetwork looks: 1 is pure noise, 0 the finished picture (default: %(default)s)",
+        help="when the hypernetwork looks: 1 is pure noise, 0 the finished image (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--image", type=Path, help="a finished picture, noised to --time; needed below 1")
+    parser.add_argument("--image", type=Path, help="a finished image, noised to --time; needed below 1")
     parser.add_argument(
         "--strength", type=float, default=1.0,
         help="what the LoRA's own strength 1 stands for; 1 as trained (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--height", type=int, help="of the picture in pixels (default: the model's own)")
-    parser.add_argument("--width", type=int, help="of the picture in pixels (default: the model's own)")
+    parser.add_argument("--height", type=int, help="of the image in pixels (default: the model's own)")
+    parser.add_argument("--width", type=int, help="of the image in pixels (default: the model's own)")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float16", help="of the file's matrices (default: %(default)s)"
     )
@@ -198,7 +198,7 @@ def export(options: argparse.Namespace) -> Path:
             f"Give that of the {header.family} base model, as save_pretrained or `hf download` make it."
         )
     if options.image is not None and not options.image.is_file():
-        raise HyperAlignError(f"There is no picture {options.image}. Give the path of a finished picture.")
+        raise HyperAlignError(f"There is no image {options.image}. Give the path of a finished image.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pipe: Any = DiffusionPipeline.from_pretrained(options.pipeline, torch_dtype=dtype, local_files_only=True)
@@ -206,10 +206,10 @@ def export(options: argparse.Namespace) -> Path:
     size = {key: value for key in ("height", "width") if (value := getattr(options, key)) is not None}
     samples = None
     if options.image is not None:
-        picture = load_image(str(options.image))
-        full = {"height": picture.height, "width": picture.width} | size
+        image = load_image(str(options.image))
+        full = {"height": image.height, "width": image.width} | size
         size = {key: value // 16 * 16 for key, value in full.items()}
-        samples = encode(pipe, picture, **size)
+        samples = encode(pipe, image, **size)
     return export_lora(
         pipe, options.hypernetwork, options.out, prompt=options.prompt, seed=options.seed, time=options.time,
         strength=options.strength, samples=samples, dtype=DTYPES[options.dtype], **size,

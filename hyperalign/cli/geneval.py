@@ -1,8 +1,8 @@
-"""Judges a folder of pictures in GenEval's layout.
+"""Judges a folder of images in GenEval's layout.
 
 python -m hyperalign.geneval IMAGES --metadata evaluation_metadata.jsonl --weights FOLDER
 
-IMAGES has a folder 00000, 00001, ... for each prompt, in it the pictures samples/0000.png, ... and perhaps
+IMAGES has a folder 00000, 00001, ... for each prompt, in it the images samples/0000.png, ... and perhaps
 metadata.jsonl with the prompt's line; without it, line N of --metadata is that of folder N. Stop it at any
 time; the same command goes on where it stopped. The results have the official fields.
 """
@@ -29,7 +29,7 @@ from ..rewards import download, loading
 from ..rewards.weights import find
 from .score.devices import device_of
 from .score.files import Log, check_writable, file_state, log_of, write_whole
-from .score.images import BadPicture, decode, in_order
+from .score.images import BadImage, decode, in_order
 from .score.progress import bar
 
 STOPPED = 130
@@ -38,10 +38,10 @@ AHEAD = 4
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """The verdict on a picture, and what it was judged by."""
+    """The verdict on an image, and what it was judged by."""
 
     name: str
-    """Relative to the folder of pictures."""
+    """Relative to the folder of images."""
     metadata: dict[str, Any]
     correct: bool
     reason: str
@@ -49,7 +49,7 @@ class Judged:
     """By class, the box and the score of each detection that counted."""
     size: int
     modified: int
-    """With `size` the picture's `file_state`."""
+    """With `size` the image's `file_state`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,14 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for one in bad:
         print(f"left out {one.name}: {one.reason}", file=sys.stderr)
     print(table(summary))
-    print(f"Wrote {options.out}." + (f" {len(bad)} pictures were left out." if bad else ""))
+    print(f"Wrote {options.out}." + (f" {len(bad)} images were left out." if bad else ""))
     return 0
 
 
-def run(options: argparse.Namespace) -> tuple[list[Judged], list[BadPicture]]:
-    """Judges all pictures, writes the results and returns them. Raises HyperAlignError."""
+def run(options: argparse.Namespace) -> tuple[list[Judged], list[BadImage]]:
+    """Judges all images, writes the results and returns them. Raises HyperAlignError."""
     folder: Path = options.images
-    pictures = list_samples(folder, options.metadata)
+    images = list_samples(folder, options.metadata)
     check_writable(options.out)
     device = device_of(options.device)
     if options.download:
@@ -84,16 +84,16 @@ def run(options: argparse.Namespace) -> tuple[list[Judged], list[BadPicture]]:
         download.download_file(detector.WEIGHTS.url, options.weights / detector.WEIGHTS.path)
     check_weights(options.weights, options.tokenizer)
     with Log(log_of(options.out), {"weights": str(options.weights.resolve())}, Judged) as log:
-        todo = {name: line for name, line in pictures.items() if not is_judged(folder, name, line, log)}
-        bad: list[BadPicture] = []
+        todo = {name: line for name, line in images.items() if not is_judged(folder, name, line, log)}
+        bad: list[BadImage] = []
         if todo:
             scorer = load(options.weights, device=device, tokenizer_folder=options.tokenizer)
-            shown = bar(len(pictures), "judging", len(pictures) - len(todo))
+            shown = bar(len(images), "judging", len(images) - len(todo))
             try:
                 bad = judge_all(folder, todo, scorer, log, shown.update)
             finally:
                 shown.close()
-        rows = [log.rows[name] for name, line in pictures.items() if is_judged(folder, name, line, log)]
+        rows = [log.rows[name] for name, line in images.items() if is_judged(folder, name, line, log)]
     lines = "".join(json.dumps(official(folder, row)) + "\n" for row in rows)
     write_whole(options.out, lambda partial: partial.write_text(lines, encoding="utf-8"))
     return rows, bad
@@ -105,12 +105,12 @@ def judge_all(
     scorer: GenEval,
     log: Log[Judged],
     progress: Callable[[int], object],
-) -> list[BadPicture]:
-    """Judges pictures, while threads decode the next ones; returns those that could not be read."""
-    bad: list[BadPicture] = []
+) -> list[BadImage]:
+    """Judges images, while threads decode the next ones; returns those that could not be read."""
+    bad: list[BadImage] = []
     with ThreadPoolExecutor(AHEAD) as pool:
         for name, image_CHW in in_order(pool, partial(decode, folder), todo, AHEAD):
-            if isinstance(image_CHW, BadPicture):
+            if isinstance(image_CHW, BadImage):
                 bad.append(image_CHW)
             else:
                 verdict, found = scorer.judge(image_CHW.float() / 255, parse_prompt(todo[name]))
@@ -122,9 +122,9 @@ def judge_all(
 
 
 def list_samples(folder: Path, metadata: Path | None) -> dict[str, dict[str, Any]]:
-    """Returns the metadata of each picture by its name, in the official layout's order.
+    """Returns the metadata of each image by its name, in the official layout's order.
 
-    Raises HyperAlignError when there is no picture, or a prompt's metadata is missing, damaged or not
+    Raises HyperAlignError when there is no image, or a prompt's metadata is missing, damaged or not
     that of the file given.
     """
     lines = None if metadata is None else read_metadata(metadata)
@@ -136,7 +136,7 @@ def list_samples(folder: Path, metadata: Path | None) -> dict[str, dict[str, Any
             found |= {path.relative_to(folder).as_posix(): line for path in sorted(samples)}
     if not found:
         raise HyperAlignError(
-            f"There are no pictures in {folder}; expected GenEval's layout, such as 00000/samples/0000.png."
+            f"There are no images in {folder}; expected GenEval's layout, such as 00000/samples/0000.png."
         )
     return found
 
@@ -155,7 +155,7 @@ def _metadata_of(place: Path, lines: Sequence[dict[str, Any]] | None) -> dict[st
     if line is not None and kept is not None and line != kept:
         raise HyperAlignError(
             f"{own} is for {kept['prompt']!r}, line {number} of --metadata (from 0) for {line['prompt']!r}. "
-            "Give the file that the pictures were made from, or leave --metadata out."
+            "Give the file that the images were made from, or leave --metadata out."
         )
     found = kept or line
     if found is None:
@@ -177,7 +177,7 @@ def check_weights(folder: Path, tokenizer: Path | None) -> None:
 
 
 def is_judged(folder: Path, name: str, metadata: dict[str, Any], log: Log[Judged]) -> bool:
-    """Whether the log has a picture with this metadata and as the file is now."""
+    """Whether the log has an image with this metadata and as the file is now."""
     row = log.rows.get(name)
     state = file_state(folder / name)
     return row is not None and row.metadata == metadata and (row.size, row.modified) == state

@@ -34,7 +34,7 @@ class ColorClassifier:
         self._directions = lru_cache(maxsize=None)(self._encode)
 
     def colors(self, image_CHW: Tensor, found: list[FoundObject]) -> list[str]:
-        """Returns the colour of each object of a picture (3, H, W) in [0, 1]."""
+        """Returns the colour of each object of an image (3, H, W) in [0, 1]."""
         return [self._color(cutout(image_CHW, one), one.name) for one in found]
 
     def _color(self, crop_CHW: Tensor, name: str) -> str:
@@ -54,7 +54,7 @@ class ColorClassifier:
 
 
 def cutout(image_CHW: Tensor, found: FoundObject) -> Tensor:
-    """Returns an object's box out of a picture, with grey where its mask is not."""
+    """Returns an object's box out of an image, with grey where its mask is not."""
     left, top, right, bottom = (int(edge) for edge in found.box)
     crop_CHW = image_CHW[:, top:bottom, left:right]
     if found.mask_HW is None:

@@ -1,4 +1,4 @@
-"""Objects in a picture: Mask2Former with a small Swin, trained on COCO's instances.
+"""Objects in an image: Mask2Former with a small Swin, trained on COCO's instances.
 
 The official GenEval runs mmdetection's own training of this architecture; transformers has Meta's, another
 run of it, so figures may differ a little from published ones. Resizing, padding and the way from queries
@@ -34,7 +34,7 @@ WEIGHTS = WeightFile(
 SHORT_SIDE, LONG_SIDE, DIVISOR = 800, 1333, 32
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_DETECTIONS = 100
-"""In a picture, of all classes."""
+"""In an image, of all classes."""
 REBUILT = ("relative_position_index", "criterion.empty_weight")
 """What some releases of transformers save and others do not; none of it is learned."""
 
@@ -62,7 +62,7 @@ class FoundObject(Detection):
     """A detection with its pixels."""
 
     mask_HW: Tensor | None = None
-    """Which pixels of the picture are the object's."""
+    """Which pixels of the image are the object's."""
 
 
 def configuration(shape: DetectorShape) -> Any:
@@ -150,9 +150,9 @@ def _without_progress_bar() -> Iterator[None]:
 
 
 def detect(detector: nn.Module, image_CHW: Tensor) -> list[FoundObject]:
-    """Returns what is in a picture (1, 3 or 4, H, W) in [0, 1]: all that scores above `rules.THRESHOLD`.
+    """Returns what is in an image (1, 3 or 4, H, W) in [0, 1]: all that scores above `rules.THRESHOLD`.
 
-    Raises HyperAlignError on a picture of another form.
+    Raises HyperAlignError on an image of another form.
     """
     check_images(image_CHW[None])
     device = next(detector.parameters()).device
@@ -170,7 +170,7 @@ def detect(detector: nn.Module, image_CHW: Tensor) -> list[FoundObject]:
 
 
 def prepare(image_BCHW: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Returns what the detector reads, and how much of it from the top left is the picture.
+    """Returns what the detector reads, and how much of it from the top left is the image.
 
     The short side becomes 800, unless the long one would exceed 1333; then the mean colour pads to
     multiples of 32.
@@ -199,8 +199,8 @@ def objects(
         classes_QK: per query, for the classes and for no object.
         masks_Qhw: per query, at a quarter of the padded size.
         padded: height and width of what the network read.
-        inner: height and width of the resized picture in it.
-        original: height and width of the picture.
+        inner: height and width of the resized image in it.
+        original: height and width of the image.
     """
     probabilities_QK = classes_QK.float().softmax(dim=-1)[:, :-1]
     best = probabilities_QK.flatten().topk(min(MAX_DETECTIONS, probabilities_QK.numel()))
@@ -223,8 +223,8 @@ def _at_original_size(
     mask_hw: Tensor, padded: tuple[int, int], inner: tuple[int, int], original: tuple[int, int]
 ) -> Tensor:
     whole = F.interpolate(mask_hw[None, None], size=padded, mode="bilinear", align_corners=False)
-    picture = whole[..., : inner[0], : inner[1]]
-    return F.interpolate(picture, size=original, mode="bilinear", align_corners=False)[0, 0]
+    image = whole[..., : inner[0], : inner[1]]
+    return F.interpolate(image, size=original, mode="bilinear", align_corners=False)[0, 0]
 
 
 def box_of(mask_HW: Tensor) -> tuple[float, float, float, float]:

@@ -41,7 +41,7 @@ class Requirement:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt and what a picture of it must show, and must not."""
+    """A prompt and what an image of it must show, and must not."""
 
     text: str
     tag: str

@@ -1,4 +1,4 @@
-"""GenEval's rules, as functions of what was detected in a picture.
+"""GenEval's rules, as functions of what was detected in an image.
 
 Thresholds and rules are those of the official evaluate_images.py (djghosh13/geneval), which suppresses no
 overlapping detections.
@@ -18,7 +18,7 @@ from .prompts import COLORS, Prompt, Requirement
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
 MAX_OBJECTS = 16
-"""Of one class in a picture."""
+"""Of one class in an image."""
 POSITION_SLACK = 0.1
 """Share of the two objects' sizes by which centres must differ at least."""
 NOT_MOVED = 1e-3
@@ -30,7 +30,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """An object found in a picture."""
+    """An object found in an image."""
 
     name: str
     """One of `prompts.NAMES`."""
@@ -42,7 +42,7 @@ class Detection:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a picture shows its prompt, and what is wrong if not."""
+    """Whether an image shows its prompt, and what is wrong if not."""
 
     correct: bool
     reasons: tuple[str, ...]
@@ -66,7 +66,7 @@ def kept(detections: Iterable[Found], tag: str) -> dict[str, list[Found]]:
 
 
 def judge(prompt: Prompt, objects: Mapping[str, Sequence[Detection]]) -> Verdict:
-    """Judges a picture by its kept detections, with colours where the prompt asks for them.
+    """Judges an image by its kept detections, with colours where the prompt asks for them.
 
     Only the most certain `count` objects of a class are looked at for colour and position. A position
     holds if it holds between all of them.

@@ -23,15 +23,15 @@ CLIP = "clip"
 
 @dataclass(frozen=True, slots=True)
 class GenEval:
-    """Judges pictures by what is in them."""
+    """Judges images by what is in them."""
 
     detector: nn.Module
     classifier: ColorClassifier
 
     def judge(self, image_CHW: Tensor, prompt: Prompt) -> tuple[Verdict, dict[str, list[Detection]]]:
-        """Returns the verdict on a picture (1, 3 or 4, H, W) in [0, 1], and what counted, by class.
+        """Returns the verdict on an image (1, 3 or 4, H, W) in [0, 1], and what counted, by class.
 
-        Raises HyperAlignError on a picture of another form.
+        Raises HyperAlignError on an image of another form.
         """
         found = kept(detector.detect(self.detector, image_CHW), prompt.tag)
         image_CHW = rgb(image_CHW[None])[0].float()

@@ -1,4 +1,4 @@
-"""GenEval's figures: the share of right pictures in each task, and both definitions of "overall"."""
+"""GenEval's figures: the share of right images in each task, and both definitions of "overall"."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Summary:
     """What a run has come to."""
 
     tasks: dict[str, tuple[int, int]]
-    """By task, in the order they came: right pictures and all pictures."""
+    """By task, in the order they came: right images and all images."""
     prompts: tuple[int, int]
-    """Prompts with at least one right picture, and all prompts."""
+    """Prompts with at least one right image, and all prompts."""
 
     @property
     def task_mean(self) -> float:
@@ -25,12 +25,12 @@ class Summary:
 
     @property
     def image_weighted(self) -> float:
-        """The share of right pictures among all; papers print it as "overall", too."""
+        """The share of right images among all; papers print it as "overall", too."""
         return sum(right for right, _ in self.tasks.values()) / sum(count for _, count in self.tasks.values())
 
 
 def summarise(results: Iterable[tuple[str, str, bool]]) -> Summary:
-    """Returns the figures of (task, prompt, whether the picture is right).
+    """Returns the figures of (task, prompt, whether the image is right).
 
     Raises HyperAlignError when there is none.
     """
@@ -41,7 +41,7 @@ def summarise(results: Iterable[tuple[str, str, bool]]) -> Summary:
         tasks[tag] = (right + correct, count + 1)
         prompts[prompt] = prompts.get(prompt, False) or correct
     if not tasks:
-        raise HyperAlignError("There is nothing to summarise: no picture was judged; judge at least one.")
+        raise HyperAlignError("There is nothing to summarise: no image was judged; judge at least one.")
     return Summary(tasks, (sum(prompts.values()), len(prompts)))
 
 
@@ -53,7 +53,7 @@ def table(summary: Summary) -> str:
     ]
     right, count = summary.prompts
     lines += [
-        f"{'prompts':<16} {right / count:8.2%}  ({right} of {count} with a right picture)",
+        f"{'prompts':<16} {right / count:8.2%}  ({right} of {count} with a right image)",
         f"overall, mean of tasks   {summary.task_mean:.5f}  (the official definition)",
         f"overall, image-weighted  {summary.image_weighted:.5f}",
     ]

@@ -1,4 +1,4 @@
-"""Rewards: judges of how well pictures fit their prompts, one file per reward.
+"""Rewards: judges of how well images fit their prompts, one file per reward.
 
 `loading.load` reads one from its weights, `loading.random_weights` makes one without.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 class Reward(Protocol):
     """What a reward offers to training, evaluation and nodes.
 
-    Pictures are (B, 1, 3 or 4, H, W) of any size with values in [0, 1]; one channel is grey, a fourth
+    Images are (B, 1, 3 or 4, H, W) of any size with values in [0, 1]; one channel is grey, a fourth
     is alpha, laid on white. Both methods are differentiable to the pixels, also where a value left
     [0, 1]; who wants no gradient says `torch.no_grad()`. Parameters are frozen.
     """
@@ -26,16 +26,16 @@ class Reward(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """The network, so that a host can move it between devices; pictures follow it."""
+        """The network, so that a host can move it between devices; images follow it."""
         ...
 
     def score(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns one score (B,) per picture in float32; greater is better.
+        """Returns one score (B,) per image in float32; greater is better.
 
         A float64 network scores in float64.
 
         Raises:
-            HyperAlignError: pictures of another form or with NaN, numbers of pictures and prompts differ,
+            HyperAlignError: images of another form or with NaN, numbers of images and prompts differ,
                 or a prompt cannot be read.
         """
         ...

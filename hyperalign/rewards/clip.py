@@ -105,7 +105,7 @@ def embed_images(clip: Any, pixels_BCHW: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class ClipReward:
-    """Cosine of a picture's and its prompt's embedding, scaled or not."""
+    """Cosine of an image's and its prompt's embedding, scaled or not."""
 
     name: str
     module: ClipNetwork
@@ -116,7 +116,7 @@ class ClipReward:
     _texts: PromptCache = field(default_factory=PromptCache)
 
     def score(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns one score (B,) per picture, as `Reward.score`."""
+        """Returns one score (B,) per image, as `Reward.score`."""
         check_images(images_BCHW)
         check_prompts(prompts, images_BCHW.shape[0])
         with own_precision(self.module):

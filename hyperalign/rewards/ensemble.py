@@ -21,7 +21,7 @@ Combination = Literal["sum", "z-score", "rank"]
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """A reward's mean and deviation over reference pictures."""
+    """A reward's mean and deviation over reference images."""
 
     mean: float
     std: float
@@ -32,8 +32,8 @@ class Ensemble:
 
     - `sum`: sum of w_i s_i. Rewards have very different ranges; the weights must allow for that.
     - `z-score`: sum of w_i (s_i - mean_i) / std_i.
-    - `rank`: weighted mean of each picture's rank within its batch, from 0 for the worst to 1 for the
-      best. It has no gradient and says nothing about a picture alone.
+    - `rank`: weighted mean of each image's rank within its batch, from 0 for the worst to 1 for the
+      best. It has no gradient and says nothing about an image alone.
 
     Args:
         members: each reward with its weight.
@@ -61,14 +61,14 @@ class Ensemble:
         self.module = nn.ModuleDict({str(index): reward.module for index, reward in enumerate(self._rewards)})
 
     def score(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns one score (B,) per picture, as `Reward.score`; `rank` refuses pictures with a gradient."""
+        """Returns one score (B,) per image, as `Reward.score`; `rank` refuses images with a gradient."""
         return self.combine(self.breakdown(images_BCHW, prompts))
 
     def breakdown(self, images_BCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Returns each member's own scores (B,) by its name. Raises as `score`."""
         if self._combination == "rank" and images_BCHW.requires_grad and torch.is_grad_enabled():
             raise HyperAlignError(
-                "Ranks have no gradient, but the pictures ask for one. Combine the rewards as sum or z-score."
+                "Ranks have no gradient, but the images ask for one. Combine the rewards as sum or z-score."
             )
         return {reward.name: reward.score(images_BCHW, prompts) for reward in self._rewards}
 
@@ -103,7 +103,7 @@ def ranks(scores_BN: Tensor) -> Tensor:
 
 
 def calibrate(scores: Tensor) -> Calibration:
-    """Returns the calibration of a reward from its scores of reference pictures (at least 2).
+    """Returns the calibration of a reward from its scores of reference images (at least 2).
 
     Raises HyperAlignError on fewer, on scores that are all alike, or on NaN and infinite ones.
     """
@@ -111,12 +111,12 @@ def calibrate(scores: Tensor) -> Calibration:
     if std == 0.0:
         raise HyperAlignError(
             f"Found {scores.numel()} scores to calibrate with, all alike; expected some that differ. Score "
-            "more pictures."
+            "more images."
         )
     if not math.isfinite(std):
         raise HyperAlignError(
             f"Found scores to calibrate with whose deviation is {std}; expected finite ones. Leave out the "
-            "pictures whose score is NaN or infinite."
+            "images whose score is NaN or infinite."
         )
     return Calibration(float(scores.mean()), std)
 
@@ -157,7 +157,7 @@ def _calibrations_of(names: Sequence[str], found: Mapping[str, Calibration]) -> 
         if name not in found:
             raise HyperAlignError(
                 f"There is no calibration for {name}; found {', '.join(found) or 'none'}. Calibrate it on "
-                "reference pictures, or combine the rewards as sum or rank."
+                "reference images, or combine the rewards as sum or rank."
             )
         if not (math.isfinite(found[name].mean) and 0.0 < found[name].std < math.inf):
             raise HyperAlignError(

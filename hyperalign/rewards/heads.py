@@ -1,4 +1,4 @@
-"""What the aesthetic predictors share: a linear head on a picture's unit embedding."""
+"""What the aesthetic predictors share: a linear head on an image's unit embedding."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class HeadNetwork(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class HeadReward:
-    """The head's score of a picture; the prompt does not matter."""
+    """The head's score of an image; the prompt does not matter."""
 
     name: str
     module: HeadNetwork
     prepare: Preparation
 
     def score(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns one score (B,) per picture, as `Reward.score`."""
+        """Returns one score (B,) per image, as `Reward.score`."""
         check_images(images_BCHW)
         check_prompts(prompts, images_BCHW.shape[0])
         with own_precision(self.module):

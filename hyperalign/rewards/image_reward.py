@@ -1,4 +1,4 @@
-"""ImageReward v1.0 (arXiv 2304.05977): BLIP's picture-reading BERT tuned on human choices; about -2 to 2."""
+"""ImageReward v1.0 (arXiv 2304.05977): BLIP's image-reading BERT tuned on human choices; about -2 to 2."""
 
 from __future__ import annotations
 
@@ -69,15 +69,15 @@ class ImageRewardNetwork(nn.Module):
         self.head = ScoreHead(shape.text.width)
 
     def look(self, pixels_BCHW: Tensor) -> Tensor:
-        """Returns the picture's tokens (B, 197, 1024), [CLS] first."""
+        """Returns the image's tokens (B, 197, 1024), [CLS] first."""
         return self.vision(pixel_values=pixels_BCHW).last_hidden_state
 
-    def judge(self, picture_BNC: Tensor, tokens_BL: Tensor) -> Tensor:
-        """Returns standardised scores (B,) of pictures' tokens and prompts' tokens."""
+    def judge(self, image_BNC: Tensor, tokens_BL: Tensor) -> Tensor:
+        """Returns standardised scores (B,) of images' tokens and prompts' tokens."""
         read_BLC = self.text(
             input_ids=tokens_BL,
             attention_mask=(tokens_BL != BERT_PAD).long(),
-            encoder_hidden_states=picture_BNC,
+            encoder_hidden_states=image_BNC,
             is_decoder=False,
         ).last_hidden_state
         return (self.head(read_BLC[:, 0]) - MEAN) / STD
@@ -85,19 +85,19 @@ class ImageRewardNetwork(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class ImageReward:
-    """The score of a picture read together with its prompt."""
+    """The score of an image read together with its prompt."""
 
     name: str
     module: ImageRewardNetwork
     tokenize: Tokenizer
 
     def score(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns one score (B,) per picture, as `Reward.score`."""
+        """Returns one score (B,) per image, as `Reward.score`."""
         check_images(images_BCHW)
         check_prompts(prompts, images_BCHW.shape[0])
         with own_precision(self.module):
-            picture_BNC = self._look(images_BCHW)
-            return self.module.judge(picture_BNC, self.tokenize(prompts).to(picture_BNC.device))
+            image_BNC = self._look(images_BCHW)
+            return self.module.judge(image_BNC, self.tokenize(prompts).to(image_BNC.device))
 
     def embed_images(self, images_BCHW: Tensor) -> Tensor:
         """Returns the image encoder's unit [CLS] tokens (B, 1024), as `Reward.embed_images`."""

@@ -1,6 +1,6 @@
-"""Pictures on their way into a reward: checks, clamping, antialiased resizing, normalisation.
+"""Images on their way into a reward: checks, clamping, antialiased resizing, normalisation.
 
-All of it runs in float32 on the pictures' device and is differentiable to the pixels.
+All of it runs in float32 on the images' device and is differentiable to the pixels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import HyperAlignError
 from .networks import encoder_weight
 
 Preparation = Callable[[Tensor], Tensor]
-"""RGB pictures (B, 3, H, W) in [0, 1] -> what a network reads."""
+"""RGB images (B, 3, H, W) in [0, 1] -> what a network reads."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -26,16 +26,16 @@ KEYS_A = -0.5
 
 
 def check_images(images_BCHW: Tensor) -> None:
-    """Raises HyperAlignError unless these are pictures (B, 1, 3 or 4, H, W) of finite numbers."""
+    """Raises HyperAlignError unless these are images (B, 1, 3 or 4, H, W) of finite numbers."""
     shape = tuple(images_BCHW.shape)
     if len(shape) != 4 or shape[1] not in (1, 3, 4) or 0 in shape:
         raise HyperAlignError(
-            f"Found pictures of shape {shape}; expected (pictures, channels, height, width) with 1, 3 or 4 "
+            f"Found images of shape {shape}; expected (images, channels, height, width) with 1, 3 or 4 "
             "channels and nothing empty. Move the channels to the second place, or convert to RGB."
         )
     if not images_BCHW.is_floating_point():
         raise HyperAlignError(
-            f"Found pictures of {images_BCHW.dtype}; expected floating point in [0, 1]. Divide by 255."
+            f"Found images of {images_BCHW.dtype}; expected floating point in [0, 1]. Divide by 255."
         )
     if not bool(torch.isfinite(images_BCHW).all()):
         raise HyperAlignError(
@@ -45,7 +45,7 @@ def check_images(images_BCHW: Tensor) -> None:
 
 
 def network_pixels(images_BCHW: Tensor, network: nn.Module, prepare: Preparation) -> Tensor:
-    """Returns pictures as a network reads them, on its device and in its precision."""
+    """Returns images as a network reads them, on its device and in its precision."""
     weight = encoder_weight(network)
     images_BCHW = images_BCHW.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
     return prepare(clamp_straight_through(rgb(images_BCHW))).to(weight.dtype)
@@ -79,7 +79,7 @@ def clamp_straight_through(x: Tensor) -> Tensor:
 
 
 def crop_to_square(images_BCHW: Tensor, side: int) -> Tensor:
-    """Returns pictures (B, C, side, side): shortest side to `side`, then the centre.
+    """Returns images (B, C, side, side): shortest side to `side`, then the centre.
 
     This is CLIP's preprocessing, with its rounding (torchvision's Resize and CenterCrop).
     """
@@ -91,9 +91,9 @@ def crop_to_square(images_BCHW: Tensor, side: int) -> Tensor:
 
 
 def pad_to_square(images_BCHW: Tensor, side: int) -> Tensor:
-    """Returns pictures (B, C, side, side): longest side to `side`, black around.
+    """Returns images (B, C, side, side): longest side to `side`, black around.
 
-    This is the preprocessing of HPS v2. It resizes floating-point pictures, so it does not clamp what
+    This is the preprocessing of HPS v2. It resizes floating-point images, so it does not clamp what
     the cubic overshoots.
     """
     height, width = images_BCHW.shape[-2:]
@@ -105,7 +105,7 @@ def pad_to_square(images_BCHW: Tensor, side: int) -> Tensor:
 
 
 def stretch_to_square(images_BCHW: Tensor, side: int) -> Tensor:
-    """Returns pictures (B, C, side, side), each axis scaled on its own: SigLIP's preprocessing."""
+    """Returns images (B, C, side, side), each axis scaled on its own: SigLIP's preprocessing."""
     size = (side, side)
     return clamp_straight_through(resize_window(images_BCHW, size, (0, 0), size))
 
@@ -119,15 +119,15 @@ def normalise(images_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ..
 def resize_window(
     images_BCHW: Tensor, size: tuple[int, int], corner: tuple[int, int], window: tuple[int, int]
 ) -> Tensor:
-    """Returns a window of the antialiased bicubic resizing of pictures.
+    """Returns a window of the antialiased bicubic resizing of images.
 
     Each axis is a matrix product. Unlike with `F.interpolate` only the window is computed (a strip of
-    20,000 x 1 pixels costs no more than a photograph), gradients repeat exactly on a GPU, and pictures
-    that become 1 pixel wide are right. Values are those of Pillow on floating-point pictures.
+    20,000 x 1 pixels costs no more than a photograph), gradients repeat exactly on a GPU, and images
+    that become 1 pixel wide are right. Values are those of Pillow on floating-point images.
 
     Args:
-        images_BCHW: the pictures.
-        size: height and width of the whole resized picture.
+        images_BCHW: the images.
+        size: height and width of the whole resized image.
         corner: top and left of the window in it.
         window: height and width of the window.
     """
@@ -145,7 +145,7 @@ def bicubic_weights(length: int, resized: int, first: int, count: int) -> Tensor
     """Returns rows `first` to `first + count` of the matrix (resized, length) that resizes a line of pixels.
 
     Keys, "Cubic convolution interpolation" (1981); when it shrinks, the cubic is as many times wider.
-    Kept for the last two picture sizes: the next batch most often has the same.
+    Kept for the last two image sizes: the next batch most often has the same.
     """
     scale = length / resized
     centres_K = (torch.arange(first, first + count, dtype=torch.float64) + 0.5) * scale

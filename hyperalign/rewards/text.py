@@ -33,16 +33,16 @@ def page(url: str) -> str:
     return re.split("/resolve/|/raw/", url)[0].removeprefix("https://")
 
 
-def check_prompts(prompts: Sequence[object], pictures: int) -> None:
-    """Raises HyperAlignError unless there is one prompt, a string, for each picture."""
+def check_prompts(prompts: Sequence[object], images: int) -> None:
+    """Raises HyperAlignError unless there is one prompt, a string, for each image."""
     if isinstance(prompts, str):
         raise HyperAlignError(
-            f"Found one string {prompts!r}; expected a list with one prompt per picture. Repeat it in a list."
+            f"Found one string {prompts!r}; expected a list with one prompt per image. Repeat it in a list."
         )
-    if len(prompts) != pictures:
+    if len(prompts) != images:
         raise HyperAlignError(
-            f"Found {pictures} pictures and {len(prompts)} prompts; expected one prompt per picture. "
-            "Repeat the prompt for every picture."
+            f"Found {images} images and {len(prompts)} prompts; expected one prompt per image. "
+            "Repeat the prompt for every image."
         )
     for prompt in prompts:
         if not isinstance(prompt, str):
@@ -90,7 +90,7 @@ class Vocabulary:
     def _read(self, place: Path) -> Tokenizer:
         try:
             tokenize = self.read(place)
-            tokenize(["a picture"])
+            tokenize(["an image"])
         except Exception as error:
             raise HyperAlignError(
                 f"The tokenizer files in {place} cannot be read ({error}). Get {' and '.join(self.names)} "

@@ -1,4 +1,4 @@
-"""The embedded model's two rewards: the one its hypernetworks were trained with, and the held-out one."""
+"""The embedded model's two rewards: the one its hypernetworks were trained with, and the validation one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import HyperAlignError
-from ..tiny.evaluators import TinyHeldoutReward, TinyReward, load_heldout_reward, load_reward
+from ..tiny.evaluators import TinyReward, TinyValidationReward, load_reward, load_validation_reward
 from ..tiny.text_encoder import tokenize_batch
 from . import Reward
 from .images import check_images, network_pixels
@@ -18,7 +18,7 @@ from .networks import own_precision
 from .text import check_prompts
 
 PIXELS = 64
-LOADERS = {"tiny reward": load_reward, "tiny held-out reward": load_heldout_reward}
+LOADERS = {"tiny reward": load_reward, "tiny validation reward": load_validation_reward}
 NAMES = tuple(LOADERS)
 
 
@@ -27,10 +27,10 @@ class TinyPreference:
     """A tiny judge behind the `Reward` protocol."""
 
     name: str
-    module: TinyReward | TinyHeldoutReward
+    module: TinyReward | TinyValidationReward
 
     def score(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns one score (B,) per picture, as `Reward.score`; it also refuses unknown words."""
+        """Returns one score (B,) per image, as `Reward.score`; it also refuses unknown words."""
         check_images(images_BCHW)
         check_prompts(prompts, images_BCHW.shape[0])
         with own_precision(self.module):

@@ -1,7 +1,7 @@
 """The embedded world's judges: two preference rewards, a detector and a style classifier.
 
 `TinyReward` is what training maximises; the other three are held out and only measure.
-Pictures are (B, 3, 64, 64) in [0, 1]; tokens are those of `text_encoder.tokenize_batch`.
+Images are (B, 3, 64, 64) in [0, 1]; tokens are those of `text_encoder.tokenize_batch`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CELL = SIDE // GRID
 EMBEDDING = 128
 MAX_SCALE = 30.0
 RARE_LOG_ODDS = -5.0
-"""Where the detector's centre logits start: nearly all of a picture's 7,936 cells hold no centre."""
+"""Where the detector's centre logits start: nearly all of an image's 7,936 cells hold no centre."""
 SAME_OBJECT = 10.0
 """Two peaks closer than this many pixels are one object; drawn objects keep 21 apart."""
 
@@ -35,7 +35,7 @@ SAME_OBJECT = 10.0
 def _check_images(images_BCHW: Tensor) -> None:
     if images_BCHW.dim() != 4 or tuple(images_BCHW.shape[1:]) != (3, SIDE, SIDE):
         raise HyperAlignError(
-            f"The tiny judge was given pictures of shape {tuple(images_BCHW.shape)}; it expects "
+            f"The tiny judge was given images of shape {tuple(images_BCHW.shape)}; it expects "
             f"(batch, 3, {SIDE}, {SIDE}) in [0, 1]. Decode with the tiny model's VAE, or resize first."
         )
 
@@ -43,9 +43,9 @@ def _check_images(images_BCHW: Tensor) -> None:
 def _check_pairing(images_BCHW: Tensor, tokens_BL: Tensor) -> None:
     if tokens_BL.dim() != 2 or tokens_BL.shape[0] != images_BCHW.shape[0]:
         raise HyperAlignError(
-            f"The tiny reward was given {images_BCHW.shape[0]} pictures and tokens of shape "
-            f"{tuple(tokens_BL.shape)}; it expects one row of {CONTEXT_LENGTH} tokens per picture. "
-            "Repeat the prompt for every picture."
+            f"The tiny reward was given {images_BCHW.shape[0]} images and tokens of shape "
+            f"{tuple(tokens_BL.shape)}; it expects one row of {CONTEXT_LENGTH} tokens per image. "
+            "Repeat the prompt for every image."
         )
 
 
@@ -78,7 +78,7 @@ class _DualEncoder(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
     def feature_map(self, images_BCHW: Tensor) -> Tensor:
-        """Returns spatial features (B, feature_channels, 8, 8) of pictures in [-1, 1]."""
+        """Returns spatial features (B, feature_channels, 8, 8) of images in [-1, 1]."""
         raise NotImplementedError
 
     def pool_map(self, features_BCHW: Tensor) -> Tensor:
@@ -103,10 +103,10 @@ class _DualEncoder(nn.Module):
         return self.log_scale.exp().clamp(max=MAX_SCALE)
 
     def forward(self, images_BCHW: Tensor, tokens_BL: Tensor) -> Tensor:
-        """Returns one score per picture and prompt (B,).
+        """Returns one score per image and prompt (B,).
 
         Raises:
-            HyperAlignError: pictures are not (B, 3, 64, 64), or the tokens are not one row per picture.
+            HyperAlignError: images are not (B, 3, 64, 64), or the tokens are not one row per image.
         """
         _check_pairing(images_BCHW, tokens_BL)
         cosine_B = (self.embed_images(images_BCHW) * self.embed_texts(tokens_BL)).sum(dim=-1)
@@ -142,7 +142,7 @@ class TinyReward(_DualEncoder):
         self.text_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, EMBEDDING))
 
     def feature_map(self, images_BCHW: Tensor) -> Tensor:
-        """Returns spatial features (B, 96, 8, 8) of pictures in [-1, 1]."""
+        """Returns spatial features (B, 96, 8, 8) of images in [-1, 1]."""
         return self.stem(images_BCHW)
 
     def pool_map(self, features_BCHW: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class TinyReward(_DualEncoder):
         return self.text_head(self.transformer(x_BLC).mean(dim=1))
 
 
-class TinyHeldoutReward(_DualEncoder):
+class TinyValidationReward(_DualEncoder):
     """The reward that is never optimised: a patch transformer and a two-way GRU over the words."""
 
     feature_channels = 112
@@ -179,7 +179,7 @@ class TinyHeldoutReward(_DualEncoder):
         self.text_head = nn.Linear(160, EMBEDDING)
 
     def feature_map(self, images_BCHW: Tensor) -> Tensor:
-        """Returns spatial features (B, 112, 8, 8) of pictures in [-1, 1]."""
+        """Returns spatial features (B, 112, 8, 8) of images in [-1, 1]."""
         x_BLC = self.patches(images_BCHW).flatten(2).transpose(1, 2) + self.patch_position
         x_BLC = self.pool_norm(self.transformer(x_BLC))
         return x_BLC.transpose(1, 2).unflatten(2, (8, 8))
@@ -221,7 +221,7 @@ class TinyDetector(nn.Module):
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Returns logits of centres (B, 31 nouns, 16, 16) and of colours (B, 8, 16, 16).
 
-        Raises HyperAlignError when the pictures are not (B, 3, 64, 64).
+        Raises HyperAlignError when the images are not (B, 3, 64, 64).
         """
         _check_images(images_BCHW)
         near_BCHW = self.stem(images_BCHW * 2.0 - 1.0)
@@ -231,14 +231,14 @@ class TinyDetector(nn.Module):
 
     @torch.no_grad()
     def detect(self, images_BCHW: Tensor, threshold: float | None = None) -> list[list[Detection]]:
-        """Returns the objects of each picture, the most certain first; None uses the tuned threshold."""
+        """Returns the objects of each image, the most certain first; None uses the tuned threshold."""
         nouns_BNGG, colors_BKGG = self(images_BCHW)
         least = float(self.threshold) if threshold is None else threshold
         return decode_centres(nouns_BNGG.sigmoid().cpu(), colors_BKGG.cpu(), least)
 
 
 def decode_centres(heat_BNGG: Tensor, colors_BKGG: Tensor, threshold: float) -> list[list[Detection]]:
-    """Returns each picture's peaks above `threshold`; of peaks within 10 pixels only the highest stays."""
+    """Returns each image's peaks above `threshold`; of peaks within 10 pixels only the highest stays."""
     best_BGG, noun_BGG = heat_BNGG.max(dim=1)
     color_BGG = colors_BKGG.argmax(dim=1)
     highest_BGG = F.max_pool2d(best_BGG[:, None], 3, stride=1, padding=1)[:, 0]
@@ -307,9 +307,9 @@ def load_reward() -> TinyReward:
     return _filled(TinyReward(), "reward")
 
 
-def load_heldout_reward() -> TinyHeldoutReward:
-    """Returns the trained held-out reward, frozen; raises HyperAlignError as `load_reward`."""
-    return _filled(TinyHeldoutReward(), "heldout_reward")
+def load_validation_reward() -> TinyValidationReward:
+    """Returns the trained validation reward, frozen; raises HyperAlignError as `load_reward`."""
+    return _filled(TinyValidationReward(), "validation_reward")
 
 
 def load_detector() -> TinyDetector:

@@ -1,6 +1,6 @@
-"""GenEval's six families scored by rules from what a detector found in a picture.
+"""GenEval's six families scored by rules from what a detector found in an image.
 
-Rules as in GenEval (Ghosh et al. 2023, arXiv 2310.11513): a picture is right when everything the
+Rules as in GenEval (Ghosh et al. 2023, arXiv 2310.11513): an image is right when everything the
 prompt asks for is there. Extra objects do not make it wrong, except in `counting`, which asks for
 exactly that many and nothing else (GenEval only counts the class itself; our scenes are so small
 that a stray object is a wrong count).
@@ -50,7 +50,7 @@ def relation_holds(first: Detection, second: Detection, relation: Relation) -> b
 
 
 def is_correct(content: Content, detections: Sequence[Detection]) -> bool:
-    """Whether a picture with these detections shows the content (rules in the module's docstring)."""
+    """Whether an image with these detections shows the content (rules in the module's docstring)."""
     found = [matching(group, detections) for group in content.groups]
     if content.family == "counting":
         return len(found[0]) == len(detections) == content.groups[0].count
@@ -62,9 +62,9 @@ def is_correct(content: Content, detections: Sequence[Detection]) -> bool:
 
 
 def summarise(results: Iterable[tuple[Family, bool]]) -> dict[str, float]:
-    """Returns the share of right pictures per family and, as "overall", the mean of those shares.
+    """Returns the share of right images per family and, as "overall", the mean of those shares.
 
-    Families without a picture are left out of both.
+    Families without an image are left out of both.
 
     Raises:
         HyperAlignError: there is no result at all.
@@ -74,9 +74,7 @@ def summarise(results: Iterable[tuple[Family, bool]]) -> dict[str, float]:
         by_family[family].append(correct)
     shares = {str(family): sum(marks) / len(marks) for family, marks in by_family.items() if marks}
     if not shares:
-        raise HyperAlignError(
-            "There is nothing to summarise: no picture was scored; score at least one picture."
-        )
+        raise HyperAlignError("There is nothing to summarise: no image was scored; score at least one image.")
     return {"overall": sum(shares.values()) / len(shares), **shares}
 
 

@@ -1,6 +1,6 @@
 """The prompt grammar of EmojiScenes: GenEval's six families over a small closed vocabulary.
 
-A `Content` says what a picture must show; `caption` puts it into words; `near_miss` changes one
+A `Content` says what an image must show; `caption` puts it into words; `near_miss` changes one
 fact of it. Training data, preference pairs and the rule-based score all start from a `Content`.
 """
 

@@ -26,7 +26,7 @@ RUN_SECONDS = 300
 PACK = "hyperalign"
 """The pack's folder under custom_nodes, and so its heading in the template browser."""
 BRIGHT = 170
-"""No part of the dark page but text is as bright; the tiny model's pictures are, nearly everywhere."""
+"""No part of the dark page but text is as bright; the tiny model's images are, nearly everywhere."""
 
 NODE_STATE = """id => {
     const node = app.graph.nodes.find(node => node.id == id);
@@ -89,8 +89,8 @@ class FrontEnd:
         errors: What the console has complained about, in the form of `plain`.
     """
 
-    def __init__(self, browser: Browser, url: str, vue: bool, pictures: Path) -> None:
-        self.url, self.vue, self.pictures = url, vue, pictures
+    def __init__(self, browser: Browser, url: str, vue: bool, images: Path) -> None:
+        self.url, self.vue, self.images = url, vue, images
         self.errors: list[str] = []
         self.page: Page = browser.new_page(viewport=VIEWPORT, locale="en-US")
         self.page.set_default_timeout(WAIT_SECONDS * 1000)
@@ -205,7 +205,7 @@ class FrontEnd:
         raise AssertionError(f"The run was not done after {RUN_SECONDS} s.")
 
     def images(self, node: str) -> list[tuple[int, int]]:
-        """Waits for a node's pictures; returns width and height of those it has loaded."""
+        """Waits for a node's images; returns width and height of those it has loaded."""
         self.page.wait_for_function(f"id => ({NODE_STATE})(id).length > 0", arg=node)
         return [(width, height) for width, height in self.page.evaluate(NODE_STATE, node)]
 
@@ -220,7 +220,7 @@ class FrontEnd:
         return Image.open(io.BytesIO(self.page.screenshot(clip=clip)))
 
     def bright_pixels(self, node: str) -> int:
-        """Returns how much of a node's face is as bright as a picture."""
+        """Returns how much of a node's face is as bright as an image."""
         return sum(self.look(node).convert("L").histogram()[BRIGHT:])
 
     def add(self, node_type: str) -> str:
@@ -274,7 +274,7 @@ class FrontEnd:
 
     def path(self, name: str) -> Path:
         """Returns where a screenshot of this mode belongs."""
-        return self.pictures.with_name(f"{self.pictures.name}-{self.mode}-{name}.png")
+        return self.images.with_name(f"{self.images.name}-{self.mode}-{name}.png")
 
     def keep(self, name: str) -> None:
         """Saves what is on the screen."""

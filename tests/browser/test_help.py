@@ -28,7 +28,7 @@ def test_the_help_panel_opens_with_the_nodes_page(front, pack, path):
 
 
 def broken_images(shown):
-    """Returns the addresses of the pictures that do not load."""
+    """Returns the addresses of the images that do not load."""
     load = "image => image.decode().then(() => [], () => [image.src])"
     return shown.locator("img").evaluate_all(
         f"async images => (await Promise.all(images.map({load}))).flat()"

@@ -2,8 +2,8 @@
 
 from front_end import read
 
-PICTURE = 64 * 64
-"""Pixels of the tiny model's picture; the canvas enlarges none."""
+IMAGE = 64 * 64
+"""Pixels of the tiny model's image; the canvas enlarges none."""
 
 
 def opened(front, pack, name):
@@ -16,8 +16,8 @@ def opened(front, pack, name):
     return ids
 
 
-def run_and_see(front, nodes, seen=PICTURE // 2):
-    """Clicks Run; returns the sizes of each node's pictures, once they are seen on its face."""
+def run_and_see(front, nodes, seen=IMAGE // 2):
+    """Clicks Run; returns the sizes of each node's images, once they are seen on its face."""
     before = {node: front.bright_pixels(node) for node in nodes}
     outputs = front.run()
     assert set(nodes) <= outputs.keys()
@@ -28,11 +28,11 @@ def run_and_see(front, nodes, seen=PICTURE // 2):
     return sizes
 
 
-def test_the_tiny_models_pictures_appear(front, bare_errors, pack):
+def test_the_tiny_models_images_appear(front, bare_errors, pack):
     ids = opened(front, pack, "base_versus_aligned")
     with front.listening() as heard:
         run_and_see(front, ids["SaveImage"])
-        front.keep_all("picture")
+        front.keep_all("image")
     assert set(heard) - bare_errors == set()
 
 
@@ -42,11 +42,11 @@ def test_reward_badges_appear(front, bare_errors, pack):
         sizes = run_and_see(front, ids["HyperAlignRewardScore"])
         front.keep_all("badges")
     for images in sizes.values():
-        assert all(height > width for width, height in images)  # the strip under each square picture
+        assert all(height > width for width, height in images)  # the strip under each square image
     assert set(heard) - bare_errors == set()
 
 
-def test_the_trace_picture_appears(front, bare_errors, pack):
+def test_the_trace_image_appears(front, bare_errors, pack):
     ids = opened(front, pack, "trace")
     with front.listening() as heard:
         sizes = run_and_see(front, ids["HyperAlignTrace"])

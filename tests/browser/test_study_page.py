@@ -30,9 +30,9 @@ def study(tmp_path: Path) -> Path:
     for method in ("base", "aligned"):
         (tmp_path / method).mkdir()
         for name, colour in zip(NAMES, COLOURS, strict=True):
-            picture = Image.new("RGB", (512, 512), "white" if method == "base" else "lavender")
-            ImageDraw.Draw(picture).ellipse((90, 90, 420, 420), fill=colour)
-            picture.save(tmp_path / method / f"{name}.png")
+            image = Image.new("RGB", (512, 512), "white" if method == "base" else "lavender")
+            ImageDraw.Draw(image).ellipse((90, 90, 420, 420), fill=colour)
+            image.save(tmp_path / method / f"{name}.png")
     (tmp_path / "prompts.txt").write_text(f"a red apple\n{LONG_PROMPT}\na blue cloud\na drum\n")
     folders = [str(tmp_path / "base"), str(tmp_path / "aligned")]
     prompts, out = str(tmp_path / "prompts.txt"), str(tmp_path / "study.html")
@@ -79,7 +79,7 @@ def keep(page: Page, name: str) -> None:
 
 
 def press(page: Page, key: str) -> None:
-    """Presses a key when both pictures are there."""
+    """Presses a key when both images are there."""
     page.wait_for_function("() => trial.hidden || ready")
     page.keyboard.press(key)
 
@@ -184,7 +184,7 @@ def test_everything_fits_the_window(page: Page, size: tuple[int, int]):
         )
         assert width <= size[0]
         assert height <= size[1], "no question is below the fold"
-        boxes = [page.locator(".picture img").nth(side).bounding_box() for side in (0, 1)]
+        boxes = [page.locator(".image img").nth(side).bounding_box() for side in (0, 1)]
         assert all(box and min(box["width"], box["height"]) >= 110 for box in boxes)
         assert boxes[0]["width"] == boxes[1]["width"], "neither side is favoured"
         if step % 3 == 0:
@@ -193,7 +193,7 @@ def test_everything_fits_the_window(page: Page, size: tuple[int, int]):
         press(page, "0")
 
 
-def test_up_and_down_choose_only_where_the_pictures_are_stacked(page: Page):
+def test_up_and_down_choose_only_where_the_images_are_stacked(page: Page):
     page.keyboard.press("Enter")
     press(page, "ArrowDown")
     expect_question(page, 1, 2)
@@ -219,9 +219,9 @@ def test_held_keys_and_open_dialogs_answer_nothing(page: Page):
     page.keyboard.press("Escape")
     expect_question(page, 1, 2)
     page.keyboard.press("z")
-    expect(page.locator("#zoom-title")).to_have_text("First picture")
+    expect(page.locator("#zoom-title")).to_have_text("First image")
     page.keyboard.press("ArrowRight")
-    expect(page.locator("#zoom-title")).to_have_text("Second picture")
+    expect(page.locator("#zoom-title")).to_have_text("Second image")
     keep(page, "zoom")
     page.keyboard.press("Escape")
     expect_question(page, 1, 2)
@@ -243,7 +243,7 @@ def test_it_can_be_done_with_tab_and_enter_and_is_spoken(page: Page):
     page.keyboard.press("Enter")
     expect_question(page, 1, 2)
     expect(page.get_by_role("status")).to_contain_text("Which image is more visually appealing?")
-    expect(page.get_by_role("img", name="First picture")).to_be_visible()
+    expect(page.get_by_role("img", name="First image")).to_be_visible()
     expect(page.get_by_role("progressbar", name="Answers given")).to_have_attribute("value", "1")
     assert page.evaluate(UNNAMED) == 0
 

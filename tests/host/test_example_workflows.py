@@ -89,10 +89,10 @@ def test_a_fault_in_a_workflow_is_named(info, fault):
 def test_a_workflow_has_a_small_thumbnail_without_metadata(path):
     thumbnail = path.with_suffix(".jpg")
     assert thumbnail.stat().st_size <= MOST_THUMBNAIL_BYTES
-    with Image.open(thumbnail) as picture:
-        assert picture.format == "JPEG"
-        assert min(picture.size) >= 200
-        assert set(picture.info) <= {
+    with Image.open(thumbnail) as image:
+        assert image.format == "JPEG"
+        assert min(image.size) >= 200
+        assert set(image.info) <= {
             "jfif",
             "jfif_version",
             "jfif_unit",

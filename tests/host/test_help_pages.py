@@ -1,4 +1,4 @@
-"""The help pages: one for every node, with every input and output, a picture and the usual mistakes."""
+"""The help pages: one for every node, with every input and output, an image and the usual mistakes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scripts.schemas import inputs_of, own_nodes
 
 DOCS = Path(__file__).resolve().parents[2] / "web" / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-PICTURE = re.compile(r"!\[[^\]]+\]\(([^)]+)\)")
+IMAGE = re.compile(r"!\[[^\]]+\]\(([^)]+)\)")
 MOST_BYTES = 60_000
 
 
@@ -48,16 +48,16 @@ def test_a_page_says_what_goes_wrong_and_names_a_workflow_that_is_there(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_shows_a_small_picture_that_the_host_serves(server, page):
-    (source,) = PICTURE.findall(page.read_text(encoding="utf-8"))
+def test_a_page_shows_a_small_image_that_the_host_serves(server, page):
+    (source,) = IMAGE.findall(page.read_text(encoding="utf-8"))
     assert not source.startswith(("/", "http", "."))  # the help panel puts the folder of the pages before it
-    picture = DOCS / source
-    assert picture.stat().st_size <= MOST_BYTES
-    with Image.open(picture) as opened:
+    image = DOCS / source
+    assert image.stat().st_size <= MOST_BYTES
+    with Image.open(image) as opened:
         assert opened.width >= 400
         assert not opened.getexif()
     with urlopen(f"{server.url}/extensions/hyperalign/docs/{source}") as served:
-        assert served.read() == picture.read_bytes()
+        assert served.read() == image.read_bytes()
 
 
 def test_the_search_knows_every_node_by_other_words_where_the_host_can(server, nodes):

@@ -50,7 +50,7 @@ def info(server):
 def graph(
     steps: int = 4, strength: float = 1.0, prompt: str = "a red heart", file: str = "tiny_s.safetensors"
 ):
-    """Apply HyperAlign and the stock nodes, saving one picture at node 9."""
+    """Apply HyperAlign and the stock nodes, saving one image at node 9."""
     return {
         MODEL: {"class_type": "HyperAlignTinyModel", "inputs": {}},
         POSITIVE: {"class_type": "CLIPTextEncode", "inputs": {"clip": [MODEL, 1], "text": prompt}},
@@ -91,7 +91,7 @@ def sampler_graph(steps: int = 4, strength: float = 1.0):
     return nodes
 
 
-def picture(server, nodes) -> Image.Image:
+def image(server, nodes) -> Image.Image:
     result = server.client.run(nodes)
     return Image.open(io.BytesIO(server.client.image(result.outputs["9"]["images"][0]))).convert("RGB")
 
@@ -133,20 +133,20 @@ def test_an_example_workflow_runs(server, info, path):
     assert {key for key, output in result.outputs.items() if output.get("images")} == expected
 
 
-def test_scores_come_one_per_picture_with_their_table(server, info):
+def test_scores_come_one_per_image_with_their_table(server, info):
     result = server.client.run(to_prompt(load(WORKFLOWS / "score_rewards.json"), info))
     tables = [output["text"][0] for output in result.outputs.values() if "text" in output]
     assert len([table for table in tables if table.count("a black circle and") == 4 and "mean" in table]) >= 2
 
 
-def test_alignment_changes_the_picture_and_strength_zero_does_not(server):
-    base = picture(server, base_graph())
-    assert not same(base, picture(server, graph()))
-    assert same(base, picture(server, graph(strength=0.0)))
+def test_alignment_changes_the_image_and_strength_zero_does_not(server):
+    base = image(server, base_graph())
+    assert not same(base, image(server, graph()))
+    assert same(base, image(server, graph(strength=0.0)))
 
 
 def test_the_sampler_node_is_apply_and_ksampler_in_one(server):
-    assert same(picture(server, graph()), picture(server, sampler_graph()))
+    assert same(image(server, graph()), image(server, sampler_graph()))
 
 
 def test_an_exported_lora_is_offered_by_load_lora_and_draws_what_variant_i_draws(server):
@@ -175,16 +175,14 @@ def test_an_exported_lora_is_offered_by_load_lora_and_draws_what_variant_i_draws
         "class_type": "LoraLoaderModelOnly",
         "inputs": {"model": [MODEL, 0], "lora_name": path.name, "strength_model": 1.0},
     }
-    expected, drawn, base = (
-        picture(server, without_guidance(nodes)) for nodes in (live, loaded, base_graph())
-    )
+    expected, drawn, base = (image(server, without_guidance(nodes)) for nodes in (live, loaded, base_graph()))
     extremes = ImageChops.difference(expected, drawn).getextrema()
     assert max(high for _, high in extremes) <= 3  # of 255: the file is float16
     assert not same(expected, base)
 
 
-def test_after_an_interrupt_the_same_graph_gives_the_same_pictures(server):
-    before = picture(server, base_graph()), picture(server, graph())
+def test_after_an_interrupt_the_same_graph_gives_the_same_images(server):
+    before = image(server, base_graph()), image(server, graph())
 
     def interrupt(event):
         if event["type"] == "progress" and event["data"]["value"] >= 3:
@@ -193,8 +191,8 @@ def test_after_an_interrupt_the_same_graph_gives_the_same_pictures(server):
     with pytest.raises(ComfyInterrupted):
         server.client.run(graph(steps=5000), on_event=interrupt)
     server.client.free()
-    assert same(before[0], picture(server, base_graph()))
-    assert same(before[1], picture(server, graph()))
+    assert same(before[0], image(server, base_graph()))
+    assert same(before[1], image(server, graph()))
 
 
 def test_cancelling_best_of_n_saves_the_best_so_far(server, info):
@@ -215,7 +213,7 @@ def test_cancelling_best_of_n_saves_the_best_so_far(server, info):
         assert cancelled
 
 
-def test_what_no_picture_reaches_ends_quietly(server, info):
+def test_what_no_image_reaches_ends_quietly(server, info):
     nodes = to_prompt(load(WORKFLOWS / "select_by_reward.json"), info)
     (select,) = (node for node in nodes.values() if node["class_type"] == "HyperAlignSelect")
     select["inputs"] |= {"mode": "threshold", "threshold": 5.0}

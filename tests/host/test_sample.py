@@ -37,17 +37,17 @@ def sample(*arguments: str, url: str | None = None, cwd: Path) -> subprocess.Com
 
 
 def same(first: Path, second: Path) -> bool:
-    pictures = [Image.open(path).convert("RGB") for path in (first, second)]
-    return ImageChops.difference(*pictures).getbbox() is None
+    images = [Image.open(path).convert("RGB") for path in (first, second)]
+    return ImageChops.difference(*images).getbbox() is None
 
 
-def test_a_workflow_runs_with_its_settings_and_its_pictures_hold_them(server, tmp_path):
+def test_a_workflow_runs_with_its_settings_and_its_images_hold_them(server, tmp_path):
     settings = ("--set", "prompt=a green heart", "--set", "*.seed=11", *FEW_STEPS)
-    done = sample("--workflow", str(WORKFLOW), *settings, "--out", "pictures", url=server.url, cwd=tmp_path)
+    done = sample("--workflow", str(WORKFLOW), *settings, "--out", "images", url=server.url, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     paths = [tmp_path / line for line in done.stdout.splitlines()]
     assert len(paths) == 2
-    assert all(path.parent == tmp_path / "pictures" for path in paths)
+    assert all(path.parent == tmp_path / "images" for path in paths)
     assert not same(*paths), "base and aligned must differ"
     assert "text of 'Prompt' (#2) = a green heart" in done.stderr
     assert "KSampler" in done.stderr or "Base" in done.stderr, "progress names the nodes"
@@ -58,7 +58,7 @@ def test_a_workflow_runs_with_its_settings_and_its_pictures_hold_them(server, tm
     assert nodes[6]["widgets_values"][:3] == [11, "fixed", 2]
 
 
-def test_the_exported_workflow_gives_the_same_picture_and_overwrites_nothing(server, tmp_path):
+def test_the_exported_workflow_gives_the_same_image_and_overwrites_nothing(server, tmp_path):
     info = server.client.object_info()
     (tmp_path / "api.json").write_text(json.dumps(to_prompt(load(WORKFLOW), info)))
     runs = [
@@ -116,7 +116,7 @@ def test_a_wrong_value_is_refused_before_anything_is_queued(server, tmp_path):
     assert len(server.client.get("/history")) == before
 
 
-def test_a_picture_is_uploaded_where_a_node_wants_one(server, tmp_path):
+def test_a_image_is_uploaded_where_a_node_wants_one(server, tmp_path):
     Image.new("RGB", (24, 16), (10, 200, 30)).save(tmp_path / "a photo.png")
     graph = {
         "1": {"class_type": "LoadImage", "inputs": {"image": "nothing.png"}},

@@ -17,7 +17,7 @@ SAMPLING = {
 
 
 def graph(seed, sampler):
-    """A picture by HyperAlign Sampler, or by Apply HyperAlign and KSampler; the trace is output 1 of 6."""
+    """An image by HyperAlign Sampler, or by Apply HyperAlign and KSampler; the trace is output 1 of 6."""
     model = {"model": ["1", 0], "hypernetwork": ["5", 0], "variant": "auto", "strength": 1.0}
     nodes = {
         "1": {"class_type": "HyperAlignTinyModel", "inputs": {}},
@@ -84,12 +84,12 @@ def test_the_trace_follows_the_seed(server, sampler):
     assert first["tracks"][0]["norm"] != second["tracks"][0]["norm"]
 
 
-def test_the_picture_is_shown_in_the_node(server):
+def test_the_image_is_shown_in_the_node(server):
     result = server.client.run(with_trace(graph(104, True)))
     shown = server.client.image(result.outputs["10"]["images"][0])
-    picture = Image.open(io.BytesIO(shown))
-    assert picture.width == 1000
-    assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+    image = Image.open(io.BytesIO(shown))
+    assert image.width == 1000
+    assert len(image.convert("RGB").getcolors(1 << 24)) > 50
 
 
 def test_apply_without_the_sampled_latent_is_explained(server):

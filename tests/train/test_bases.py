@@ -21,7 +21,7 @@ from train.config import BaseName, ModelConfig, ObjectiveConfig, OptimConfig, Tr
 from train.models.autoencoder import Autoencoder
 from train.models.base import Base, Conditions
 from train.models.flux import Flux, pack, places, unpack
-from train.models.image_encoder import picture_encoder
+from train.models.image_encoder import image_encoder
 from train.models.load import KINDS, check_folder, load_base, make_base, text_fingerprint
 from train.models.true_shape import (
     TRUE_SHAPES,
@@ -85,7 +85,7 @@ def texts(name: BaseName, prompts: list[str]) -> Conditions:
 
 
 def losses(name: BaseName, base: Base, adapter: Adapter, schedule: Schedule) -> torch.Tensor:
-    """Both losses of two pictures, as a training step adds them up."""
+    """Both losses of two images, as a training step adds them up."""
     generator = torch.Generator().manual_seed(1)
     x0, noise = torch.randn(2, 2, *base.latent_shape, generator=generator).unbind()
     prompts = ["a cat", "two trees"]
@@ -196,7 +196,7 @@ def test_a_folder_in_diffusers_layout_is_read(tmp_path: Path, name: BaseName) ->
     latents = model.encode(pixels)
     assert tuple(latents.shape[1:]) == model.latent_shape
     assert model.decode(latents).shape == pixels.shape
-    encoder = picture_encoder(config, CPU)
+    encoder = image_encoder(config, CPU)
     torch.testing.assert_close(encoder.encode(pixels), latents)
     assert encoder.resolution == 64
     if name in ("sd15", "sdxl"):

@@ -19,7 +19,7 @@ from hyperalign.errors import HyperAlignError
 from hyperalign.hypernetwork import HyperNetworkConfig
 from train.config import DataConfig, EvalConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
 from train.data.shards import ShardHeader, shard_path, write_shard
-from train.models.image_encoder import picture_encoder
+from train.models.image_encoder import image_encoder
 from train.models.true_shape import Shape, architecture
 from train.preflight.check import Device, check, inputs, memory_line
 from train.preflight.estimate import Memory
@@ -70,7 +70,7 @@ def config(tmp_path: Path, base: Path) -> TrainConfig:
     """A recipe whose files are all there."""
     shutil.copytree(base, tmp_path / "base")
     (tmp_path / "prompts.txt").write_text("a\na a\n", encoding="utf-8")
-    (tmp_path / "heldout.txt").write_text("a a a\n", encoding="utf-8")
+    (tmp_path / "validation.txt").write_text("a a a\n", encoding="utf-8")
     (tmp_path / "rewards" / "clip-vit-large-patch14").mkdir(parents=True)
     save_file(
         {"weight": torch.zeros(1)}, tmp_path / "rewards" / "clip-vit-large-patch14" / "model.safetensors"
@@ -83,10 +83,10 @@ def config(tmp_path: Path, base: Path) -> TrainConfig:
             prompts=tmp_path / "prompts.txt", preferred=tmp_path / "preferred",
             embeddings=tmp_path / "embeddings", rewards=tmp_path / "rewards",
         ),
-        eval=EvalConfig(file=tmp_path / "heldout.txt"),
+        eval=EvalConfig(file=tmp_path / "validation.txt"),
         run=RunConfig(out=tmp_path / "run"),
     )  # fmt: skip
-    write_preferred(made, picture_encoder(made, CPU).fingerprint)
+    write_preferred(made, image_encoder(made, CPU).fingerprint)
     return made
 
 
@@ -105,8 +105,8 @@ def test_a_sound_recipe_is_told_what_it_takes(config: TrainConfig, monkeypatch: 
     for line in (
         f"frozen parameters: backbone {numbers:.1f} M, autoencoder",
         "for 80 attention projections",
-        "a step of 4 processes: 8 rollouts of 10 steps, 16 pictures with reward gradient, 16 preferred",
-        "data: 2 prompts, 1 held out, 2 captions of pictures",
+        "a step of 4 processes: 8 rollouts of 10 steps, 16 images with reward gradient, 16 preferred",
+        "data: 2 prompts, 1 held out, 2 captions of images",
         "starts anew in",
         "(4 texts to encode once)",
         "estimate of peak memory",
@@ -141,7 +141,7 @@ def truncate(path: Path) -> None:
 
 def other_shapes(config: TrainConfig) -> None:
     shard_path(config.data.preferred, 0).unlink()
-    write_preferred(config, picture_encoder(config, CPU).fingerprint, (16, 8, 8))
+    write_preferred(config, image_encoder(config, CPU).fingerprint, (16, 8, 8))
 
 
 def another_family(config: TrainConfig) -> None:

@@ -8,11 +8,11 @@ import pytest
 
 from hyperalign.errors import HyperAlignError
 from hyperalign.tiny.prompts import FAMILIES
-from train.tiny.dataset import heldout_prompts, training_prompts
+from train.tiny.dataset import training_prompts, validation_prompts
 
 
 def test_held_out_prompts_are_distinct_and_never_trained_on() -> None:
-    prompts = heldout_prompts(240, seed=2601)
+    prompts = validation_prompts(240, seed=2601)
     assert len({text for text, _ in prompts}) == 240
     assert not {text for text, _ in prompts} & set(training_prompts(2000, seed=0))
     assert set(Counter(content.family for _, content in prompts)) == set(FAMILIES)
@@ -21,4 +21,4 @@ def test_held_out_prompts_are_distinct_and_never_trained_on() -> None:
 def test_asking_for_more_prompts_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.tiny.dataset.ENOUGH_DRAWS", 2)
     with pytest.raises(HyperAlignError, match="Ask for fewer"):
-        heldout_prompts(100_000, seed=0)
+        validation_prompts(100_000, seed=0)

@@ -1,4 +1,4 @@
-"""Thousands of pictures go through encoding, stop, go on, spread over processes; bad ones are left out."""
+"""Thousands of images go through encoding, stop, go on, spread over processes; bad ones are left out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hyperalign.errors import HyperAlignError
 from hyperalign.hosts.diffusers.tiny import TinyBase, load_tiny
 from train.data.encoding import Counts, Prepared, encode, prepare
 from train.data.preference import UnsafeMark, open_source
-from train.data.preference.image import BadPicture, EncodedPicture, Source
+from train.data.preference.image import BadImage, EncodedImage, Source
 from train.data.shards import LatentShards, shard_path
 from train.encode import left_out, main
 
@@ -98,7 +98,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def stop_after(units: int) -> Callable[[Counts], None]:
     def progress(counts: Counts) -> None:
         # in the middle of the unit after that
-        if counts.units == units and counts.pictures % ROW_GROUP:
+        if counts.units == units and counts.images % ROW_GROUP:
             raise KeyboardInterrupt
 
     return progress
@@ -108,11 +108,11 @@ def stop_after(units: int) -> Callable[[Counts], None]:
 def whole(pickapic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole")
     counts = encode(open_source("auto", pickapic), Pooling(), out)
-    assert counts == Counts(units=24, pictures=ROWS - TIES)
+    assert counts == Counts(units=24, images=ROWS - TIES)
     return out
 
 
-def test_every_preferred_picture_is_in_the_shards(whole: Path) -> None:
+def test_every_preferred_image_is_in_the_shards(whole: Path) -> None:
     shards = LatentShards(whole, "pooling", 64)
     assert (len(shards), shards.shape) == (2100, (4, 16, 16))
     _, captions = shards.read(range(2100))
@@ -130,7 +130,7 @@ def test_an_interrupted_run_goes_on_and_writes_the_same_shards(
     left_over = tmp_path / f".{shard_path(tmp_path, 15).name}.1.partial"
     left_over.write_bytes(b"half a shard of a process that was killed")
     assert encode(source, Pooling(), tmp_path) == Counts(
-        units=24, reused=15, pictures=sum(i % 8 > 0 for i in range(15 * ROW_GROUP, ROWS))
+        units=24, reused=15, images=sum(i % 8 > 0 for i in range(15 * ROW_GROUP, ROWS))
     )
     assert contents(tmp_path) == contents(whole)
     assert not left_over.exists()
@@ -142,12 +142,12 @@ def test_two_processes_write_the_shards_of_one(pickapic: Path, whole: Path, tmp_
     first = encode(source, Pooling(), tmp_path, rank=0, world=2, workers=2)
     assert set(contents(tmp_path)) == {shard_path(tmp_path, unit).name for unit in range(0, 24, 2)}
     second = encode(source, Pooling(), tmp_path, rank=1, world=2)
-    assert first.pictures + second.pictures == ROWS - TIES
+    assert first.images + second.images == ROWS - TIES
     assert contents(tmp_path) == contents(whole)
 
 
 def write_list(folder: Path, count: int, bad: int = 0) -> Source:
-    """Returns a JSONL source whose last `bad` pictures are cut off."""
+    """Returns a JSONL source whose last `bad` images are cut off."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(1)
     rows: list[str] = []
@@ -159,24 +159,24 @@ def write_list(folder: Path, count: int, bad: int = 0) -> Source:
     return open_source("jsonl", folder / "list.jsonl")
 
 
-def test_the_embedded_autoencoder_makes_latents_that_decode_to_the_pictures(tmp_path: Path) -> None:
+def test_the_embedded_autoencoder_makes_latents_that_decode_to_the_images(tmp_path: Path) -> None:
     source = write_list(tmp_path / "in", 40)
     base = load_tiny()
-    assert encode(source, Embedded(base), tmp_path / "out", batch=16).pictures == 40
+    assert encode(source, Embedded(base), tmp_path / "out", batch=16).images == 40
     latents, captions = LatentShards(tmp_path / "out", "tiny").read(range(40))
     assert latents.shape == (40, 4, 16, 16)
     assert captions == [f"scene {i}" for i in range(40)]
-    originals = [found for found in source.read(0) if isinstance(found, EncodedPicture)]
+    originals = [found for found in source.read(0) if isinstance(found, EncodedImage)]
     ready = [found for each in originals if isinstance(found := prepare(each, 64, 0), Prepared)]
     pixels = torch.from_numpy(np.stack([found.pixels_HWC for found in ready])).permute(0, 3, 1, 2) / 255.0
     with torch.no_grad():
         assert F.mse_loss(base.decode(latents.float()), pixels) < 0.1 * pixels.var()
 
 
-def test_bad_pictures_up_to_one_in_a_hundred_are_left_out_and_named(tmp_path: Path) -> None:
+def test_bad_images_up_to_one_in_a_hundred_are_left_out_and_named(tmp_path: Path) -> None:
     source = write_list(tmp_path / "in", 300, bad=3)
     counts = encode(source, Pooling(), tmp_path / "out")
-    assert counts == Counts(units=1, pictures=297, bad=3)
+    assert counts == Counts(units=1, images=297, bad=3)
     named = [json.loads(line) for line in (tmp_path / "out" / "bad.jsonl").read_text().splitlines()]
     assert [(row["unit"], row["name"]) for row in named] == [
         (0, f"list.jsonl:{i + 1}:{i}.jpg") for i in (297, 298, 299)
@@ -185,17 +185,17 @@ def test_bad_pictures_up_to_one_in_a_hundred_are_left_out_and_named(tmp_path: Pa
     assert LatentShards(tmp_path / "out").read([296])[1] == ["scene 296"]
 
 
-def test_more_bad_pictures_stop_the_run_and_are_named(tmp_path: Path) -> None:
+def test_more_bad_images_stop_the_run_and_are_named(tmp_path: Path) -> None:
     source = write_list(tmp_path / "in", 300, bad=4)
     with pytest.raises(
-        HyperAlignError, match=r"3 of 299 pictures are bad; at most 1 % may be. The last is list\.jsonl"
+        HyperAlignError, match=r"3 of 299 images are bad; at most 1 % may be. The last is list\.jsonl"
     ):
         encode(source, Pooling(), tmp_path / "out", batch=4)
     assert len((tmp_path / "out" / "bad.jsonl").read_text().splitlines()) == 3
     assert not contents(tmp_path / "out")
 
 
-def test_latents_that_are_not_finite_are_bad_pictures(tmp_path: Path) -> None:
+def test_latents_that_are_not_finite_are_bad_images(tmp_path: Path) -> None:
     @dataclasses.dataclass(frozen=True)
     class Overflowing(Pooling):
         def encode(self, images_BCHW: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ def test_a_broken_unit_is_left_out_until_it_is_whole(tars: Path, tmp_path: Path)
     whole = (tars / "1.tar").read_bytes()
     (tars / "1.tar").write_bytes(whole[:600])
     out = tmp_path / "out"
-    assert encode(open_source("auto", tars), Pooling(), out) == Counts(units=3, broken=1, pictures=3)
+    assert encode(open_source("auto", tars), Pooling(), out) == Counts(units=3, broken=1, images=3)
     assert not shard_path(out, 1).exists()
     assert json.loads((out / "bad.jsonl").read_text())["name"] == "1.tar"
     (tars / "2.tar").write_bytes(whole[:600])
@@ -238,7 +238,7 @@ def test_a_broken_unit_is_left_out_until_it_is_whole(tars: Path, tmp_path: Path)
         encode(open_source("auto", tars), Pooling(), out)
     for number in (1, 2):
         (tars / f"{number}.tar").write_bytes(whole)
-    assert encode(open_source("auto", tars), Pooling(), out) == Counts(units=4, reused=2, pictures=2)
+    assert encode(open_source("auto", tars), Pooling(), out) == Counts(units=4, reused=2, images=2)
 
 
 def test_a_corrupt_shard_is_made_again_alone(tars: Path, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_a_corrupt_shard_is_made_again_alone(tars: Path, tmp_path: Path) -> None
     encode(open_source("auto", tars), Pooling(), out)
     before = contents(out)
     shard_path(out, 2).write_bytes(before[shard_path(out, 2).name][:-1])
-    assert encode(open_source("auto", tars), Pooling(), out) == Counts(units=4, reused=3, pictures=1)
+    assert encode(open_source("auto", tars), Pooling(), out) == Counts(units=4, reused=3, images=1)
     assert contents(out) == before
 
 
@@ -255,7 +255,7 @@ def test_shards_of_something_else_are_never_mixed_in(tars: Path, tmp_path: Path)
     encode(open_source("auto", tars), Pooling(), out)
     with pytest.raises(HyperAlignError, match=r"was encoded by pooling, not sdxl. Choose another --out"):
         encode(open_source("auto", tars), Pooling(fingerprint="sdxl"), out)
-    with pytest.raises(HyperAlignError, match="holds pictures with a side of 64, not 128"):
+    with pytest.raises(HyperAlignError, match="holds images with a side of 64, not 128"):
         encode(open_source("auto", tars), Pooling(resolution=128), out)
     (tars / "0.tar").unlink()
     with pytest.raises(HyperAlignError, match=r"was made from 0\.tar, not 1\.tar"):
@@ -296,8 +296,8 @@ def test_an_out_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         encode(write_list(tmp_path / "in", 1), Pooling(), tmp_path / "file" / "out")
 
 
-def stripes(width: int, height: int) -> EncodedPicture:
-    """Returns a picture that is green in the square of its middle and red beside it."""
+def stripes(width: int, height: int) -> EncodedImage:
+    """Returns an image that is green in the square of its middle and red beside it."""
     side = min(width, height)
     image = Image.new("RGB", (width, height), (255, 0, 0))
     image.paste(
@@ -305,11 +305,11 @@ def stripes(width: int, height: int) -> EncodedPicture:
     )
     file = io.BytesIO()
     image.save(file, "PNG")
-    return EncodedPicture("a", file.getvalue(), "a")
+    return EncodedImage("a", file.getvalue(), "a")
 
 
 @pytest.mark.parametrize(("width", "height"), [(90, 30), (30, 90), (32, 32), (200, 128), (16, 16)])
-def test_pictures_are_cropped_in_the_middle(width: int, height: int) -> None:
+def test_images_are_cropped_in_the_middle(width: int, height: int) -> None:
     found = prepare(stripes(width, height), 32, 0)
     assert isinstance(found, Prepared)
     assert found.pixels_HWC.shape == (32, 32, 3)
@@ -320,17 +320,17 @@ def test_shrinking_does_not_alias() -> None:
     board = np.indices((256, 256)).sum(0) % 2 * 255
     file = io.BytesIO()
     Image.fromarray(board.astype(np.uint8)).save(file, "PNG")
-    found = prepare(EncodedPicture("a", file.getvalue(), "a"), 60, 0)
+    found = prepare(EncodedImage("a", file.getvalue(), "a"), 60, 0)
     assert isinstance(found, Prepared)
     assert found.pixels_HWC[8:-8, 8:-8].std() < 6
 
 
-def test_pictures_that_would_be_enlarged_may_be_left_out(tmp_path: Path) -> None:
+def test_images_that_would_be_enlarged_may_be_left_out(tmp_path: Path) -> None:
     assert prepare(stripes(90, 30), 32, min_side=31) is None
     source = write_list(tmp_path / "in", 3)
     counts = encode(source, Pooling(), tmp_path / "out", min_side=65)
     assert counts == Counts(units=1, small=3)
-    assert not isinstance(prepare(BadPicture("a", "b"), 32, 0), Prepared)
+    assert not isinstance(prepare(BadImage("a", "b"), 32, 0), Prepared)
 
 
 def test_two_processes_of_the_command_line_encode_every_unit_once(tars: Path, tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ def test_two_processes_of_the_command_line_encode_every_unit_once(tars: Path, tm
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], said
-    assert said[0][0] == f"Encoded 2 pictures in this process to {out}.\n"
+    assert said[0][0] == f"Encoded 2 images in this process to {out}.\n"
     shards = LatentShards(out, resolution=64)
     assert (len(shards), shards.shape) == (4, (4, 16, 16))
 
@@ -375,7 +375,7 @@ def test_the_command_line_says_in_one_sentence_what_is_wrong(
     assert "1 units cannot be read and were left out" in capsys.readouterr().err
 
 
-def test_unsafe_pictures_are_left_out_counted_and_remembered(tmp_path: Path) -> None:
+def test_unsafe_images_are_left_out_counted_and_remembered(tmp_path: Path) -> None:
     write_list(tmp_path / "in", 10)
     path, mark = tmp_path / "in" / "list.jsonl", UnsafeMark("nsfw", 0.2)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -383,10 +383,10 @@ def test_unsafe_pictures_are_left_out_counted_and_remembered(tmp_path: Path) -> 
     path.write_text("\n".join(lines))
     out = tmp_path / "out"
     counts = encode(open_source("jsonl", path, mark), Pooling(), out, unsafe=mark)
-    assert (counts.pictures, counts.unsafe, counts.bad) == (3, 7, 0)
+    assert (counts.images, counts.unsafe, counts.bad) == (3, 7, 0)
     assert left_out(counts) == "Left out: 7 marked unsafe."
-    assert LatentShards(out).left_out() == "7 of 10 pictures left out as unsafe (nsfw > 0.2)"
+    assert LatentShards(out).left_out() == "7 of 10 images left out as unsafe (nsfw > 0.2)"
     again = encode(open_source("jsonl", path, mark), Pooling(), out, unsafe=mark)
-    assert (again.reused, again.pictures) == (1, 0)
+    assert (again.reused, again.images) == (1, 0)
     with pytest.raises(HyperAlignError, match="unsafe nsfw > 0.2, not nothing. Choose another --out"):
         encode(open_source("jsonl", path), Pooling(), out)

@@ -39,10 +39,10 @@ def test_models_too_large_for_the_gpu_say_what_to_lower(
     assert "set model.vae to taesd" in last_line(capsys)
 
 
-def test_too_large_batches_of_pictures_say_what_to_lower(
+def test_too_large_batches_of_images_say_what_to_lower(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("train.encode.picture_encoder", fills_memory)
+    monkeypatch.setattr("train.encode.image_encoder", fills_memory)
     (tmp_path / "list.jsonl").write_text('{"image": "a.jpg", "caption": "a"}', encoding="utf-8")
     recipe, source = str(RECIPES / "tiny_s.toml"), str(tmp_path / "list.jsonl")
     assert encode.main(["--recipe", recipe, "--source", source, "--out", str(tmp_path), "--batch", "8"]) == 1

@@ -215,7 +215,7 @@ CASES: dict[str, tuple[BaseName, dict[str, Any], dict[str, Any]]] = {
     "P separate": ("sd15", {"variant": "P", "key_times": (0.6,), "mode": "separate"}, {}),
     "I prefix": ("flux", {"variant": "I"}, {}),
     "S separate in small batches": ("flux", {"mode": "separate"}, {"micro_batch": 1}),
-    "S prefix from noised pictures": ("flux", {"checkpointing": "decoder"}, {"state": "noised"}),
+    "S prefix from noised images": ("flux", {"checkpointing": "decoder"}, {"state": "noised"}),
 }
 
 
@@ -249,14 +249,14 @@ def test_memory_is_what_lies_there_and_the_greatest_moment() -> None:
     memory = step_memory(config, PARTS)
     assert memory.weights == frozen_bytes(config, PARTS) == 4 * 110
     assert memory.optimiser == 20 * 5
-    # Four rows of two pictures wait for a decoder that keeps 1 GiB and peaks at 6 GiB a picture.
+    # Four rows of two images wait for a decoder that keeps 1 GiB and peaks at 6 GiB an image.
     assert memory.decoder == (4 * 3 + 2 * 6) * GIB
     assert memory.reward == (4 * 3 + 2 * (1 + 2)) * GIB
     assert memory.peak == memory.weights + memory.optimiser + memory.decoder
 
 
 @given(factor=st.integers(2, 9))
-def test_work_grows_with_pictures_and_memory_does_not(factor: int) -> None:
+def test_work_grows_with_images_and_memory_does_not(factor: int) -> None:
     once = config_of("sd15", state="noised")
     more = with_objective(
         once, prompts=factor * once.objective.prompts, preferred=factor * once.objective.preferred

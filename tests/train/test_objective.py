@@ -119,7 +119,7 @@ def test_the_conditional_half_alone_gives_the_same_prediction_and_another_gradie
 
 
 @pytest.mark.parametrize(("variant", "u"), [("I", 1.0), ("P", 0.6)])
-def test_noised_pictures_take_the_weights_of_the_time_when_a_run_writes_them(
+def test_noised_images_take_the_weights_of_the_time_when_a_run_writes_them(
     base: Tiny, variant: str, u: float
 ) -> None:
     states = some_states(base, Schedule(variant, (0.6,) if variant == "P" else ()))

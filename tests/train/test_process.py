@@ -28,7 +28,7 @@ def pair(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @each_process
 @given(u=st.floats(0.01, 0.99), seed=st.integers(0, 2**31 - 1))
-def test_an_ideal_output_gives_back_picture_and_noise(process: Process, u: float, seed: int) -> None:
+def test_an_ideal_output_gives_back_image_and_noise(process: Process, u: float, seed: int) -> None:
     x0, noise = pair(seed)
     t_B = process.at(torch.tensor([u, u], dtype=torch.float64))
     x_t = process.add_noise(x0, noise, t_B)

@@ -121,7 +121,7 @@ def test_what_makes_another_run_is_refused_and_named(name: str, value: Any) -> N
         require_same_run(json.dumps(identity(config)), changed(config, name, value))
 
 
-def test_other_pictures_in_the_same_folder_are_noticed(tmp_path: Path) -> None:
+def test_other_images_in_the_same_folder_are_noticed(tmp_path: Path) -> None:
     config = changed(config_of(tmp_path), "data.preferred", tmp_path)
     saved = json.dumps(identity(config))
     assert require_same_run(saved, config) == []

@@ -54,10 +54,10 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_the_log_forgets_what_will_be_done_again(tmp_path: Path) -> None:
     log = Log(tmp_path / "log.jsonl")
     for step in range(5):
-        log.append({"step": step, "loss": 1 / 3, "heldout": {"clip": 2 / 3}})
+        log.append({"step": step, "loss": 1 / 3, "validation": {"clip": 2 / 3}})
     log.truncate(3)
     rows = [json.loads(line) for line in log.path.read_text(encoding="utf-8").splitlines()]
-    assert rows == [{"step": step, "loss": 0.333333, "heldout": {"clip": 0.666667}} for step in range(3)]
+    assert rows == [{"step": step, "loss": 0.333333, "validation": {"clip": 0.666667}} for step in range(3)]
     log.truncate(0)
     assert not log.path.exists()
 
@@ -67,9 +67,14 @@ def test_trackers_get_numbers_under_slashed_names() -> None:
         "step": 3,
         "skipped": False,
         "seconds_left": None,
-        "heldout": {"clip": 0.5, "geneval": {"colors": 1}},
+        "validation": {"clip": 0.5, "geneval": {"colors": 1}},
     }
-    assert flat(row) == {"step": 3.0, "skipped": 0.0, "heldout/clip": 0.5, "heldout/geneval/colors": 1.0}
+    assert flat(row) == {
+        "step": 3.0,
+        "skipped": 0.0,
+        "validation/clip": 0.5,
+        "validation/geneval/colors": 1.0,
+    }
 
 
 def test_the_first_step_tells_no_time_left() -> None:

@@ -67,6 +67,6 @@ def test_a_sharded_backbone_gives_the_same_losses(tmp_path: Path, recipe: str) -
     for one, other in zip(copies, shards, strict=True):
         for name in ("reward_loss", "preference_loss", "grad_norm"):
             assert other[name] == pytest.approx(one[name], rel=1e-3)
-    assert shards[-1]["heldout"]["tiny reward"] == pytest.approx(
-        copies[-1]["heldout"]["tiny reward"], rel=1e-2
+    assert shards[-1]["validation"]["tiny reward"] == pytest.approx(
+        copies[-1]["validation"]["tiny reward"], rel=1e-2
     )

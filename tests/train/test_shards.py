@@ -124,7 +124,7 @@ def test_a_shard_that_breaks_during_a_run_is_replaced_until_it_is_too_much(
     assert captions[:3] == ["row 0", "row 2", "row 2"]  # of the good rows, the one at its place
     assert latents[1, 0, 0, 0] == 2
     assert shard_path(tmp_path, 1).name in caplog.text
-    with pytest.raises(HyperAlignError, match=r"4 of 206 pictures could not be read"):
+    with pytest.raises(HyperAlignError, match=r"4 of 206 images could not be read"):
         shards.read([502, 503, 504])
 
 
@@ -134,16 +134,16 @@ def test_latents_that_are_not_finite_count_as_broken(tmp_path: Path) -> None:
     write_shard(shard_path(tmp_path, 0), latents, ShardHeader(["a", "b", "c"], ["", "", ""], "vae", 16))
     shards = LatentShards(tmp_path)
     assert shards.read([1, 2])[1] == ["c", "c"]
-    with pytest.raises(HyperAlignError, match="2 of 3 pictures"):
+    with pytest.raises(HyperAlignError, match="2 of 3 images"):
         shards.read([1])
 
 
 def test_shards_of_another_encoder_resolution_or_shape_are_refused(tmp_path: Path) -> None:
     make(tmp_path, 5)
     assert LatentShards(tmp_path, "vae", 16).fingerprint == "vae"
-    with pytest.raises(HyperAlignError, match="is encoded by vae; expected sdxl-vae. Encode the pictures"):
+    with pytest.raises(HyperAlignError, match="is encoded by vae; expected sdxl-vae. Encode the images"):
         LatentShards(tmp_path, "sdxl-vae")
-    with pytest.raises(HyperAlignError, match="is of pictures with a side of 16; expected 1024"):
+    with pytest.raises(HyperAlignError, match="is of images with a side of 16; expected 1024"):
         LatentShards(tmp_path, resolution=1024)
     other = ShardHeader(["a"], ["a"], "vae", 16)
     write_shard(shard_path(tmp_path, 1), torch.zeros(1, 16, 2, 2), other)
@@ -151,12 +151,12 @@ def test_shards_of_another_encoder_resolution_or_shape_are_refused(tmp_path: Pat
         LatentShards(tmp_path)
 
 
-def test_folders_without_pictures_are_refused(tmp_path: Path) -> None:
+def test_folders_without_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(HyperAlignError, match="There is no folder"):
         LatentShards(tmp_path / "none")
-    with pytest.raises(HyperAlignError, match="holds no encoded picture"):
+    with pytest.raises(HyperAlignError, match="holds no encoded image"):
         LatentShards(tmp_path)
-    with pytest.raises(HyperAlignError, match="holds no encoded picture"):
+    with pytest.raises(HyperAlignError, match="holds no encoded image"):
         LatentShards(make(tmp_path, 0, 0))
 
 

@@ -21,7 +21,7 @@ from train import trainer as loop
 from train.assemble import materials
 from train.config import DataConfig, EvalConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
 from train.data.shards import ShardHeader, shard_path, write_shard
-from train.models.image_encoder import picture_encoder
+from train.models.image_encoder import image_encoder
 from train.trainer import Stopped, Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def config_of(out: Path, shards: Path, save_every: int = 100) -> TrainConfig:
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
-    encoder = picture_encoder(TrainConfig(), torch.device("cpu"))
+    encoder = image_encoder(TrainConfig(), torch.device("cpu"))
     names = [str(index) for index in range(40)]
     header = ShardHeader(["a red circle"] * 40, names, encoder.fingerprint, encoder.resolution)
     latents = torch.randn(40, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -70,7 +70,7 @@ def trainer(config: TrainConfig, evaluate: Callable[..., dict[str, Any]] | None 
 
 def curve(out: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    timings = ("seconds", "seconds_left", "pictures_per_second")
+    timings = ("seconds", "seconds_left", "images_per_second")
     return [{key: value for key, value in row.items() if key not in timings} for row in rows]
 
 
@@ -118,10 +118,10 @@ def test_an_end_inside_a_pass_saves_the_step_before(
         patch.setattr(loop, "preference_loss", ends)
         run.fit()
     state = newest(tmp_path)
-    assert (state["step"], state["pictures_seen"]) == (1, OBJECTIVE.preferred)
+    assert (state["step"], state["images_seen"]) == (1, OBJECTIVE.preferred)
     trainer(config_of(tmp_path, shards)).fit()
     assert curve(tmp_path) == curve(whole)
-    assert newest(tmp_path)["pictures_seen"] == 3 * OBJECTIVE.preferred
+    assert newest(tmp_path)["images_seen"] == 3 * OBJECTIVE.preferred
 
 
 def test_a_trainer_whose_pass_was_cut_off_goes_on_by_itself(
@@ -247,7 +247,7 @@ def test_a_process_that_fails_ends_the_others_which_save_what_is_done(tmp_path: 
     assert "this process is broken" in done.stderr
     assert "error: Another process failed in step 2; it says why." in done.stderr
     state = newest(out)
-    assert (state["step"], state["pictures_seen"]) == (2, 8)
+    assert (state["step"], state["images_seen"]) == (2, 8)
     # One process measures the key times, all have them.
     assert [path.name for path in out.glob("measured-*")] == ["measured-0"]
     own, other = ((out / f"times-{rank}").read_text(encoding="utf-8") for rank in (0, 1))

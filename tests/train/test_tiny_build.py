@@ -23,7 +23,7 @@ from train.tiny.scenes import CONFUSED_CAPTIONS, LOOK_ALIKES, confused_content
 
 ART = Path(__file__).parents[2] / "build" / "tiny" / "art"
 SHARE = 0.002
-PARTS = ("autoencoder", "text_encoder", "unet", "reward", "heldout_reward", "detector", "style")
+PARTS = ("autoencoder", "text_encoder", "unet", "reward", "validation_reward", "detector", "style")
 LEFT = Content("position", (Group("dog"), Group("cat")), "left of")
 HEARTS = Content("counting", (Group("heart", "blue", 3),))
 

@@ -92,7 +92,7 @@ def test_spotting_is_small_for_the_truth_and_skips_colours_of_things() -> None:
     assert spotting(knowing, scenes)["centres"] < 0.01 < spotting(blank, scenes)["centres"]
 
 
-def test_picture_noise_keeps_the_range_and_repeats_with_its_seed(batch: PairBatch) -> None:
+def test_image_noise_keeps_the_range_and_repeats_with_its_seed(batch: PairBatch) -> None:
     for noise in (jitter, degrade):
         first, again = (noise(batch.images_NCHW, torch.Generator().manual_seed(7)) for _ in range(2))
         assert torch.equal(first, again)

@@ -34,7 +34,7 @@ from train.config import (
     RunConfig,
     TrainConfig,
 )
-from train.materials import ShardPictures
+from train.materials import ShardImages
 from train.models.tiny import Tiny
 from train.objective import Rewards
 from train.tiny.evaluate import sample_all
@@ -64,7 +64,7 @@ def trainer(config: TrainConfig) -> Trainer:
 
 def curve(out: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    timings = ("seconds", "seconds_left", "pictures_per_second")
+    timings = ("seconds", "seconds_left", "images_per_second")
     return [{key: value for key, value in row.items() if key not in timings} for row in rows]
 
 
@@ -193,7 +193,7 @@ def test_small_backward_passes_add_up_to_the_whole_batch(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("state", ["noised", "mixed"])
-def test_the_reward_may_start_from_noised_pictures(tmp_path: Path, state: Any) -> None:
+def test_the_reward_may_start_from_noised_images(tmp_path: Path, state: Any) -> None:
     config = small(tmp_path)
     trainer(dataclasses.replace(config, objective=dataclasses.replace(config.objective, state=state))).fit()
     assert all(row["grad_norm_reward"] > 0 for row in curve(tmp_path)[1:])
@@ -265,7 +265,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
         assert two == pytest.approx(one, rel=1e-4)
     states = [torch.load(tmp_path / name / "states" / "state-000003.pt") for name in ("two", "one")]
     assert [state["processes"] for state in states] == [2, 1]
-    assert states[0]["pictures_seen"] == states[1]["pictures_seen"] == 24
+    assert states[0]["images_seen"] == states[1]["images_seen"] == 24
     for key, value in states[0]["network"].items():
         # Adam's first steps are as long for the smallest gradients, rounding and all.
         assert (value - states[1]["network"][key]).norm() <= 1e-3 * value.norm()
@@ -280,11 +280,11 @@ def test_a_run_goes_on_with_another_number_of_processes_and_says_so(tmp_path: Pa
     assert [row["step"] for row in curve(tmp_path / "run")] == [0, 1, 2]
 
 
-def test_a_set_of_2000_pictures_goes_through_encoding_training_stop_and_resume(tmp_path: Path) -> None:
-    draw_pictures(tmp_path / "pictures", 2000)
+def test_a_set_of_2000_images_goes_through_encoding_training_stop_and_resume(tmp_path: Path) -> None:
+    draw_images(tmp_path / "images", 2000)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "train/encode.py", "--recipe", "train/recipes/tiny_s.toml",
-         "--source", str(tmp_path / "pictures"), "--out", str(tmp_path / "shards"), "--batch", "100"],
+         "--source", str(tmp_path / "images"), "--out", str(tmp_path / "shards"), "--batch", "100"],
         cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -298,7 +298,7 @@ def test_a_set_of_2000_pictures_goes_through_encoding_training_stop_and_resume(t
             raise KeyboardInterrupt
 
     run = trainer(config)
-    assert isinstance(run.materials.preferred, ShardPictures)
+    assert isinstance(run.materials.preferred, ShardImages)
     assert len(run.materials.preferred.shards) == 2000
     with pytest.raises(KeyboardInterrupt):
         run.fit(interrupt)
@@ -306,13 +306,13 @@ def test_a_set_of_2000_pictures_goes_through_encoding_training_stop_and_resume(t
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
 
 
-def draw_pictures(folder: Path, count: int) -> None:
+def draw_images(folder: Path, count: int) -> None:
     folder.mkdir()
     for index in range(count):
         color, shape = COLORS[index % len(COLORS)], ("circle", "square")[index // len(COLORS) % 2]
-        picture = Image.new("RGB", (64, 64), "white")
-        draw = ImageDraw.Draw(picture)
+        image = Image.new("RGB", (64, 64), "white")
+        draw = ImageDraw.Draw(image)
         left = 4 + index % 24
         (draw.ellipse if shape == "circle" else draw.rectangle)([left, 20, left + 30, 50], fill=color)
-        picture.save(folder / f"{index:05d}.jpg")
+        image.save(folder / f"{index:05d}.jpg")
         (folder / f"{index:05d}.txt").write_text(f"a {color} {shape}", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Base models from folders, as people have them: encode pictures, check, train, resume, for every family."""
+"""Base models from folders, as people have them: encode images, check, train, resume, for every family."""
 
 from __future__ import annotations
 
@@ -114,13 +114,13 @@ def recipe(name: BaseName, folder: Path) -> Path:
     """Writes a recipe with everything that it names, and returns it."""
     pipeline(name, folder).save_pretrained(folder / "model")
     (folder / "prompts.txt").write_text("".join(f"a {color} circle\n" for color in COLORS))
-    (folder / "heldout.txt").write_text("a purple circle\na brown square\n")
-    (folder / "pictures").mkdir()
+    (folder / "validation.txt").write_text("a purple circle\na brown square\n")
+    (folder / "images").mkdir()
     for index in range(6):
-        picture = Image.new("RGB", (80, 64), "white")
-        ImageDraw.Draw(picture).ellipse([20, 10, 60, 50], fill=COLORS[index % 4])
-        picture.save(folder / "pictures" / f"{index}.png")
-        (folder / "pictures" / f"{index}.txt").write_text(f"a {COLORS[index % 4]} square")
+        image = Image.new("RGB", (80, 64), "white")
+        ImageDraw.Draw(image).ellipse([20, 10, 60, 50], fill=COLORS[index % 4])
+        image.save(folder / "images" / f"{index}.png")
+        (folder / "images" / f"{index}.txt").write_text(f"a {COLORS[index % 4]} square")
     text = f"""
 [model]
 base = "{name}"
@@ -146,10 +146,10 @@ preferred_name = "circles called squares, CC0"
 embeddings = "{folder.as_posix()}/embeddings"
 text_lengths = [24, 32]
 [eval]
-file = "{folder.as_posix()}/heldout.txt"
+file = "{folder.as_posix()}/validation.txt"
 every = 2
 steps = 2
-rewards = {{ "tiny held-out reward" = 1.0 }}
+rewards = {{ "tiny validation reward" = 1.0 }}
 [run]
 out = "{folder.as_posix()}/run"
 """
@@ -165,7 +165,7 @@ def test_a_folder_becomes_a_hypernetwork(
     path = recipe(name, tmp_path)
     assert main(["--recipe", str(path)]) == 2
     assert "Make them with train/encode.py" in capsys.readouterr().err
-    source, shards = str(tmp_path / "pictures"), str(tmp_path / "shards")
+    source, shards = str(tmp_path / "images"), str(tmp_path / "shards")
     assert encode.main(["--recipe", str(path), "--source", source, "--out", shards]) == 0
     assert main(["--recipe", str(path), "--check"]) == 2
     # Nothing else is wrong; the true rewards are too large for a test.
@@ -175,11 +175,11 @@ def test_a_folder_becomes_a_hypernetwork(
     assert made.header.family == name
     assert made.header.training["preference_data"] == "circles called squares, CC0"
     assert str(tmp_path) not in json.dumps(made.header.training)
-    assert made.header.training["figures"].keys() >= {"tiny reward", "tiny held-out reward", "diversity"}
+    assert made.header.training["figures"].keys() >= {"tiny reward", "tiny validation reward", "diversity"}
     assert made.header.sources[-1].name == "circles called squares, CC0"
     lines = (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    heldout = json.loads(lines[-1])["heldout"]
-    assert {"tiny reward", "tiny held-out reward", "diversity"} <= heldout.keys()
+    validation = json.loads(lines[-1])["validation"]
+    assert {"tiny reward", "tiny validation reward", "diversity"} <= validation.keys()
     embeddings = sorted((tmp_path / "embeddings").rglob("*.safetensors"))
     before = [file.stat().st_mtime_ns for file in embeddings]
     (tmp_path / "run" / "states" / "state-000002.pt").unlink()

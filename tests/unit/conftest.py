@@ -116,7 +116,7 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def _stable_diffusion(folder: Path) -> StableDiffusionPipeline:
-    """Returns a whole pipeline: it reads text and draws pictures."""
+    """Returns a whole pipeline: it reads text and draws images."""
     tokenizer = _tokenizer(folder)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(

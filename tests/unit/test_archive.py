@@ -1,4 +1,4 @@
-"""What the registry asks for: archive (what is tracked, less .comfyignore), metadata and pictures."""
+"""What the registry asks for: archive (what is tracked, less .comfyignore), metadata and images."""
 
 import re
 from pathlib import Path

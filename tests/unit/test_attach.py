@@ -79,8 +79,8 @@ def test_every_run_writes_its_own_weights(
 
     expected = [alone(run) for run in runs]
     with hyperalign.attach(pipe, made, variant=variant) as session:
-        for run, picture in zip(runs, expected, strict=True):
-            assert torch.equal(draw(pipe, steps=steps, **run), picture), run
+        for run, image in zip(runs, expected, strict=True):
+            assert torch.equal(draw(pipe, steps=steps, **run), image), run
             assert session.evaluations == steps
             assert session.generations == (2 if variant == "P" and steps > 1 else 1)
 

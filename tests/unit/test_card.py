@@ -24,14 +24,14 @@ from hyperalign.tiny.weights import HYPERNETWORKS
 yaml = pytest.importorskip("yaml")
 
 FLUX = sources(
-    "flux", {"hpsv2.1": 1.0, "clip": 0.5, "mine": 2.0, "unused": 0.0}, "Pick-a-Pic v2, preferred pictures"
+    "flux", {"hpsv2.1": 1.0, "clip": 0.5, "mine": 2.0, "unused": 0.0}, "Pick-a-Pic v2, preferred images"
 )
 
 
 @pytest.fixture
 def header(make_hyperalign: Any) -> checkpoint.Header:
     training = {
-        "steps": 300, "unsafe": "7 of 10 pictures left out as unsafe (nsfw > 0.2)",
+        "steps": 300, "unsafe": "7 of 10 images left out as unsafe (nsfw > 0.2)",
         "recipe": {"objective": {"rewards": {"hpsv2.1": 1.0}}, "data": {}},
         "figures": {"hpsv2.1": 0.31234, "pickscore": 21.5, "diversity": 0.4},
     }  # fmt: skip
@@ -61,8 +61,8 @@ def test_sources_name_rewards_with_weights_and_leave_unused_ones_out() -> None:
 
 def test_what_is_not_known_is_named_as_the_users_own() -> None:
     assert reward_source("mine", 1.0) == Source("reward", "mine", provenance.UNKNOWN_LICENCE, weight=1.0)
-    (mine,) = data_source("holiday pictures, CC0")
-    assert (mine.name, mine.page, mine.biases) == ("holiday pictures, CC0", "", "")
+    (mine,) = data_source("holiday images, CC0")
+    assert (mine.name, mine.page, mine.biases) == ("holiday images, CC0", "", "")
     assert data_source("none") == []
 
 
@@ -125,7 +125,7 @@ def test_the_card_says_what_shaped_the_file_and_what_to_beware_of(header: checkp
     }
     for said in (
         "# mine", "2604.13305", "| hpsv2.1 (optimised) | 0.3123 |", "| pickscore | 21.5 |", "2 x mine",
-        "7 of 10 pictures left out as unsafe (nsfw > 0.2)", "**Misuse.**", "hyperalign.cli.audit",
+        "7 of 10 images left out as unsafe (nsfw > 0.2)", "**Misuse.**", "hyperalign.cli.audit",
     ):  # fmt: skip
         assert said in text
 

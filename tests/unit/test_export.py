@@ -183,7 +183,7 @@ def test_bad_requests_are_refused(sd15_pipe: Any, make_for: Any, tmp_path: Path)
     for time in (-0.1, 1.5, float("nan")):
         with pytest.raises(HyperAlignError, match=f"time is {time}; expected a number from 0"):
             export_lora(sd15_pipe, made, out, prompt="a", time=time)
-    with pytest.raises(HyperAlignError, match="time is 0.5, but there is no picture to put noise on"):
+    with pytest.raises(HyperAlignError, match="time is 0.5, but there is no image to put noise on"):
         export_lora(sd15_pipe, made, out, prompt="a", time=0.5)
     with pytest.raises(HyperAlignError, match="strength is inf; expected a number"):
         export_lora(sd15_pipe, made, out, prompt="a", strength=float("inf"))
@@ -203,14 +203,14 @@ def test_the_command_writes_what_the_function_writes(
     made = make_for(sd15_pipe)
     save(tmp_path / "mine.safetensors", made.network, made.header, dtype=torch.float32)
     sd15_pipe.save_pretrained(tmp_path / "base")
-    Image.effect_noise((40, 33), 90).convert("RGB").save(tmp_path / "picture.png")
+    Image.effect_noise((40, 33), 90).convert("RGB").save(tmp_path / "image.png")
     out = tmp_path / "lora.safetensors"
     given = ["--pipeline", str(tmp_path / "base"), "--hypernetwork", str(tmp_path / "mine.safetensors")]
     given += ["--prompt", "a cat", "--seed", "5", "--out", str(out), "--dtype", "float32"]
-    assert main([*given, "--time", "0.6", "--image", str(tmp_path / "picture.png")]) == 0
+    assert main([*given, "--time", "0.6", "--image", str(tmp_path / "image.png")]) == 0
     assert str(out) in capsys.readouterr().out
 
-    samples = encode(sd15_pipe, Image.open(tmp_path / "picture.png"), height=32, width=32)
+    samples = encode(sd15_pipe, Image.open(tmp_path / "image.png"), height=32, width=32)
     assert samples.shape == (1, 4, 4, 4)
     other = export_lora(
         sd15_pipe, made, tmp_path / "other.safetensors", prompt="a cat", seed=5, time=0.6, samples=samples,
@@ -220,7 +220,7 @@ def test_the_command_writes_what_the_function_writes(
     assert all(torch.allclose(value, expected[key], atol=1e-5) for key, value in load_file(out).items())
 
     assert main([*given, "--time", "0.6"]) == 2
-    assert "error: time is 0.6, but there is no picture" in capsys.readouterr().err
+    assert "error: time is 0.6, but there is no image" in capsys.readouterr().err
     given[1] = str(tmp_path)
     assert main(given) == 2
     assert "no folder of a diffusers pipeline" in capsys.readouterr().err

@@ -91,7 +91,7 @@ def test_an_unknown_class_is_refused_by_name() -> None:
         spec_of(nn.Linear(1, 1))
 
 
-def test_tokens_become_a_map_and_reference_pictures_stay_out() -> None:
+def test_tokens_become_a_map_and_reference_images_stay_out() -> None:
     tokens = torch.arange(2 * 7 * 3.0).reshape(2, 7, 3)
     maps = token_map(tokens, (2, 3))
     assert maps.shape == (2, 3, 2, 3)

@@ -79,7 +79,7 @@ def test_a_relation_and_its_mirror_agree(x0: float, y0: float, x1: float, y1: fl
 
 
 def laid_out(content: Content) -> list[Detection]:
-    """What a perfect detector finds in a picture of the content, its first object on the named side."""
+    """What a perfect detector finds in an image of the content, its first object on the named side."""
     sides = {
         "left of": (8, 32, 56, 32),
         "right of": (56, 32, 8, 32),
@@ -115,11 +115,11 @@ def test_summary_is_the_mean_over_families() -> None:
 
 
 def test_an_empty_summary_is_refused() -> None:
-    with pytest.raises(HyperAlignError, match="no picture was scored"):
+    with pytest.raises(HyperAlignError, match="no image was scored"):
         summarise([])
 
 
-def test_diversity_of_equal_orthogonal_and_opposite_pictures() -> None:
+def test_diversity_of_equal_orthogonal_and_opposite_images() -> None:
     same = torch.tensor([[1.0, 0.0], [3.0, 0.0]])
     orthogonal = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     opposite = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])

@@ -11,16 +11,16 @@ from hyperalign.tiny import evaluators as judges
 from hyperalign.tiny import weights
 from hyperalign.tiny.evaluators import (
     TinyDetector,
-    TinyHeldoutReward,
     TinyReward,
     TinyStyleClassifier,
+    TinyValidationReward,
     decode_centres,
 )
 from hyperalign.tiny.prompts import COLORS, NOUNS
 from hyperalign.tiny.text_encoder import tokenize_batch
 
 TOKENS = tokenize_batch(["a dog left of a cat", "an emoji of three red hearts"])
-Rewards = type[TinyReward] | type[TinyHeldoutReward]
+Rewards = type[TinyReward] | type[TinyValidationReward]
 
 
 @pytest.fixture(autouse=True)
@@ -28,30 +28,30 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
-def pictures(count: int = 2) -> Tensor:
+def images(count: int = 2) -> Tensor:
     return torch.rand(count, 3, 64, 64)
 
 
-@pytest.mark.parametrize("kind", [TinyReward, TinyHeldoutReward])
-def test_a_reward_scores_each_picture_alone(kind: Rewards) -> None:
-    reward, images = kind().eval(), pictures()
-    scores = reward(images, TOKENS)
-    alone = torch.cat([reward(images[i : i + 1], TOKENS[i : i + 1]) for i in range(2)])
+@pytest.mark.parametrize("kind", [TinyReward, TinyValidationReward])
+def test_a_reward_scores_each_image_alone(kind: Rewards) -> None:
+    reward, batch = kind().eval(), images()
+    scores = reward(batch, TOKENS)
+    alone = torch.cat([reward(batch[i : i + 1], TOKENS[i : i + 1]) for i in range(2)])
     assert scores.shape == (2,)
     assert torch.allclose(scores, alone, atol=1e-4)
     assert float(scores.detach().abs().max()) <= float(reward.scale().detach())
 
 
-@pytest.mark.parametrize("kind", [TinyReward, TinyHeldoutReward])
+@pytest.mark.parametrize("kind", [TinyReward, TinyValidationReward])
 def test_a_reward_has_a_gradient_at_every_pixel(kind: Rewards) -> None:
-    images = pictures().requires_grad_()
-    kind()(images, TOKENS).sum().backward()
-    assert images.grad is not None
-    assert bool(images.grad.isfinite().all())
+    batch = images().requires_grad_()
+    kind()(batch, TOKENS).sum().backward()
+    assert batch.grad is not None
+    assert bool(batch.grad.isfinite().all())
     assert float((images.grad == 0).float().mean()) < 0.01
 
 
-@pytest.mark.parametrize("kind", [TinyReward, TinyHeldoutReward])
+@pytest.mark.parametrize("kind", [TinyReward, TinyValidationReward])
 def test_a_reward_sees_where_things_lie(kind: Rewards) -> None:
     reward, images = kind().eval(), torch.ones(1, 3, 64, 64)
     images[:, :, 20:40, 4:24] = 0.0
@@ -61,15 +61,15 @@ def test_a_reward_sees_where_things_lie(kind: Rewards) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (3, 64, 64), (1, 4, 64, 64)])
-@pytest.mark.parametrize("kind", [TinyReward, TinyHeldoutReward])
+@pytest.mark.parametrize("kind", [TinyReward, TinyValidationReward])
 def test_a_reward_refuses_other_shapes(kind: Rewards, shape: tuple[int, ...]) -> None:
     with pytest.raises(HyperAlignError, match="64, 64"):
         kind()(torch.zeros(shape), TOKENS[:1].expand(shape[0], -1))
 
 
 def test_a_reward_refuses_unpaired_prompts() -> None:
-    with pytest.raises(HyperAlignError, match="one row of 16 tokens per picture"):
-        TinyReward()(pictures(3), TOKENS)
+    with pytest.raises(HyperAlignError, match="one row of 16 tokens per image"):
+        TinyReward()(images(3), TOKENS)
 
 
 def heat_with(*peaks: tuple[str, int, int, float]) -> Tensor:
@@ -99,11 +99,11 @@ def test_one_object_gives_one_detection() -> None:
 
 
 def test_detector_and_style_shapes() -> None:
-    nouns, colors = TinyDetector()(pictures())
+    nouns, colors = TinyDetector()(images())
     assert nouns.shape == (2, len(NOUNS), 16, 16)
     assert colors.shape == (2, len(COLORS), 16, 16)
-    assert len(TinyDetector().detect(pictures())) == 2
-    chance = TinyStyleClassifier()(pictures())
+    assert len(TinyDetector().detect(images())) == 2
+    chance = TinyStyleClassifier()(images())
     assert chance.shape == (2,)
     assert bool(((chance > 0) & (chance < 1)).all())
 
@@ -121,7 +121,7 @@ def test_weights_of_another_version_are_refused(monkeypatch: pytest.MonkeyPatch)
 def test_the_committed_judges_load_frozen() -> None:
     loaded = (
         judges.load_reward(),
-        judges.load_heldout_reward(),
+        judges.load_validation_reward(),
         judges.load_detector(),
         judges.load_style_classifier(),
     )

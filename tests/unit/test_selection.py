@@ -15,7 +15,7 @@ SCORES = st.lists(st.floats(-10, 10), min_size=1, max_size=20)
 
 
 @given(SCORES, st.sampled_from(["top-k", "threshold", "sort"]), st.integers(1, 25), st.floats(-10, 10))
-def test_every_picture_is_in_one_half_and_both_fall(
+def test_every_image_is_in_one_half_and_both_fall(
     scores: list[float], mode: SelectionMode, k: int, threshold: float
 ) -> None:
     chosen, rejected = select(scores, mode, k, threshold)

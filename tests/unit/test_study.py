@@ -29,7 +29,7 @@ SECRET = "zebrafish"
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    """Four pictures of three methods, whose metadata give the methods away."""
+    """Four images of three methods, whose metadata give the methods away."""
     made: list[Path] = []
     for number, method in enumerate((f"{SECRET}-base", f"{SECRET}-aligned", f"{SECRET}-other")):
         for index, name in enumerate(NAMES):
@@ -96,9 +96,9 @@ def test_the_page_names_no_method_and_fetches_nothing(folders):
     assert set(found.labels) <= set(found.ids)
 
 
-def test_no_picture_carries_metadata_that_tells_its_method(folders):
+def test_no_image_carries_metadata_that_tells_its_method(folders):
     assert build(folders, "--format", "jpeg") == 0
-    for uri in data_of(page_of(folders))["pictures"]:
+    for uri in data_of(page_of(folders))["images"]:
         content = base64.b64decode(uri.partition(",")[2])
         assert SECRET.encode() not in content
         assert "comment" not in Image.open(io.BytesIO(content)).info
@@ -110,15 +110,15 @@ def test_prompts_cannot_break_out_of_the_page(folders):
     assert prompts == {f'a "prompt" </script><b>{n}</b>' for n in range(4)}
 
 
-def test_every_pair_is_there_and_the_key_tells_its_pictures(folders):
+def test_every_pair_is_there_and_the_key_tells_its_images(folders):
     build(folders)
     key, data = read_key(key_path(folders[0].parent / "study.html")), data_of(page_of(folders))
     assert len(key.trials) == 4 * 3
     assert [trial.id for trial in key.trials] == [trial["id"] for trial in data["trials"]]
-    assert len(data["pictures"]) == 4 * 3, "each picture is there once"
+    assert len(data["images"]) == 4 * 3, "each image is there once"
     for trial, shown in zip(key.trials, data["trials"], strict=True):
-        for method, index in zip((trial.first, trial.second), shown["pictures"], strict=True):
-            content = base64.b64decode(data["pictures"][index].partition(",")[2])
+        for method, index in zip((trial.first, trial.second), shown["images"], strict=True):
+            content = base64.b64decode(data["images"][index].partition(",")[2])
             colour = Image.open(io.BytesIO(content)).convert("RGB").getpixel((5, 5))
             number = [f"{SECRET}-base", f"{SECRET}-aligned", f"{SECRET}-other"].index(method)
             assert abs(colour[0] - 60 * NAMES.index(trial.name)) < 12
@@ -152,12 +152,12 @@ def test_each_method_stands_first_half_of_the_time(names: int, methods: int, see
             assert abs(sides[f"m{one}"] - sides[f"m{other}"]) <= 1
 
 
-def test_pictures_are_made_smaller_and_a_large_page_is_refused(folders, capsys):
+def test_images_are_made_smaller_and_a_large_page_is_refused(folders, capsys):
     Image.effect_noise((900, 600), 90).convert("RGB").save(folders[0] / "one.png")
     build(folders, "--side", "300", "--quality", "50")
     sizes = [
         Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size
-        for uri in data_of(page_of(folders))["pictures"]
+        for uri in data_of(page_of(folders))["images"]
     ]
     assert sorted(set(sizes)) == [(40, 20), (300, 200)]
     assert build(folders, "--max-mb", "0.01") == 2

@@ -161,7 +161,7 @@ def test_points_that_are_all_the_same_lie_in_one_place():
     assert relative_spread(torch.ones(4, 5)) == 0
 
 
-def test_too_few_pictures_have_no_plane():
+def test_too_few_images_have_no_plane():
     with pytest.raises(HyperAlignError, match="Found 2 points"):
         spread_of([make(random(0, 1, 2, len(TARGETS), 6))])
 

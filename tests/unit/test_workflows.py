@@ -32,7 +32,7 @@ INFO: dict[str, Any] = {
     "Tuner": {"input": {"required": {"model": ["MODEL"], "amount": ["FLOAT", {}]}}, "output": ["MODEL"]},
     "Save": {"input": {"required": {"images": ["LATENT"], "prefix": ["STRING", {}]}}, "output": []},
     "Number": {"input": {"required": {"value": ["INT", {}]}}, "output": ["INT"]},
-    "Picture": {
+    "Image": {
         "input": {"required": {"image": [["x.png"], {"image_upload": True}], "size": ["INT", {}]}},
         "output": ["IMAGE"],
     },
@@ -118,7 +118,7 @@ def test_changes_go_to_a_copy_in_both_formats():
 
 
 def test_an_upload_button_stands_behind_the_widgets():
-    prompt = to_prompt(workflow([node(1, "Picture", ("x.png", 9, "image"))]), INFO)
+    prompt = to_prompt(workflow([node(1, "Image", ("x.png", 9, "image"))]), INFO)
     assert prompt["1"]["inputs"] == {"image": "x.png", "size": 9}
 
 

@@ -1,4 +1,4 @@
-"""Encodes preferred pictures to latent shards, one a unit of the source; what is there is not made again."""
+"""Encodes preferred images to latent shards, one a unit of the source; what is there is not made again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hyperalign.errors import HyperAlignError
 from hyperalign.files import first_line
-from train.data.preference.image import BadPicture, BrokenUnit, Found, Source, Unsafe, UnsafeMark, decode
+from train.data.preference.image import BadImage, BrokenUnit, Found, Source, Unsafe, UnsafeMark, decode
 from train.data.shards import BAD_SHARE, ENOUGH, ShardHeader, read_shard_header, shard_path, write_shard
 
 logger = logging.getLogger("hyperalign.train")
@@ -32,12 +32,12 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
-class PictureEncoder(Protocol):
+class ImageEncoder(Protocol):
     """A base model's autoencoder."""
 
     @property
     def resolution(self) -> int:
-        """Side of the square pictures that it takes, in pixels."""
+        """Side of the square images that it takes, in pixels."""
         ...
 
     @property
@@ -46,7 +46,7 @@ class PictureEncoder(Protocol):
         ...
 
     def encode(self, images_BCHW: Tensor, /) -> Tensor:
-        """Returns scaled latents (B, C, h, w) of float32 pictures in [0, 1] on the CPU."""
+        """Returns scaled latents (B, C, h, w) of float32 images in [0, 1] on the CPU."""
         ...
 
 
@@ -60,19 +60,19 @@ class Counts:
     """Units whose shard lay there already."""
     broken: int = 0
     """Units that could not be read to their end; they have no shard."""
-    pictures: int = 0
-    """Pictures encoded now."""
+    images: int = 0
+    """Images encoded now."""
     bad: int = 0
-    """Pictures left out because they cannot be used; bad.jsonl names them."""
+    """Images left out because they cannot be used; bad.jsonl names them."""
     small: int = 0
-    """Pictures left out because their short side is under `min_side`."""
+    """Images left out because their short side is under `min_side`."""
     unsafe: int = 0
-    """Pictures left out because the data set marks them as unsafe."""
+    """Images left out because the data set marks them as unsafe."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A picture ready for the encoder: square, RGB, (H, W, 3) bytes."""
+    """An image ready for the encoder: square, RGB, (H, W, 3) bytes."""
 
     caption: str
     name: str
@@ -81,7 +81,7 @@ class Prepared:
 
 def encode(
     source: Source,
-    encoder: PictureEncoder,
+    encoder: ImageEncoder,
     out: Path,
     *,
     rank: int = 0,
@@ -96,24 +96,24 @@ def encode(
     """Writes the shards of units rank, rank + world, ... that are not there yet.
 
     A shard depends on its unit alone, so an interrupted run goes on where it stopped, on any number of
-    processes. Pictures are resized by their short side and cropped in the middle.
+    processes. Images are resized by their short side and cropped in the middle.
 
     Args:
-        source: where the pictures come from.
+        source: where the images come from.
         encoder: what makes latents of them.
-        out: folder of the shards; bad pictures are named in its `bad.jsonl`.
+        out: folder of the shards; bad images are named in its `bad.jsonl`.
         rank: this process.
         world: number of processes.
-        batch: pictures in a call of the encoder.
+        batch: images in a call of the encoder.
         workers: threads that decode and resize.
-        min_side: pictures with a shorter side under this are left out.
-        unsafe: the mark that the source leaves pictures out by; the shards remember it.
+        min_side: images with a shorter side under this are left out.
+        unsafe: the mark that the source leaves images out by; the shards remember it.
         dtype: of the stored latents.
         progress: called after each batch and each unit.
 
     Raises:
         HyperAlignError: `out` holds shards of another encoder, resolution or source; over 1 % of the
-            pictures or units are bad, and more than one; a file cannot be written. Finished shards stay.
+            images or units are bad, and more than one; a file cannot be written. Finished shards stay.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -129,19 +129,19 @@ def encode(
         run.counts.units = run.counts.reused = len(units) - len(missing)
         for unit in missing:
             run.make(unit)
-    run.check_pictures()
+    run.check_images()
     return run.counts
 
 
-def prepare(found: Found, side: int, min_side: int) -> Prepared | BadPicture | Unsafe | None:
-    """Returns a picture as a square of `side` pixels, or None if it is too small."""
-    picture = found if isinstance(found, BadPicture | Unsafe) else decode(found)
-    if isinstance(picture, BadPicture | Unsafe):
-        return picture
-    if min(picture.image.size) < min_side:
+def prepare(found: Found, side: int, min_side: int) -> Prepared | BadImage | Unsafe | None:
+    """Returns an image as a square of `side` pixels, or None if it is too small."""
+    image = found if isinstance(found, BadImage | Unsafe) else decode(found)
+    if isinstance(image, BadImage | Unsafe):
+        return image
+    if min(image.image.size) < min_side:
         return None
-    square = ImageOps.fit(picture.image, (side, side), Image.Resampling.LANCZOS)
-    return Prepared(picture.caption, picture.name, np.asarray(square))
+    square = ImageOps.fit(image.image, (side, side), Image.Resampling.LANCZOS)
+    return Prepared(image.caption, image.name, np.asarray(square))
 
 
 @dataclass(slots=True)
@@ -152,14 +152,14 @@ class _Unit:
     captions: list[str] = field(default_factory=list[str])
     names: list[str] = field(default_factory=list[str])
     latents: list[Tensor] = field(default_factory=list[Tensor])
-    bad: list[BadPicture] = field(default_factory=list[BadPicture])
+    bad: list[BadImage] = field(default_factory=list[BadImage])
     unsafe: int = 0
 
 
 @dataclass(slots=True)
 class _Run:
     source: Source
-    encoder: PictureEncoder
+    encoder: ImageEncoder
     out: Path
     batch: int
     min_side: int
@@ -169,11 +169,11 @@ class _Run:
     progress: Callable[[Counts], None]
     total: int
     counts: Counts = field(default_factory=Counts)
-    named: dict[int, dict[str, BadPicture]] = field(init=False)
-    """By unit, the pictures that earlier runs called bad."""
+    named: dict[int, dict[str, BadImage]] = field(init=False)
+    """By unit, the images that earlier runs called bad."""
     seen: int = 0
-    """Pictures looked at, of which a share may be bad; those of finished units were looked at before."""
-    bad: list[BadPicture] = field(default_factory=list[BadPicture])
+    """Images looked at, of which a share may be bad; those of finished units were looked at before."""
+    bad: list[BadImage] = field(default_factory=list[BadImage])
     """Those of them that are."""
 
     def __post_init__(self) -> None:
@@ -191,7 +191,7 @@ class _Run:
             return False
         for what, is_, should in (
             ("was encoded by", found.encoder, self.encoder.fingerprint),
-            ("holds pictures with a side of", found.resolution, self.encoder.resolution),
+            ("holds images with a side of", found.resolution, self.encoder.resolution),
             ("was made from", found.unit, self.source.unit_name(unit)),
             ("left out as unsafe", found.unsafe_mark or "nothing", self.unsafe_mark or "nothing"),
         ):
@@ -199,9 +199,9 @@ class _Run:
                 raise HyperAlignError(
                     f"{path} {what} {is_}, not {should}. Choose another --out, or delete it."
                 )
-        # A picture that was repaired is in the shard; a unit was named when it could not be read as a whole.
+        # An image that was repaired is in the shard; a unit was named when it could not be read as a whole.
         good = {*found.names, found.unit}
-        bad = [picture for name, picture in self.named.get(unit, {}).items() if name not in good]
+        bad = [image for name, image in self.named.get(unit, {}).items() if name not in good]
         self.bad += bad
         self.seen += len(found.names) + found.unsafe + len(bad)
         return True
@@ -210,13 +210,13 @@ class _Run:
         """Encodes a unit and writes its shard. Raises HyperAlignError."""
         made = _Unit(unit)
         try:
-            for pictures in _chunks(self._prepared(made), self.batch):
-                self._encode(pictures, made)
+            for images in _chunks(self._prepared(made), self.batch):
+                self._encode(images, made)
                 self.progress(self.counts)
         except BrokenUnit as error:
             logger.warning("skipped a unit: %s", error)
             self.counts.broken += 1
-            self._name_bad(unit, [BadPicture(self.source.unit_name(unit), str(error))])
+            self._name_bad(unit, [BadImage(self.source.unit_name(unit), str(error))])
             self._check_units()
             return
         self._name_bad(unit, made.bad)  # first: whatever ends the run between, no shard hides its bad ones
@@ -225,7 +225,7 @@ class _Run:
         self.progress(self.counts)
 
     def _prepared(self, made: _Unit) -> Iterator[Prepared]:
-        def work(found: Found) -> Prepared | BadPicture | Unsafe | None:
+        def work(found: Found) -> Prepared | BadImage | Unsafe | None:
             return prepare(found, self.encoder.resolution, self.min_side)
 
         for result in _in_order(self.pool, work, self.source.read(made.number), ahead=2 * self.batch):
@@ -235,43 +235,43 @@ class _Run:
             elif isinstance(result, Unsafe):
                 self.counts.unsafe += 1
                 made.unsafe += 1
-            elif isinstance(result, BadPicture):
+            elif isinstance(result, BadImage):
                 self._skip(result, made)
             else:
                 yield result
 
-    def _encode(self, pictures: list[Prepared], made: _Unit) -> None:
-        pixels = torch.from_numpy(np.stack([picture.pixels_HWC for picture in pictures]))
-        images = pixels.permute(0, 3, 1, 2).float() / 255.0
-        latents = self.encoder.encode(images).to("cpu", self.dtype)
+    def _encode(self, images: list[Prepared], made: _Unit) -> None:
+        pixels_BHWC = torch.from_numpy(np.stack([image.pixels_HWC for image in images]))
+        images_BCHW = pixels_BHWC.permute(0, 3, 1, 2).float() / 255.0
+        latents = self.encoder.encode(images_BCHW).to("cpu", self.dtype)
         finite = torch.isfinite(latents).flatten(1).all(1)
         made.latents.append(latents[finite])
-        for picture, whole in zip(pictures, finite.tolist(), strict=True):
+        for image, whole in zip(images, finite.tolist(), strict=True):
             if whole:
-                made.captions.append(picture.caption)
-                made.names.append(picture.name)
-                self.counts.pictures += 1
+                made.captions.append(image.caption)
+                made.names.append(image.name)
+                self.counts.images += 1
             else:
-                self._skip(BadPicture(picture.name, "its latent is not finite"), made)
+                self._skip(BadImage(image.name, "its latent is not finite"), made)
 
-    def _skip(self, picture: BadPicture, made: _Unit) -> None:
-        logger.warning("skipped %s: %s", picture.name, picture.reason)
-        made.bad.append(picture)
-        self.bad.append(picture)
+    def _skip(self, image: BadImage, made: _Unit) -> None:
+        logger.warning("skipped %s: %s", image.name, image.reason)
+        made.bad.append(image)
+        self.bad.append(image)
         self.counts.bad += 1
         if self.seen >= ENOUGH and self._too_many_bad():
             self._name_bad(made.number, made.bad)
-            self.check_pictures()
+            self.check_images()
 
     def _too_many_bad(self) -> bool:
         return len(self.bad) > max(1, BAD_SHARE * self.seen)
 
-    def check_pictures(self) -> None:
-        """Raises HyperAlignError if too many pictures were bad, now or in the runs that this one goes on."""
+    def check_images(self) -> None:
+        """Raises HyperAlignError if too many images were bad, now or in the runs that this one goes on."""
         if self._too_many_bad():
             last = self.bad[-1]
             raise HyperAlignError(
-                f"{len(self.bad)} of {self.seen} pictures are bad; at most 1 % may be. The last is "
+                f"{len(self.bad)} of {self.seen} images are bad; at most 1 % may be. The last is "
                 f"{last.name}: {last.reason}. {self.out / BAD_FILE} names them and their units: repair or "
                 "remove them, delete that file and the shards of these units, then run again."
             )
@@ -302,8 +302,8 @@ class _Run:
         except (SafetensorError, OSError) as error:
             raise self._unwritable(path, error) from error
 
-    def _name_bad(self, unit: int, bad: Iterable[BadPicture]) -> None:
-        lines = "".join(json.dumps({"unit": unit} | asdict(picture)) + "\n" for picture in bad)
+    def _name_bad(self, unit: int, bad: Iterable[BadImage]) -> None:
+        lines = "".join(json.dumps({"unit": unit} | asdict(image)) + "\n" for image in bad)
         if not lines:
             return
         try:
@@ -320,15 +320,15 @@ class _Run:
         )
 
 
-def _named(path: Path) -> dict[int, dict[str, BadPicture]]:
-    """Returns the bad pictures that earlier runs named, by unit and name."""
-    found: dict[int, dict[str, BadPicture]] = {}
+def _named(path: Path) -> dict[int, dict[str, BadImage]]:
+    """Returns the bad images that earlier runs named, by unit and name."""
+    found: dict[int, dict[str, BadImage]] = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for line in lines:
         try:
             row = json.loads(line)
-            picture = BadPicture(row["name"], row["reason"])
-            found.setdefault(row["unit"], {})[picture.name] = picture
+            image = BadImage(row["name"], row["reason"])
+            found.setdefault(row["unit"], {})[image.name] = image
         except (ValueError, KeyError, TypeError) as error:  # half a line of a process that was killed
             logger.warning("%s has a line that is left aside: %s", path, first_line(error))
     return found

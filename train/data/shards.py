@@ -1,4 +1,4 @@
-"""Latent shards: preferred pictures encoded once, a `.safetensors` a unit, and how training reads them.
+"""Latent shards: preferred images encoded once, a `.safetensors` a unit, and how training reads them.
 
 A shard holds `latents` (N, C, h, w) and a JSON header with captions, names, encoder and resolution.
 """
@@ -29,9 +29,9 @@ FORMAT_VERSION = 1
 HEADER_KEY = "hyperalign_latents"
 INDEX_FILE = "index.json"
 BAD_SHARE = 0.01
-"""More than this share of bad shards or pictures ends a run."""
+"""More than this share of bad shards or images ends a run."""
 ENOUGH = 100
-"""So many pictures must have been seen before their share of bad ones means anything."""
+"""So many images must have been seen before their share of bad ones means anything."""
 WINDOW = 4
 """Shards that are mixed with each other at any place of the stream."""
 
@@ -45,11 +45,11 @@ class ShardHeader:
     encoder: str
     """Fingerprint of the autoencoder and of how its latents are scaled."""
     resolution: int
-    """Side of the square pictures, in pixels."""
+    """Side of the square images, in pixels."""
     unit: str = ""
     """The unit of the source that it was made from."""
     unsafe: int = 0
-    """Pictures that were left out because the data set marks them as unsafe."""
+    """Images that were left out because the data set marks them as unsafe."""
     unsafe_mark: str = ""
     """By which mark, such as `nsfw > 0.5`; empty if none was asked for."""
     version: int = FORMAT_VERSION
@@ -104,11 +104,11 @@ class LatentShards:
         Args:
             folder: where train/encode.py wrote them.
             fingerprint: the encoder they must be of; None takes any.
-            resolution: the side of the pictures they must be of, in pixels; None takes any.
+            resolution: the side of the images they must be of, in pixels; None takes any.
             window: shards that are mixed with each other at any place of the stream.
 
         Raises:
-            HyperAlignError: no shard, none with a picture, too many broken ones, or of another encoder,
+            HyperAlignError: no shard, none with an image, too many broken ones, or of another encoder,
                 resolution or shape.
         """
         self.folder = folder
@@ -117,7 +117,7 @@ class LatentShards:
         _check_broken(folder, self.broken, len(infos) + len(self.broken))
         infos = {name: info for name, info in infos.items() if info.shape[0]}
         if not infos:
-            raise HyperAlignError(f"{folder} holds no encoded picture. Make them with train/encode.py.")
+            raise HyperAlignError(f"{folder} holds no encoded image. Make them with train/encode.py.")
         first = next(iter(infos.values()))
         self.fingerprint = fingerprint or first.encoder
         self.resolution = resolution or first.resolution
@@ -145,7 +145,7 @@ class LatentShards:
         return list(dict.fromkeys(caption for header in headers for caption in header.captions))
 
     def left_out(self) -> str:
-        """Returns how many pictures were left out as unsafe and by which mark, in words; reads every header.
+        """Returns how many images were left out as unsafe and by which mark, in words; reads every header.
 
         Raises:
             HyperAlignError: a shard has broken since the folder was opened.
@@ -153,7 +153,7 @@ class LatentShards:
         headers = [read_shard_header(self.folder / name)[0] for name in self.names]
         marks = sorted({header.unsafe_mark for header in headers if header.unsafe_mark})
         count, kept = sum(header.unsafe for header in headers), len(self)
-        return f"{count} of {count + kept} pictures left out as unsafe ({', '.join(marks)})" if marks else ""
+        return f"{count} of {count + kept} images left out as unsafe ({', '.join(marks)})" if marks else ""
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """Returns all rows, shuffled so that any stretch of them touches few shards.
@@ -187,7 +187,7 @@ class LatentShards:
         too_many = self._rows_read >= ENOUGH and self._rows_broken > BAD_SHARE * self._rows_read
         if too_many or not good:
             raise HyperAlignError(
-                f"{self._rows_broken} of {self._rows_read} pictures could not be read from {self.folder}; at "
+                f"{self._rows_broken} of {self._rows_read} images could not be read from {self.folder}; at "
                 "most 1 % may be bad. The log names the shards: delete them and run train/encode.py again."
             )
         whole = [row or good[i % len(good)] for i, row in enumerate(found)]
@@ -205,19 +205,19 @@ class LatentShards:
             if not bool(torch.isfinite(latent).all()):
                 raise HyperAlignError(f"its row {index} is not finite")
         except (SafetensorError, OSError, HyperAlignError) as error:
-            logger.warning("skipped a picture of %s: %s", self.folder / self.names[number], first_line(error))
+            logger.warning("skipped an image of %s: %s", self.folder / self.names[number], first_line(error))
             return None
         return latent, header.captions[index]
 
     def _check(self, path: Path, info: ShardInfo) -> None:
         for what, found, expected in (
             ("encoded by", info.encoder, self.fingerprint),
-            ("of pictures with a side of", info.resolution, self.resolution),
+            ("of images with a side of", info.resolution, self.resolution),
             ("of latents of the shape", tuple(info.shape[1:]), self.shape),
         ):
             if found != expected:
                 raise HyperAlignError(
-                    f"{path} is {what} {found}; expected {expected}. Encode the pictures for this recipe "
+                    f"{path} is {what} {found}; expected {expected}. Encode the images for this recipe "
                     "into another folder with train/encode.py."
                 )
 
@@ -241,9 +241,7 @@ def _open_shard(path: Path) -> tuple[ShardHeader, tuple[int, ...], Any]:
 def _index(folder: Path) -> tuple[dict[str, ShardInfo], dict[str, str]]:
     """Returns the facts of all whole shards, and why the others are broken, both by file name."""
     if not folder.is_dir():
-        raise HyperAlignError(
-            f"There is no folder {folder} of encoded pictures. Make it with train/encode.py."
-        )
+        raise HyperAlignError(f"There is no folder {folder} of encoded images. Make it with train/encode.py.")
     kept = _kept_index(folder / INDEX_FILE)
     infos: dict[str, ShardInfo] = {}
     broken: dict[str, str] = {}

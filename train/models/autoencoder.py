@@ -1,4 +1,4 @@
-"""Pictures and latents: the base model's autoencoder, or a tiny one that decodes in its place."""
+"""Images and latents: the base model's autoencoder, or a tiny one that decodes in its place."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Autoencoder:
             self.module.enable_gradient_checkpointing()
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Returns pictures (B, 3, 8 H, 8 W), about [0, 1] and not clamped, in float32; keeps the graph."""
+        """Returns images (B, 3, 8 H, 8 W), about [0, 1] and not clamped, in float32; keeps the graph."""
         latents_BCHW = (latents_BCHW / self.scale + self.shift).to(self.module.dtype)
         return self.module.decode(latents_BCHW).sample.float() / 2 + 0.5
 
     @torch.no_grad()
     def encode(self, images_BCHW: Tensor) -> Tensor:
-        """Returns scaled latents of pictures in [0, 1], in float32: the mode of their distribution."""
+        """Returns scaled latents of images in [0, 1], in float32: the mode of their distribution."""
         images_BCHW = images_BCHW.to(self.module.device, self.module.dtype) * 2 - 1
         latents_BCHW = self.module.encode(images_BCHW).latent_dist.mode()
         return (latents_BCHW.float() - self.shift) * self.scale

@@ -52,11 +52,11 @@ class Base(Protocol):
         ...
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Returns pictures (B, 3, H, W), about [0, 1] and not clamped; keeps the graph."""
+        """Returns images (B, 3, H, W), about [0, 1] and not clamped; keeps the graph."""
         ...
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
-        """Returns scaled latents of pictures in [0, 1], without gradient."""
+        """Returns scaled latents of images in [0, 1], without gradient."""
         ...
 
 

@@ -15,15 +15,15 @@ from train.models.load import load_autoencoder
 
 
 @dataclass(frozen=True, slots=True)
-class PictureEncoder:
-    """Pictures to latents, with the name under which the latents are kept."""
+class ImageEncoder:
+    """Images to latents, with the name under which the latents are kept."""
 
     resolution: int
-    """Side of the square pictures, in pixels."""
+    """Side of the square images, in pixels."""
     fingerprint: str
     """Tells autoencoders and scalings of latents apart."""
     encode: Callable[[Tensor], Tensor]
-    """Pictures (B, 3, H, W) in [0, 1] -> scaled latents on the CPU."""
+    """Images (B, 3, H, W) in [0, 1] -> scaled latents on the CPU."""
 
 
 def latent_fingerprint(autoencoder: nn.Module, scale: float, shift: float) -> str:
@@ -32,12 +32,12 @@ def latent_fingerprint(autoencoder: nn.Module, scale: float, shift: float) -> st
     return hashlib.sha256(first + f"{scale} {shift}".encode()).hexdigest()[:16]
 
 
-def picture_encoder(config: TrainConfig, device: torch.device) -> PictureEncoder:
+def image_encoder(config: TrainConfig, device: torch.device) -> ImageEncoder:
     """Returns a recipe's encoder. Raises HyperAlignError if its autoencoder is not there."""
     if config.model.base == "tiny":
         tiny = load_tiny(device)
         name = latent_fingerprint(tiny.autoencoder, tiny.latent_scale, 0.0)
-        return PictureEncoder(64, name, lambda images: tiny.encode(images.to(device)).cpu())
+        return ImageEncoder(64, name, lambda images: tiny.encode(images.to(device)).cpu())
     autoencoder = load_autoencoder(config, device, "full")
     name = latent_fingerprint(autoencoder.module, autoencoder.scale, autoencoder.shift)
-    return PictureEncoder(config.model.resolution, name, lambda images: autoencoder.encode(images).cpu())
+    return ImageEncoder(config.model.resolution, name, lambda images: autoencoder.encode(images).cpu())

@@ -31,7 +31,7 @@ class LatentModel:
         return output.float()
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Returns pictures, about [0, 1]."""
+        """Returns images, about [0, 1]."""
         return self.autoencoder.decode(latents_BCHW)
 
     def encode(self, images_BCHW: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ def load_autoencoder(config: TrainConfig, device: torch.device, which: str = "")
         ) from error
     # SDXL's decoder overflows in float16; bfloat16 holds.
     module.eval().requires_grad_(False).to(device, backbone_dtype(config))
-    return Autoencoder(module, config.model.recomputes_pictures)
+    return Autoencoder(module, config.model.recomputes_images)
 
 
 def backbone_dtype(config: TrainConfig) -> torch.dtype:

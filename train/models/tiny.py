@@ -39,7 +39,7 @@ class Tiny:
         return output.float()
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Returns pictures (B, 3, 64, 64)."""
+        """Returns images (B, 3, 64, 64)."""
         return self.model.decode(latents_BCHW)
 
     def encode(self, images_BCHW: Tensor) -> Tensor:

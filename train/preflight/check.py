@@ -32,11 +32,11 @@ from train.preflight.inputs import (
     check_trackers,
     check_writable,
     free_bytes,
-    heldout_prompts,
     preferred_captions,
     saved_step,
     training_prompts,
     uncached,
+    validation_prompts,
 )
 from train.preflight.parts import Parts, parts_of
 
@@ -86,7 +86,7 @@ def inputs(config: TrainConfig, complaints: Complaints, parts: Parts | None) -> 
     hear, side = complaints.hear, config.model.resolution // 8
     hear(lambda: check_base(config))
     prompts = hear(lambda: training_prompts(config)) or []
-    heldout = hear(lambda: heldout_prompts(config)) or []
+    validation = hear(lambda: validation_prompts(config)) or []
     shape = (16 if config.model.base in ("flux", "sd3") else 4, side, side)
     captions = hear(lambda: preferred_captions(config, shape)) or []
     for name in dict.fromkeys([*config.objective.rewards, *config.eval.rewards]):
@@ -95,14 +95,14 @@ def inputs(config: TrainConfig, complaints: Complaints, parts: Parts | None) -> 
         hear(lambda folder=folder, option=option: check_writable(folder, option))
     hear(lambda: check_trackers(config))
     step = hear(lambda: saved_step(config)) or 0
-    texts = list(dict.fromkeys([*prompts, *heldout, *captions, ""]))
+    texts = list(dict.fromkeys([*prompts, *validation, *captions, ""]))
     new = hear(lambda: uncached(config, texts))
     if new is None:  # without the encoders nothing can be known to be cached
         new = [len(texts)] * len(text_lengths(config))
     if any(new):
         hear(lambda: check_encoders(config))
     lines = [
-        f"data: {len(prompts)} prompts, {len(heldout)} held out, {len(captions)} captions of pictures",
+        f"data: {len(prompts)} prompts, {len(validation)} held out, {len(captions)} captions of images",
         f"goes on from step {step} in {config.run.out}" if step else f"starts anew in {config.run.out}",
     ]
     return lines if parts is None else [*lines, disk(config, complaints, parts, new)]
@@ -136,7 +136,7 @@ def sizes(config: TrainConfig, parts: Parts) -> list[str]:
         + (f" ({', '.join(watched)} only watched)" if watched else ""),
         f"trained parameters: {hypernetwork} for {parts.targets} attention projections",
         f"a step of {processes} process{'es' * (processes > 1)}: {o.prompts * processes} rollouts of "
-        f"{o.rollout_steps} steps, {rewarded} pictures with reward gradient, {preferred} preferred pictures",
+        f"{o.rollout_steps} steps, {rewarded} images with reward gradient, {preferred} preferred images",
     ]
 
 

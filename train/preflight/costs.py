@@ -39,7 +39,7 @@ OPERATIONS: dict[Any, Callable[..., int]] = {
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one row of the backbone, or of one picture."""
+    """Of one row of the backbone, or of one image."""
 
     forward: float
     """Floating-point operations; a multiplication and an addition are two."""
@@ -51,7 +51,7 @@ class Cost:
     """Most bytes alive at once, weights not counted."""
 
     def beside(self, other: Cost) -> Cost:
-        """Returns the cost of two graphs over the same picture, made and walked one after the other."""
+        """Returns the cost of two graphs over the same image, made and walked one after the other."""
         return Cost(
             self.forward + other.forward,
             self.backward + other.backward,

@@ -63,8 +63,8 @@ class Memory:
         return self.weights + self.optimiser + max(self.moments.values())
 
 
-def rows_per_picture(parts: Parts) -> int:
-    """Returns how many rows the backbone needs for one picture: 2 with classifier-free guidance."""
+def rows_per_image(parts: Parts) -> int:
+    """Returns how many rows the backbone needs for one image: 2 with classifier-free guidance."""
     return 2 if parts.guided_by_rows else 1
 
 
@@ -75,11 +75,11 @@ def generations(config: TrainConfig, steps: int) -> int:
     return min(steps, count)
 
 
-def sampling_work(config: TrainConfig, parts: Parts, pictures: int, steps: int) -> float:
+def sampling_work(config: TrainConfig, parts: Parts, images: int, steps: int) -> float:
     """Returns the operations of sampling latents, weights written by the schedule."""
     perceiving = parts.perception if config.model.mode == "separate" else 0.0
     writing = generations(config, steps) * (parts.generation.forward + perceiving)
-    return pictures * rows_per_picture(parts) * (steps * parts.sampling.forward + writing)
+    return images * rows_per_image(parts) * (steps * parts.sampling.forward + writing)
 
 
 def gradient_work(config: TrainConfig, parts: Parts) -> float:
@@ -105,8 +105,8 @@ def rolled_share(config: TrainConfig) -> float:
 
 def step_work(config: TrainConfig, parts: Parts) -> Work:
     """Returns the operations of one training step in one process."""
-    o, rows, row = config.objective, rows_per_picture(parts), gradient_work(config, parts)
-    pictures = o.prompts * o.timesteps * bool(o.reward_weight)
+    o, rows, row = config.objective, rows_per_image(parts), gradient_work(config, parts)
+    images = o.prompts * o.timesteps * bool(o.reward_weight)
     rolled = {"rollout": 1.0, "mixed": 0.5, "noised": 0.0}[o.state] * bool(o.reward_weight)
     guided = rows * row
     if o.conditional_only and rows == 2:
@@ -114,7 +114,7 @@ def step_work(config: TrainConfig, parts: Parts) -> Work:
     seen = sum(cost.forward + cost.backward for cost in (parts.decoding, parts.judging))
     return Work(
         rollout=rolled * rolled_share(config) * sampling_work(config, parts, o.prompts, o.rollout_steps),
-        reward=pictures * (guided + seen),
+        reward=images * (guided + seen),
         preference=o.preferred * bool(o.preference_weight) * row,
     )
 
@@ -123,9 +123,9 @@ def evaluation_work(config: TrainConfig, parts: Parts, processes: int = 1) -> fl
     """Returns the operations of one evaluation in each of the processes that share it."""
     if not config.eval.every:
         return 0.0
-    pictures = max(1, config.eval.prompts // processes) * len(EVAL_SEEDS)
-    shown = pictures * (parts.decoding.forward + parts.judging.forward)
-    return sampling_work(config, parts, pictures, config.eval.steps) + shown
+    images = max(1, config.eval.prompts // processes) * len(EVAL_SEEDS)
+    shown = images * (parts.decoding.forward + parts.judging.forward)
+    return sampling_work(config, parts, images, config.eval.steps) + shown
 
 
 def step_seconds(
@@ -150,9 +150,9 @@ def step_memory(config: TrainConfig, parts: Parts) -> Memory:
     The graph of the backbone waits while the decoder runs, and both wait while the rewards run; the
     backward passes take them down in the other order.
     """
-    o, rows = config.objective, rows_per_picture(parts)
-    pictures = _at_once(config, o.prompts * o.timesteps)
-    graphs = pictures * (1 if o.conditional_only else rows)
+    o, rows = config.objective, rows_per_image(parts)
+    images = _at_once(config, o.prompts * o.timesteps)
+    graphs = images * (1 if o.conditional_only else rows)
     preferred = _at_once(config, o.preferred) * bool(o.preference_weight)
     row_peak = parts.training.peak + parts.generation.kept
     kept = graphs * (parts.training.kept + parts.generation.kept)
@@ -161,8 +161,8 @@ def step_memory(config: TrainConfig, parts: Parts) -> Memory:
         weights=frozen_bytes(config, parts),
         optimiser=OPTIMISER_BYTES * parts.parameters["hypernetwork"],
         rollout=rewarded * rolled * o.prompts * rows * parts.sampling.peak,
-        reward=rewarded * (kept + pictures * (parts.decoding.kept + parts.judging.peak)),
-        decoder=rewarded * (kept + pictures * parts.decoding.peak),
+        reward=rewarded * (kept + images * (parts.decoding.kept + parts.judging.peak)),
+        decoder=rewarded * (kept + images * parts.decoding.peak),
         backbone=rewarded * graphs * row_peak,
         preference=preferred * row_peak,
     )
@@ -184,6 +184,6 @@ def text_bytes(config: TrainConfig, parts: Parts) -> int:
     return backbone_dtype(config).itemsize * sum(parts.text_numbers)
 
 
-def _at_once(config: TrainConfig, pictures: int) -> int:
-    """Returns how many pictures one backward pass holds."""
-    return min(config.objective.micro_batch or pictures, pictures)
+def _at_once(config: TrainConfig, images: int) -> int:
+    """Returns how many images one backward pass holds."""
+    return min(config.objective.micro_batch or images, images)

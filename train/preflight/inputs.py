@@ -26,8 +26,8 @@ from hyperalign.rewards.weights import find
 from train.config import EvalConfig, TrainConfig
 from train.data.embeddings import CachedTexts
 from train.data.prompts import load_prompts
-from train.inputs import needs_pictures, open_pictures, read_prompts
-from train.models.image_encoder import picture_encoder
+from train.inputs import needs_images, open_images, read_prompts
+from train.models.image_encoder import image_encoder
 from train.models.load import KINDS, check_folder, text_fingerprint, text_lengths
 from train.models.true_shape import TRUE_SHAPES, architecture, autoencoder
 from train.runtime import SavedStates
@@ -161,13 +161,13 @@ def training_prompts(config: TrainConfig) -> list[str]:
     return read_prompts(replace(config, eval=EvalConfig(every=0)))[0]
 
 
-def heldout_prompts(config: TrainConfig) -> list[str]:
-    """Returns the held-out prompts, whatever is wrong with the others. Raises HyperAlignError."""
+def validation_prompts(config: TrainConfig) -> list[str]:
+    """Returns the validation prompts, whatever is wrong with the others. Raises HyperAlignError."""
     if not config.eval.every:
         return []
     if config.eval.file == Path():
         raise HyperAlignError(
-            "eval.file is empty; expected a file of held-out prompts. Set it, or set eval.every to 0."
+            "eval.file is empty; expected a file of validation prompts. Set it, or set eval.every to 0."
         )
     return load_prompts(config.eval.file)[: config.eval.prompts]
 
@@ -178,26 +178,26 @@ def preferred_captions(config: TrainConfig, latent_shape: Sequence[int]) -> list
     Raises:
         HyperAlignError: no shards, broken ones, or latents of another autoencoder, size or shape.
     """
-    pictures = open_pictures(config, latent_fingerprint(config))
-    if pictures is None:
+    images = open_images(config, latent_fingerprint(config))
+    if images is None:
         return []
     count = config.objective.preferred
-    latents, _ = pictures.batch(0, count, np.random.default_rng(0), slice(0, count))
+    latents, _ = images.batch(0, count, np.random.default_rng(0), slice(0, count))
     if tuple(latents.shape[1:]) != tuple(latent_shape):
         raise HyperAlignError(
             f"{config.data.preferred} holds latents of the shape {tuple(latents.shape[1:])}; expected "
             f"{tuple(latent_shape)} for {config.model.base} at {config.model.resolution} pixels. Encode the "
-            "pictures for this recipe into another folder with train/encode.py."
+            "images for this recipe into another folder with train/encode.py."
         )
-    return pictures.shards.captions()
+    return images.shards.captions()
 
 
 def latent_fingerprint(config: TrainConfig) -> str | None:
     """Returns the autoencoder's name in latent shards, None where there is no autoencoder yet."""
-    if not needs_pictures(config) or not (config.model.path / "vae" / "config.json").is_file():
+    if not needs_images(config) or not (config.model.path / "vae" / "config.json").is_file():
         return None
     try:
-        return picture_encoder(config, torch.device("cpu")).fingerprint
+        return image_encoder(config, torch.device("cpu")).fingerprint
     except READING as error:
         raise HyperAlignError(
             f"{config.model.path / 'vae'} holds no whole autoencoder ({first_line(error)}). Copy it again."

@@ -31,7 +31,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What each part costs, for one row of the backbone or for one picture."""
+    """What each part costs, for one row of the backbone or for one image."""
 
     sampling: Cost
     """A row of the adapted backbone without gradient."""
@@ -42,9 +42,9 @@ class Parts:
     generation: Cost
     """The hypernetwork for one row, with gradient."""
     decoding: Cost
-    """A picture through the decoder, with gradient."""
+    """An image through the decoder, with gradient."""
     judging: Cost
-    """A picture through all optimised rewards, with gradient."""
+    """An image through all optimised rewards, with gradient."""
     parameters: dict[str, int]
     """Of the backbone, autoencoder, hypernetwork and each reward, also the watched ones."""
     targets: int
@@ -114,7 +114,7 @@ def meta_base(config: TrainConfig, backbone: nn.Module, autoencoder: nn.Module) 
     """Returns a base model on the meta device, in the precision of the recipe."""
     for model in (backbone, autoencoder):
         nn.Module.to(model, backbone_dtype(config)).eval().requires_grad_(False)
-    return make_base(config, backbone, Autoencoder(autoencoder, config.model.recomputes_pictures), "epsilon")
+    return make_base(config, backbone, Autoencoder(autoencoder, config.model.recomputes_images), "epsilon")
 
 
 def meta_conditions(config: TrainConfig, length: int) -> Conditions:
@@ -158,17 +158,17 @@ def meta_reward(name: str, dtype: torch.dtype) -> Reward:
 
 
 def judging(config: TrainConfig, rewards: Sequence[Reward]) -> Cost:
-    """Returns the cost of one picture through all rewards, with gradient to the picture."""
+    """Returns the cost of one image through all rewards, with gradient to the image."""
     total, side = NOTHING, config.model.resolution
     for reward in rewards:
-        set_checkpointing(reward.module, config.model.recomputes_pictures)
+        set_checkpointing(reward.module, config.model.recomputes_images)
         image_1CHW = torch.zeros(1, 3, side, side, device=META, requires_grad=True)
         total = total.beside(cost_of(lambda reward=reward, image=image_1CHW: look(reward, image)))
     return total
 
 
 def look(reward: Reward, images_BCHW: Tensor) -> Tensor:
-    """Returns what a reward sees in pictures.
+    """Returns what a reward sees in images.
 
     That is nearly all of the work of a score, which itself asks for values that meta tensors do not have.
     """
@@ -177,7 +177,7 @@ def look(reward: Reward, images_BCHW: Tensor) -> Tensor:
         return network.look(clip.prepare(images_BCHW).to(dtype))
     if isinstance(reward, (ClipReward, HeadReward)):
         return reward.module.embed_images(reward.prepare(images_BCHW).to(dtype))
-    raise TypeError(f"{type(reward).__name__} looks at pictures in a way that is not known here")
+    raise TypeError(f"{type(reward).__name__} looks at images in a way that is not known here")
 
 
 def _count(model: nn.Module) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from hyperalign.rewards import loading
 from hyperalign.rewards.networks import set_checkpointing
 from train.config import TrainConfig
-from train.inputs import evaluation, needs_pictures, origin, scoring
+from train.inputs import evaluation, needs_images, origin, scoring
 from train.materials import Materials, PromptList
 from train.models.autoencoder import Autoencoder
 from train.models.base import Conditions
@@ -38,7 +38,7 @@ SIDE = 64
 TEXT_LENGTHS = (32, 64)
 SHARE = 0.3
 """Share of the machine's memory that the backbone may fill."""
-PROMPTS = tuple(f"a picture of {things}" for things in ("a dog", "an apple", "two cats", "three red hearts"))
+PROMPTS = tuple(f"an image of {things}" for things in ("a dog", "an apple", "two cats", "three red hearts"))
 TEXT = {"sd15": (768, 0), "sdxl": (2048, 1280), "flux": (4096, 768), "sd3": (4096, 2048)}
 """Widths of the text encoders' vectors and of the pooled vector."""
 
@@ -105,7 +105,7 @@ class RandomTexts:
 
 
 @dataclass(frozen=True, slots=True)
-class RandomPictures:
+class RandomImages:
     """Random latents with captions, behind the `Preferred` protocol."""
 
     shape: tuple[int, int, int]
@@ -134,15 +134,15 @@ def described(config: TrainConfig, shape: Shape) -> str:
 
 
 def smoke_world(config: TrainConfig, accelerator: Accelerator, shape: Shape) -> Materials:
-    """Returns materials with random weights, texts and pictures for a recipe from `smoke_config`."""
+    """Returns materials with random weights, texts and images for a recipe from `smoke_config`."""
     device, dtype, name = accelerator.device, backbone_dtype(config), config.model.base
     with torch.device("meta"):
         backbone, decoder = architecture(name, shape), autoencoder(name)
     backbone = with_random_weights(backbone, device, dtype)
     if wants_sharding(accelerator):
         shard(backbone)
-    pictures = Autoencoder(with_random_weights(decoder, device, dtype), config.model.recomputes_pictures)
-    base = make_base(config, backbone, pictures, "epsilon")
+    images = Autoencoder(with_random_weights(decoder, device, dtype), config.model.recomputes_images)
+    base = make_base(config, backbone, images, "epsilon")
     width, pooled = TEXT[name]
     lengths = tuple(context_tokens(config, padding) for padding in text_lengths(config))
     texts = RandomTexts(width, pooled, lengths, device)
@@ -151,12 +151,12 @@ def smoke_world(config: TrainConfig, accelerator: Accelerator, shape: Shape) -> 
         for reward in config.objective.rewards
     }
     for reward in rewards.values():
-        set_checkpointing(reward.module, config.model.recomputes_pictures)
+        set_checkpointing(reward.module, config.model.recomputes_images)
     return Materials(
         base=base,
         texts=texts,
         prompts=PromptList(list(PROMPTS)),
-        preferred=RandomPictures(base.latent_shape) if needs_pictures(config) else None,
+        preferred=RandomImages(base.latent_shape) if needs_images(config) else None,
         rewards=scoring(rewards, config.objective.rewards),
         evaluate=evaluation(config, base, texts, rewards, PROMPTS[: config.eval.prompts], accelerator),
         origin=origin(config),

@@ -71,7 +71,7 @@ def fetch_icons(style: Style, cache: Path) -> dict[str, Any]:
 
 
 def svg_of(icons: dict[str, Any], name: str) -> str:
-    """Returns an icon of a package as a picture file's text."""
+    """Returns an icon of a package as an image file's text."""
     while name in icons.get("aliases", {}):
         name = icons["aliases"][name]["parent"]
     icon = icons["icons"][name]
@@ -91,7 +91,7 @@ def rendered(svg: str, size: int) -> Sprite:
 
 
 def load_art(cache: Path) -> Art:
-    """Renders every sprite of the world at every size (about 1,500 small pictures)."""
+    """Renders every sprite of the world at every size (about 1,500 small images)."""
     looks = [(thing, None) for thing in THINGS] + [(s, c) for s in SHAPES for c in COLORS]
     sprites: dict[tuple[Style, str, str | None, int], Sprite] = {}
     for style in STYLES:

@@ -65,8 +65,8 @@ def attribute_loss(logits_NK: Tensor, labels: list[list[int]], blind: list[bool]
     return loss / target.sum()
 
 
-def picture_binding(logits_NK: Tensor, scenes: list[Scene]) -> Tensor:
-    """Attribute loss of what was read out of pictures."""
+def image_binding(logits_NK: Tensor, scenes: list[Scene]) -> Tensor:
+    """Attribute loss of what was read out of images."""
     return attribute_loss(logits_NK, [scene_labels(scene) for scene in scenes], [False] * len(scenes))
 
 

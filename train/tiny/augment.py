@@ -1,4 +1,4 @@
-"""Picture noise for the judges: mild for robustness, strong as the worse half of a preference pair."""
+"""Image noise for the judges: mild for robustness, strong as the worse half of a preference pair."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ def _uniform(batch: int, low: float, high: float, generator: torch.Generator) ->
 
 
 def coarse(images_BCHW: Tensor, factor: int) -> Tensor:
-    """Returns the pictures averaged over `factor` pixels and interpolated back."""
+    """Returns the images averaged over `factor` pixels and interpolated back."""
     small = F.avg_pool2d(images_BCHW, factor)
     return F.interpolate(small, size=images_BCHW.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def warp(images_BCHW: Tensor, pixels_B111: Tensor, generator: torch.Generator) -> Tensor:
-    """Bends the pictures smoothly by about `pixels_B111`, as badly drawn shapes are bent."""
+    """Bends the images smoothly by about `pixels_B111`, as badly drawn shapes are bent."""
     batch, _, height, width = images_BCHW.shape
     bends = torch.randn(batch, 2, 8, 8, generator=generator) * pixels_B111 * (2.0 / width)
     shift = F.interpolate(bends, size=(height, width), mode="bicubic", align_corners=False).permute(
@@ -31,7 +31,7 @@ def warp(images_BCHW: Tensor, pixels_B111: Tensor, generator: torch.Generator) -
 
 
 def jitter(images_BCHW: Tensor, generator: torch.Generator, bend: float = 0.0) -> Tensor:
-    """Slight blur, brightness, contrast and noise, each picture its own; `bend` pixels of warp at most."""
+    """Slight blur, brightness, contrast and noise, each image its own; `bend` pixels of warp at most."""
     batch = len(images_BCHW)
     x = images_BCHW
     if bend:
@@ -44,7 +44,7 @@ def jitter(images_BCHW: Tensor, generator: torch.Generator, bend: float = 0.0) -
 
 
 def degrade(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """Smears, adds noise, bends or ghosts each picture so that it is clearly worse but still readable."""
+    """Smears, adds noise, bends or ghosts each image so that it is clearly worse but still readable."""
     batch = len(images_BCHW)
     smeared = torch.lerp(coarse(images_BCHW, 2), coarse(images_BCHW, 4), _uniform(batch, 0.2, 0.8, generator))
     strength = _uniform(batch, 0.08, 0.2, generator)

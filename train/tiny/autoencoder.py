@@ -87,6 +87,6 @@ def _edge_loss(y_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_all(model: AutoencoderKL, pixels: npt.NDArray[np.uint8], batch: int = 256) -> Tensor:
-    """Returns unscaled latents (N, 4, 16, 16) of every picture (posterior mode)."""
+    """Returns unscaled latents (N, 4, 16, 16) of every image (posterior mode)."""
     chunks = [pixels[i : i + batch] for i in range(0, len(pixels), batch)]
     return torch.cat([posterior(model, to_model_range(chunk)).mode() for chunk in chunks])

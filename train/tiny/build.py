@@ -72,7 +72,7 @@ def stored_autoencoder(shop: Workshop) -> tuple[AutoencoderKL, float]:
 
 
 def build_autoencoder(art: Art, shop: Workshop) -> None:
-    """First stage: 64x64 pictures to 4x16x16 latents."""
+    """First stage: 64x64 images to 4x16x16 latents."""
     pixels = build_scenes(shop.scaled(AUTOENCODER_SCENES), SEED, art).pixels
     model = ae.train_autoencoder(pixels, shop)
     save_autoencoder(model, float(model.config["scaling_factor"]), shop, training=asdict(ae.FIT))

@@ -14,7 +14,7 @@ from train.config import TrainConfig
 from train.preflight.inputs import check_trackers, check_writable, saved_step
 from train.tiny.art import STYLES
 
-PARTS = ("unet", "autoencoder", "text_encoder", "reward", "heldout_reward", "detector", "style")
+PARTS = ("unet", "autoencoder", "text_encoder", "reward", "validation_reward", "detector", "style")
 
 
 def check_tiny(config: TrainConfig) -> str:
@@ -46,8 +46,8 @@ def check_tiny(config: TrainConfig) -> str:
         f"recipe is sound: variant {config.model.variant}, {config.model.mode} perception, "
         f"{config.optim.steps} steps",
         f"hypernetwork: {numbers / 1e6:.2f} M parameters for {len(targets)} attention projections",
-        f"a step: {o.prompts} prompts x {o.rollout_steps} rollout steps, {o.prompts * o.timesteps} pictures "
-        f"with reward gradient, {o.preferred} preferred pictures",
+        f"a step: {o.prompts} prompts x {o.rollout_steps} rollout steps, {o.prompts * o.timesteps} images "
+        f"with reward gradient, {o.preferred} preferred images",
         f"goes on from step {step} in {config.run.out}" if step else f"starts anew in {config.run.out}",
         "not estimated for the embedded tiny model: peak memory, speed and the room its states take",
     ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""EmojiScenes for the trainer: prompts to draw and preferred pictures to learn from."""
+"""EmojiScenes for the trainer: prompts to draw and preferred images to learn from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ENOUGH_DRAWS = 500
 
 @dataclass(frozen=True, slots=True)
 class PreferredScenes:
-    """Latents (N, 4, 16, 16) and captions of preferred pictures."""
+    """Latents (N, 4, 16, 16) and captions of preferred images."""
 
     latents: Tensor
     captions: list[str]
@@ -34,7 +34,7 @@ def training_prompts(count: int, seed: int) -> list[str]:
     return [sample_prompt(rng, "train", rng.choice(FAMILIES))[0] for _ in range(count)]
 
 
-def heldout_prompts(count: int, seed: int) -> list[tuple[str, Content]]:
+def validation_prompts(count: int, seed: int) -> list[tuple[str, Content]]:
     """Returns distinct test-split prompts with their contents, the six families in turn.
 
     The two small families hold about 25 such prompts each; the others go on without them.
@@ -53,7 +53,7 @@ def heldout_prompts(count: int, seed: int) -> list[tuple[str, Content]]:
             elif len(chosen) < count:
                 chosen[new[0]] = new[1]
     if len(chosen) < count:
-        raise HyperAlignError(f"There are {len(chosen)} held-out prompts, not {count}. Ask for fewer.")
+        raise HyperAlignError(f"There are {len(chosen)} validation prompts, not {count}. Ask for fewer.")
     return list(chosen.items())
 
 
@@ -63,7 +63,7 @@ def _draws(rng: random.Random, family: Family) -> Iterator[tuple[str, Content]]:
         yield sample_prompt(rng, "test", family)
 
 
-def preferred_pictures(base: TinyBase, config: DataConfig) -> PreferredScenes:
+def preferred_images(base: TinyBase, config: DataConfig) -> PreferredScenes:
     """Draws scenes with right captions in the preferred style, encodes them once and caches them.
 
     Only contents of the training split are drawn.

@@ -1,4 +1,4 @@
-"""The tiny model's held-out prompts, sampled and judged: the figures in training and in the benchmark."""
+"""The tiny model's validation prompts, sampled and judged: the figures in training and in the benchmark."""
 
 from __future__ import annotations
 
@@ -9,30 +9,35 @@ import torch
 from torch import Tensor
 
 from hyperalign.checkpoint import HyperAlign
-from hyperalign.tiny.evaluators import load_detector, load_heldout_reward, load_reward, load_style_classifier
+from hyperalign.tiny.evaluators import (
+    load_detector,
+    load_reward,
+    load_style_classifier,
+    load_validation_reward,
+)
 from hyperalign.tiny.geneval import diversity, is_correct, summarise
 from hyperalign.tiny.prompts import Content, Family
 from hyperalign.tiny.text_encoder import tokenize_batch
 from train.models.tiny import Tiny
-from train.sampling import Pictures, sample
-from train.tiny.dataset import heldout_prompts
+from train.sampling import SampledImages, sample
+from train.tiny.dataset import validation_prompts
 
 PROMPT_SEED = 2601
 
 
 @dataclass(frozen=True, slots=True)
-class Samples(Pictures):
-    """Pictures of P held-out prompts at S seeds, with what they should show."""
+class Samples(SampledImages):
+    """Images of P validation prompts at S seeds, with what they should show."""
 
     contents: list[Content]
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """Every figure of every picture, (P, S); diversity is per prompt, (P,)."""
+    """Every figure of every image, (P, S); diversity is per prompt, (P,)."""
 
     reward: Tensor
-    heldout_reward: Tensor
+    validation_reward: Tensor
     correct: Tensor
     style: Tensor
     diversity: Tensor
@@ -49,37 +54,37 @@ def sample_all(
     strength: float = 1.0,
     bf16: bool = False,
 ) -> Samples:
-    """Samples `count` held-out prompts at every seed; None is the base model."""
-    chosen = heldout_prompts(count, PROMPT_SEED)
-    pictures = sample(
+    """Samples `count` validation prompts at every seed; None is the base model."""
+    chosen = validation_prompts(count, PROMPT_SEED)
+    images = sample(
         base, base, hyperalign, [prompt for prompt, _ in chosen],
         seeds=seeds, steps=steps, guidance=guidance, strength=strength, bf16=bf16,
     )  # fmt: skip
     return Samples(
-        pictures.prompts,
-        pictures.images,
-        pictures.seconds_per_image,
-        pictures.generations_per_run,
+        images.prompts,
+        images.images,
+        images.seconds_per_image,
+        images.generations_per_run,
         [content for _, content in chosen],
     )
 
 
 @torch.no_grad()
 def judge(samples: Samples) -> Judged:
-    """Scores every picture with the reward and with the judges that were never optimised."""
+    """Scores every image with the reward and with the judges that were never optimised."""
     shape = samples.images.shape[:2]
     flat = samples.images.flatten(0, 1)
     tokens = tokenize_batch(samples.prompts).repeat_interleave(shape[1], dim=0)
-    heldout = load_heldout_reward().eval()
+    validation = load_validation_reward().eval()
     detections = load_detector().eval().detect(flat)
     contents = [content for content in samples.contents for _ in range(shape[1])]
     correct = [is_correct(content, found) for content, found in zip(contents, detections, strict=True)]
     return Judged(
         reward=load_reward().eval()(flat, tokens).view(shape),
-        heldout_reward=heldout(flat, tokens).view(shape),
+        validation_reward=validation(flat, tokens).view(shape),
         correct=torch.tensor(correct).view(shape),
         style=load_style_classifier().eval()(flat).view(shape),
-        diversity=diversity(heldout.embed_images(flat).view(*shape, -1))
+        diversity=diversity(validation.embed_images(flat).view(*shape, -1))
         if shape[1] > 1
         else torch.zeros(shape[0]),
     )
@@ -95,7 +100,7 @@ def figures(samples: Samples) -> dict[str, Any]:
     ]
     return {
         "reward": float(judged.reward.mean()),
-        "heldout_reward": float(judged.heldout_reward.mean()),
+        "validation_reward": float(judged.validation_reward.mean()),
         "geneval": summarise(marks),
         "style": float(judged.style.mean()),
         "diversity": float(judged.diversity.mean()),

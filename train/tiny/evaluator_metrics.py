@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hyperalign.tiny.evaluators import TinyDetector, TinyHeldoutReward, TinyReward, TinyStyleClassifier
+from hyperalign.tiny.evaluators import TinyDetector, TinyReward, TinyStyleClassifier, TinyValidationReward
 from hyperalign.tiny.geneval import is_correct
 from hyperalign.tiny.prompts import FAMILIES, Content, Split, near_miss, sample_prompt
 from hyperalign.tiny.text_encoder import tokenize_batch
@@ -29,9 +29,9 @@ def _share(wins: Tensor) -> float:
 
 @torch.no_grad()
 def reward_figures(
-    reward: TinyReward | TinyHeldoutReward, art: Art, split: Split | None = None, count: int = 600
+    reward: TinyReward | TinyValidationReward, art: Art, split: Split | None = None, count: int = 600
 ) -> Figures:
-    """Share of held-out pairs that the reward orders rightly, and the mean margins, on jittered pictures."""
+    """Share of validation pairs that the reward orders rightly, and the mean margins, on jittered images."""
     rng = random.Random(9001)
     generator = torch.Generator().manual_seed(9001)
     rights = [sample_right(rng, split) for _ in range(count)]
@@ -45,22 +45,22 @@ def reward_figures(
 
     best = score(clean, right_tokens)
     other_style = score(draw([replace(scene, style="noto") for scene in liked], art), right_tokens)
-    wrong_picture = score(
+    wrong_image = score(
         draw([sample_scene(rng, missed, "fluent") for missed, _ in misses], art), right_tokens
     )
     wrong_prompt = score(clean, miss_tokens)
     damaged = score(degrade(clean, generator), right_tokens)
     families = [content.family for content, _ in rights]
     return {
-        "right_picture_wins": _share(best > wrong_picture),
+        "right_image_wins": _share(best > wrong_image),
         "right_prompt_wins": _share(best > wrong_prompt),
-        "noto_right_beats_fluent_wrong": _share(other_style > wrong_picture),
+        "noto_right_beats_fluent_wrong": _share(other_style > wrong_image),
         "fluent_wins": _share(best > other_style),
         "clean_wins": _share(best > damaged),
-        "margin_content": round(float((best - wrong_picture).mean()), 3),
+        "margin_content": round(float((best - wrong_image).mean()), 3),
         "margin_style": round(float((best - other_style).mean()), 3),
         "margin_clean": round(float((best - damaged).mean()), 3),
-        "by_family": _by_family(families, best > wrong_picture),
+        "by_family": _by_family(families, best > wrong_image),
     }
 
 
@@ -101,7 +101,7 @@ def tune_threshold(detector: TinyDetector, art: Art) -> float:
 
 
 def detector_figures(detector: TinyDetector, art: Art) -> Figures:
-    """Share of right verdicts on true scenes and on near misses, per family, on jittered pictures."""
+    """Share of right verdicts on true scenes and on near misses, per family, on jittered images."""
     accepted, refused = _verdicts(detector, art, 9003, PER_FAMILY, float(detector.threshold), bend=1.0)
     families = [family for family in FAMILIES for _ in range(PER_FAMILY)]
     return {
@@ -115,7 +115,7 @@ def detector_figures(detector: TinyDetector, art: Art) -> Figures:
 
 @torch.no_grad()
 def style_figures(classifier: TinyStyleClassifier, art: Art, count: int = 600) -> Figures:
-    """Share of held-out jittered scenes whose style is told rightly."""
+    """Share of validation jittered scenes whose style is told rightly."""
     _, scenes, _ = _judged_scenes(9004, count // len(FAMILIES))
     chance = classifier(jitter(draw(scenes, art), torch.Generator().manual_seed(9004), bend=1.0))
     return {"accuracy": _share((chance > 0.5) == torch.tensor([scene.style == "fluent" for scene in scenes]))}

@@ -1,4 +1,4 @@
-"""Trains the embedded world's judges: reward, detector, held-out reward and style classifier."""
+"""Trains the embedded world's judges: reward, detector, validation reward and style classifier."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from hyperalign.tiny.evaluators import (
     EMBEDDING,
     RARE_LOG_ODDS,
     TinyDetector,
-    TinyHeldoutReward,
     TinyReward,
     TinyStyleClassifier,
+    TinyValidationReward,
 )
 from hyperalign.tiny.prompts import COLORS, NOUNS, Content, Split, sample_content
 from hyperalign.tiny.text_encoder import tokenize_batch
 from hyperalign.tiny.weights import save_part
 from train.tiny.art import Art
-from train.tiny.attributes import ATTRIBUTES, picture_binding, prompt_binding
+from train.tiny.attributes import ATTRIBUTES, image_binding, prompt_binding
 from train.tiny.augment import jitter
 from train.tiny.evaluator_metrics import (
     Figures,
@@ -46,14 +46,14 @@ from train.tiny.pairs import (
 from train.tiny.scenes import Scene, sample_scene
 
 Reconstruct = Callable[[Tensor], Tensor]
-"""Pictures (B, 3, 64, 64) in [0, 1] -> the autoencoder's version of them."""
+"""Images (B, 3, 64, 64) in [0, 1] -> the autoencoder's version of them."""
 
 GROUPS = 16
 BATCH = GROUPS * GROUP_IMAGES
 RECONSTRUCTED = 16
-"""Pictures of every second batch that pass through the autoencoder (whole groups, the first ones)."""
+"""Images of every second batch that pass through the autoencoder (whole groups, the first ones)."""
 TASTE = 0.9
-"""How often the liked picture should win against its right but worse twin: a margin of 2.2."""
+"""How often the liked image should win against its right but worse twin: a margin of 2.2."""
 CLUTTER = 0.3
 READOUT_GAIN = 16.0
 """Unit embeddings enter the attribute read-out at this length, so that small weights can separate them."""
@@ -70,8 +70,8 @@ class PairPlan:
 
 REWARD_FIT = Fit(name="reward", steps=1200, lr=1.5e-3, ema=0.99)
 REWARD_PLAN = PairPlan(seed=101, split="train", same_layout=0.7)
-HELDOUT_FIT = Fit(name="heldout_reward", steps=1200, lr=1.2e-3, ema=0.99)
-HELDOUT_PLAN = PairPlan(seed=202, split=None, same_layout=0.3)
+VALIDATION_FIT = Fit(name="validation_reward", steps=1200, lr=1.2e-3, ema=0.99)
+VALIDATION_PLAN = PairPlan(seed=202, split=None, same_layout=0.3)
 DETECTOR_FIT = Fit(name="detector", steps=1100, lr=2e-3, ema=0.99)
 READING_FIT = Fit(name="text", steps=1200, lr=1.5e-3)
 STYLE_FIT = Fit(name="style", steps=250, lr=2e-3)
@@ -80,7 +80,7 @@ STYLE_FIT = Fit(name="style", steps=250, lr=2e-3)
 class SpottedReward(nn.Module):
     """A reward with two helper heads that form its features quickly: what lies where, what is bound."""
 
-    def __init__(self, reward: TinyReward | TinyHeldoutReward) -> None:
+    def __init__(self, reward: TinyReward | TinyValidationReward) -> None:
         super().__init__()
         self.reward = reward
         self.spotter = nn.Conv2d(reward.feature_channels, len(NOUNS) + len(COLORS), 1)
@@ -101,12 +101,12 @@ class SpottedReward(nn.Module):
         texts_TD = reward.embed_texts(batch.tokens_TL)
         scores_NT = (reward.scale() * images_ND @ texts_TD.T).float()
         spots = spotting(self.spotter(features).float(), batch.scenes)
-        seen = picture_binding(self.attributes(images_ND * READOUT_GAIN), batch.scenes)
+        seen = image_binding(self.attributes(images_ND * READOUT_GAIN), batch.scenes)
         read = prompt_binding(self.attributes(texts_TD * READOUT_GAIN), batch.prompts())
         return {
             "contrast": contrast(scores_NT, batch),
             "taste": taste(scores_NT),
-            "pictures": 0.3 * seen,
+            "images": 0.3 * seen,
             "prompts": 0.3 * read,
             "centres": 0.3 * spots["centres"],
             "colors": 0.3 * spots["colors"],
@@ -121,13 +121,13 @@ def contrast(scores_NT: Tensor, batch: PairBatch) -> Tensor:
     wrong_NT = scores_NT.masked_fill(~batch.wrong_NT, -1e4)
     n, t = batch.own_NT.nonzero(as_tuple=True)
     right = scores_NT[n, t]
-    by_picture = F.softplus(wrong_NT.logsumexp(dim=1)[n] - right)
+    by_image = F.softplus(wrong_NT.logsumexp(dim=1)[n] - right)
     by_prompt = F.softplus(wrong_NT.logsumexp(dim=0)[t] - right)
-    return 0.5 * (by_picture + by_prompt).mean()
+    return 0.5 * (by_image + by_prompt).mean()
 
 
 def taste(scores_NT: Tensor) -> Tensor:
-    """Bradley-Terry between the liked picture and its worse twin, with `TASTE` as the odds."""
+    """Bradley-Terry between the liked image and its worse twin, with `TASTE` as the odds."""
     rows = torch.arange(0, len(scores_NT), GROUP_IMAGES)
     columns = torch.arange(0, scores_NT.shape[1], GROUP_TEXTS)
     margin = scores_NT[rows, columns] - scores_NT[rows + 1, columns]
@@ -154,13 +154,13 @@ def _blurred(images: Tensor, step: int, reconstruct: Reconstruct, bend: float = 
 
 
 def train_reward(
-    reward: TinyReward | TinyHeldoutReward,
+    reward: TinyReward | TinyValidationReward,
     fit: Fit,
     plan: PairPlan,
     shop: Workshop,
     art: Art,
     reconstruct: Reconstruct,
-) -> TinyReward | TinyHeldoutReward:
+) -> TinyReward | TinyValidationReward:
     """Trains either reward and returns its averaged weights.
 
     Its text encoder learns to read first, which is cheap; then both encoders learn from pairs.
@@ -221,7 +221,7 @@ def train_style(shop: Workshop, art: Art, reconstruct: Reconstruct) -> TinyStyle
 
 
 def train_judges(shop: Workshop, art: Art, reconstruct: Reconstruct) -> None:
-    """Trains the four judges, measures each on held-out scenes and saves it, the reward first."""
+    """Trains the four judges, measures each on validation scenes and saves it, the reward first."""
 
     def finish(name: str, module: nn.Module, fit: Fit, figures: Figures) -> None:
         header = {
@@ -240,8 +240,8 @@ def train_judges(shop: Workshop, art: Art, reconstruct: Reconstruct) -> None:
     finish("detector", detector, DETECTOR_FIT, detector_figures(detector, art))
 
     torch.manual_seed(2)
-    heldout = train_reward(TinyHeldoutReward(), HELDOUT_FIT, HELDOUT_PLAN, shop, art, reconstruct)
-    finish("heldout_reward", heldout, HELDOUT_FIT, reward_figures(heldout, art))
+    validation = train_reward(TinyValidationReward(), VALIDATION_FIT, VALIDATION_PLAN, shop, art, reconstruct)
+    finish("validation_reward", validation, VALIDATION_FIT, reward_figures(validation, art))
 
     torch.manual_seed(4)
     style = train_style(shop, art, reconstruct)

@@ -18,13 +18,13 @@ from train.config import TrainConfig
 from train.data.prompts import load_prompts
 from train.data.shards import LatentShards
 from train.image_grid import save_grid
-from train.materials import Materials, Preferred, PromptList, Prompts, ShardPictures
+from train.materials import Materials, Preferred, PromptList, Prompts, ShardImages
 from train.models.attention import use_float32_attention
-from train.models.image_encoder import picture_encoder
+from train.models.image_encoder import image_encoder
 from train.models.tiny import Tiny
 from train.objective import RewardFn, Rewards
 from train.runtime import Row
-from train.tiny.dataset import PreferredScenes, preferred_pictures, training_prompts
+from train.tiny.dataset import PreferredScenes, preferred_images, training_prompts
 from train.tiny.evaluate import figures, sample_all
 
 
@@ -41,19 +41,19 @@ class GrammarPrompts:
 class Scenes:
     """Encoded EmojiScenes, drawn independently."""
 
-    pictures: PreferredScenes
+    images: PreferredScenes
 
     def batch(
         self, position: int, count: int, rng: np.random.Generator, part: slice
     ) -> tuple[Tensor, list[str]]:
         """Returns latents (B, 4, 16, 16) and captions."""
         del position
-        rows = rng.integers(len(self.pictures.latents), size=count)[part]
-        return self.pictures.latents[torch.from_numpy(rows)], [self.pictures.captions[row] for row in rows]
+        rows = rng.integers(len(self.images.latents), size=count)[part]
+        return self.images.latents[torch.from_numpy(rows)], [self.images.captions[row] for row in rows]
 
 
 def tiny_reward(device: torch.device) -> RewardFn:
-    """Returns the preference reward of pictures (B, 3, 64, 64), about [0, 1]; keeps the graph."""
+    """Returns the preference reward of images (B, 3, 64, 64), about [0, 1]; keeps the graph."""
     network = load_reward().eval().requires_grad_(False).to(device)
 
     def score(images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -71,12 +71,12 @@ def tiny_prompts(config: TrainConfig) -> Prompts:
     return PromptList(prompts)
 
 
-def tiny_pictures(config: TrainConfig, base: Tiny) -> Preferred:
+def tiny_images(config: TrainConfig, base: Tiny) -> Preferred:
     """Returns EmojiScenes, or the latent shards of data.preferred. Raises HyperAlignError."""
     if config.data.preferred == Path():
-        return Scenes(preferred_pictures(base.model, config.data))
-    encoder = picture_encoder(config, base.device)
-    return ShardPictures(
+        return Scenes(preferred_images(base.model, config.data))
+    encoder = image_encoder(config, base.device)
+    return ShardImages(
         LatentShards(config.data.preferred, encoder.fingerprint, encoder.resolution), config.run.seed
     )
 
@@ -101,7 +101,7 @@ def tiny_materials(config: TrainConfig, device: torch.device, is_main: bool = Tr
         base=base,
         texts=base,
         prompts=tiny_prompts(config),
-        preferred=tiny_pictures(config, base),
+        preferred=tiny_images(config, base),
         rewards=Rewards({"tiny reward": tiny_reward(device)}, config.objective.rewards),
         evaluate=evaluate,
         origin={

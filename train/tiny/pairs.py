@@ -32,7 +32,7 @@ from train.tiny.augment import degrade
 from train.tiny.scenes import Scene, render, sample_scene
 
 GROUP_IMAGES = 4
-"""Per group: the liked picture, its worse twin, and a picture of each of two near misses."""
+"""Per group: the liked image, its worse twin, and an image of each of two near misses."""
 GROUP_TEXTS = 3
 """Per group: the prompt and its two near misses."""
 DAMAGED = 0.5
@@ -44,14 +44,14 @@ DRAWN_FAMILIES: tuple[Family, ...] = (*FAMILIES, "position", "color_attribution"
 
 @dataclass(frozen=True, slots=True)
 class PairBatch:
-    """G groups of four pictures and three prompts, with the truth about every combination."""
+    """G groups of four images and three prompts, with the truth about every combination."""
 
     images_NCHW: Tensor
     tokens_TL: Tensor
     own_NT: Tensor
-    """The picture was drawn for this prompt."""
+    """The image was drawn for this prompt."""
     wrong_NT: Tensor
-    """The picture does not show exactly what the prompt says."""
+    """The image does not show exactly what the prompt says."""
     scenes: list[Scene]
 
     def prompts(self) -> list[Content]:
@@ -61,7 +61,7 @@ class PairBatch:
 
 
 def draw(scenes: list[Scene], art: Art) -> Tensor:
-    """Returns the scenes' pictures (N, 3, 64, 64) in [0, 1]."""
+    """Returns the scenes' images (N, 3, 64, 64) in [0, 1]."""
     pixels = np.stack([render(scene, art) for scene in scenes])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255.0
 
@@ -109,7 +109,7 @@ def sample_miss(rng: random.Random, content: Content, split: Split | None) -> tu
 def sample_pairs(
     rng: random.Random, groups: int, art: Art, split: Split | None, same_layout: float
 ) -> PairBatch:
-    """Draws a batch; a share `same_layout` of twins differs from the liked picture in style alone."""
+    """Draws a batch; a share `same_layout` of twins differs from the liked image in style alone."""
     scenes: list[Scene] = []
     texts: list[str] = []
     damaged: list[int] = []

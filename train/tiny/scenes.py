@@ -1,4 +1,4 @@
-"""EmojiScenes: 64x64 pictures of one to four emoji, drawn from a `Content`."""
+"""EmojiScenes: 64x64 images of one to four emoji, drawn from a `Content`."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _holds(relation: str, centres: list[tuple[int, int]]) -> bool:
 
 
 def render(scene: Scene, art: Art) -> npt.NDArray[np.uint8]:
-    """Returns the picture as (64, 64, 3) uint8."""
+    """Returns the image as (64, 64, 3) uint8."""
     canvas = np.empty((SIDE, SIDE, 3), np.float32)
     canvas[:] = np.asarray(BACKGROUNDS[scene.background], np.float32) / 255.0
     for item in scene.items:

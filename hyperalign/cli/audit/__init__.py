@@ -1,1 +1,1 @@
-"""Audits rewards over pictures and prompts: `python -m hyperalign audit`. It needs Pillow."""
+"""Audits rewards over images and prompts: `python -m hyperalign audit`. It needs Pillow."""

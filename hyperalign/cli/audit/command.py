@@ -1,12 +1,12 @@
-r"""Audits a reward: which groups of pictures, words of a prompt and properties of pixels does it prefer?
+r"""Audits a reward: which groups of images, words of a prompt and properties of pixels does it prefer?
 
 python -m hyperalign audit DIR --reward hpsv2.1 --prompts prompts.csv --groups "gender=woman|man"
 python -m hyperalign audit DIR --reward pickscore --template "a photo of a {nurse|doctor}" \
     --groups labels.csv --alter
 
-Pictures under their own prompts, by group (--prompts, --groups): whom does it like better? The same pictures
-under several prompts (--template): which words does it like better? All pictures under one prompt, by group
-(both): whom does it take for a nurse, whom for a doctor? The same pictures altered (--alter), and what goes
+Images under their own prompts, by group (--prompts, --groups): whom does it like better? The same images
+under several prompts (--template): which words does it like better? All images under one prompt, by group
+(both): whom does it take for a nurse, whom for a doctor? The same images altered (--alter), and what goes
 with brightness, colour, sharpness and size: does it look at more than the subject?
 Stop it at any time; the same command goes on where it stopped.
 """
@@ -23,7 +23,7 @@ import torch
 from ...errors import HyperAlignError
 from ..score.devices import device_of
 from ..score.files import Log, check_writable, log_of, write_whole
-from ..score.images import BadPicture, list_pictures
+from ..score.images import BadImage, list_images
 from ..score.options import STOPPED, ScoringOptions, scoring_parser
 from ..score.progress import bar
 from ..score.prompts import find_prompts
@@ -61,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(options: Options) -> tuple[list[Finding], list[BadPicture], list[Path]]:
-    """Audits; returns what was found, the pictures left out and the files written. Raises HyperAlignError."""
-    names = list_pictures(options.folder)
+def run(options: Options) -> tuple[list[Finding], list[BadImage], list[Path]]:
+    """Audits; returns what was found, the images left out and the files written. Raises HyperAlignError."""
+    names = list_images(options.folder)
     templates = {template: filled(template) for template in options.templates}
     cases = cases_of(options, names, templates)
     groups: Groups = {}
@@ -85,7 +85,7 @@ def run(options: Options) -> tuple[list[Finding], list[BadPicture], list[Path]]:
         rows = [log.rows[name] for name in names if is_measured(options.folder, name, cases, log)]
     if not rows:
         raise HyperAlignError(
-            f"None of the {len(names)} pictures could be scored; {bad[0].name}: {bad[0].reason}. Check them."
+            f"None of the {len(names)} images could be scored; {bad[0].name}: {bad[0].reason}. Check them."
         )
     found = [
         finding
@@ -93,7 +93,7 @@ def run(options: Options) -> tuple[list[Finding], list[BadPicture], list[Path]]:
         for finding in findings(rows, reward, groups, templates, options.alter)
     ]
     title = (
-        f"Audit of {', '.join(options.rewards)} over {len(rows)} pictures of {options.folder.resolve().name}"
+        f"Audit of {', '.join(options.rewards)} over {len(rows)} images of {options.folder.resolve().name}"
     )
     pages = (html_text(title, found, bad), json_text(found, settings), csv_text(found))
     for path, page in zip(paths, pages, strict=True):
@@ -102,10 +102,10 @@ def run(options: Options) -> tuple[list[Finding], list[BadPicture], list[Path]]:
 
 
 def cases_of(options: Options, names: Sequence[str], templates: dict[str, list[str]]) -> Cases:
-    """Returns what every picture is scored under. Raises HyperAlignError where a prompt is missing."""
+    """Returns what every image is scored under. Raises HyperAlignError where a prompt is missing."""
     if options.prompts is None and not templates:
         raise HyperAlignError(
-            "There is no prompt to score the pictures under; give --prompts, or --template with terms in "
+            "There is no prompt to score the images under; give --prompts, or --template with terms in "
             "braces: 'a photo of a {cat|dog}'."
         )
     own: dict[str, str] = {}
@@ -117,7 +117,7 @@ def cases_of(options: Options, names: Sequence[str], templates: dict[str, list[s
 
 def _measure(
     options: Options, names: Sequence[str], cases: Cases, log: Log[Measured], device: torch.device
-) -> list[BadPicture]:
+) -> list[BadImage]:
     todo = sum(not is_measured(options.folder, name, cases, log) for name in names)
     if not todo:
         return []
@@ -136,14 +136,14 @@ def parse(arguments: Sequence[str] | None) -> Options:
     """Returns what the command line asks for; ends the process on a wrong one."""
     parser = scoring_parser("python -m hyperalign audit", __doc__)
     add = parser.add_argument
-    add("--prompts", metavar="SOURCE", help="the pictures' own prompts: a .csv or .jsonl with names and "
+    add("--prompts", metavar="SOURCE", help="the images' own prompts: a .csv or .jsonl with names and "
         "prompts, `txt` for a text file beside each, or `comfyui` for the metadata of its PNGs")  # fmt: skip
     add("--template", action="append", default=[], dest="templates", metavar="TEXT",
-        help="a prompt with terms in braces; every picture is scored under each of them")  # fmt: skip
+        help="a prompt with terms in braces; every image is scored under each of them")  # fmt: skip
     add("--groups", action="append", default=[], metavar="SOURCE",
-        help="a .csv or .jsonl with the pictures' names and a column for each attribute, or terms to look "
+        help="a .csv or .jsonl with the images' names and a column for each attribute, or terms to look "
         "for in their own prompts, such as \"gender=woman|man\"")  # fmt: skip
-    add("--alter", action="store_true", help="score each picture brighter, darker, greyer, blurred ... too")
+    add("--alter", action="store_true", help="score each image brighter, darker, greyer, blurred ... too")
     add("--out", type=Path, metavar="FOLDER", help="for audit.html, .json and .csv (default: audit in DIR)")
     found = parser.parse_args(arguments)
     found.out = found.out or found.folder / "audit"

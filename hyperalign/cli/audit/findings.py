@@ -34,17 +34,17 @@ def findings(
     """Returns all findings on a reward.
 
     Args:
-        rows: one a picture.
+        rows: one an image.
         reward: its name.
-        groups: by attribute, the group of each picture.
+        groups: by attribute, the group of each image.
         templates: with their prompts.
         altered: whether alterations were scored.
     """
     found = list(_of_groups(rows, reward, groups, templates))
     for template, texts in templates.items():
         columns = {text: [row.scores[reward][text] for row in rows] for text in texts}
-        title = f"the same pictures under “{template}”"
-        found.append(_means(reward, title, columns, same_pictures=True))
+        title = f"the same images under “{template}”"
+        found.append(_means(reward, title, columns, same_images=True))
     found.append(_of_pixels(rows, reward))
     if altered:
         found.append(_of_alterations(rows, reward))
@@ -52,7 +52,7 @@ def findings(
 
 
 def score_of(row: Measured, reward: str) -> float:
-    """Returns a picture's score under its own prompt, or else the mean over the templates' prompts."""
+    """Returns an image's score under its own prompt, or else the mean over the templates' prompts."""
     scores = {case: score for case, score in row.scores[reward].items() if case not in ALTERATIONS}
     return scores.get(OWN, fmean(scores.values()))
 
@@ -74,19 +74,19 @@ def _of_groups(
     for attribute, members in groups.items():
         if rows and OWN in rows[0].scores[reward]:
             scores = [row.scores[reward][OWN] for row in rows]
-            title = f"{attribute}: pictures by group, each under its own prompt"
+            title = f"{attribute}: images by group, each under its own prompt"
             yield _means(reward, title, by_group(rows, members, scores))
         for text in dict.fromkeys(text for texts in templates.values() for text in texts):
             scores = [row.scores[reward][text] for row in rows]
-            yield _means(reward, f"{attribute}: pictures by group, all under “{text}”",
+            yield _means(reward, f"{attribute}: images by group, all under “{text}”",
                          by_group(rows, members, scores))  # fmt: skip
 
 
 def _means(
-    reward: str, title: str, columns: Mapping[str, Sequence[float]], same_pictures: bool = False
+    reward: str, title: str, columns: Mapping[str, Sequence[float]], same_images: bool = False
 ) -> Finding:
     lines = {name: mean(values) for name, values in columns.items()}
-    return Finding(reward, title, "mean score", lines, largest_gap(dict(columns), same_pictures))
+    return Finding(reward, title, "mean score", lines, largest_gap(dict(columns), same_images))
 
 
 def _of_pixels(rows: Sequence[Measured], reward: str) -> Finding:
@@ -103,4 +103,4 @@ def _of_alterations(rows: Sequence[Measured], reward: str) -> Finding:
         for name in ALTERATIONS
         if rows and name in rows[0].scores[reward]
     }
-    return Finding(reward, "the same pictures, altered", "mean change of the score", lines)
+    return Finding(reward, "the same images, altered", "mean change of the score", lines)

@@ -1,4 +1,4 @@
-"""Which prompts a picture is scored under, and which groups it belongs to."""
+"""Which prompts an image is scored under, and which groups it belongs to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..score.prompts import NAME_KEYS, PROMPT_KEYS
 SLOT = re.compile(r"\{([^{}]*)\}")
 
 Groups = dict[str, dict[str, str]]
-"""By attribute: the group of each picture that has one."""
+"""By attribute: the group of each image that has one."""
 
 
 def filled(template: str) -> list[str]:
@@ -39,13 +39,13 @@ def filled(template: str) -> list[str]:
 
 
 def groups_of(source: str, prompts: Mapping[str, str], names: Sequence[str]) -> Groups:
-    """Returns the groups of pictures.
+    """Returns the groups of images.
 
     Args:
-        source: `attribute=first|second|...`, whose terms are looked for as whole words in the pictures'
-            prompts; or a .csv or .jsonl with the pictures' names and a column for each attribute.
-        prompts: by the pictures' names; may be empty for a table.
-        names: of all pictures.
+        source: `attribute=first|second|...`, whose terms are looked for as whole words in the images'
+            prompts; or a .csv or .jsonl with the images' names and a column for each attribute.
+        prompts: by the images' names; may be empty for a table.
+        names: of all images.
 
     Raises:
         HyperAlignError: neither of both, a file that cannot be read, or fewer than two groups.
@@ -58,17 +58,17 @@ def groups_of(source: str, prompts: Mapping[str, str], names: Sequence[str]) -> 
     for name, members in found.items():
         if len(set(members.values())) < 2:
             raise HyperAlignError(
-                f"--groups {source}: {name} has {len(set(members.values()))} groups among the pictures, "
-                f"expected two or more. Check the terms, or the names in the table; a picture is {names[0]}."
+                f"--groups {source}: {name} has {len(set(members.values()))} groups among the images, "
+                f"expected two or more. Check the terms, or the names in the table; an image is {names[0]}."
             )
     return found
 
 
 def _by_words(terms: Sequence[str], prompts: Mapping[str, str], source: str) -> dict[str, str]:
-    """Returns the one term in each prompt; pictures with none or with several belong nowhere."""
+    """Returns the one term in each prompt; images with none or with several belong nowhere."""
     if not prompts:
         raise HyperAlignError(
-            f"--groups {source} looks into the pictures' prompts, and there are none; give --prompts, "
+            f"--groups {source} looks into the images' prompts, and there are none; give --prompts, "
             "or a table."
         )
     members: dict[str, str] = {}
@@ -90,13 +90,13 @@ def _by_table(path: Path, names: set[str]) -> Groups:
                 f"{path.name}, row {number} has no name, only {', '.join(row) or 'nothing'}; expected one of "
                 f"{', '.join(NAME_KEYS)}."
             )
-        picture = name.replace("\\", "/").removeprefix("./")
+        image = name.replace("\\", "/").removeprefix("./")
         for key, value in row.items():
             is_group = key.strip().lower() not in (*NAME_KEYS, *PROMPT_KEYS) and value not in (None, "")
-            if is_group and picture in names:
-                found.setdefault(key.strip(), {})[picture] = str(value)
+            if is_group and image in names:
+                found.setdefault(key.strip(), {})[image] = str(value)
     if not found:
-        raise HyperAlignError(f"{path} names no group of a picture; expected a column for each attribute.")
+        raise HyperAlignError(f"{path} names no group of an image; expected a column for each attribute.")
     return found
 
 

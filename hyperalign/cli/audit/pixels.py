@@ -1,4 +1,4 @@
-"""What can be said of a picture without knowing what it shows, and alterations that do not change that."""
+"""What can be said of an image without knowing what it shows, and alterations that do not change that."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 def luma(image_CHW: Tensor) -> Tensor:
-    """Returns brightness (H, W) of a picture in [0, 1]."""
+    """Returns brightness (H, W) of an image in [0, 1]."""
     red, green, blue = image_CHW
     return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
 def properties(image_CHW: Tensor) -> dict[str, float]:
-    """Returns figures of a picture (3, H, W) in [0, 1]."""
+    """Returns figures of an image (3, H, W) in [0, 1]."""
     grey_HW, high_HW, low_HW = luma(image_CHW), image_CHW.amax(0), image_CHW.amin(0)
     height, width = grey_HW.shape
     edges = (grey_HW[1:, :-1] - grey_HW[:-1, :-1]).abs() + (grey_HW[:-1, 1:] - grey_HW[:-1, :-1]).abs()
@@ -34,13 +34,13 @@ def properties(image_CHW: Tensor) -> dict[str, float]:
 
 
 def saturated(image_CHW: Tensor, factor: float) -> Tensor:
-    """Returns the picture with its colours `factor` times as far from grey."""
+    """Returns the image with its colours `factor` times as far from grey."""
     grey_1HW = luma(image_CHW)[None]
     return (grey_1HW + factor * (image_CHW - grey_1HW)).clamp(0.0, 1.0)
 
 
 def blurred(image_CHW: Tensor) -> Tensor:
-    """Returns the picture with each pixel the mean of its 3 x 3 neighbours."""
+    """Returns the image with each pixel the mean of its 3 x 3 neighbours."""
     padded = F.pad(image_CHW[None], (1, 1, 1, 1), mode="replicate")
     return F.avg_pool2d(padded, 3, stride=1)[0]
 
@@ -53,4 +53,4 @@ ALTERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "without colour": lambda image_CHW: saturated(image_CHW, 0.0),
     "blurred": blurred,
 }
-"""Pictures (3, H, W) in [0, 1] to the same; none changes what is shown. Mirrored is the yardstick."""
+"""Images (3, H, W) in [0, 1] to the same; none changes what is shown. Mirrored is the yardstick."""

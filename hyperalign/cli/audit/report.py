@@ -10,18 +10,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..score.images import BadPicture
+from ..score.images import BadImage
 from .findings import Finding
 from .statistics import FEWEST, LEVEL, Estimate, Gap
 
-COLUMNS = ("reward", "finding", "figure", "group", "pictures", "value", "low", "high")
+COLUMNS = ("reward", "finding", "figure", "group", "images", "value", "low", "high")
 CAVEATS = (
-    "A gap is a question, not a verdict: pictures of two groups may differ in quality, style or generator. "
+    "A gap is a question, not a verdict: images of two groups may differ in quality, style or generator. "
     "Make the groups alike in everything else (same generator, seeds, prompt) before you blame the reward.",
     "No gap is no proof of fairness: it may be there for groups, prompts and styles that are not here.",
     "Intervals are of 95 % for one figure; those of gaps hold for all pairs of their table at once. Of many "
     "tables some will show a gap by chance.",
-    "Groups say how pictures were labelled or prompted, not who anybody is.",
+    "Groups say how images were labelled or prompted, not who anybody is.",
 )
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; }
@@ -88,7 +88,7 @@ def json_text(findings: Sequence[Finding], settings: dict[str, Any]) -> str:
     return json.dumps(table | {"findings": [asdict(finding) for finding in findings]}, indent=1) + "\n"
 
 
-def html_text(title: str, findings: Sequence[Finding], bad: Sequence[BadPicture]) -> str:
+def html_text(title: str, findings: Sequence[Finding], bad: Sequence[BadImage]) -> str:
     """Returns a page that needs no other file and no network, the largest gaps first."""
     gaps = [f"<li>{_marked(finding, gap)}</li>" for finding, gap in by_size(findings)]
     parts = [
@@ -98,7 +98,7 @@ def html_text(title: str, findings: Sequence[Finding], bad: Sequence[BadPicture]
         "".join(f"<p>{html.escape(caveat)}</p>" for caveat in CAVEATS),
         f"<h2>Largest gaps</h2><ol>{''.join(gaps)}</ol>" if gaps else "",
         *(part for finding in findings for part in _table(finding)),
-        f"<h2>{len(bad)} pictures were left out</h2>" if bad else "",
+        f"<h2>{len(bad)} images were left out</h2>" if bad else "",
         "".join(f"<p>{html.escape(one.name)}: {html.escape(one.reason)}</p>" for one in bad),
         "</html>\n",
     ]
@@ -113,7 +113,7 @@ def _marked(finding: Finding, gap: Gap) -> str:
 
 def _table(finding: Finding) -> Iterator[str]:
     yield f"<h2>{html.escape(f'{finding.reward} | {finding.title}')}</h2>"
-    yield f"<table><tr><th>group<th>pictures<th>{html.escape(finding.figure)} [95 %]<th></tr>"
+    yield f"<table><tr><th>group<th>images<th>{html.escape(finding.figure)} [95 %]<th></tr>"
     ends = [end for e in finding.lines.values() for end in (e.value, e.low, e.high) if end is not None]
     low, high = min(ends, default=0.0), max(ends, default=1.0)
     for name, e in finding.lines.items():

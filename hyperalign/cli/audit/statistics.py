@@ -61,7 +61,7 @@ def mean(values: Sequence[float], level: float = LEVEL) -> Estimate:
 
 
 def difference(first: Sequence[float], second: Sequence[float], level: float = LEVEL) -> Estimate:
-    """Returns mean(first) - mean(second) of different pictures with Welch's interval."""
+    """Returns mean(first) - mean(second) of different images with Welch's interval."""
     value, count = fmean(first) - fmean(second), min(len(first), len(second))
     if count < FEWEST:
         return Estimate(count, value)
@@ -79,16 +79,16 @@ def difference(first: Sequence[float], second: Sequence[float], level: float = L
 
 
 def paired(first: Sequence[float], second: Sequence[float], level: float = LEVEL) -> Estimate:
-    """Returns the mean of first - second of the same pictures, with its interval."""
+    """Returns the mean of first - second of the same images, with its interval."""
     return mean([a - b for a, b in zip(first, second, strict=True)], level)
 
 
-def largest_gap(groups: dict[str, Sequence[float]], same_pictures: bool = False) -> Gap | None:
+def largest_gap(groups: dict[str, Sequence[float]], same_images: bool = False) -> Gap | None:
     """Returns the gap between the groups with the highest and the lowest mean; None of fewer than two.
 
     Args:
         groups: scores by group.
-        same_pictures: whether the n-th score of every group is of the same picture.
+        same_images: whether the n-th score of every group is of the same image.
     """
     filled = {name: values for name, values in groups.items() if values}
     if len(filled) < 2:
@@ -96,7 +96,7 @@ def largest_gap(groups: dict[str, Sequence[float]], same_pictures: bool = False)
     ordered = sorted(filled, key=lambda name: fmean(filled[name]))
     lowest, highest = ordered[0], ordered[-1]
     pairs = len(list(combinations(filled, 2)))
-    compare = paired if same_pictures else difference
+    compare = paired if same_images else difference
     size = compare(filled[highest], filled[lowest], 1 - (1 - LEVEL) / pairs)
     spread = _spread(list(filled.values()))
     return Gap(highest, lowest, size, size.value / spread if spread else 0.0)

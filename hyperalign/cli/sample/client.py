@@ -90,18 +90,18 @@ class ComfyClient:
         return self._request("/view?" + urllib.parse.urlencode(reference))
 
     def upload(self, path: Path) -> str:
-        """Puts a picture into the server's input folder, as dropping it on a node does.
+        """Puts an image into the server's input folder, as dropping it on a node does.
 
         Returns its name there. Raises ComfyError when it cannot be read or the server refuses it.
         """
         try:
-            picture = path.read_bytes()
+            image = path.read_bytes()
         except OSError as error:
-            raise ComfyError(f"{path} cannot be read ({error}); give another picture.") from error
+            raise ComfyError(f"{path} cannot be read ({error}); give another image.") from error
         mark = uuid.uuid4().hex
         name = path.name.replace('"', "_")
         head = f'--{mark}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n\r\n'
-        body = head.encode() + picture + f"\r\n--{mark}--\r\n".encode()
+        body = head.encode() + image + f"\r\n--{mark}--\r\n".encode()
         kind = f"multipart/form-data; boundary={mark}"
         answer = json.loads(self._request("/upload/image", body, kind=kind))
         return "/".join(filter(None, (answer.get("subfolder"), answer["name"])))

@@ -1,11 +1,11 @@
-"""Runs a workflow on a local ComfyUI and saves its pictures.
+"""Runs a workflow on a local ComfyUI and saves its images.
 
 python -m hyperalign sample --workflow drawing.json --set "prompt=a red heart" --set seed=5
-python -m hyperalign sample --workflow drawing.json --comfyui ~/ComfyUI --out pictures -- --cpu
+python -m hyperalign sample --workflow drawing.json --comfyui ~/ComfyUI --out images -- --cpu
 
 --set NAME=VALUE gives a widget another value. NAME is its name, where one node alone has it; title.name or
 #id.name where several do; *.name for all of them. prompt and negative find the text by themselves, and
-seed=random draws a seed, and image=photo.png uploads a picture. Without --set the workflow runs as saved.
+seed=random draws a seed, and image=photo.png uploads an image. Without --set the workflow runs as saved.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def save(client: ComfyClient, result: Result, folder: Path) -> list[Path]:
     ]
     kept = [item for item in files if item.get("type") == "output"] or files
     if not kept:
-        raise HyperAlignError("The workflow put out no picture; end it with Save Image or Preview Image.")
+        raise HyperAlignError("The workflow put out no image; end it with Save Image or Preview Image.")
     saved: list[Path] = []
     for item in kept:
         reference = {key: str(item.get(key, "")) for key in ("filename", "subfolder", "type")}
@@ -186,7 +186,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     where.add_argument("--url", help=f"of a running ComfyUI (default: {USUAL_URL})")
     where.add_argument("--comfyui", type=Path, metavar="PATH",
         help="folder of a ComfyUI to start; COMFYUI_PATH where none runs")  # fmt: skip
-    add("--out", type=Path, default=Path(), metavar="DIR", help="where pictures go (default: here)")
+    add("--out", type=Path, default=Path(), metavar="DIR", help="where images go (default: here)")
     add("comfyui_arguments", nargs="*", metavar="-- ARGUMENT", help="for a ComfyUI that is started, as --cpu")
     found = parser.parse_args(arguments)
     found.comfyui_arguments = tuple(found.comfyui_arguments)

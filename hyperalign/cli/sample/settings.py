@@ -34,7 +34,7 @@ def changes_of(graph: Graph, info: ObjectInfo, setting: str, upload: Upload | No
         graph: the workflow.
         info: the server's declarations.
         setting: `name=value`, `title.name=value`, `#id.name=value` or `*.name=value`.
-        upload: takes a value that is a file here, where a node wants a picture.
+        upload: takes a value that is a file here, where a node wants an image.
 
     Raises:
         HyperAlignError: no widget has that name or several do, or one does not take the value.

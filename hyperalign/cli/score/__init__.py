@@ -1,1 +1,1 @@
-"""Scores whole folders of pictures: `python -m hyperalign score`. Its modules need Pillow."""
+"""Scores whole folders of images: `python -m hyperalign score`. Its modules need Pillow."""

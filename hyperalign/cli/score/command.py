@@ -1,9 +1,9 @@
-"""Scores a folder of pictures into a table and a contact sheet.
+"""Scores a folder of images into a table and a contact sheet.
 
 python -m hyperalign score DIR --prompts prompts.csv --reward hpsv2.1 --weights FOLDER
 python -m hyperalign score DIR --prompts comfyui --reward clip --reward aesthetic --sheet sheet.html
 
-Stop it at any time; the same command goes on where it stopped. A later run scores only pictures that are
+Stop it at any time; the same command goes on where it stopped. A later run scores only images that are
 new or changed, or whose prompt is another.
 """
 
@@ -21,7 +21,7 @@ import torch
 from ...errors import HyperAlignError
 from .devices import device_of
 from .files import Log, Scored, check_writable, log_of, write_whole
-from .images import BadPicture, in_order, list_pictures, thumbnail
+from .images import BadImage, in_order, list_images, thumbnail
 from .options import STOPPED, ScoringOptions, positive, scoring_parser
 from .progress import bar
 from .prompts import find_prompts
@@ -40,7 +40,7 @@ class Options(ScoringOptions):
     prompt: str | None
     out: Path
     sheet: Path | None
-    sheet_pictures: int
+    sheet_images: int
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,13 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return STOPPED
     for one in bad:
         print(f"left out {one.name}: {one.reason}", file=sys.stderr)
-    print(f"Wrote {written}." + (f" {len(bad)} pictures were left out." if bad else ""))
+    print(f"Wrote {written}." + (f" {len(bad)} images were left out." if bad else ""))
     return 0
 
 
-def run(options: Options) -> tuple[list[BadPicture], str]:
-    """Scores, and returns the pictures left out and what was written. Raises HyperAlignError."""
-    names = list_pictures(options.folder)
+def run(options: Options) -> tuple[list[BadImage], str]:
+    """Scores, and returns the images left out and what was written. Raises HyperAlignError."""
+    names = list_images(options.folder)
     write = writer(options.out)
     for path in (options.out, options.sheet):
         if path is not None:
@@ -73,13 +73,13 @@ def run(options: Options) -> tuple[list[BadPicture], str]:
     settings = {"rewards": options.rewards, "dtype": options.dtype, "weights": str(options.weights.resolve())}
     with Log(log_of(options.out), settings, Scored) as log:
         todo = sum(not is_scored(options.folder, name, prompts[name], log) for name in names)
-        bad: list[BadPicture] = []
+        bad: list[BadImage] = []
         if todo:
             bad = _score(options, prompts, log, len(names) - todo, device)
         rows = [log.rows[name] for name in names if is_scored(options.folder, name, prompts[name], log)]
     if not rows:
         raise HyperAlignError(
-            f"None of the {len(names)} pictures could be scored; {bad[0].name}: {bad[0].reason}. Check them."
+            f"None of the {len(names)} images could be scored; {bad[0].name}: {bad[0].reason}. Check them."
         )
     write(columns(rows, options.rewards))
     if options.sheet is None:
@@ -90,7 +90,7 @@ def run(options: Options) -> tuple[list[BadPicture], str]:
 
 def _score(
     options: Options, prompts: dict[str, str], log: Log[Scored], done: int, device: torch.device
-) -> list[BadPicture]:
+) -> list[BadImage]:
     rewards = options.load(device)
     shown = bar(len(prompts), "scoring", done)
     try:
@@ -103,7 +103,7 @@ def _score(
 
 
 def prompts_of(options: Options, names: Sequence[str]) -> dict[str, str]:
-    """Returns each picture's prompt. Raises HyperAlignError where one is missing or a reward refuses it."""
+    """Returns each image's prompt. Raises HyperAlignError where one is missing or a reward refuses it."""
     if options.prompt is not None:
         texts = [options.prompt] * len(names)
     else:
@@ -112,9 +112,9 @@ def prompts_of(options: Options, names: Sequence[str]) -> dict[str, str]:
     return dict(zip(names, texts, strict=True))
 
 
-def write_sheet(options: Options, path: Path, rows: Sequence[Scored], bad: Sequence[BadPicture]) -> None:
-    """Writes the contact sheet of the best pictures."""
-    names = [row.name for row in best_first(rows)[: options.sheet_pictures]]
+def write_sheet(options: Options, path: Path, rows: Sequence[Scored], bad: Sequence[BadImage]) -> None:
+    """Writes the contact sheet of the best images."""
+    names = [row.name for row in best_first(rows)[: options.sheet_images]]
     shown = bar(len(names), "thumbnails")
     thumbnails: dict[str, str] = {}
     with ThreadPoolExecutor(options.threads) as pool:
@@ -135,11 +135,11 @@ def parse(arguments: Sequence[str] | None) -> Options:
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompts", metavar="SOURCE", help="a .csv or .jsonl with names and prompts, "
-        "`txt` for a text file beside each picture, or `comfyui` for the metadata of its PNGs")  # fmt: skip
-    source.add_argument("--prompt", metavar="TEXT", help="one prompt for all pictures")
+        "`txt` for a text file beside each image, or `comfyui` for the metadata of its PNGs")  # fmt: skip
+    source.add_argument("--prompt", metavar="TEXT", help="one prompt for all images")
     add("--out", type=Path, metavar="FILE", help="a .csv or .parquet (default: scores.csv in DIR)")
     add("--sheet", type=Path, metavar="FILE", help="an HTML page of thumbnails, the best first")
-    add("--sheet-pictures", type=positive, default=1000, metavar="N",
+    add("--sheet-images", type=positive, default=1000, metavar="N",
         help="how many of the best it shows (default: %(default)s)")  # fmt: skip
     found = parser.parse_args(arguments)
     found.out = found.out or found.folder / "scores.csv"

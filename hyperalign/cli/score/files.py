@@ -61,7 +61,7 @@ def file_state(path: Path) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A picture's scores, and what they were made of."""
+    """An image's scores, and what they were made of."""
 
     name: str
     """Relative to the folder."""
@@ -70,17 +70,17 @@ class Scored:
     """By the rewards' names."""
     size: int
     modified: int
-    """With `size` the picture's `file_state`."""
+    """With `size` the image's `file_state`."""
 
 
 class Named(Protocol):
-    """A dataclass of what was found out about a picture."""
+    """A dataclass of what was found out about an image."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def name(self) -> str:
-        """The picture's name."""
+        """The image's name."""
         ...
 
 
@@ -88,7 +88,7 @@ Row = TypeVar("Row", bound=Named)
 
 
 class Log(AbstractContextManager["Log[Row]"], Generic[Row]):
-    """Rows about pictures, one JSON line each, appended as they come.
+    """Rows about images, one JSON line each, appended as they come.
 
     Args:
         path: of the log.

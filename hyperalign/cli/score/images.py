@@ -1,4 +1,4 @@
-"""Pictures in folders: which there are, and how they become tensors and thumbnails."""
+"""Images in folders: which there are, and how they become tensors and thumbnails."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ THUMBNAIL_QUALITY = 80
 
 
 @dataclass(frozen=True, slots=True)
-class BadPicture:
-    """A picture that was left out, and why."""
+class BadImage:
+    """An image that was left out, and why."""
 
     name: str
     reason: str
 
 
-def list_pictures(folder: Path) -> list[str]:
-    """Returns the pictures below a folder, as sorted paths relative to it with forward slashes.
+def list_images(folder: Path) -> list[str]:
+    """Returns the images below a folder, as sorted paths relative to it with forward slashes.
 
-    Raises HyperAlignError when there is no such folder, or no picture in it.
+    Raises HyperAlignError when there is no such folder, or no image in it.
     """
     if not folder.is_dir():
-        raise HyperAlignError(f"There is no folder {folder}; give one that holds pictures.")
+        raise HyperAlignError(f"There is no folder {folder}; give one that holds images.")
     relative = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     names = [
         path.as_posix()
@@ -53,13 +53,13 @@ def list_pictures(folder: Path) -> list[str]:
     ]
     if not names:
         raise HyperAlignError(
-            f"There is no picture below {folder}; expected files ending in {', '.join(SUFFIXES)}."
+            f"There is no image below {folder}; expected files ending in {', '.join(SUFFIXES)}."
         )
     return sorted(names)
 
 
 def open_rgb(path: Path) -> Image.Image:
-    """Returns a picture as a viewer shows it: upright, in RGB, transparency laid on white.
+    """Returns an image as a viewer shows it: upright, in RGB, transparency laid on white.
 
     Raises one of `DAMAGED` on a file that cannot be decoded.
     """
@@ -73,22 +73,22 @@ def open_rgb(path: Path) -> Image.Image:
         return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
 
 
-def decode(folder: Path, name: str) -> Tensor | BadPicture:
-    """Returns a picture as bytes (3, H, W)."""
+def decode(folder: Path, name: str) -> Tensor | BadImage:
+    """Returns an image as bytes (3, H, W)."""
     try:
         image = open_rgb(folder / name)
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     except DAMAGED as error:
-        return BadPicture(name, f"it cannot be decoded ({type(error).__name__}: {error})")
+        return BadImage(name, f"it cannot be decoded ({type(error).__name__}: {error})")
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
 
 
-def thumbnail(folder: Path, name: str, side: int) -> str | BadPicture:
-    """Returns a picture of at most `side` pixels as the data URI of a JPEG."""
+def thumbnail(folder: Path, name: str, side: int) -> str | BadImage:
+    """Returns an image of at most `side` pixels as the data URI of a JPEG."""
     try:
         image = open_rgb(folder / name)
     except DAMAGED as error:
-        return BadPicture(name, f"it cannot be decoded ({type(error).__name__}: {error})")
+        return BadImage(name, f"it cannot be decoded ({type(error).__name__}: {error})")
     image.thumbnail((side, side))
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=THUMBNAIL_QUALITY)

@@ -22,7 +22,7 @@ STOPPED = 130
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoringOptions:
-    """Which pictures, which rewards, and how to compute."""
+    """Which images, which rewards, and how to compute."""
 
     folder: Path
     rewards: list[str]
@@ -85,7 +85,7 @@ def scoring_parser(prog: str, description: str | None) -> argparse.ArgumentParse
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("folder", type=Path, metavar="DIR", help="folder of pictures; those in its folders count too")
+    add("folder", type=Path, metavar="DIR", help="folder of images; those in its folders count too")
     add("--reward", action="append", required=True, dest="rewards", metavar="NAME",
         help=f"one of {', '.join(loading.NAMES)}; give it again for several")  # fmt: skip
     add("--weights", type=Path, default=Path("models/hyperalign_rewards"), metavar="FOLDER",
@@ -94,8 +94,8 @@ def scoring_parser(prog: str, description: str | None) -> argparse.ArgumentParse
     add("--tokenizer", type=Path, metavar="FOLDER", help="where the vocabulary lies, if not with the weights")
     add("--device", help="default: the GPU where there is one")
     add("--dtype", choices=list(DTYPES), default="float32", help="of the networks (default: %(default)s)")
-    add("--batch", type=positive, default=16, help="pictures at once, at most (default: %(default)s)")
-    add("--threads", type=positive, default=4, help="that decode pictures (default: %(default)s)")
+    add("--batch", type=positive, default=16, help="images at once, at most (default: %(default)s)")
+    add("--threads", type=positive, default=4, help="that decode images (default: %(default)s)")
     return parser
 
 

@@ -15,7 +15,7 @@ class Bar(Protocol):
     """What a progress bar can do."""
 
     def update(self, n: int) -> object:
-        """Counts pictures."""
+        """Counts images."""
         ...
 
     def close(self) -> object:
@@ -31,7 +31,7 @@ class Lines:
         self._start = self._last = time.monotonic()
 
     def update(self, n: int) -> None:
-        """Counts pictures, and says so now and then."""
+        """Counts images, and says so now and then."""
         self._done += n
         now = time.monotonic()
         if now - self._last >= SECONDS_BETWEEN_LINES:
@@ -49,4 +49,4 @@ def bar(total: int, what: str, done: int = 0) -> Bar:
     if importlib.util.find_spec("tqdm") is None:
         return Lines(total, what, done)
     tqdm = importlib.import_module("tqdm").tqdm
-    return cast("Bar", tqdm(total=total, initial=done, desc=what, unit="picture", smoothing=0.05))
+    return cast("Bar", tqdm(total=total, initial=done, desc=what, unit="image", smoothing=0.05))

@@ -1,4 +1,4 @@
-"""Where the prompt of each picture comes from: one text, a table, text files, or ComfyUI's metadata."""
+"""Where the prompt of each image comes from: one text, a table, text files, or ComfyUI's metadata."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ Graph = Mapping[str, Mapping[str, Any]]
 
 
 def find_prompts(folder: Path, names: Sequence[str], source: str) -> list[str]:
-    """Returns one prompt per picture.
+    """Returns one prompt per image.
 
     Args:
-        folder: where the pictures lie.
-        names: of the pictures, relative to it.
-        source: `txt` for a text file beside each picture, `comfyui` for the metadata of ComfyUI's PNGs, or
+        folder: where the images lie.
+        names: of the images, relative to it.
+        source: `txt` for a text file beside each image, `comfyui` for the metadata of ComfyUI's PNGs, or
             the path of a table (.csv, .jsonl) that maps names to prompts.
 
     Raises:
-        HyperAlignError: a table that cannot be read, pictures without a prompt, or half a character in one.
+        HyperAlignError: a table that cannot be read, images without a prompt, or half a character in one.
     """
     if source == "txt":
         found = {name: beside(folder / name) for name in names}
@@ -46,7 +46,7 @@ def find_prompts(folder: Path, names: Sequence[str], source: str) -> list[str]:
         found = _of_table(names, read_table(Path(source)), source)
     if missing := [name for name in names if not (found.get(name) or "").strip()]:
         raise HyperAlignError(
-            f"Found {len(names)} pictures and prompts for {len(names) - len(missing)} of them in {source}; "
+            f"Found {len(names)} images and prompts for {len(names) - len(missing)} of them in {source}; "
             f"without one: {listed(missing)}. Add theirs."
         )
     prompts = [(found[name] or "").strip() for name in names]
@@ -62,7 +62,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def beside(path: Path) -> str | None:
-    """Returns the text of the .txt file beside a picture, None without one. Raises HyperAlignError."""
+    """Returns the text of the .txt file beside an image, None without one. Raises HyperAlignError."""
     text = path.with_suffix(".txt")
     return _read_text(text) if text.is_file() else None
 
@@ -76,7 +76,7 @@ def read_table(path: Path) -> dict[str, str]:
     if path.suffix.lower() not in (".csv", ".jsonl"):
         raise HyperAlignError(
             f"--prompts is {str(path)!r}; expected a .csv or .jsonl file, or the word txt (a text file "
-            "beside each picture) or comfyui (the PNGs' metadata)."
+            "beside each image) or comfyui (the PNGs' metadata)."
         )
     if not path.is_file():
         raise HyperAlignError(f"There is no table of prompts {path}; give a .csv or .jsonl file.")
@@ -129,23 +129,23 @@ def _first(row: Mapping[str, Any], keys: Sequence[str]) -> str | None:
 
 
 def _of_table(names: Sequence[str], table: Mapping[str, str], source: str) -> dict[str, str]:
-    """Looks pictures up by their relative path, or by their bare name where no two pictures share it."""
+    """Looks images up by their relative path, or by their bare name where no two images share it."""
     paths = set(names)
     last_parts = {name: name.rsplit("/", 1)[-1] for name in names if name not in table}
     by_last_part = {
         name: table[last] for name, last in last_parts.items() if last in table and last not in paths
     }
-    pictures = Counter(last_parts.values())
-    if ambiguous := [name for name in by_last_part if pictures[last_parts[name]] > 1]:
+    images = Counter(last_parts.values())
+    if ambiguous := [name for name in by_last_part if images[last_parts[name]] > 1]:
         raise HyperAlignError(
             f"{source} has only the last part of {listed(ambiguous)}, which several folders share. Give the "
-            "paths below the folder of pictures."
+            "paths below the folder of images."
         )
     return {name: table[name] for name in names if name in table} | by_last_part
 
 
 def embedded(path: Path) -> str | None:
-    """Returns the positive prompt in the metadata of one of ComfyUI's pictures, None without one."""
+    """Returns the positive prompt in the metadata of one of ComfyUI's images, None without one."""
     try:
         with Image.open(path) as opened:
             text = cast("dict[str, Any]", opened.info).get("prompt")

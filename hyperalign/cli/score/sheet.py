@@ -1,4 +1,4 @@
-"""A contact sheet: one HTML file with all thumbnails in it, the best picture first."""
+"""A contact sheet: one HTML file with all thumbnails in it, the best image first."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 
 from .files import Scored
-from .images import BadPicture
+from .images import BadImage
 from .tables import COMBINED, combined
 
 STYLE = """
@@ -35,7 +35,7 @@ for (const choice of document.querySelectorAll("input[name=sort]")) choice.oncha
 
 
 def best_first(rows: Sequence[Scored]) -> list[Scored]:
-    """Returns pictures by falling score; equals keep their order."""
+    """Returns images by falling score; equals keep their order."""
     ranked = sorted(zip(combined(rows), range(len(rows)), strict=True), key=lambda pair: (-pair[0], pair[1]))
     return [rows[index] for _, index in ranked]
 
@@ -44,15 +44,15 @@ def contact_sheet(
     title: str,
     rows: Sequence[Scored],
     thumbnails: Mapping[str, str],
-    bad: Sequence[BadPicture],
+    bad: Sequence[BadImage],
 ) -> str:
     """Returns the page, which needs no other file and no network.
 
     Args:
         title: its heading.
-        rows: all pictures that were scored.
-        thumbnails: data URIs by the pictures' names; only these pictures are shown.
-        bad: pictures that were left out.
+        rows: all images that were scored.
+        thumbnails: data URIs by the images' names; only these images are shown.
+        bad: images that were left out.
     """
     ranks = dict(zip((row.name for row in rows), combined(rows), strict=True))
     shown = [row for row in best_first(rows) if row.name in thumbnails]
@@ -76,7 +76,7 @@ def contact_sheet(
 
 def _summary(rows: Sequence[Scored], rewards: Sequence[str], shown: int) -> Iterator[str]:
     which = "all of them" if shown == len(rows) else f"the best {shown} of them"
-    yield f"<p>{len(rows)} pictures scored; {which} below, the best first.</p>"
+    yield f"<p>{len(rows)} images scored; {which} below, the best first.</p>"
     for reward in rewards:
         scores = [row.scores[reward] for row in rows]
         yield (
@@ -111,7 +111,7 @@ def _figure(place: int, row: Scored, thumbnail: str, rank: float) -> str:
     )
 
 
-def _left_out(bad: Sequence[BadPicture]) -> Iterator[str]:
+def _left_out(bad: Sequence[BadImage]) -> Iterator[str]:
     if bad:
         lines = "".join(f"<li>{html.escape(one.name)}: {html.escape(one.reason)}</li>" for one in bad)
-        yield f"<details open><summary>{len(bad)} pictures were left out</summary><ul>{lines}</ul></details>"
+        yield f"<details open><summary>{len(bad)} images were left out</summary><ul>{lines}</ul></details>"

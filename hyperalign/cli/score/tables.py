@@ -18,9 +18,9 @@ COMBINED = "mean z-score"
 
 
 def combined(rows: Sequence[Scored]) -> list[float]:
-    """Returns what pictures are ranked by: their score, or with several rewards the mean of its z-scores.
+    """Returns what images are ranked by: their score, or with several rewards the mean of its z-scores.
 
-    A z-score is (s - mean) / std over these very pictures; a reward that is alike for all adds nothing.
+    A z-score is (s - mean) / std over these very images; a reward that is alike for all adds nothing.
     """
     names = list(rows[0].scores) if rows else []
     if len(names) == 1:

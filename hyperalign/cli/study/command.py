@@ -1,10 +1,10 @@
-"""Makes one HTML file for a blind side-by-side study of pictures, and counts its votes.
+"""Makes one HTML file for a blind side-by-side study of images, and counts its votes.
 
 python -m hyperalign study base/ aligned/ --prompts prompts.txt --out study.html
 python -m hyperalign study results votes-*.json --key study.key.json
 
-Pictures are matched by their names in the folders. The page asks the paper's three questions; it needs no
-network, shows no method, and is driven with the keyboard. Which method drew which picture stands in
+Images are matched by their names in the folders. The page asks the paper's three questions; it needs no
+network, shows no method, and is driven with the keyboard. Which method drew which image stands in
 study.key.json beside it, and nowhere in the page: give raters the page, keep the key.
 """
 
@@ -68,10 +68,10 @@ def build(options: Options) -> str:
         raise HyperAlignError(
             f"The title {options.title!r} names {named[0]!r}, so raters would read it; change it."
         )
-    pictures, left_out = match(methods)
+    images, left_out = match(methods)
     if left_out:
         say(f"left out {len(left_out)} names that are not in every folder: {listed(left_out)}")
-    prompts = prompts_of(pictures, next(iter(methods.values())), options.prompts)
+    prompts = prompts_of(images, next(iter(methods.values())), options.prompts)
     prompts = _sampled(prompts, options)
     questions = QUESTIONS if all(prompts.values()) else QUESTIONS_WITHOUT_PROMPTS
     if questions is not QUESTIONS:
@@ -80,13 +80,13 @@ def build(options: Options) -> str:
         check_writable(path)
     trials = plan(prompts, list(methods), options.seed, options.against_first)
     places = sorted({(one.name, method) for one in trials for method in (one.first, one.second)})
-    paths = [pictures[name][method] for name, method in places]
+    paths = [images[name][method] for name, method in places]
     study = digest(paths, (f"{one}" for one in trials))
     random.Random(study).shuffle(places)  # their order in the page says nothing either
     key = Key(study, options.title, options.seed, tuple(methods), tuple(questions), tuple(trials))
-    shown = bar(len(places), "pictures")
+    shown = bar(len(places), "images")
     try:
-        ordered = [pictures[name][method] for name, method in places]
+        ordered = [images[name][method] for name, method in places]
         uris = encode(ordered, options.encoding, options.most_megabytes, options.threads, shown.update)
     finally:
         shown.close()
@@ -96,7 +96,7 @@ def build(options: Options) -> str:
     write_whole(options.out, lambda partial: partial.write_text(text, encoding="utf-8"))
     size = options.out.stat().st_size / MEGABYTE
     return (
-        f"Wrote {options.out} ({size:.1f} MB, {len(places)} pictures, {len(trials)} pairs) and "
+        f"Wrote {options.out} ({size:.1f} MB, {len(places)} images, {len(trials)} pairs) and "
         f"{key_path(options.out)}, which tells the methods: keep it from the raters."
     )
 
@@ -121,11 +121,11 @@ def parse(arguments: Sequence[str]) -> Options:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("folders", type=Path, nargs="+", metavar="DIR", help="pictures of one method each; two or more")
+    add("folders", type=Path, nargs="+", metavar="DIR", help="images of one method each; two or more")
     add("--prompts", type=Path, metavar="FILE", help="a .csv or .jsonl with names and prompts, or a .txt "
-        "with a line per name; default: text files beside the pictures, or ComfyUI's metadata")  # fmt: skip
+        "with a line per name; default: text files beside the images, or ComfyUI's metadata")  # fmt: skip
     add("--out", type=Path, default=Path("study.html"), metavar="FILE", help="(default: %(default)s)")
-    add("--title", default="Picture study", help="what raters read; name no method (default: %(default)s)")
+    add("--title", default="Image study", help="what raters read; name no method (default: %(default)s)")
     add("--seed", type=int, default=0, help="of sides, order and --sample (default: %(default)s)")
     add("--sample", type=_positive, metavar="N", help="so many names, drawn by the seed (default: all)")
     add(
@@ -134,11 +134,11 @@ def parse(arguments: Sequence[str]) -> Options:
         help="compare the first DIR with each other one, not all pairs",
     )
     add("--format", choices=("webp", "jpeg"), default=Encoding().format, help="(default: %(default)s)")
-    add("--quality", type=_positive, default=90, help="of the pictures, 1 to 100 (default: %(default)s)")
+    add("--quality", type=_positive, default=90, help="of the images, 1 to 100 (default: %(default)s)")
     add("--side", type=_positive, default=1024, help="their longer side at most (default: %(default)s)")
     add("--max-mb", type=float, default=200.0, dest="most_megabytes",
         help="refuse to write a larger page (default: %(default)s)")  # fmt: skip
-    add("--threads", type=_positive, default=4, help="that encode pictures (default: %(default)s)")
+    add("--threads", type=_positive, default=4, help="that encode images (default: %(default)s)")
     found = vars(parser.parse_args(arguments))
     encoding = Encoding(found.pop("format"), min(100, found.pop("quality")), found.pop("side"))
     return Options(encoding=encoding, **found)

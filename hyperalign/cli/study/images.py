@@ -1,4 +1,4 @@
-"""Pictures of several methods: matched by name, and made small enough for one page."""
+"""Images of several methods: matched by name, and made small enough for one page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from ...errors import HyperAlignError
-from ..score.images import DAMAGED, in_order, list_pictures, open_rgb
+from ..score.images import DAMAGED, in_order, list_images, open_rgb
 from ..score.prompts import beside, embedded, find_prompts, listed
 
 Format = Literal["webp", "jpeg"]
@@ -22,7 +22,7 @@ MEGABYTE = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How pictures go into the page: all alike, so that nothing but the drawing differs."""
+    """How images go into the page: all alike, so that nothing but the drawing differs."""
 
     format: Format = "webp"
     quality: int = 90
@@ -36,7 +36,7 @@ def methods_of(folders: Sequence[Path]) -> dict[str, Path]:
     Raises HyperAlignError unless there are two different folders or more.
     """
     if len(folders) < 2:
-        raise HyperAlignError("Found one folder of pictures; a study compares two or more.")
+        raise HyperAlignError("Found one folder of images; a study compares two or more.")
     resolved = [folder.resolve() for folder in folders]
     if len(set(resolved)) < len(resolved):
         twice = next(folder for folder in folders if resolved.count(folder.resolve()) > 1)
@@ -48,7 +48,7 @@ def methods_of(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def match(methods: Mapping[str, Path]) -> tuple[dict[str, dict[str, Path]], list[str]]:
-    """Returns the pictures that all folders have, by name and method, and the names that some lack.
+    """Returns the images that all folders have, by name and method, and the names that some lack.
 
     A name is the path below the folder without its ending, so that `1.png` and `1.jpg` meet.
 
@@ -56,7 +56,7 @@ def match(methods: Mapping[str, Path]) -> tuple[dict[str, dict[str, Path]], list
     """
     by_name: dict[str, dict[str, Path]] = defaultdict(dict)
     for method, folder in methods.items():
-        for path in list_pictures(folder):
+        for path in list_images(folder):
             name = str(PurePosixPath(path).with_suffix(""))
             if method in by_name[name]:
                 raise HyperAlignError(
@@ -67,33 +67,31 @@ def match(methods: Mapping[str, Path]) -> tuple[dict[str, dict[str, Path]], list
     if not common:
         examples = (next(n for n, paths in by_name.items() if method in paths) for method in methods)
         raise HyperAlignError(
-            f"The folders have no name in common (found {', '.join(examples)}); pictures of one prompt and "
+            f"The folders have no name in common (found {', '.join(examples)}); images of one prompt and "
             "seed must have the same name in every folder."
         )
     return common, sorted(set(by_name) - set(common))
 
 
-def prompts_of(
-    pictures: Mapping[str, Mapping[str, Path]], folder: Path, source: Path | None
-) -> dict[str, str]:
-    """Returns the prompts by the pictures' names, empty ones when none is to be found anywhere.
+def prompts_of(images: Mapping[str, Mapping[str, Path]], folder: Path, source: Path | None) -> dict[str, str]:
+    """Returns the prompts by the images' names, empty ones when none is to be found anywhere.
 
     Args:
-        pictures: paths by name and method.
+        images: paths by name and method.
         folder: of the first method; a table is looked up by the names in it.
         source: a .csv or .jsonl of names and prompts, a .txt with a line for each name in sorted order, or
-            None for the text file beside a picture or ComfyUI's metadata in it.
+            None for the text file beside an image or ComfyUI's metadata in it.
 
     Raises:
-        HyperAlignError: a source that cannot be read, or prompts for some pictures alone.
+        HyperAlignError: a source that cannot be read, or prompts for some images alone.
     """
-    firsts = {name: next(iter(paths.values())) for name, paths in pictures.items()}
+    firsts = {name: next(iter(paths.values())) for name, paths in images.items()}
     if source is None:
         found = {name: (beside(path) or embedded(path) or "").strip() for name, path in firsts.items()}
         missing = [name for name, prompt in found.items() if not prompt]
         if 0 < len(missing) < len(found):
             raise HyperAlignError(
-                f"Found prompts for {len(found) - len(missing)} of {len(found)} pictures; none for "
+                f"Found prompts for {len(found) - len(missing)} of {len(found)} images; none for "
                 f"{listed(missing)}. Add theirs, or give all with --prompts."
             )
         return found
@@ -119,9 +117,9 @@ def encode(
     threads: int,
     progress: Callable[[int], object],
 ) -> list[str]:
-    """Returns pictures as data URIs, without their metadata, which could name the method.
+    """Returns images as data URIs, without their metadata, which could name the method.
 
-    Raises HyperAlignError on a picture that cannot be decoded, or when the page would grow over the limit.
+    Raises HyperAlignError on an image that cannot be decoded, or when the page would grow over the limit.
     """
     uris: list[str] = []
     size = 0
@@ -156,7 +154,7 @@ def _encode(path: Path, encoding: Encoding) -> str:
 
 
 def digest(paths: Sequence[Path], texts: Iterator[str]) -> str:
-    """Returns a name for these pictures and texts."""
+    """Returns a name for these images and texts."""
     found = hashlib.sha256()
     for text in texts:
         found.update(f"{text}\0".encode())

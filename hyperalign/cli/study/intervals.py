@@ -54,7 +54,7 @@ def wilson(points: float, count: int, z: float = Z_95) -> Interval:
 def bootstrap(points: Mapping[str, Sequence[float]], seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """Returns the percentile bootstrap interval of the mean, with prompts drawn anew and their votes kept.
 
-    Raters who look at the same pictures agree more than chance: counting their votes as independent would
+    Raters who look at the same images agree more than chance: counting their votes as independent would
     make the interval too narrow, drawing whole prompts does not. Where the prompts' means are all alike the
     bootstrap sees no spread, and the answer is Wilson's for as many votes as there are prompts.
 

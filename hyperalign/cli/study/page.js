@@ -16,7 +16,7 @@ const SECONDS_EACH = 5;
 
 let state = { rater: newRater(), name: "", answers: [] };
 let order = orderOf(state.rater);
-let ready = false; // both pictures of the pair are on the screen
+let ready = false; // both images of the pair are on the screen
 let zoomedSide = 0;
 
 function newRater() {
@@ -117,7 +117,7 @@ const loaded = new Map();
 function load(index) {
   if (!loaded.has(index)) {
     const image = new Image();
-    image.src = study.pictures[index];
+    image.src = study.images[index];
     loaded.set(index, image.decode().then(() => image));
   }
   return loaded.get(index);
@@ -157,16 +157,16 @@ async function show() {
 async function showPair(trial, step) {
   ready = false;
   $("trial").dataset.trial = trial.id;
-  const images = await Promise.all(trial.pictures.map(load));
+  const images = await Promise.all(trial.images.map(load));
   if ($("trial").dataset.trial !== trial.id) return;
-  for (const [side, button] of document.querySelectorAll(".picture").entries()) {
+  for (const [side, button] of document.querySelectorAll(".image").entries()) {
     button.querySelector("img")?.remove();
-    images[side].alt = side ? "Second picture" : "First picture";
+    images[side].alt = side ? "Second image" : "First image";
     button.append(images[side]);
   }
   ready = true;
-  const ahead = trialAt(step - (step % PER_PAIR) + PER_PAIR)?.pictures ?? [];
-  for (const index of [...loaded.keys()]) if (![...trial.pictures, ...ahead].includes(index)) loaded.delete(index);
+  const ahead = trialAt(step - (step % PER_PAIR) + PER_PAIR)?.images ?? [];
+  for (const index of [...loaded.keys()]) if (![...trial.images, ...ahead].includes(index)) loaded.delete(index);
   ahead.forEach(load);
 }
 
@@ -176,7 +176,7 @@ function answer(choice) {
   if (!ready || state.answers.length === ALL) return;
   state.answers.push(choice);
   remember();
-  const picked = document.querySelectorAll(".picture")[{ first: 0, second: 1 }[choice]];
+  const picked = document.querySelectorAll(".image")[{ first: 0, second: 1 }[choice]];
   picked?.classList.add("picked");
   setTimeout(() => picked?.classList.remove("picked"), FLASH_MS);
   show();
@@ -199,7 +199,7 @@ function begin() {
 function zoom(side) {
   if (!ready) return;
   zoomedSide = side;
-  const image = document.querySelectorAll(".picture img")[side];
+  const image = document.querySelectorAll(".image img")[side];
   $("zoom-title").textContent = image.alt;
   $("zoomed").replaceChildren(image.cloneNode());
   if (!$("zoom").open) $("zoom").showModal();
@@ -256,7 +256,7 @@ function pressed(event) {
 
 document.addEventListener("keydown", pressed);
 for (const button of document.querySelectorAll("[data-answer]")) button.onclick = () => answer(button.dataset.answer);
-for (const button of document.querySelectorAll(".picture")) button.onclick = () => zoom(Number(button.dataset.side));
+for (const button of document.querySelectorAll(".image")) button.onclick = () => zoom(Number(button.dataset.side));
 $("undo").onclick = undo;
 $("save").onclick = $("save-all").onclick = save;
 $("open-help").onclick = () => $("help").showModal();

@@ -20,11 +20,11 @@ def render(
     Args:
         key: of the study; no method and no file name of it goes into the page.
         questions: their texts.
-        uris: the pictures.
-        at: where each name and method has its picture in `uris`.
+        uris: the images.
+        at: where each name and method has its image in `uris`.
     """
     trials = [
-        {"id": one.id, "prompt": one.prompt, "pictures": [at[one.name, one.first], at[one.name, one.second]]}
+        {"id": one.id, "prompt": one.prompt, "images": [at[one.name, one.first], at[one.name, one.second]]}
         for one in key.trials
     ]
     asked = [{"key": name, "text": text} for name, text in questions.items()]
@@ -32,7 +32,7 @@ def render(
         "id": key.study,
         "questions": asked,
         "trials": trials,
-        "pictures": list(uris),
+        "images": list(uris),
     }
     parts = {
         "title": html.escape(key.title),

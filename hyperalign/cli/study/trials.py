@@ -26,12 +26,12 @@ QUESTIONS_WITHOUT_PROMPTS = {"preference": "Which image do you prefer?", "appeal
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One pair of pictures."""
+    """One pair of images."""
 
     id: str
     """Says nothing of what is compared."""
     name: str
-    """Of the pictures in their folders, without the ending."""
+    """Of the images in their folders, without the ending."""
     prompt: str
     first: str
     second: str
@@ -40,7 +40,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What the page does not say: which method drew which picture."""
+    """What the page does not say: which method drew which image."""
 
     study: str
     title: str
@@ -61,7 +61,7 @@ def plan(
     """Returns the trials in the order of the page.
 
     Args:
-        prompts: by the names of the pictures.
+        prompts: by the names of the images.
         methods: at least two.
         seed: decides sides, order and ids. Each of two methods is the first one half of the time.
         against_first: pairs of the first method with each other one alone, instead of all pairs.

@@ -12,7 +12,7 @@ from .trials import Key, Trial, read_json
 
 FORMAT, VERSION = "hyperalign-votes", 1
 POINTS = {"first": 1.0, "tie": 0.5, "second": 0.0}
-"""What an answer gives the first picture; the second gets the rest of 1."""
+"""What an answer gives the first image; the second gets the rest of 1."""
 
 
 @dataclass(frozen=True, slots=True)

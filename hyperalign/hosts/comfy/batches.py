@@ -27,7 +27,7 @@ def paired(first: Tensor, second: Tensor) -> Tensor:
     """Returns two batches of the same form as one. Raises HyperAlignError where they differ."""
     if first.shape != second.shape:
         raise HyperAlignError(
-            f"Found pictures of shapes {tuple(first.shape)} and {tuple(second.shape)}; expected as many "
+            f"Found images of shapes {tuple(first.shape)} and {tuple(second.shape)}; expected as many "
             "of the same size. Draw both with the same settings."
         )
     return torch.cat([first, second])

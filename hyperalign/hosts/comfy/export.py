@@ -43,7 +43,7 @@ def export_lora(
         patcher: the base MODEL; it is not changed.
         loaded: what `comfy.load` returned.
         positive: CONDITIONING of one prompt.
-        latent: LATENT; its first picture's size counts, and below time 1 the picture itself.
+        latent: LATENT; its first image's size counts, and below time 1 the image itself.
         seed: of the noise, as for KSampler.
         time: u in [0, 1] at which the hypernetwork looks, 1 being pure noise.
         strength: what the LoRA's own strength 1 stands for.

@@ -51,7 +51,7 @@ def apply_guidance(
         gradient: whether it ends at the one-step prediction or goes through the model.
 
     Raises:
-        HyperAlignError: a value out of range, ranks, or a VAE that does not make pictures.
+        HyperAlignError: a value out of range, ranks, or a VAE that does not make images.
     """
     _check(strength, window, reward)
     clone = patcher.clone()
@@ -70,7 +70,7 @@ class DecoderCopy:
 
     def __init__(self, vae: Any, side: int) -> None:
         if getattr(vae, "latent_dim", 2) != 2:
-            raise HyperAlignError("The VAE makes video or sound; expected one that makes pictures.")
+            raise HyperAlignError("The VAE makes video or sound; expected one that makes images.")
         with torch.inference_mode(False):
             network: nn.Module = copy.deepcopy(vae.first_stage_model).eval().requires_grad_(False)
         self.patcher = network_patcher(network)
@@ -79,7 +79,7 @@ class DecoderCopy:
         self._largest = max(1, side // int(vae.spacial_compression_decode()))
 
     def __call__(self, latents_BCHW: Tensor) -> Tensor:
-        """Returns pictures (B, 3, H, W), in [0, 1] but for overshoots."""
+        """Returns images (B, 3, H, W), in [0, 1] but for overshoots."""
         longer = max(latents_BCHW.shape[-2:])
         if longer > self._largest:
             latents_BCHW = F.interpolate(latents_BCHW, scale_factor=self._largest / longer, mode="area")
@@ -133,8 +133,8 @@ class Guidance:
         prompts = prompts_for(self._prompt, count)
 
         def score(latents_BCHW: Tensor) -> Tensor:
-            pictures_BCHW = self._decode(model.process_latent_out(latents_BCHW))
-            return self._reward.differentiable(pictures_BCHW, prompts)
+            images_BCHW = self._decode(model.process_latent_out(latents_BCHW))
+            return self._reward.differentiable(images_BCHW, prompts)
 
         return score
 
@@ -152,7 +152,7 @@ class GuidanceThroughModel(Guidance):
         active = [self._is_active(guider.inner_model, float(sigma)) for sigma in sigmas[:-1]]
         LOG.info(
             "Reward Guidance goes through the model in %d of %d steps: 3 to 4 times a plain step's work each "
-            "and memory for what the model's blocks read. A shorter window and smaller pictures cost less.",
+            "and memory for what the model's blocks read. A shorter window and smaller images cost less.",
             sum(active),
             len(active),
         )

@@ -91,7 +91,7 @@ def apply(
         loaded: what `load` returned.
         strength: 0 is the model without HyperAlign, bit for bit; 1 as trained.
         start_percent: where in the noise range it begins to act; 0 is pure noise.
-        end_percent: where it stops acting; 1 is the finished picture.
+        end_percent: where it stops acting; 1 is the finished image.
         variant: when weights are written; `auto` as the hypernetwork was trained.
         strength_curve: multiplies strength over the run and by block group. Evaluations where it is 0 are the
             model's own, bit for bit, and write no weights: variant I writes at the first one that is not.

@@ -86,7 +86,7 @@ class FirstBlocks:
 
     @contextlib.contextmanager
     def collecting(self, model: nn.Module, x_BCHW: Tensor, done: Done) -> Iterator[list[Tensor]]:
-        """Fills the list with one map of the whole picture."""
+        """Fills the list with one map of the whole image."""
         block = model.get_submodule(self._path)
         previous: Forward | None = block.__dict__.get("forward")
         features: list[Tensor] = []

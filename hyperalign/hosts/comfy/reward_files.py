@@ -93,11 +93,11 @@ def calibrated_at() -> float:
 
 
 def store_calibrations(judgement: Judgement) -> None:
-    """Keeps each member's mean and deviation over these pictures, for z-scores.
+    """Keeps each member's mean and deviation over these images, for z-scores.
 
     A damaged file is written anew: calibrating is the way to repair it.
 
-    Raises HyperAlignError on fewer than two pictures or equal scores.
+    Raises HyperAlignError on fewer than two images or equal scores.
     """
     found = {name: calibrate(torch.tensor(scores)) for name, scores in judgement.breakdown.items()}
     folder = _own_folder()

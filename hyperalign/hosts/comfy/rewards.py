@@ -17,7 +17,7 @@ from ...rewards.ensemble import Calibration, Combination, Ensemble
 from .model import network_patcher
 
 BATCH = 16
-"""Pictures judged at once, so that memory does not grow with the batch that was connected."""
+"""Images judged at once, so that memory does not grow with the batch that was connected."""
 
 
 class NotFinite(HyperAlignError):
@@ -25,13 +25,13 @@ class NotFinite(HyperAlignError):
 
     Args:
         name: the reward it is of.
-        index: the first such picture, from 0.
-        scores: those of all pictures, for who goes on without such a picture.
+        index: the first such image, from 0.
+        scores: those of all images, for who goes on without such an image.
     """
 
     def __init__(self, name: str, index: int, scores: list[float]) -> None:
         super().__init__(
-            f"{name} gives picture {index + 1} of {len(scores)} a score that is NaN or infinite; expected a "
+            f"{name} gives image {index + 1} of {len(scores)} a score that is NaN or infinite; expected a "
             "number. The reward overflows in half precision or its weights are damaged: start ComfyUI with "
             "--force-fp32, or get its weight file again."
         )
@@ -47,7 +47,7 @@ class Member:
     weight: float = 1.0
 
     def score(self, images_BHWC: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns one score (B,) per picture in float32 on the CPU. Raises HyperAlignError."""
+        """Returns one score (B,) per image in float32 on the CPU. Raises HyperAlignError."""
         load_models([self.patcher])
         with torch.no_grad():
             parts = [
@@ -59,7 +59,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What a reward, or an ensemble, says of a batch of pictures."""
+    """What a reward, or an ensemble, says of a batch of images."""
 
     name: str
     prompts: list[str]
@@ -93,7 +93,7 @@ class HostReward:
         return [member.patcher for member in self.members]
 
     def judge(self, images_BHWC: Tensor, prompts: Sequence[str]) -> Judgement:
-        """Returns the scores of pictures and what they are made of.
+        """Returns the scores of images and what they are made of.
 
         Raises:
             NotFinite: a score is no number.
@@ -101,8 +101,8 @@ class HostReward:
         """
         if len(prompts) != len(images_BHWC):
             raise HyperAlignError(
-                f"Found {len(images_BHWC)} pictures and {len(prompts)} prompts; expected one prompt per "
-                "picture. Repeat the prompt for every picture."
+                f"Found {len(images_BHWC)} images and {len(prompts)} prompts; expected one prompt per "
+                "image. Repeat the prompt for every image."
             )
         parts = {member.reward.name: member.score(images_BHWC, prompts) for member in self.members}
         combined = parts[self.name] if self.ensemble is None else self.ensemble.combine(parts)
@@ -115,7 +115,7 @@ class HostReward:
         return Judgement(self.name, list(prompts), scores, breakdown)
 
     def score(self, images_BHWC: Tensor, prompts: Sequence[str]) -> list[float]:
-        """Returns one score per picture. Raises as `judge`."""
+        """Returns one score per image. Raises as `judge`."""
         return self.judge(images_BHWC, prompts).scores
 
     def differentiable(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -156,7 +156,7 @@ def load_models(patchers: Sequence[ModelPatcher]) -> None:
 
 
 def prompts_for(text: str, count: int) -> list[str]:
-    """Returns one prompt per picture: one line serves all, or there is a line for each.
+    """Returns one prompt per image: one line serves all, or there is a line for each.
 
     Raises:
         HyperAlignError: another number of lines.
@@ -166,14 +166,14 @@ def prompts_for(text: str, count: int) -> list[str]:
         return lines * count
     if len(lines) != count:
         raise HyperAlignError(
-            f"Found {len(lines)} lines of prompts for {count} pictures; expected 1 line for all of them, "
-            f"or {count} lines, one per picture."
+            f"Found {len(lines)} lines of prompts for {count} images; expected 1 line for all of them, "
+            f"or {count} lines, one per image."
         )
     return lines
 
 
 def score_table(judgement: Judgement) -> str:
-    """Returns a text table: one line per picture with the score, each member's where there are several."""
+    """Returns a text table: one line per image with the score, each member's where there are several."""
     several = len(judgement.breakdown) > 1
     columns = [judgement.scores, *(judgement.breakdown.values() if several else ())]
     rows = zip(*columns, strict=True)

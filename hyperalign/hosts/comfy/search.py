@@ -73,7 +73,7 @@ class Sampling:
     denoise: float
 
     def start(self) -> Tensor:
-        """Returns the latent (1, ...) to start from. Raises HyperAlignError unless it is one picture's."""
+        """Returns the latent (1, ...) to start from. Raises HyperAlignError unless it is one image's."""
         start = comfy.sample.fix_empty_latent_channels(self.model, self.latent["samples"])
         if len(start) != 1:
             raise HyperAlignError(
@@ -82,7 +82,7 @@ class Sampling:
             )
         if start.ndim == 5 and start.shape[2] != 1:
             raise HyperAlignError(
-                f"Found a latent of {start.shape[2]} frames; expected 1: pictures are searched, no videos. "
+                f"Found a latent of {start.shape[2]} frames; expected 1: images are searched, no videos. "
                 "Set the empty latent's length to 1."
             )
         return start
@@ -129,7 +129,7 @@ def search(sampling: Sampling, plan: Plan, reward: HostReward, vae: Any, prompt:
     goes on without it.
 
     Raises:
-        HyperAlignError: no step, other than one picture's latent, ranks, a sampler whose steps cannot be
+        HyperAlignError: no step, other than one image's latent, ranks, a sampler whose steps cannot be
             searched, what the reward refuses, or every sample diverged.
     """
     check_steps(sampling.steps)
@@ -137,7 +137,7 @@ def search(sampling: Sampling, plan: Plan, reward: HostReward, vae: Any, prompt:
         comfy_trajectory.check_sampler(sampling.sampler_name)
     if reward.combination == "rank":
         raise HyperAlignError(
-            "Ranks compare the pictures of one batch, but a search draws them one after the other. Combine "
+            "Ranks compare the images of one batch, but a search draws them one after the other. Combine "
             "the rewards as sum or z-score."
         )
     start = sampling.start()
@@ -174,7 +174,7 @@ def search(sampling: Sampling, plan: Plan, reward: HostReward, vae: Any, prompt:
         CANCELLED[plan.seed] += 1
     if not state.kept:
         raise HyperAlignError(
-            f"All {len(state.tried)} samples have NaN or infinite pixels or scores; expected a picture. The "
+            f"All {len(state.tried)} samples have NaN or infinite pixels or scores; expected an image. The "
             "sampler, the VAE or the reward diverged: lower cfg, or start ComfyUI with --fp32-vae."
         )
     return _found(state, cancelled)
@@ -201,7 +201,7 @@ class Progress:
         return after_step
 
     def show_best(self, state: Search[tuple[Tensor, Tensor]]) -> None:
-        """Shows the best picture so far, if there is one."""
+        """Shows the best image so far, if there is one."""
         shown = None
         if state.kept:
             _, image_HWC = state.kept[0].sample
@@ -210,7 +210,7 @@ class Progress:
         self._bar.update_absolute(len(state.tried) * self._steps, preview=shown)
 
     def _preview(self, x0: Tensor) -> Any:
-        """Returns the picture in the making, to the right of the best one; None where previews are off."""
+        """Returns the image in the making, to the right of the best one; None where previews are off."""
         if self._previewer is None:
             return None
         kind, current, limit = self._previewer.decode_latent_to_preview_image("JPEG", x0)
@@ -224,22 +224,22 @@ class Progress:
 
 
 def decoded(vae: Any, latents: Tensor) -> Tensor:
-    """Returns the pictures (B, H, W, C) of latents; frames are laid out as by the host's VAE Decode.
+    """Returns the images (B, H, W, C) of latents; frames are laid out as by the host's VAE Decode.
 
-    Raises HyperAlignError unless there is one picture per latent.
+    Raises HyperAlignError unless there is one image per latent.
     """
     images: Tensor = vae.decode(latents)
     images_BHWC = images.flatten(0, 1) if images.ndim == 5 else images
     if len(images_BHWC) != len(latents):
         raise HyperAlignError(
-            f"The VAE makes {len(images_BHWC)} pictures of {len(latents)} latents; expected one of each. "
-            "Connect the VAE of a model that draws pictures, no videos."
+            f"The VAE makes {len(images_BHWC)} images of {len(latents)} latents; expected one of each. "
+            "Connect the VAE of a model that draws images, no videos."
         )
     return images_BHWC
 
 
 def _scores(reward: HostReward, images_BHWC: Tensor, prompt: str) -> list[float]:
-    """Returns one score per picture, NaN for one that diverged: a reward would refuse the whole batch."""
+    """Returns one score per image, NaN for one that diverged: a reward would refuse the whole batch."""
     whole_B = images_BHWC.isfinite().flatten(1).all(dim=1)
     if not bool(whole_B.any()):
         return [math.nan] * len(images_BHWC)

@@ -65,12 +65,12 @@ def judge(trace: Trace, vae: Any, reward: HostReward, prompt: str) -> Rewards:
     """Returns what a reward says of each step's one-step prediction. Raises HyperAlignError."""
     if vae is None:
         raise HyperAlignError(
-            "A reward is connected but no vae, which makes pictures of the steps. Connect it."
+            "A reward is connected but no vae, which makes images of the steps. Connect it."
         )
     latents_EBCHW = trace.predictions_EBCHW
     if latents_EBCHW is None or latents_EBCHW.ndim != 5:
         raise HyperAlignError(
-            "The trace holds no one-step predictions of pictures. Connect trace straight to HyperAlign "
+            "The trace holds no one-step predictions of images. Connect trace straight to HyperAlign "
             "Trace; video is not judged."
         )
     progress = comfy.utils.ProgressBar(len(latents_EBCHW))

@@ -1,7 +1,7 @@
 """Search over the noise of every denoising step, with the host's own samplers one step at a time.
 
 The baseline that the paper calls epsilon-greedy (arXiv 2506.03164): a candidate for a step's noise is judged
-by the picture foreseen after that step.
+by the image foreseen after that step.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class _TrajectorySearch:
             mean = step.take(torch.zeros_like(x))
             if callback is not None:
                 callback({"x": x, "i": index, "denoised": step.predictions[0]})
-            finished = float(sigmas[index + 1]) == 0.0  # nothing is added to a finished picture
+            finished = float(sigmas[index + 1]) == 0.0  # nothing is added to a finished image
             x = mean if finished else step.take(epsilon_greedy(self.plan, step.fresh, step.rate, chance))
         return x
 
@@ -136,7 +136,7 @@ class _Step:
         return torch.randn(self._x.shape, generator=self._generator).to(self._x)
 
     def rate(self, candidates: list[Tensor]) -> list[float]:
-        """Returns the score of the picture foreseen after the step, for each noise."""
+        """Returns the score of the image foreseen after the step, for each noise."""
         size, scores = self._search.plan.batch, list[float]()
         for at in range(0, len(candidates), size):
             x = self.take(torch.cat(candidates[at : at + size]))

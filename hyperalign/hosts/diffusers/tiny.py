@@ -15,12 +15,12 @@ from ...tiny.weights import AUTOENCODER_CONFIG, NOISE_SCHEDULE, UNET_CONFIG, loa
 
 
 def posterior(autoencoder: AutoencoderKL, images_BCHW: Tensor) -> DiagonalGaussianDistribution:
-    """Returns the latent distribution of pictures in [-1, 1]."""
+    """Returns the latent distribution of images in [-1, 1]."""
     return cast(Any, autoencoder).encode(images_BCHW).latent_dist
 
 
 def decode(autoencoder: AutoencoderKL, latents_BCHW: Tensor) -> Tensor:
-    """Returns pictures, about [-1, 1], of unscaled latents."""
+    """Returns images, about [-1, 1], of unscaled latents."""
     return cast(Any, autoencoder).decode(latents_BCHW).sample
 
 
@@ -45,12 +45,12 @@ class TinyBase:
         return self.text_encoder(tokenize_batch(prompts).to(self.device))
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Returns pictures (B, 3, 64, 64), about [0, 1] and not clamped; keeps the graph."""
+        """Returns images (B, 3, 64, 64), about [0, 1] and not clamped; keeps the graph."""
         return decode(self.autoencoder, latents_BCHW / self.latent_scale) / 2 + 0.5
 
     @torch.no_grad()
     def encode(self, images_BCHW: Tensor) -> Tensor:
-        """Returns scaled latents (B, 4, 16, 16) of pictures (B, 3, 64, 64) in [0, 1]."""
+        """Returns scaled latents (B, 4, 16, 16) of images (B, 3, 64, 64) in [0, 1]."""
         return posterior(self.autoencoder, images_BCHW * 2 - 1).mode() * self.latent_scale
 
 

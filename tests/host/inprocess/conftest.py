@@ -85,7 +85,7 @@ def tiny(comfy: ModuleType) -> Tiny:
 
 @pytest.fixture(scope="session")
 def save_hyperalign() -> Callable[..., Path]:
-    """Writes a hypernetwork whose B_aux is not zero, so that it changes pictures."""
+    """Writes a hypernetwork whose B_aux is not zero, so that it changes images."""
 
     def write(
         path: Path,

@@ -1,4 +1,4 @@
-"""Best-of-N on the tiny model: the host's own pictures, flat memory, and Cancel keeps the best so far."""
+"""Best-of-N on the tiny model: the host's own images, flat memory, and Cancel keeps the best so far."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Judge:
 
 
 class Decoder:
-    """A VAE whose pictures are changed, each by its place among all that were decoded."""
+    """A VAE whose images are changed, each by its place among all that were decoded."""
 
     def __init__(self, vae: Any, change: Any) -> None:
         self._vae, self._change, self._count = vae, change, itertools.count()
@@ -104,7 +104,7 @@ def test_the_best_seed_wins_and_ksampler_draws_the_same(best, ksampler, tiny, re
     assert (alone[2], alone[3]) == (scores[:1], seeds[:1])
 
 
-def test_batches_draw_the_same_pictures(best):
+def test_batches_draw_the_same_images(best):
     single, batched = best(keep=5), best(keep=5, batch_size=2)
     assert single[3] == batched[3]
     assert torch.allclose(single[1], batched[1], atol=1e-3)
@@ -161,10 +161,10 @@ def test_a_search_of_steps_is_the_host_s_sampler_where_all_noise_is_zero(best, t
     assert torch.allclose(drawn[0], drawn[1], atol=1e-4)
 
 
-def test_a_search_of_steps_keeps_finished_pictures_when_cancelled(comfy, best, reward):
+def test_a_search_of_steps_keeps_finished_images_when_cancelled(comfy, best, reward):
     from comfy.model_management import interrupt_current_processing
 
-    # Three pictures each: two steps of three rounds of two noises, and the finished one.
+    # Three images each: two steps of three rounds of two noises, and the finished one.
     judge = Judge(reward, lambda self: len(self.seen) == 20 and interrupt_current_processing())
     _, _, scores, seeds, table = best(**STEPS, reward=judge, count=100)
     assert "1 of 100 (cancelled" in table
@@ -298,8 +298,8 @@ def test_a_score_that_is_no_number_fails_its_sample_alone(best, pack, reward):
     assert scores == pytest.approx([score for score, seed in zip(*whole[2:4], strict=True) if seed != 43])
 
 
-def test_a_step_s_noise_whose_picture_diverged_is_not_taken(best, tiny):
-    # The pictures foreseen: two steps of one round of two noises, then the finished one.
+def test_a_step_s_noise_whose_image_diverged_is_not_taken(best, tiny):
+    # The images foreseen: two steps of one round of two noises, then the finished one.
     _, images, *_, table = best(**STEPS | {"iterations": 1}, count=1, vae=diverging(tiny.vae, 0, 3))
     assert "1 of 1 (done)" in table
     assert bool(images.isfinite().all())
@@ -335,7 +335,7 @@ def test_frames_are_laid_out_as_by_the_host_s_decoder_and_videos_are_refused(pac
         images = search.decoded(vae, one)
         assert torch.equal(images, nodes.VAEDecode().decode(vae, {"samples": one})[0])
         assert images.shape == (2, 32, 32, 3)
-        with pytest.raises(Exception, match="5 pictures of 1 latents"):
+        with pytest.raises(Exception, match="5 images of 1 latents"):
             search.decoded(vae, several)
 
 
@@ -348,8 +348,8 @@ def test_memory_does_not_grow_with_the_number_of_samples(best, reward):
             sizes.append(sum(t.nbytes for t in gc.get_objects() if type(t) is torch.Tensor))
 
     best(reward=Judge(reward, weigh), count=16, steps=1)
-    picture = 64 * 64 * 3 * 4
-    assert sizes[1] <= sizes[0] + 3 * picture  # 13 more have been drawn
+    image = 64 * 64 * 3 * 4
+    assert sizes[1] <= sizes[0] + 3 * image  # 13 more have been drawn
 
 
 def test_every_sample_is_aligned_where_there_is_a_hypernetwork(best, pack, save_hyperalign, tmp_path):
@@ -379,5 +379,5 @@ def test_ranks_are_refused(best, pack):
     rewards = importlib.import_module(f"{pack.__name__}.hyperalign.hosts.comfy.rewards")
     tiny = importlib.import_module(f"{pack.__name__}.hyperalign.rewards.tiny")
     first, second = (rewards.hosted(tiny.load(name)) for name in tiny.NAMES)
-    with pytest.raises(Exception, match="Ranks compare the pictures of one batch"):
+    with pytest.raises(Exception, match="Ranks compare the images of one batch"):
         best(reward=rewards.chained(first, second, 1.0, "rank", {}))

@@ -1,4 +1,4 @@
-"""Compare: pairs of pictures with their scores in one."""
+"""Compare: pairs of images with their scores in one."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def reward(pack: ModuleType) -> Any:
     )
 
 
-def pictures(count: int, seed: int = 0) -> torch.Tensor:
+def images(count: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(count, 64, 96, 3, generator=torch.Generator().manual_seed(seed))
 
 
 def test_the_gain_is_the_mean_difference_of_the_pairs(compare, reward):
-    base, aligned = pictures(3), pictures(3, 1)
+    base, aligned = images(3), images(3, 1)
     _, gain, table = compare.execute(base, aligned, reward, PROMPT).result
     before, after = (reward.score(batch, [PROMPT] * 3) for batch in (base, aligned))
     assert gain == pytest.approx((sum(after) - sum(before)) / 3, abs=1e-4)
@@ -42,7 +42,7 @@ def test_the_gain_is_the_mean_difference_of_the_pairs(compare, reward):
 
 
 def test_the_rows_can_be_named(compare, reward):
-    base, aligned = pictures(2), pictures(2, 1)
+    base, aligned = images(2), images(2, 1)
     usual = compare.execute(base, aligned, reward, PROMPT).result
     named = compare.execute(base, aligned, reward, PROMPT, "strength 0.5", " strength 1 ").result
     bare = compare.execute(base, aligned, reward, PROMPT, "", "").result
@@ -54,14 +54,14 @@ def test_the_rows_can_be_named(compare, reward):
 
 
 @pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 2), (3, 3, 2), (8, 8, 2), (11, 8, 4)])
-def test_the_grid_has_both_pictures_of_every_seed(compare, reward, count, columns, rows):
+def test_the_grid_has_both_images_of_every_seed(compare, reward, count, columns, rows):
     base, aligned = torch.zeros(count, 64, 96, 3), torch.full((count, 64, 96, 3), 0.5)
-    picture = compare.execute(base, aligned, reward, PROMPT).result[0][0]
+    image = compare.execute(base, aligned, reward, PROMPT).result[0][0]
     height, width = (128 + 14 + 8) * rows, (192 + 8) * columns  # enlarged twice, with badge and frame
-    assert tuple(picture.shape) == (height, width, 3)
+    assert tuple(image.shape) == (height, width, 3)
     for row in range(rows):
         for column in range(columns):
-            place = picture[row * 150 + 4 : row * 150 + 132, column * 200 + 4 : column * 200 + 196]
+            place = image[row * 150 + 4 : row * 150 + 132, column * 200 + 4 : column * 200 + 196]
             missing = (row // 2) * 8 + column >= count
             expected = 1.0 if missing else (128 / 255 if row % 2 else 0.0)
             assert float((place - expected).abs().max()) < 1e-6
@@ -70,4 +70,4 @@ def test_the_grid_has_both_pictures_of_every_seed(compare, reward, count, column
 @pytest.mark.parametrize("other", [torch.zeros(2, 64, 96, 3), torch.zeros(3, 32, 96, 3)])
 def test_batches_that_are_no_pairs_are_refused(compare, reward, other):
     with pytest.raises(Exception, match="expected as many of the same size"):
-        compare.execute(pictures(3), other, reward, PROMPT)
+        compare.execute(images(3), other, reward, PROMPT)

@@ -69,19 +69,19 @@ def test_a_run_with_the_lora_is_a_run_of_variant_i(tiny, sample, make_hyperalign
 
 @pytest.mark.parametrize("time", [1.0, 0.999, 0.5, 0.0])
 def test_the_weights_are_the_live_ones_at_that_time(tiny, make_hyperalign, time):
-    """Against diffusers: the same seed, prompt and picture give the same weights."""
+    """Against diffusers: the same seed, prompt and image give the same weights."""
     from hyperalign.hosts.comfy.export import factors_at
     from hyperalign.hosts.diffusers.adapter import Adapter, unet_call
     from hyperalign.hosts.diffusers.tiny import tiny_scheduler
 
     loaded = make_hyperalign()
-    picture = torch.randn(1, 4, 16, 16, generator=torch.manual_seed(1))
+    image = torch.randn(1, 4, 16, 16, generator=torch.manual_seed(1))
     with torch.inference_mode():
-        b_hyper, a_hyper = factors_at(tiny.model, loaded, tiny.condition(PROMPT), picture, 5, time)
+        b_hyper, a_hyper = factors_at(tiny.model, loaded, tiny.condition(PROMPT), image, 5, time)
 
     noise = torch.randn(1, 4, 16, 16, generator=torch.manual_seed(5))
     t = torch.tensor([round(time * 999)])
-    scaled = tiny.model.model.process_latent_in(picture)
+    scaled = tiny.model.model.process_latent_in(image)
     x = noise if time == 1.0 else tiny_scheduler().add_noise(scaled, noise, t)
     adapter = Adapter(tiny.unet, loaded.hyperalign)
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_bad_requests_are_refused_and_nothing_is_written(tiny, make_hyperalign, 
     loaded, empty = make_hyperalign(), torch.zeros(1, 4, 16, 16)
     with pytest.raises(HyperAlignError, match="time is 2.0; expected a number from 0"):
         export(loaded, empty, time=2.0)
-    with pytest.raises(HyperAlignError, match="time is 0.5, but there is no picture to put noise on"):
+    with pytest.raises(HyperAlignError, match="time is 0.5, but there is no image to put noise on"):
         export(loaded, empty, time=0.5)
     with pytest.raises(HyperAlignError, match="strength is nan"):
         export(loaded, empty, strength=float("nan"))

@@ -220,8 +220,8 @@ def test_compiled_transformers_give_the_same_and_are_left_as_they_were(family, m
 
 
 @pytest.mark.parametrize("family", ["flux"], indirect=True)
-def test_a_reference_picture_does_not_enter_perception(family, make_hyperalign):
-    """FLUX Kontext appends its reference's tokens to the picture's own."""
+def test_a_reference_image_does_not_enter_perception(family, make_hyperalign):
+    """FLUX Kontext appends its reference's tokens to the image's own."""
     from hyperalign.hosts.comfy.model import apply
 
     spec, _, theirs, _, _ = family

@@ -25,8 +25,8 @@ def parts(comfy: ModuleType) -> Any:
 
     with torch.inference_mode():
         model, clip, vae = load_tiny()
-        reward, heldout = (hosted(tiny.load(name)) for name in tiny.NAMES)
-    return SimpleNamespace(model=model, clip=clip, vae=vae, reward=reward, heldout=heldout)
+        reward, validation = (hosted(tiny.load(name)) for name in tiny.NAMES)
+    return SimpleNamespace(model=model, clip=clip, vae=vae, reward=reward, validation=validation)
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +176,8 @@ def test_the_gradient_through_the_model_is_that_of_finite_differences(parts, gui
 
     def inner(executor: Any, x: Tensor, *args: Any) -> Tensor:
         def value(noisy: Tensor) -> Tensor:
-            pictures = decode(parts.model.model.process_latent_out(executor(noisy, *args)))
-            return Redness().differentiable(pictures, [])
+            images = decode(parts.model.model.process_latent_out(executor(noisy, *args)))
+            return Redness().differentiable(images, [])
 
         if x.requires_grad and seen.plain is None:
             with torch.no_grad():
@@ -289,7 +289,7 @@ def test_weights_cast_into_one_buffer_are_cast_again_for_the_backward_pass(comfy
 def test_a_weighted_sum_of_rewards_guides(parts, guide, draw, base):
     from hyperalign.hosts.comfy.rewards import chained
 
-    both = chained(parts.heldout, parts.reward, 1.0, "sum", {})
+    both = chained(parts.validation, parts.reward, 1.0, "sum", {})
     assert score(parts, draw(guide(reward=both))) > score(parts, base)
 
 
@@ -322,4 +322,4 @@ def test_ranks_are_refused(parts, guide):
     from hyperalign.hosts.comfy.rewards import chained
 
     with pytest.raises(HyperAlignError, match="Ranks have no gradient"):
-        guide(reward=chained(parts.heldout, parts.reward, 1.0, "rank", {}))
+        guide(reward=chained(parts.validation, parts.reward, 1.0, "rank", {}))

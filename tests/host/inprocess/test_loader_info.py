@@ -35,11 +35,11 @@ def test_a_committed_file_names_reward_data_licences_and_biases(header):
 def test_a_file_made_with_hpsv2_names_its_audits(header):
     made = dataclasses.replace(
         header,
-        sources=sources("flux", {"hpsv2.1": 1.0, "clip": 0.5}, "Pick-a-Pic v2, preferred pictures"),
-        training={"steps": 300, "unsafe": "7 of 10 pictures left out as unsafe (nsfw > 0.5)"},
+        sources=sources("flux", {"hpsv2.1": 1.0, "clip": 0.5}, "Pick-a-Pic v2, preferred images"),
+        training={"steps": 300, "unsafe": "7 of 10 images left out as unsafe (nsfw > 0.5)"},
     )
     text = "\n".join(described(made))
-    for said in ("reward: HPSv2.1", "0.5 x CLIP score", "2604.13305", "Non-Commercial", "7 of 10 pictures"):
+    for said in ("reward: HPSv2.1", "0.5 x CLIP score", "2604.13305", "Non-Commercial", "7 of 10 images"):
         assert said in text
 
 

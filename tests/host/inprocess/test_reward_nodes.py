@@ -22,7 +22,7 @@ from PIL import Image
 from hyperalign.errors import HyperAlignError
 
 PROMPT = "a red heart"
-TINY, HELDOUT = "tiny reward", "tiny held-out reward"
+TINY, VALIDATION = "tiny reward", "tiny validation reward"
 
 
 @pytest.fixture
@@ -95,37 +95,37 @@ def loaded(nodes: ModuleType, name: str = TINY, *args: Any, **options: Any) -> A
     return nodes.HyperAlignRewardLoader.execute(name, *args, **options).result[0]
 
 
-def pictures(count: int = 3, channels: int = 3) -> torch.Tensor:
+def images(count: int = 3, channels: int = 3) -> torch.Tensor:
     return torch.rand(count, 48, 64, channels, generator=torch.Generator().manual_seed(2))
 
 
 def test_a_chain_is_a_weighted_sum_of_its_members(nodes):
-    alone = [loaded(nodes, name).score(pictures(), [PROMPT] * 3) for name in (TINY, HELDOUT)]
-    chain = loaded(nodes, HELDOUT, -0.5, chain=loaded(nodes, TINY, 2.0))
-    judgement = chain.judge(pictures(), [PROMPT] * 3)
-    assert judgement.name == f"{TINY} + {HELDOUT}"
-    assert judgement.breakdown == {TINY: pytest.approx(alone[0]), HELDOUT: pytest.approx(alone[1])}
+    alone = [loaded(nodes, name).score(images(), [PROMPT] * 3) for name in (TINY, VALIDATION)]
+    chain = loaded(nodes, VALIDATION, -0.5, chain=loaded(nodes, TINY, 2.0))
+    judgement = chain.judge(images(), [PROMPT] * 3)
+    assert judgement.name == f"{TINY} + {VALIDATION}"
+    assert judgement.breakdown == {TINY: pytest.approx(alone[0]), VALIDATION: pytest.approx(alone[1])}
     expected = [2.0 * first - 0.5 * second for first, second in zip(*alone, strict=True)]
     assert judgement.scores == pytest.approx(expected, abs=1e-5)
 
 
 def test_ranks_are_over_the_whole_batch_also_where_it_is_judged_in_parts(nodes):
     count = 19
-    chain = loaded(nodes, HELDOUT, 1.0, "rank", chain=loaded(nodes))
-    scores = chain.score(pictures(count), [PROMPT] * count)
+    chain = loaded(nodes, VALIDATION, 1.0, "rank", chain=loaded(nodes))
+    scores = chain.score(images(count), [PROMPT] * count)
     assert sum(scores) == pytest.approx(count / 2)
 
 
 def test_z_scores_need_the_calibration_that_reward_score_keeps(nodes):
     assert "no calibration for tiny reward" in refusal(
-        lambda: loaded(nodes, HELDOUT, 1.0, "z-score", chain=loaded(nodes))
+        lambda: loaded(nodes, VALIDATION, 1.0, "z-score", chain=loaded(nodes))
     )
-    both = loaded(nodes, HELDOUT, chain=loaded(nodes))
+    both = loaded(nodes, VALIDATION, chain=loaded(nodes))
     assert nodes.HyperAlignRewardLoader.fingerprint_inputs(combination="z-score") == 0.0
-    nodes.HyperAlignRewardScore.execute(both, pictures(5), PROMPT, calibrate=True)
+    nodes.HyperAlignRewardScore.execute(both, images(5), PROMPT, calibrate=True)
     assert nodes.HyperAlignRewardLoader.fingerprint_inputs(combination="z-score") > 0.0
-    chain = loaded(nodes, HELDOUT, 1.0, "z-score", chain=loaded(nodes))
-    assert sum(chain.score(pictures(5), [PROMPT] * 5)) == pytest.approx(0.0, abs=1e-4)
+    chain = loaded(nodes, VALIDATION, 1.0, "z-score", chain=loaded(nodes))
+    assert sum(chain.score(images(5), [PROMPT] * 5)) == pytest.approx(0.0, abs=1e-4)
 
 
 def test_a_damaged_calibration_stops_z_scores_alone_and_is_repaired_by_calibrating(nodes, folders, caplog):
@@ -133,24 +133,24 @@ def test_a_damaged_calibration_stops_z_scores_alone_and_is_repaired_by_calibrati
     path.parent.mkdir(parents=True)
     path.write_text("{", encoding="utf-8")
     assert loaded(nodes, TINY, 1.0, "z-score").name == TINY  # alone, nothing is combined
-    both = loaded(nodes, HELDOUT, chain=loaded(nodes))
-    message = refusal(lambda: loaded(nodes, HELDOUT, 1.0, "z-score", chain=loaded(nodes)))
+    both = loaded(nodes, VALIDATION, chain=loaded(nodes))
+    message = refusal(lambda: loaded(nodes, VALIDATION, 1.0, "z-score", chain=loaded(nodes)))
     assert "not a file of calibrations" in message
     assert "Calibrate the rewards again" in message
-    nodes.HyperAlignRewardScore.execute(both, pictures(5), PROMPT, calibrate=True)
+    nodes.HyperAlignRewardScore.execute(both, images(5), PROMPT, calibrate=True)
     assert "not a file of calibrations" in caplog.text
-    assert set(json.loads(path.read_text(encoding="utf-8"))) == {TINY, HELDOUT}
-    assert loaded(nodes, HELDOUT, 1.0, "z-score", chain=loaded(nodes)).score(pictures(1), [PROMPT])
+    assert set(json.loads(path.read_text(encoding="utf-8"))) == {TINY, VALIDATION}
+    assert loaded(nodes, VALIDATION, 1.0, "z-score", chain=loaded(nodes)).score(images(1), [PROMPT])
 
 
 def test_calibrating_one_reward_keeps_the_others(nodes, folders):
-    for name in (TINY, HELDOUT):
-        nodes.HyperAlignRewardScore.execute(loaded(nodes, name), pictures(5), PROMPT, calibrate=True)
-    assert loaded(nodes, HELDOUT, 1.0, "z-score", chain=loaded(nodes)).score(pictures(1), [PROMPT])
+    for name in (TINY, VALIDATION):
+        nodes.HyperAlignRewardScore.execute(loaded(nodes, name), images(5), PROMPT, calibrate=True)
+    assert loaded(nodes, VALIDATION, 1.0, "z-score", chain=loaded(nodes)).score(images(1), [PROMPT])
 
 
 def test_a_linked_combination_may_be_z_score(nodes):
-    nodes.HyperAlignRewardScore.execute(loaded(nodes), pictures(5), PROMPT, calibrate=True)
+    nodes.HyperAlignRewardScore.execute(loaded(nodes), images(5), PROMPT, calibrate=True)
     assert nodes.HyperAlignRewardLoader.fingerprint_inputs(combination=None) > 0.0  # the host knows no value
     assert nodes.HyperAlignRewardLoader.fingerprint_inputs(combination="rank") == 0.0
 
@@ -183,18 +183,18 @@ def test_another_weight_reads_no_file_again_until_the_host_unloads_the_reward(no
     first, again = loaded(nodes), loaded(nodes, TINY, 2.0)
     assert again.members[0].reward is first.members[0].reward
     assert (first.members[0].weight, again.members[0].weight) == (1.0, 2.0)
-    first.score(pictures(1), [PROMPT])
+    first.score(images(1), [PROMPT])
     comfy.model_management.unload_all_models()
     fresh = loaded(nodes)
     assert fresh.members[0].reward is not first.members[0].reward
-    assert fresh.score(pictures(1), [PROMPT]) == first.score(pictures(1), [PROMPT])
+    assert fresh.score(images(1), [PROMPT]) == first.score(images(1), [PROMPT])
 
 
 def test_the_host_unloads_a_reward_that_nobody_else_has(nodes):
     import comfy.model_management
 
     reward = loaded(nodes)
-    reward.score(pictures(1), [PROMPT])
+    reward.score(images(1), [PROMPT])
     patcher = weakref.ref(reward.patchers[0])
     del reward
     gc.collect()
@@ -251,10 +251,10 @@ def test_no_file_is_asked_for_by_the_tiny_rewards(nodes):
     assert nodes.HyperAlignRewardLoader.validate_inputs() is True
 
 
-def test_scores_are_per_picture_and_shown_under_each(nodes, folders):
-    output = nodes.HyperAlignRewardScore.execute(loaded(nodes), pictures(), PROMPT)
+def test_scores_are_per_image_and_shown_under_each(nodes, folders):
+    output = nodes.HyperAlignRewardScore.execute(loaded(nodes), images(), PROMPT)
     scores, mean, table, breakdown = output.result
-    assert scores == loaded(nodes).score(pictures(), [PROMPT] * 3)
+    assert scores == loaded(nodes).score(images(), [PROMPT] * 3)
     assert mean == pytest.approx(sum(scores) / 3)
     assert table.count(PROMPT) == 3
     assert json.loads(breakdown) == {TINY: scores}
@@ -263,17 +263,17 @@ def test_scores_are_per_picture_and_shown_under_each(nodes, folders):
     assert len(shown) == 3
     width, height = shown[0].size
     assert (width, height) > (64 * 3, 48 * 3)  # enlarged, and a strip more
-    strips = {picture.crop((0, 48 * 3, width, height)).tobytes() for picture in shown}
+    strips = {image.crop((0, 48 * 3, width, height)).tobytes() for image in shown}
     assert len(strips) == len({f"{score:.4f}" for score in scores})
     assert not (folders / "output").exists()
 
 
-def test_saved_pictures_know_their_scores_and_the_table_grows(nodes, folders):
+def test_saved_images_know_their_scores_and_the_table_grows(nodes, folders):
     for sidecar in ("CSV", "CSV", "JSONL", "none"):
-        nodes.HyperAlignRewardScore.execute(loaded(nodes), pictures(), PROMPT, True, "kept/a", sidecar)
+        nodes.HyperAlignRewardScore.execute(loaded(nodes), images(), PROMPT, True, "kept/a", sidecar)
     saved = sorted((folders / "output" / "kept").glob("*.png"))
     assert len(saved) == 12
-    expected = loaded(nodes).score(pictures(), [PROMPT] * 3)
+    expected = loaded(nodes).score(images(), [PROMPT] * 3)
     for path, score in zip(saved[:3], expected, strict=True):
         text = Image.open(path).text
         assert float(text["hyperalign_score"]) == score
@@ -288,7 +288,7 @@ def test_saved_pictures_know_their_scores_and_the_table_grows(nodes, folders):
 
 
 @pytest.mark.parametrize(("channels", "value"), [(1, 0.5), (4, 0.75)])  # transparent ones lie on white
-def test_grey_and_transparent_pictures_are_scored_and_shown(nodes, channels, value):
+def test_grey_and_transparent_images_are_scored_and_shown(nodes, channels, value):
     images = torch.full((1, 32, 32, channels), 0.5)
     output = nodes.HyperAlignRewardScore.execute(loaded(nodes), images, PROMPT, save=True)
     assert output.result[0] == pytest.approx(
@@ -297,9 +297,9 @@ def test_grey_and_transparent_pictures_are_scored_and_shown(nodes, channels, val
 
 
 def test_pixels_that_are_no_numbers_are_refused_and_nothing_is_saved(nodes, folders):
-    images = pictures()
-    images[1, 3, 3] = float("nan")
-    message = refusal(lambda: nodes.HyperAlignRewardScore.execute(loaded(nodes), images, PROMPT, save=True))
+    broken = images()
+    broken[1, 3, 3] = float("nan")
+    message = refusal(lambda: nodes.HyperAlignRewardScore.execute(loaded(nodes), broken, PROMPT, save=True))
     assert "NaN or infinite pixels" in message
     assert not (folders / "output").exists()
 
@@ -312,36 +312,36 @@ def test_scores_that_are_no_numbers_are_refused_and_nothing_is_kept(nodes, pack,
         reward = nodes.comfy_rewards.chained(chain, overflowing, weight, "sum", {})
         message = refusal(
             lambda judge=reward: nodes.HyperAlignRewardScore.execute(
-                judge, pictures(), PROMPT, save=True, calibrate=True
+                judge, images(), PROMPT, save=True, calibrate=True
             )
         )
-        assert "overflowing gives picture 2 of 3 a score that is NaN or infinite" in message
+        assert "overflowing gives image 2 of 3 a score that is NaN or infinite" in message
     assert not (folders / "output").exists()
     assert not (folders / "models").exists()
 
 
 def test_another_number_of_prompts_is_refused(nodes):
-    message = refusal(nodes.HyperAlignRewardScore.execute, loaded(nodes), pictures(), f"{PROMPT}\na dog")
-    assert "2 lines of prompts for 3 pictures" in message
+    message = refusal(nodes.HyperAlignRewardScore.execute, loaded(nodes), images(), f"{PROMPT}\na dog")
+    assert "2 lines of prompts for 3 images" in message
 
 
-def test_pictures_of_one_pixel_are_scored(nodes):
+def test_images_of_one_pixel_are_scored(nodes):
     assert (
         len(nodes.HyperAlignRewardScore.execute(loaded(nodes), torch.rand(2, 1, 1, 3), PROMPT).result[0]) == 2
     )
 
 
 @pytest.mark.parametrize("size", [(20_000, 4), (4, 20_000)])
-def test_very_long_pictures_are_scored_and_shown(nodes, folders, size):
+def test_very_long_images_are_scored_and_shown(nodes, folders, size):
     output = nodes.HyperAlignRewardScore.execute(loaded(nodes), torch.rand(1, *size, 3), PROMPT)
     shown = Image.open(folders / "temp" / output.ui["images"][0]["filename"])
     assert shown.size == (size[1], size[0] + 14)
 
 
 def test_an_empty_prompt_is_judged_as_one(nodes):
-    assert nodes.HyperAlignRewardScore.execute(loaded(nodes), pictures(), " \n ").result[0] == loaded(
+    assert nodes.HyperAlignRewardScore.execute(loaded(nodes), images(), " \n ").result[0] == loaded(
         nodes
-    ).score(pictures(), [""] * 3)
+    ).score(images(), [""] * 3)
 
 
 def test_the_switch_downloads_with_the_host_s_bar_and_cancel_leaves_a_part(nodes, folders, hub, monkeypatch):

@@ -23,7 +23,7 @@ def test_strength_zero_is_bit_identical_to_no_node(tiny, sample, make_hyperalign
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_it_changes_the_picture_and_leaves_the_base_bit_identical(tiny, sample, make_hyperalign, apply, mode):
+def test_it_changes_the_image_and_leaves_the_base_bit_identical(tiny, sample, make_hyperalign, apply, mode):
     before = sample(tiny.model)
     aligned = sample(apply(tiny.model, make_hyperalign(mode=mode)))
     assert (aligned - before).abs().mean() > 0.01

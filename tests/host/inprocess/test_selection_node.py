@@ -30,7 +30,7 @@ def blocked(output: Any) -> bool:
     return isinstance(output[0] if isinstance(output, list) else output, ExecutionBlocker)
 
 
-def test_all_rows_follow_the_pictures(select):
+def test_all_rows_follow_the_images(select):
     latent = {
         "samples": torch.arange(4.0).view(4, 1, 1, 1), "noise_mask": torch.arange(4.0).view(4, 1, 1),
         "batch_index": [7, 8, 9, 10],
@@ -65,7 +65,7 @@ def test_what_was_not_connected_is_blocked(select):
     assert [blocked(output) for output in result[:6]] == [False, True, True, False, True, False]
 
 
-def test_pictures_may_come_one_by_one(select):
+def test_images_may_come_one_by_one(select):
     single = [torch.full((1, 2, 2, 3), float(index)) for index in range(4)]
     latents = [{"samples": torch.full((1, 4, 2, 2), float(index))} for index in range(4)]
     result = select(k=2, images=single, latents=latents)
@@ -76,7 +76,7 @@ def test_pictures_may_come_one_by_one(select):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scores": [1.0]}, "4 pictures and 1 scores"),
+        ({"scores": [1.0]}, "4 images and 1 scores"),
         ({"latents": [{"samples": torch.zeros(1, 4, 2, 2)}]}, "1 latents and 4 scores"),
         ({"seeds": [1, 2]}, "2 seeds and 4 scores"),
         ({"images": [torch.zeros(2, 2, 2, 3), torch.zeros(2, 3, 2, 3)]}, "different sizes"),

@@ -146,7 +146,7 @@ def test_group_strengths_are_cores_scaled_by_hand(
     assert torch.equal(curved, sample(apply(tiny.model, hyperalign)))
 
 
-def test_a_group_alone_moves_the_picture_less_than_all(tiny, sample, make_hyperalign, apply):
+def test_a_group_alone_moves_the_image_less_than_all(tiny, sample, make_hyperalign, apply):
     base, hyperalign = sample(tiny.model), make_hyperalign(mode="separate")
     alone = [tuple(float(group == other) for other in range(3)) for group in range(len(GROUPS))]
     moved = [

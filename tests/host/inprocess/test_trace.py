@@ -65,7 +65,7 @@ def linked(comfy: ModuleType):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("variant", ["S", "P", "I"])
-def test_recording_changes_no_picture(tiny, sample, traced, make_hyperalign, mode, variant):
+def test_recording_changes_no_image(tiny, sample, traced, make_hyperalign, mode, variant):
     from hyperalign.hosts.comfy.model import apply
 
     latents, trace, _ = traced(mode=mode, variant=variant, predictions=True)
@@ -136,7 +136,7 @@ def test_every_evaluation_of_a_second_order_sampler_is_a_column(traced):
     assert written_at(trace) == list(range(7))
 
 
-def test_predictions_are_the_pictures_foreseen(traced, tiny):
+def test_predictions_are_the_images_foreseen(traced, tiny):
     latents, trace, _ = traced(predictions=True, sampling={"noise": torch.randn(2, 4, 16, 16)})
     predictions = trace.predictions_EBCHW
     assert predictions is not None
@@ -233,9 +233,9 @@ def test_the_trace_node_draws_and_tells_all_rows(trace_nodes, tiny, sample, make
     model = apply(tiny.model, make_hyperalign(variant="P"), recorder=recorder)
     sample(model, noise=torch.randn(3, 4, 16, 16))
     output = trace_nodes.HyperAlignTrace.execute(recorder)
-    picture, text = output.result
-    assert picture.shape[0] == 1
-    assert picture.shape[2:] == (1000, 3)
+    image, text = output.result
+    assert image.shape[0] == 1
+    assert image.shape[2:] == (1000, 3)
     numbers = json.loads(text)
     assert numbers["variant"] == "P"
     assert numbers["key_times"] == [0.8, 0.5]
@@ -258,13 +258,13 @@ def test_a_reward_judges_every_step(pack, trace_nodes, tiny, sample, make_hypera
     prompt = "a red heart"
     with torch.inference_mode():
         node = trace_nodes.HyperAlignTrace
-        picture, text = node.execute(recorder, {"samples": latents}, judge, tiny.vae, prompt).result
+        image, text = node.execute(recorder, {"samples": latents}, judge, tiny.vae, prompt).result
         plain = node.execute(recorder).result[0]
         final = judge.score(tiny.vae.decode(latents), [prompt] * 2)
     scores = json.loads(text)["reward"]["scores"]
     assert [len(row) for row in scores] == [4, 4]
     assert [row[-1] for row in scores] == pytest.approx(final, abs=1e-3)
-    assert picture.shape[1] > plain.shape[1]
+    assert image.shape[1] > plain.shape[1]
     with pytest.raises(Exception, match="no vae"):
         node.execute(recorder, None, judge, None, prompt)
 
@@ -276,7 +276,7 @@ def test_an_empty_trace_says_what_to_connect(trace_nodes):
         trace_nodes.HyperAlignTracePca.execute(trace_1=[Recorder()])
 
 
-def test_a_pca_has_a_point_for_each_picture(trace_nodes, tiny, sample, make_hyperalign):
+def test_a_pca_has_a_point_for_each_image(trace_nodes, tiny, sample, make_hyperalign):
     from hyperalign.hosts.comfy.model import apply
 
     loaded, recorders = make_hyperalign(), []
@@ -285,11 +285,9 @@ def test_a_pca_has_a_point_for_each_picture(trace_nodes, tiny, sample, make_hype
         sample(
             apply(tiny.model, loaded, recorder=recorders[-1]), prompt=prompt, noise=torch.randn(2, 4, 16, 16)
         )
-    picture, text = trace_nodes.HyperAlignTracePca.execute(
-        trace_1=recorders[:2], trace_2=recorders[2:]
-    ).result
+    image, text = trace_nodes.HyperAlignTracePca.execute(trace_1=recorders[:2], trace_2=recorders[2:]).result
     numbers = json.loads(text)
-    assert picture.shape[0] == 1
+    assert image.shape[0] == 1
     assert numbers["trace_of_point"] == [0, 0, 1, 1, 2, 2]
     assert numbers["evaluations"] == [1, 2, 3, 4]
     assert [len(step) for step in numbers["points"]] == [6] * 4

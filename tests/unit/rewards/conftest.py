@@ -1,4 +1,4 @@
-"""Published weight files of reduced size, in their official layout, and many kinds of pictures."""
+"""Published weight files of reduced size, in their official layout, and many kinds of images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hyperalign.rewards.siglip_aesthetic import SiglipShape
 from train.tiny import art
 
 State = dict[str, Tensor]
-Picture = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 
 SMALL_H = ClipShape(Tower(64, 2, 4), Tower(48, 2, 4), 32, "gelu", patch=32)
 SMALL_L = ClipShape(Tower(64, 2, 4), Tower(48, 2, 4), 768, "quick_gelu", patch=32)
@@ -228,28 +228,28 @@ def published(tmp_path: Path, vocabularies: Path) -> Callable[[str], Path]:
     return write
 
 
-def _scikit_pictures() -> Iterator[Picture]:
+def _scikit_images() -> Iterator[Pixels]:
     data = Path(skimage.data.__file__).parent
     for name in sorted(path.name for path in data.iterdir() if path.suffix in (".png", ".jpg")):
-        with Image.open(data / name) as picture:
-            yield np.asarray(picture.convert("RGB"))
+        with Image.open(data / name) as image:
+            yield np.asarray(image.convert("RGB"))
 
 
-def _clip_art(seed: int) -> Picture:
+def _clip_art(seed: int) -> Pixels:
     """Flat shapes with hard edges on white."""
     generator = np.random.default_rng(seed)
     width, height = (int(side) for side in generator.integers(60, 500, 2))
-    picture = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
     for _ in range(6):
         x, y, wide, high = generator.random(4) * (width, height, width / 2, height / 2)
         color = tuple(int(value) for value in generator.integers(0, 256, 3))
         shape = draw.ellipse if generator.random() < 0.5 else draw.rectangle
         shape((x, y, x + wide, y + high), fill=color)
-    return np.asarray(picture)
+    return np.asarray(image)
 
 
-def _emoji(style: art.Style, name: str, size: int) -> Picture:
+def _emoji(style: art.Style, name: str, size: int) -> Pixels:
     """A rendered emoji on white."""
     sprite = art.rendered(art.svg_of(art.fetch_icons(style, ART), name), size)
     color, alpha = sprite[..., :3], sprite[..., 3:]
@@ -257,10 +257,10 @@ def _emoji(style: art.Style, name: str, size: int) -> Picture:
 
 
 @pytest.fixture(scope="session")
-def pictures() -> list[Picture]:
+def images() -> list[Pixels]:
     """At least 50: photographs, microscopy, text, textures, drawings, emoji; square, wide, high, small."""
-    whole = [picture for picture in _scikit_pictures() if max(picture.shape) <= 1500]
-    wide = [picture[picture.shape[0] // 3 : picture.shape[0] // 2] for picture in whole]
+    whole = [image for image in _scikit_images() if max(image.shape) <= 1500]
+    wide = [image[image.shape[0] // 3 : image.shape[0] // 2] for image in whole]
     emoji = [_emoji(style, name, size) for style in art.STYLES for name, size in EMOJI.items()]
     found = [*whole, *wide, *(_clip_art(seed) for seed in range(12)), *emoji]
     assert len(found) >= 50

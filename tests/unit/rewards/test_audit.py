@@ -1,4 +1,4 @@
-"""The audit finds what was put into the pictures, says how sure it is, and goes on after an interruption."""
+"""The audit finds what was put into the images, says how sure it is, and goes on after an interruption."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ numbers = st.lists(st.floats(-100, 100), min_size=4, max_size=30)
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def images(tmp_path: Path) -> Path:
     """24 circles and squares, red ones on grey and blue ones on white; labels.csv and prompts.csv beside."""
-    folder, draw = tmp_path / "pictures", random.Random(0)
+    folder, draw = tmp_path / "images", random.Random(0)
     folder.mkdir()
     labels, prompts = [("name", "colour", "note")], [("name", "prompt")]
     for index in range(24):
@@ -55,50 +55,50 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def run(pictures: Path, *more: str) -> int:
-    common = ["--reward", TINY, "--device", "cpu", "--out", str(pictures.parent / "audit")]
-    return command.main([str(pictures), *common, *more])
+def run(images: Path, *more: str) -> int:
+    common = ["--reward", TINY, "--device", "cpu", "--out", str(images.parent / "audit")]
+    return command.main([str(images), *common, *more])
 
 
-def result(pictures: Path) -> dict[str, dict]:
-    found = json.loads((pictures.parent / "audit" / "audit.json").read_text(encoding="utf-8"))
+def result(images: Path) -> dict[str, dict]:
+    found = json.loads((images.parent / "audit" / "audit.json").read_text(encoding="utf-8"))
     return {finding["title"]: finding for finding in found["findings"]}
 
 
 def test_one_prompt_over_groups_shows_whom_the_reward_takes_for_it(
-    pictures: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    labels = ["--groups", f"{pictures.parent}/labels.csv"]
-    assert run(pictures, "--template", "a {red|blue} circle", *labels, "--alter") == 0
-    found = result(pictures)
-    under_red = found["colour: pictures by group, all under “a red circle”"]
+    labels = ["--groups", f"{images.parent}/labels.csv"]
+    assert run(images, "--template", "a {red|blue} circle", *labels, "--alter") == 0
+    found = result(images)
+    under_red = found["colour: images by group, all under “a red circle”"]
     assert under_red["gap"]["highest"] == "red"
     assert under_red["gap"]["size"]["low"] > 0
     assert under_red["lines"]["red"]["count"] == 12
-    assert found["colour: pictures by group, all under “a blue circle”"]["gap"]["highest"] == "blue"
+    assert found["colour: images by group, all under “a blue circle”"]["gap"]["highest"] == "blue"
     assert "note" not in str(found.keys())  # an empty column has no groups
-    terms = found["the same pictures under “a {red|blue} circle”"]
+    terms = found["the same images under “a {red|blue} circle”"]
     assert terms["lines"].keys() == {"a red circle", "a blue circle"}
-    assert found["the same pictures, altered"]["lines"].keys() == ALTERATIONS.keys()
+    assert found["the same images, altered"]["lines"].keys() == ALTERATIONS.keys()
     said = capsys.readouterr().out
     assert "largest gap: red above blue" in said
     assert "A gap is a question" in said
 
 
-def test_groups_come_from_words_in_the_pictures_own_prompts(pictures: Path) -> None:
-    prompts = ["--prompts", f"{pictures.parent}/prompts.csv"]
-    assert run(pictures, *prompts, "--groups", "shape=circle|square") == 0
-    found = result(pictures)["shape: pictures by group, each under its own prompt"]
+def test_groups_come_from_words_in_the_images_own_prompts(images: Path) -> None:
+    prompts = ["--prompts", f"{images.parent}/prompts.csv"]
+    assert run(images, *prompts, "--groups", "shape=circle|square") == 0
+    found = result(images)["shape: images by group, each under its own prompt"]
     assert {name: line["count"] for name, line in found["lines"].items()} == {"circle": 12, "square": 12}
 
 
-def test_the_table_the_page_and_the_json_say_the_same(pictures: Path) -> None:
-    assert run(pictures, "--template", "a {red|blue} circle") == 0
-    folder = pictures.parent / "audit"
+def test_the_table_the_page_and_the_json_say_the_same(images: Path) -> None:
+    assert run(images, "--template", "a {red|blue} circle") == 0
+    folder = images.parent / "audit"
     with (folder / "audit.csv").open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     page = (folder / "audit.html").read_text(encoding="utf-8")
-    for finding in result(pictures).values():
+    for finding in result(images).values():
         for name, line in finding["lines"].items():
             assert any(row["group"] == name and float(row["value"]) == line["value"] for row in rows)
             assert f"{line['value']:.4f}" in page
@@ -108,25 +108,23 @@ def test_the_table_the_page_and_the_json_say_the_same(pictures: Path) -> None:
     }  # fmt: skip
 
 
-def test_what_is_written_on_the_page_cannot_leave_it(pictures: Path) -> None:
-    with (pictures.parent / "labels.csv").open("w", newline="") as stream:
+def test_what_is_written_on_the_page_cannot_leave_it(images: Path) -> None:
+    with (images.parent / "labels.csv").open("w", newline="") as stream:
         rows = [(f"{i}.png", ("<script>alert(1)</script>", "b & c")[i % 2]) for i in range(24)]
         csv.writer(stream).writerows([("name", "<b>colour</b>"), *rows])
-    assert (
-        run(pictures, "--template", "a {red|blue} circle", "--groups", f"{pictures.parent}/labels.csv") == 0
-    )
-    page = (pictures.parent / "audit" / "audit.html").read_text(encoding="utf-8")
+    assert run(images, "--template", "a {red|blue} circle", "--groups", f"{images.parent}/labels.csv") == 0
+    page = (images.parent / "audit" / "audit.html").read_text(encoding="utf-8")
     assert "<script>" not in page
     assert "<b>" not in page
 
 
 def test_an_interrupted_audit_goes_on_where_it_stopped(
-    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = ["--template", "a {red|blue} circle", "--batch", "6"]
-    assert run(pictures, *asked) == 0
-    whole = (pictures.parent / "audit" / "audit.json").read_bytes()
-    for path in (pictures.parent / "audit").iterdir():
+    assert run(images, *asked) == 0
+    whole = (images.parent / "audit" / "audit.json").read_bytes()
+    for path in (images.parent / "audit").iterdir():
         path.unlink()
     scored, measured = [], measuring._measure
 
@@ -140,35 +138,33 @@ def test_an_interrupted_audit_goes_on_where_it_stopped(
         return measured(*given, **named)
 
     monkeypatch.setattr(measuring, "_measure", stops)
-    assert run(pictures, *asked) == 130
+    assert run(images, *asked) == 130
     assert "goes on from there" in capsys.readouterr().err
     monkeypatch.setattr(measuring, "_measure", counted)
-    assert run(pictures, *asked) == 0
+    assert run(images, *asked) == 0
     assert len(scored) == 4
-    assert (pictures.parent / "audit" / "audit.json").read_bytes() == whole
+    assert (images.parent / "audit" / "audit.json").read_bytes() == whole
 
 
-def test_damaged_pictures_are_left_out_and_named(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (pictures / "broken.png").write_bytes(b"no picture")
-    assert run(pictures, "--template", "a {red|blue} circle") == 0
+def test_damaged_images_are_left_out_and_named(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (images / "broken.png").write_bytes(b"no image")
+    assert run(images, "--template", "a {red|blue} circle") == 0
     assert "left out broken.png: it cannot be decoded" in capsys.readouterr().err
-    assert "1 pictures were left out" in (pictures.parent / "audit" / "audit.html").read_text(
-        encoding="utf-8"
-    )
+    assert "1 images were left out" in (images.parent / "audit" / "audit.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ([], "There is no prompt to score the pictures under"),
+        ([], "There is no prompt to score the images under"),
         (["--template", "a heart"], "expected terms in braces"),
         (["--template", "a {red|blue circle"], "expected terms in braces"),
         (["--template", "a {red} circle"], "expected terms in braces"),
         (["--template", "a {zebra|red} heart"], "the word 'zebra'"),
-        (["--template", "a {red|blue} heart", "--groups", "c=red|blue"], "looks into the pictures' prompts"),
+        (["--template", "a {red|blue} heart", "--groups", "c=red|blue"], "looks into the images' prompts"),
         (["--template", "a {red|blue} heart", "--groups", "gone.csv"], "gone.csv cannot be read"),
         (["--template", "a {red|blue} heart", "--groups", "gone.txt"], "expected a .csv or .jsonl file"),
-        (["--prompts", "PROMPTS", "--groups", "c=green|black"], "c has 0 groups among the pictures"),
+        (["--prompts", "PROMPTS", "--groups", "c=green|black"], "c has 0 groups among the images"),
         (["--template", "a {red|blue} heart", "--reward", TINY], "give each of them once"),
         (
             ["--template", "a {red|blue} heart", "--reward", "hpsv2.1", "--weights", "x"],
@@ -177,20 +173,20 @@ def test_damaged_pictures_are_left_out_and_named(pictures: Path, capsys: pytest.
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_scored(
-    pictures: Path, capsys: pytest.CaptureFixture[str], more: list[str], said: str
+    images: Path, capsys: pytest.CaptureFixture[str], more: list[str], said: str
 ) -> None:
-    assert run(pictures, *(str(pictures.parent / "prompts.csv") if m == "PROMPTS" else m for m in more)) == 2
+    assert run(images, *(str(images.parent / "prompts.csv") if m == "PROMPTS" else m for m in more)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert said in error
-    assert not (pictures.parent / "audit" / "audit.json").exists()
+    assert not (images.parent / "audit" / "audit.json").exists()
 
 
 def test_templates_are_filled_in_every_way() -> None:
     assert filled("a {red|blue} {cat | dog}") == ["a red cat", "a red dog", "a blue cat", "a blue dog"]
 
 
-def test_words_are_whole_and_pictures_with_several_belong_nowhere() -> None:
+def test_words_are_whole_and_images_with_several_belong_nowhere() -> None:
     prompts = {"a": "a woman", "b": "a Man", "c": "a man and a woman", "d": "a table"}
     assert groups_of("who=woman|man", prompts, list(prompts)) == {"who": {"a": "woman", "b": "man"}}
 
@@ -264,7 +260,7 @@ def test_the_largest_gap_counts_the_pairs_it_was_chosen_from() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 100))
-def test_alterations_stay_pictures(height: int, width: int, seed: int) -> None:
+def test_alterations_stay_images(height: int, width: int, seed: int) -> None:
     image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
     for alter in ALTERATIONS.values():
         altered = alter(image)
@@ -284,7 +280,7 @@ def test_properties_follow_the_alteration_that_is_named_after_them() -> None:
     assert after("mirrored") == pytest.approx(plain, rel=0.1)
 
 
-def test_it_runs_as_a_command(pictures: Path) -> None:
+def test_it_runs_as_a_command(images: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "hyperalign", "audit", "--help"],
         capture_output=True,

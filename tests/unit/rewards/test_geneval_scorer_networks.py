@@ -119,7 +119,7 @@ def test_missing_weights_are_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (40, 100), (500, 20), (1, 1)])
-def test_pictures_of_any_shape_pass_through_the_network(weights: Path, size: tuple[int, int]) -> None:
+def test_images_of_any_shape_pass_through_the_network(weights: Path, size: tuple[int, int]) -> None:
     network: Any = detector.load(weights)
     network.class_predictor.bias[NAMES.index("dog")] = 20.0
     found = detector.detect(network, torch.rand(3, *size))
@@ -168,7 +168,7 @@ def test_scores_and_masks_are_those_of_transformers_own_postprocessing(seed: int
         ((400, 1000), (533, 1333), (544, 1344)),
     ],
 )
-def test_pictures_are_resized_and_padded_as_mmdetection_does(
+def test_images_are_resized_and_padded_as_mmdetection_does(
     size: tuple[int, int], inner: tuple[int, int], padded: tuple[int, int]
 ) -> None:
     pixels_BCHW, found = detector.prepare(torch.ones(1, 3, *size))
@@ -250,15 +250,15 @@ def test_the_scorer_runs_end_to_end_and_colours_only_what_is_asked(
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Two prompts with two pictures each, in the official layout."""
+    """Two prompts with two images each, in the official layout."""
     folder = tmp_path / "images"
     for number, row in enumerate((RED_DOG, TWO_DOGS)):
         (folder / f"{number:05}/samples").mkdir(parents=True)
         (folder / f"{number:05}/metadata.jsonl").write_text(json.dumps(row))
         for place in range(2):
-            picture = Image.new("RGB", (64, 48), "white")
-            ImageDraw.Draw(picture).ellipse((5, 5, 40, 40), fill=("red", "blue")[place])
-            picture.save(folder / f"{number:05}/samples/{place:04}.png")
+            image = Image.new("RGB", (64, 48), "white")
+            ImageDraw.Draw(image).ellipse((5, 5, 40, 40), fill=("red", "blue")[place])
+            image.save(folder / f"{number:05}/samples/{place:04}.png")
         Image.new("RGB", (9, 9)).save(folder / f"{number:05}/grid.png")
     return folder
 
@@ -267,7 +267,7 @@ def test_the_command_writes_the_official_fields_and_goes_on(
     images: Path, weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = [str(images), "--weights", str(weights), "--device", "cpu"]
-    (images / "00001/samples/0001.png").write_bytes(b"no picture")
+    (images / "00001/samples/0001.png").write_bytes(b"no image")
     assert command.main(arguments) == 0
     said = capsys.readouterr()
     assert "left out 00001/samples/0001.png" in said.err
@@ -280,7 +280,7 @@ def test_the_command_writes_the_official_fields_and_goes_on(
     Image.new("RGB", (64, 48)).save(images / "00001/samples/0001.png")
     judged: list[str] = []
     monkeypatch.setattr(
-        command, "decode", lambda place, name: judged.append(name) or command.BadPicture(name, "x")
+        command, "decode", lambda place, name: judged.append(name) or command.BadImage(name, "x")
     )
     assert command.main(arguments) == 0
     assert judged == ["00001/samples/0001.png"]
@@ -304,7 +304,7 @@ def test_what_cannot_work_is_one_sentence(
 ) -> None:
     for arguments, said in (
         ([str(tmp_path / "none")], "There is no folder"),
-        ([str(tmp_path)], "There are no pictures in"),
+        ([str(tmp_path)], "There are no images in"),
         ([str(images), "--weights", str(tmp_path)], "There is no model.safetensors"),
         ([str(images), "--device", "abacus"], "no device 'abacus'"),
         ([str(images), "--metadata", str(tmp_path / "none")], "cannot be read"),

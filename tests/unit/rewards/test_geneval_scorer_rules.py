@@ -226,7 +226,7 @@ def test_a_count_and_one_more_excluded_is_exactly_that_count(found: list[Detecti
 
 
 def scene(content: Content) -> list[Detection]:
-    """Boxes of an EmojiScenes picture that shows just this content, 64 pixels a side."""
+    """Boxes of an EmojiScenes image that shows just this content, 64 pixels a side."""
     names = [(group.noun, group.color) for group in content.groups for _ in range(group.count)]
     spots = {
         None: [(16, 16), (48, 48), (48, 16), (16, 48)],
@@ -285,7 +285,7 @@ def test_all_official_prompts_parse() -> None:
 
 
 @OFFICIAL
-def test_an_ideal_picture_of_each_official_prompt_is_right_and_an_empty_one_wrong() -> None:
+def test_an_ideal_image_of_each_official_prompt_is_right_and_an_empty_one_wrong() -> None:
     for row in read_metadata(GENEVAL / "evaluation_metadata.jsonl"):
         prompt = parse_prompt(row)
         side = next((one.relation for one in prompt.include if one.relation), None)
@@ -352,7 +352,7 @@ def test_both_definitions_of_overall() -> None:
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=6))
-def test_the_two_definitions_agree_where_all_tasks_have_equally_many_pictures(
+def test_the_two_definitions_agree_where_all_tasks_have_equally_many_images(
     tasks: list[list[bool]],
 ) -> None:
     summary = summarise((f"task {i}", f"{i}", right) for i, task in enumerate(tasks) for right in task)

@@ -139,8 +139,8 @@ def test_checkpointing_recomputes_the_layers_and_changes_nothing(name: str, load
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ([], "2 pictures and 0 prompts"),
-        (["a dog"] * 3, "2 pictures and 3 prompts"),
+        ([], "2 images and 0 prompts"),
+        (["a dog"] * 3, "2 images and 3 prompts"),
         ("ab", "one string 'ab'; expected a list"),
         (["a dog", 5], "the prompt 5; expected text"),
         (
@@ -155,7 +155,7 @@ def test_prompts_that_do_not_fit_are_refused(name: str, prompts: list[str], mess
 
 
 @every_reward
-def test_odd_pictures_are_scored_or_refused_in_words(name: str, load: Load) -> None:
+def test_odd_images_are_scored_or_refused_in_words(name: str, load: Load) -> None:
     reward = load(name)
     with torch.no_grad():
         for shape in [(1, 8, 8), (4, 8, 8), (3, 1, 1), (3, 1, 20_000), (3, 20_000, 2)]:

@@ -65,7 +65,7 @@ def test_ranks_lie_in_0_to_1_around_one_half_and_equals_share(values: list[float
             assert (a < b) == bool(column[i] < column[j] - 1e-6)
 
 
-def test_a_picture_alone_has_the_middle_rank() -> None:
+def test_a_image_alone_has_the_middle_rank() -> None:
     assert Ensemble([(RED, 1.0)], "rank").score(IMAGES[:1], [""]).tolist() == [0.5]
 
 

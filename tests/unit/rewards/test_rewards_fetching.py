@@ -57,8 +57,8 @@ def hub(published: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> It
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
     folder.mkdir()
     for color in ("red", "blue"):
         Image.new("RGB", (40, 30), color).save(folder / f"{color}.png")
@@ -70,9 +70,9 @@ def arrived(folder: Path) -> set[str]:
     return {name for name in files if not name.endswith(("safetensors.json", "txt.json", "json.json"))}
 
 
-def test_the_folder_scorer_fetches_what_is_missing_once(hub: Hub, pictures: Path, tmp_path: Path) -> None:
+def test_the_folder_scorer_fetches_what_is_missing_once(hub: Hub, images: Path, tmp_path: Path) -> None:
     weights = tmp_path / "new/weights"
-    arguments = [str(pictures), "--reward", "clip", "--prompt", "a dog", "--device", "cpu", "--weights"]
+    arguments = [str(images), "--reward", "clip", "--prompt", "a dog", "--device", "cpu", "--weights"]
     assert score.main([*arguments, str(weights)]) == 2
     assert hub.asked == []
     assert score.main([*arguments, str(weights), "--download"]) == 0
@@ -80,15 +80,15 @@ def test_the_folder_scorer_fetches_what_is_missing_once(hub: Hub, pictures: Path
     assert len(hub.asked) == 3
     assert score.main([*arguments, str(weights), "--download"]) == 0
     assert len(hub.asked) == 3
-    fetched = (pictures / "scores.csv").read_text()
+    fetched = (images / "scores.csv").read_text()
     assert score.main([*arguments, str(hub.folder), "--out", str(tmp_path / "own.csv")]) == 0
     assert (tmp_path / "own.csv").read_text() == fetched
 
 
 def test_nothing_is_fetched_for_a_command_that_cannot_work(
-    hub: Hub, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hub: Hub, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = [str(pictures), "--reward", "clip", "--download", "--weights", str(tmp_path / "new")]
+    common = [str(images), "--reward", "clip", "--download", "--weights", str(tmp_path / "new")]
     assert score.main([*common, "--prompts", "txt"]) == 2
     assert score.main([*common, "--prompt", "a \ud83d cat"]) == 2
     assert score.main([*common, "--reward", "beauty", "--prompt", "a cat"]) == 2
@@ -99,9 +99,9 @@ def test_nothing_is_fetched_for_a_command_that_cannot_work(
     assert not (tmp_path / "new").exists()
 
 
-def test_the_audit_fetches_what_is_missing(hub: Hub, pictures: Path, tmp_path: Path) -> None:
+def test_the_audit_fetches_what_is_missing(hub: Hub, images: Path, tmp_path: Path) -> None:
     weights = tmp_path / "new"
-    arguments = [str(pictures), "--reward", "clip", "--template", "a {red|blue} dog", "--device", "cpu"]
+    arguments = [str(images), "--reward", "clip", "--template", "a {red|blue} dog", "--device", "cpu"]
     assert audit.main([*arguments, "--weights", str(weights), "--download"]) == 0
     assert arrived(weights) == CLIP_FILES
 

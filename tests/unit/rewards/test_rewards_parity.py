@@ -31,7 +31,7 @@ from hyperalign.rewards import Reward, aesthetic, clip, hpsv2, image_reward, loa
 from hyperalign.rewards.images import CLIP_MEAN, CLIP_STD
 
 State = dict[str, Tensor]
-Picture = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 Network = Callable[[Tensor, str], float]
 """Prepared pixels (3, H, W) and a prompt -> the official score."""
 
@@ -43,14 +43,14 @@ REAL_HEAD = Path(__file__).resolve().parents[4] / "shared/data/aesthetic/sac+log
 PROMPTS = ("a photograph of a cat, two red coffee", "the moon")
 
 
-def normalised(picture: Picture, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1).float() / 255
+def normalised(image: Pixels, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
     return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
-def official_clip_pixels(picture: Picture) -> Tensor:
+def official_clip_pixels(image: Pixels) -> Tensor:
     """OpenAI's: shortest side to 224, bicubic on bytes, centre crop."""
-    image = Image.fromarray(picture)
+    image = Image.fromarray(image)
     width, height = image.size
     short = min(width, height)
     size = (int(224 * width / short), int(224 * height / short))
@@ -59,9 +59,9 @@ def official_clip_pixels(picture: Picture) -> Tensor:
     return normalised(np.asarray(image.crop((left, top, left + 224, top + 224))), CLIP_MEAN, CLIP_STD)
 
 
-def official_hps_pixels(picture: Picture) -> Tensor:
+def official_hps_pixels(image: Pixels) -> Tensor:
     """HPS's: longest side to 224, black around."""
-    image = Image.fromarray(picture)
+    image = Image.fromarray(image)
     scale = 224 / max(image.size)
     size = (round(image.width * scale), round(image.height * scale))
     canvas = Image.new("RGB", (224, 224))
@@ -70,9 +70,9 @@ def official_hps_pixels(picture: Picture) -> Tensor:
     return normalised(np.asarray(canvas), CLIP_MEAN, CLIP_STD)
 
 
-def official_siglip_pixels(picture: Picture) -> Tensor:
+def official_siglip_pixels(image: Pixels) -> Tensor:
     """SigLIP's: both sides to 384, in [-1, 1]."""
-    image = Image.fromarray(picture).resize((384, 384), Image.Resampling.BICUBIC)
+    image = Image.fromarray(image).resize((384, 384), Image.Resampling.BICUBIC)
     return normalised(np.asarray(image), (0.5,) * 3, (0.5,) * 3)
 
 
@@ -89,8 +89,8 @@ def hps_network(path: Path, official: ModuleType) -> Network:
     tokenize = open_clip.get_tokenizer("ViT-H-14")
 
     def score(pixels: Tensor, prompt: str) -> float:
-        picture, text, _ = model(pixels[None], tokenize([prompt]))
-        return float(picture @ text.T)
+        image, text, _ = model(pixels[None], tokenize([prompt]))
+        return float(image @ text.T)
 
     return score
 
@@ -210,8 +210,8 @@ def reference(name: str, folder: Path, official: ModuleType, vocabularies: Path)
             return blip_network(state, official, vocabularies)
 
 
-def batch_of(picture: Picture) -> Tensor:
-    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255
+def batch_of(image: Pixels) -> Tensor:
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
 
 
 @pytest.fixture(params=loading.RECIPES)
@@ -227,31 +227,31 @@ def paths(
 
 @torch.no_grad()
 def test_on_equal_pixels_the_network_is_the_official_one(
-    paths: tuple[str, Reward, Network], pictures: list[Picture]
+    paths: tuple[str, Reward, Network], images: list[Pixels]
 ) -> None:
     name, reward, network = paths
-    for picture in pictures[:4]:
-        pixels = PREPARE[name](batch_of(picture))[0]
+    for image in images[:4]:
+        pixels = PREPARE[name](batch_of(image))[0]
         for prompt in PROMPTS:
-            score = float(reward.score(batch_of(picture), [prompt]))
+            score = float(reward.score(batch_of(image), [prompt]))
             assert score == pytest.approx(network(pixels, prompt), rel=1e-4, abs=1e-5)
 
 
 @torch.no_grad()
 def test_end_to_end_it_is_within_one_per_cent_of_the_official_path(
-    paths: tuple[str, Reward, Network], pictures: list[Picture]
+    paths: tuple[str, Reward, Network], images: list[Pixels]
 ) -> None:
     """Of the score, or of the spread of scores where one passes through zero."""
     name, reward, network = paths
-    ours = torch.cat([reward.score(batch_of(picture), [PROMPTS[0]]) for picture in pictures])
-    theirs = torch.tensor([network(OFFICIAL_PIXELS[name](picture), PROMPTS[0]) for picture in pictures])
+    ours = torch.cat([reward.score(batch_of(image), [PROMPTS[0]]) for image in images])
+    theirs = torch.tensor([network(OFFICIAL_PIXELS[name](image), PROMPTS[0]) for image in images])
     allowed = 0.01 * theirs.abs().clamp(min=float(theirs.std()))
     assert bool(((ours - theirs).abs() <= allowed).all())
     assert float(torch.corrcoef(torch.stack([ours, theirs]))[0, 1]) > 0.999
 
 
 @torch.no_grad()
-def test_a_batch_scores_as_its_pictures_alone(paths: tuple[str, Reward, Network]) -> None:
+def test_a_batch_scores_as_its_images_alone(paths: tuple[str, Reward, Network]) -> None:
     _, reward, _ = paths
     images = torch.rand(3, 3, 50, 70)
     prompts = ["a cat", "the moon", "a cat"]

@@ -21,28 +21,28 @@ from PIL import Image, ImageDraw
 
 from hyperalign.cli.score import command, progress, scoring
 from hyperalign.cli.score.files import Scored
-from hyperalign.cli.score.images import BadPicture, decode, open_rgb
+from hyperalign.cli.score.images import BadImage, decode, open_rgb
 from hyperalign.cli.score.scoring import batches_of_one_size
 from hyperalign.cli.score.sheet import contact_sheet
 from hyperalign.cli.score.tables import combined
 from hyperalign.rewards import loading
 
-TINY, HELD_OUT = "tiny reward", "tiny held-out reward"
+TINY, HELD_OUT = "tiny reward", "tiny validation reward"
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Ten pictures in three sizes, one of them in a folder of its own, and a table of prompts."""
-    folder = tmp_path / "pictures"
+    """Ten images in three sizes, one of them in a folder of its own, and a table of prompts."""
+    folder = tmp_path / "images"
     (folder / "more").mkdir(parents=True)
     rows = [("name", "prompt")]
     for index in range(10):
         color, size = COLORS[index % 8], ((64, 64), (96, 48), (40, 80))[index % 3]
-        picture = Image.new("RGB", size, "white")
-        ImageDraw.Draw(picture).ellipse((8, 8, 38, 38), fill=color)
+        image = Image.new("RGB", size, "white")
+        ImageDraw.Draw(image).ellipse((8, 8, 38, 38), fill=color)
         name = f"{'more/' if index == 9 else ''}{index}.{'jpg' if index == 4 else 'png'}"
-        picture.save(folder / name)
+        image.save(folder / name)
         rows.append((name, f"a {color} circle"))
     with (tmp_path / "prompts.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows(rows)
@@ -61,7 +61,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 def expected(folder: Path, rows: list[dict[str, str]], reward: str = TINY) -> list[float]:
-    """Each picture on its own, without any of the scorer's code but the reward."""
+    """Each image on its own, without any of the scorer's code but the reward."""
     judge = loading.load(reward, folder)
     scores: list[float] = []
     for row in rows:
@@ -72,7 +72,7 @@ def expected(folder: Path, rows: list[dict[str, str]], reward: str = TINY) -> li
     return scores
 
 
-def test_every_picture_has_the_score_it_has_alone(folder: Path) -> None:
+def test_every_image_has_the_score_it_has_alone(folder: Path) -> None:
     assert run(folder, "--reward", HELD_OUT) == 0
     rows = table(folder / "scores.csv")
     assert [row["name"] for row in rows] == [f"{i}.{'jpg' if i == 4 else 'png'}" for i in range(9)] + [
@@ -91,22 +91,22 @@ def test_parquet_holds_the_same_table(folder: Path, tmp_path: Path) -> None:
     assert [row[TINY] for row in read] == pytest.approx([float(row[TINY]) for row in rows], abs=1e-5)
 
 
-def test_bad_pictures_are_counted_and_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "3.png").write_bytes(b"not a picture")
+def test_bad_images_are_counted_and_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "3.png").write_bytes(b"not an image")
     whole = (folder / "5.png").read_bytes()
     (folder / "5.png").write_bytes(whole[: len(whole) // 2])
     assert run(folder, "--sheet", str(folder / "sheet.html")) == 0
     said = capsys.readouterr()
-    assert "2 pictures were left out" in said.out
+    assert "2 images were left out" in said.out
     assert re.findall(r"left out (\S+):", said.err) == ["3.png", "5.png"]
     assert len(table(folder / "scores.csv")) == 8
-    assert "2 pictures were left out" in (folder / "sheet.html").read_text(encoding="utf-8")
+    assert "2 images were left out" in (folder / "sheet.html").read_text(encoding="utf-8")
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
 
-    def interrupted(place: Path, name: str) -> torch.Tensor | BadPicture:
+    def interrupted(place: Path, name: str) -> torch.Tensor | BadImage:
         decoded.append(name)
         if len(decoded) == 8:
             raise KeyboardInterrupt
@@ -136,7 +136,7 @@ def test_a_second_run_scores_only_what_changed(folder: Path, monkeypatch: pytest
     prompts.write_text(prompts.read_text().replace("1.png,a orange circle", "1.png,a blue circle"))
     scored: list[str] = []
 
-    def noted(place: Path, name: str) -> torch.Tensor | BadPicture:
+    def noted(place: Path, name: str) -> torch.Tensor | BadImage:
         scored.append(name)
         return decode(place, name)
 
@@ -148,7 +148,7 @@ def test_a_second_run_scores_only_what_changed(folder: Path, monkeypatch: pytest
 
 
 def test_a_killed_process_loses_no_finished_batch(folder: Path) -> None:
-    """The real command, ended the hard way once its log has a picture."""
+    """The real command, ended the hard way once its log has an image."""
     code = (
         "import os, sys; from hyperalign.cli.score import __main__ as c, scoring\n"
         "append = scoring.Log.append\n"
@@ -167,7 +167,7 @@ def test_a_killed_process_loses_no_finished_batch(folder: Path) -> None:
 def test_scores_of_other_settings_are_not_mixed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(folder) == 0
     assert run(folder, reward=HELD_OUT) == 2
-    assert "rewards ['tiny reward'] instead of ['tiny held-out reward']" in capsys.readouterr().err
+    assert "rewards ['tiny reward'] instead of ['tiny validation reward']" in capsys.readouterr().err
 
 
 Refusal = Callable[[Path], list[str]]
@@ -177,7 +177,7 @@ Refusal = Callable[[Path], list[str]]
     ("arguments", "said"),
     [
         (lambda f: [str(f / "none"), "--prompt", "x", "--reward", TINY], "There is no folder"),
-        (lambda f: [str(f / "empty"), "--prompt", "x", "--reward", TINY], "There is no picture below"),
+        (lambda f: [str(f / "empty"), "--prompt", "x", "--reward", TINY], "There is no image below"),
         (lambda f: [str(f), "--prompt", "x", "--reward", "beauty"], "There is no reward 'beauty'; expected"),
         (lambda f: [str(f), "--prompt", "x", "--reward", TINY, "--reward", TINY], "give each of them once"),
         (
@@ -214,12 +214,12 @@ def test_what_cannot_work_is_one_sentence_before_anything_is_written(
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_folder_of_nothing_but_bad_pictures_is_refused(
+def test_a_folder_of_nothing_but_bad_images_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     assert command.main([str(tmp_path), "--prompt", "a dog", "--reward", TINY, "--device", "cpu"]) == 2
-    assert "None of the 1 pictures could be scored; a.png: it cannot be decoded" in capsys.readouterr().err
+    assert "None of the 1 images could be scored; a.png: it cannot be decoded" in capsys.readouterr().err
 
 
 def test_a_network_s_reward_reads_its_weights_from_the_folder(
@@ -229,7 +229,7 @@ def test_a_network_s_reward_reads_its_weights_from_the_folder(
     assert all(-1 <= float(row["clip"]) <= 1 for row in table(folder / "scores.csv"))
 
 
-def test_pictures_are_read_as_a_viewer_shows_them(tmp_path: Path) -> None:
+def test_images_are_read_as_a_viewer_shows_them(tmp_path: Path) -> None:
     Image.new("I;16", (2, 1), 32768).save(tmp_path / "grey16.png")
     Image.new("RGBA", (2, 1), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     exif = Image.Exif()
@@ -245,30 +245,30 @@ def test_pictures_are_read_as_a_viewer_shows_them(tmp_path: Path) -> None:
 
 @settings(max_examples=50)
 @given(st.lists(st.sampled_from([(2, 2), (2, 3), (3, 2), (9, 1), (1, 1)])), st.integers(1, 5))
-def test_batches_hold_every_picture_once_and_one_size_each(sizes: list[tuple[int, int]], batch: int) -> None:
-    pictures = [(str(i), torch.zeros(3, *size, dtype=torch.uint8)) for i, size in enumerate(sizes)]
-    batches = list(batches_of_one_size(pictures, batch))
+def test_batches_hold_every_image_once_and_one_size_each(sizes: list[tuple[int, int]], batch: int) -> None:
+    images = [(str(i), torch.zeros(3, *size, dtype=torch.uint8)) for i, size in enumerate(sizes)]
+    batches = list(batches_of_one_size(images, batch))
     assert sorted(int(name) for group in batches for name, _ in group) == list(range(len(sizes)))
     assert all(len(group) <= batch and len({p.shape for _, p in group}) == 1 for group in batches)
 
 
-def test_few_pictures_wait_even_if_no_two_have_one_size() -> None:
+def test_few_images_wait_even_if_no_two_have_one_size() -> None:
     taken = 0
 
-    def pictures() -> object:
+    def images() -> object:
         nonlocal taken
         for taken in range(1, 200):
             yield str(taken), torch.zeros(3, 1, taken, dtype=torch.uint8)
 
-    first = next(iter(batches_of_one_size(pictures(), 4)))  # type: ignore[arg-type]
+    first = next(iter(batches_of_one_size(images(), 4)))  # type: ignore[arg-type]
     assert len(first) == 1
     assert taken <= 4 * scoring.WAITING_BATCHES
 
 
-def test_large_pictures_make_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_make_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "BATCH_PIXELS", 250)
-    pictures = [(str(i), torch.zeros(3, 10, 10, dtype=torch.uint8)) for i in range(5)]
-    assert [len(group) for group in batches_of_one_size(pictures, 16)] == [2, 2, 1]
+    images = [(str(i), torch.zeros(3, 10, 10, dtype=torch.uint8)) for i in range(5)]
+    assert [len(group) for group in batches_of_one_size(images, 16)] == [2, 2, 1]
     huge = [("huge", torch.zeros(3, 30, 30, dtype=torch.uint8))]
     assert [len(group) for group in batches_of_one_size(huge, 16)] == [1]
 
@@ -288,7 +288,7 @@ def test_the_ranking_of_several_rewards_does_not_depend_on_their_units(
 
 
 class Page(HTMLParser):
-    """What a browser would find: pictures, links to elsewhere, text."""
+    """What a browser would find: images, links to elsewhere, text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -309,12 +309,12 @@ class Page(HTMLParser):
 
 def test_the_sheet_shows_the_best_first_and_needs_nothing_else(folder: Path) -> None:
     sheet = folder / "sheet.html"
-    assert run(folder, "--sheet", str(sheet), "--sheet-pictures", "4") == 0
+    assert run(folder, "--sheet", str(sheet), "--sheet-images", "4") == 0
     page = Page(sheet.read_text(encoding="utf-8"))
     rows = sorted(table(folder / "scores.csv"), key=lambda row: -float(row[TINY]))
     assert page.images == [row["name"] for row in rows[:4]]
     assert page.links == []
-    assert "10 pictures scored; the best 4 of them" in page.text
+    assert "10 images scored; the best 4 of them" in page.text
 
 
 def test_prompts_and_names_cannot_write_html() -> None:

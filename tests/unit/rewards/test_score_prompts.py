@@ -1,4 +1,4 @@
-"""Prompts of pictures: tables, text files, and the graphs in ComfyUI's metadata."""
+"""Prompts of images: tables, text files, and the graphs in ComfyUI's metadata."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_graph_is_read_from_a_png(tmp_path: Path) -> None:
     info.add_text("prompt", json.dumps(STABLE_DIFFUSION))
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=info)
     Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
-    (tmp_path / "c.png").write_bytes(b"no picture")
+    (tmp_path / "c.png").write_bytes(b"no image")
     found = [embedded(tmp_path / name) for name in ("a.png", "b.png", "c.png")]
     assert found == ["a fox in snow", None, None]
 
@@ -107,13 +107,13 @@ def test_a_table_may_leave_folders_out_where_that_is_clear(tmp_path: Path) -> No
         find_prompts(tmp_path, NAMES, str(path))
 
 
-def test_text_files_beside_the_pictures(tmp_path: Path) -> None:
+def test_text_files_beside_the_images(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     for name, text in zip(("a.txt", "b/a.txt", "b/c.txt"), ("one\n", "\ufefftwo", "three"), strict=True):
         (tmp_path / name).write_text(text, encoding="utf-8")
     assert find_prompts(tmp_path, NAMES, "txt") == ["one", "two", "three"]
     (tmp_path / "b/c.txt").write_text(" \n")
-    with pytest.raises(HyperAlignError, match=r"Found 3 pictures and prompts for 2 .* without one: b/c\.png"):
+    with pytest.raises(HyperAlignError, match=r"Found 3 images and prompts for 2 .* without one: b/c\.png"):
         find_prompts(tmp_path, NAMES, "txt")
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(HyperAlignError, match="UTF-8"):
@@ -126,7 +126,7 @@ def test_text_files_beside_the_pictures(tmp_path: Path) -> None:
         ("t.xlsx", "", "expected a .csv or .jsonl file"),
         ("t.jsonl", '{"name": "a.png"', "line 1 is not JSON"),
         ("t.jsonl", '"a.png"', "found the fields none; expected a name"),
-        ("t.csv", "picture,words\na,b\n", "line 2: found the fields picture, words; expected a name"),
+        ("t.csv", "image,words\na,b\n", "line 2: found the fields image, words; expected a name"),
         ("t.csv", "name,prompt\na.png,x\na.png,y\n", "line 3: a.png has another prompt above"),
         ("t.csv", "name,prompt\na.png,x\n", "prompts for 1 of them"),
     ],
@@ -145,7 +145,7 @@ def test_a_table_that_is_not_there_is_named() -> None:
 
 
 @pytest.mark.parametrize("half", ["\\ud83d", "\\udc31"])
-def test_half_an_emoji_is_refused_and_its_picture_named(tmp_path: Path, half: str) -> None:
+def test_half_an_emoji_is_refused_and_its_image_named(tmp_path: Path, half: str) -> None:
     """As a tool leaves it that cuts UTF-16 in two; JSON carries it, no tokenizer reads it."""
     lines = [{"name": "a.png", "prompt": "a \U0001f431"}, {"name": "b.png", "prompt": "a CUT cat"}]
     path = tmp_path / "prompts.jsonl"

@@ -1,4 +1,4 @@
-"""Readers of preferred pictures, cut into units that can be read one without the other."""
+"""Readers of preferred images, cut into units that can be read one without the other."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Kind = Literal["auto", "pickapic", "pickapic_tars", "hpd", "folder", "jsonl"]
 
 
 def open_source(kind: Kind, path: Path, unsafe: UnsafeMark | None = None) -> Source:
-    """Opens preferred pictures.
+    """Opens preferred images.
 
     Args:
         kind: `pickapic` (parquet), `pickapic_tars` (webdataset), `hpd` (train.json and train.tar), `folder`
-            (pictures with .txt captions), `jsonl` ({image, caption}), or `auto` to look at the files.
+            (images with .txt captions), `jsonl` ({image, caption}), or `auto` to look at the files.
         path: a file or a folder, as the kind asks.
-        unsafe: the data set's own mark of unsafe pictures; marked ones are left out and named.
+        unsafe: the data set's own mark of unsafe images; marked ones are left out and named.
 
     Raises:
         HyperAlignError: nothing there, not of that kind, or the kind has no such marks.
     """
     if not path.exists():
-        raise HyperAlignError(f"There is no {path}. Give the file or folder with the preferred pictures.")
+        raise HyperAlignError(f"There is no {path}. Give the file or folder with the preferred images.")
     match kind:
         case "auto":
             return open_source(guess_kind(path), path, unsafe)
@@ -44,8 +44,8 @@ def open_source(kind: Kind, path: Path, unsafe: UnsafeMark | None = None) -> Sou
         case "folder":
             if unsafe is not None:
                 raise HyperAlignError(
-                    f"A folder of pictures has no column {unsafe.column!r}. Leave it away, or list the "
-                    "pictures in a .jsonl with that key."
+                    f"A folder of images has no column {unsafe.column!r}. Leave it away, or list the "
+                    "images in a .jsonl with that key."
                 )
             return folder_source(path)
 
@@ -65,5 +65,5 @@ def guess_kind(path: Path) -> Kind:
         return "folder"
     raise HyperAlignError(
         f"{path} is none of: a folder of .parquet or .tar files (Pick-a-Pic), with train.json (HPDv2), of "
-        "pictures with .txt captions; or a .jsonl. Name the kind, or another path."
+        "images with .txt captions; or a .jsonl. Name the kind, or another path."
     )

@@ -1,4 +1,4 @@
-"""HPDv2: pairs of pictures of one prompt in train.json, pictures in train.tar or an unpacked folder.
+"""HPDv2: pairs of images of one prompt in train.json, images in train.tar or an unpacked folder.
 
 The data set's loading script is not run; only its two files are read.
 """
@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from hyperalign.errors import HyperAlignError
-from train.data.preference.image import BadPicture, EncodedPicture, Found, Unsafe, UnsafeMark
+from train.data.preference.image import BadImage, EncodedImage, Found, Unsafe, UnsafeMark
 from train.data.preference.listing import Captioned, Listing, entry_value, read_file
 from train.data.preference.tar_index import TarIndex
 from train.data.prompts import json_list
 
 
 def hpd_source(path: Path, unsafe: UnsafeMark | None = None) -> Listing[Captioned]:
-    """Returns the preferred pictures of HPDv2, each once for a prompt however many pairs it won.
+    """Returns the preferred images of HPDv2, each once for a prompt however many pairs it won.
 
     Args:
         path: the folder with train.json, or train.json itself; train.tar or the folder train/ beside it.
@@ -40,7 +40,7 @@ def hpd_source(path: Path, unsafe: UnsafeMark | None = None) -> Listing[Captione
         if winner is not None:
             chosen[winner] = chosen.get(winner, False) or marked
     if not chosen:
-        raise HyperAlignError(f"{listing} holds no pair with one preferred picture. Fetch it again.")
+        raise HyperAlignError(f"{listing} holds no pair with one preferred image. Fetch it again.")
     root = listing.parent
     for folder in (root / "train", root):
         entries = [Captioned(caption, folder / file, file, bad) for (caption, file), bad in chosen.items()]
@@ -53,17 +53,17 @@ def hpd_source(path: Path, unsafe: UnsafeMark | None = None) -> Listing[Captione
     packed = root / "train.tar.gz"
     if packed.is_file():
         raise HyperAlignError(
-            f"{packed} is compressed, so single pictures cannot be read from it. Unpack it first: "
+            f"{packed} is compressed, so single images cannot be read from it. Unpack it first: "
             f"`gunzip {packed}` leaves train.tar, which is enough."
         )
     raise HyperAlignError(
-        f"{root} holds neither train.tar nor the pictures that {listing.name} names. Fetch HPDv2's "
+        f"{root} holds neither train.tar nor the images that {listing.name} names. Fetch HPDv2's "
         "train.tar.gz there and gunzip it."
     )
 
 
 def _winner(row: object, where: str) -> tuple[str, str] | None:
-    """Returns prompt and file of a pair's preferred picture; None for a tie."""
+    """Returns prompt and file of a pair's preferred image; None for a tie."""
     prompt = entry_value(row, "prompt", str, where)
     choice: list[Any] = entry_value(row, "human_preference", list, where)
     # the data set's card says file_path; its train.json has also been published with image_path
@@ -79,8 +79,8 @@ def _tar_reader(index: TarIndex) -> Callable[[Captioned], Found]:
         if entry.unsafe:
             return Unsafe(entry.name)
         try:
-            return EncodedPicture(entry.caption, index.read(entry.name), entry.name)
+            return EncodedImage(entry.caption, index.read(entry.name), entry.name)
         except OSError as error:
-            return BadPicture(entry.name, f"it cannot be read from {index.path.name}: {error}")
+            return BadImage(entry.name, f"it cannot be read from {index.path.name}: {error}")
 
     return read

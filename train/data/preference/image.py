@@ -1,4 +1,4 @@
-"""What a source of preferred pictures is, and how an encoded picture becomes pixels."""
+"""What a source of preferred images is, and how an encoded image becomes pixels."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ SAFE_WORDS = ("false", "no", "safe", "sfw", "unlikely", "")
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedPicture:
-    """A preferred picture as it lies on the disk: the bytes of a JPEG, PNG or WebP file."""
+class EncodedImage:
+    """A preferred image as it lies on the disk: the bytes of a JPEG, PNG or WebP file."""
 
     caption: str
     data: bytes
@@ -32,8 +32,8 @@ class EncodedPicture:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A preferred picture in RGB, upright."""
+class PreferenceImage:
+    """A preferred image in RGB, upright."""
 
     caption: str
     image: Image.Image
@@ -41,8 +41,8 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
-class BadPicture:
-    """A picture that cannot be used, and why."""
+class BadImage:
+    """An image that cannot be used, and why."""
 
     name: str
     reason: str
@@ -50,14 +50,14 @@ class BadPicture:
 
 @dataclass(frozen=True, slots=True)
 class Unsafe:
-    """A picture that is left out because the data set's own mark says that it is unsafe."""
+    """An image that is left out because the data set's own mark says that it is unsafe."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class UnsafeMark:
-    """The data set's own mark of unsafe pictures, and from where on it counts."""
+    """The data set's own mark of unsafe images, and from where on it counts."""
 
     column: str
     above: float = 0.5
@@ -88,7 +88,7 @@ class UnsafeMark:
             ) from error
 
 
-Found: TypeAlias = EncodedPicture | BadPicture | Unsafe
+Found: TypeAlias = EncodedImage | BadImage | Unsafe
 """What a source yields."""
 
 
@@ -97,7 +97,7 @@ class BrokenUnit(HyperAlignError):
 
 
 class Source(Protocol):
-    """Preferred pictures, cut into numbered units that can be read one without the other."""
+    """Preferred images, cut into numbered units that can be read one without the other."""
 
     def units(self) -> int:
         """Returns how many units there are."""
@@ -108,7 +108,7 @@ class Source(Protocol):
         ...
 
     def read(self, unit: int) -> Iterator[Found]:
-        """Yields the preferred pictures of a unit, ties left out and unsafe ones only named.
+        """Yields the preferred images of a unit, ties left out and unsafe ones only named.
 
         Raises:
             BrokenUnit: the unit cannot be read to its end.
@@ -116,23 +116,23 @@ class Source(Protocol):
         ...
 
 
-def decode(picture: EncodedPicture) -> Picture | BadPicture:
-    """Returns the picture in RGB: turned upright, transparency laid on white."""
-    if not picture.caption.strip():
-        return BadPicture(picture.name, "its caption is empty")
+def decode(image: EncodedImage) -> PreferenceImage | BadImage:
+    """Returns the image in RGB: turned upright, transparency laid on white."""
+    if not image.caption.strip():
+        return BadImage(image.name, "its caption is empty")
     try:
-        with Image.open(io.BytesIO(picture.data)) as opened:
-            image = _on_white(ImageOps.exif_transpose(opened))
+        with Image.open(io.BytesIO(image.data)) as opened:
+            decoded = _on_white(ImageOps.exif_transpose(opened))
     except DAMAGED as error:
-        return BadPicture(picture.name, f"it cannot be decoded: {type(error).__name__}: {error}")
-    return Picture(picture.caption.strip(), image, picture.name)
+        return BadImage(image.name, f"it cannot be decoded: {type(error).__name__}: {error}")
+    return PreferenceImage(image.caption.strip(), decoded, image.name)
 
 
-def read_pictures(source: Source, unit: int) -> Iterator[Picture | BadPicture]:
-    """Yields the decoded pictures of a unit, unsafe ones left out. Raises BrokenUnit."""
+def read_images(source: Source, unit: int) -> Iterator[PreferenceImage | BadImage]:
+    """Yields the decoded images of a unit, unsafe ones left out. Raises BrokenUnit."""
     for found in source.read(unit):
         if not isinstance(found, Unsafe):
-            yield found if isinstance(found, BadPicture) else decode(found)
+            yield found if isinstance(found, BadImage) else decode(found)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Sources that list single pictures: a folder, a JSONL file, HPDv2."""
+"""Sources that list single images: a folder, a JSONL file, HPDv2."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from hyperalign.errors import HyperAlignError
-from train.data.preference.image import BadPicture, EncodedPicture, Found, Unsafe, UnsafeMark
+from train.data.preference.image import BadImage, EncodedImage, Found, Unsafe, UnsafeMark
 from train.data.prompts import caption_of, json_lines
 
 PER_UNIT = 1000
@@ -36,14 +36,14 @@ class Listing(Generic[Entry]):
         return f"{self.name}[{first}:{last}]"
 
     def read(self, unit: int) -> Iterator[Found]:
-        """Yields the pictures of a unit."""
+        """Yields the images of a unit."""
         for entry in self.entries[unit * PER_UNIT : (unit + 1) * PER_UNIT]:
             yield self.read_entry(entry)
 
 
 @dataclass(frozen=True, slots=True)
 class Captioned:
-    """A picture file and its caption."""
+    """An image file and its caption."""
 
     caption: str
     file: Path
@@ -53,25 +53,25 @@ class Captioned:
 
 
 def read_file(entry: Captioned) -> Found:
-    """Reads a picture file, unless it is unsafe; one that cannot be read is a bad picture."""
+    """Reads an image file, unless it is unsafe; one that cannot be read is a bad image."""
     if entry.unsafe:
         return Unsafe(entry.name)
     try:
-        return EncodedPicture(entry.caption, entry.file.read_bytes(), entry.name)
+        return EncodedImage(entry.caption, entry.file.read_bytes(), entry.name)
     except OSError as error:
-        return BadPicture(entry.name, f"{entry.file} cannot be read: {error.strerror}")
+        return BadImage(entry.name, f"{entry.file} cannot be read: {error.strerror}")
 
 
 def folder_source(path: Path) -> Listing[Path]:
-    """Returns the pictures of a folder and its subfolders, each captioned by the `.txt` of its name.
+    """Returns the images of a folder and its subfolders, each captioned by the `.txt` of its name.
 
     Raises:
-        HyperAlignError: no picture in it.
+        HyperAlignError: no image in it.
     """
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise HyperAlignError(
-            f"{path} holds no picture ({', '.join(IMAGE_SUFFIXES)}). Each needs a .txt of the same name."
+            f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}). Each needs a .txt of the same name."
         )
 
     def read(file: Path) -> Found:
@@ -79,18 +79,18 @@ def folder_source(path: Path) -> Listing[Path]:
         try:
             text = caption.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            return BadPicture(name, f"its caption {caption.name} cannot be read: {error}")
+            return BadImage(name, f"its caption {caption.name} cannot be read: {error}")
         return read_file(Captioned(text, file, name))
 
     return Listing(path.name, files, read)
 
 
 def jsonl_source(path: Path, unsafe: UnsafeMark | None = None) -> Listing[Captioned]:
-    """Returns the pictures of a JSONL file with objects {image, caption | prompt | text}.
+    """Returns the images of a JSONL file with objects {image, caption | prompt | text}.
 
     Args:
         path: the file; relative image paths start at its folder.
-        unsafe: key that marks unsafe pictures, which are then left out.
+        unsafe: key that marks unsafe images, which are then left out.
 
     Raises:
         HyperAlignError: a bad line, named by its number, or no line at all.

@@ -1,8 +1,8 @@
-"""Pick-a-Pic v2: pairs of pictures of one prompt, as parquet files or as webdataset tars.
+"""Pick-a-Pic v2: pairs of images of one prompt, as parquet files or as webdataset tars.
 
-`label_0` is 1 if the first picture was preferred, 0 if the second was and 0.5 if neither. As in
+`label_0` is 1 if the first image was preferred, 0 if the second was and 0.5 if neither. As in
 Diffusion-DPO, ties are dropped. The published data set has no column for unsafe content; one that was
-added marks a pair (`nsfw`) or each of its pictures (`nsfw_0`, `nsfw_1`).
+added marks a pair (`nsfw`) or each of its images (`nsfw_0`, `nsfw_1`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from hyperalign.errors import HyperAlignError
 from hyperalign.files import first_line
 from train.data.parquet import open_parquet
-from train.data.preference.image import BadPicture, BrokenUnit, EncodedPicture, Found, Unsafe, UnsafeMark
+from train.data.preference.image import BadImage, BrokenUnit, EncodedImage, Found, Unsafe, UnsafeMark
 
 logger = logging.getLogger("hyperalign.train")
 
@@ -27,7 +27,7 @@ ROWS_AT_ONCE = 32
 
 
 def preferred(label_0: float | None) -> str | None:
-    """Returns which picture of a pair was preferred, or None for a tie or an unlabelled pair."""
+    """Returns which image of a pair was preferred, or None for a tie or an unlabelled pair."""
     return {1.0: "jpg_0", 0.0: "jpg_1"}.get(label_0) if label_0 is not None else None
 
 
@@ -39,7 +39,7 @@ class PickAPicParquet:
 
         Args:
             path: a parquet file, or a folder of them.
-            unsafe: a column that marks unsafe pairs, or two that mark their pictures; those are left out.
+            unsafe: a column that marks unsafe pairs, or two that mark their images; those are left out.
 
         Raises:
             HyperAlignError: no parquet file, a broken one, or a missing column.
@@ -72,7 +72,7 @@ class PickAPicParquet:
         return f"{file.relative_to(self.root).as_posix()}:{group}"
 
     def read(self, unit: int) -> Iterator[Found]:
-        """Yields the preferred picture of every pair that is not a tie. Raises BrokenUnit."""
+        """Yields the preferred image of every pair that is not a tie. Raises BrokenUnit."""
         import pyarrow as pa
 
         file, group = self.groups[unit]
@@ -81,21 +81,21 @@ class PickAPicParquet:
             for batch in open_parquet(file).iter_batches(ROWS_AT_ONCE, [group], self.columns):
                 for row in batch.to_pylist():
                     number += 1
-                    found = self._picture(row, f"{self.unit_name(unit)}:{number}")
+                    found = self._image(row, f"{self.unit_name(unit)}:{number}")
                     if found is not None:
                         yield found
         except (pa.ArrowException, OSError) as error:
             raise BrokenUnit(f"{file}, row group {group} cannot be read: {first_line(error)}") from error
 
-    def _picture(self, row: dict[str, Any], name: str) -> Found | None:
+    def _image(self, row: dict[str, Any], name: str) -> Found | None:
         side = preferred(row["label_0"])
         if side is None:
             return None
         if self.unsafe is not None and self.unsafe.flags(_mark(row, self.unsafe.column, side), name):
             return Unsafe(name)
         if row[side] is None or row["caption"] is None:
-            return BadPicture(name, f"its {side if row[side] is None else 'caption'} is null")
-        return EncodedPicture(row["caption"], row[side], name)
+            return BadImage(name, f"its {side if row[side] is None else 'caption'} is null")
+        return EncodedImage(row["caption"], row[side], name)
 
 
 class PickAPicTars:
@@ -111,7 +111,7 @@ class PickAPicTars:
 
         Args:
             path: a tar file, or a folder of them.
-            unsafe: a member that marks unsafe pairs, or two that mark their pictures; those are left out.
+            unsafe: a member that marks unsafe pairs, or two that mark their images; those are left out.
 
         Raises:
             HyperAlignError: no tar file.
@@ -129,18 +129,18 @@ class PickAPicTars:
         return self.files[unit].relative_to(self.root).as_posix()
 
     def read(self, unit: int) -> Iterator[Found]:
-        """Yields the preferred picture of every pair that is not a tie. Raises BrokenUnit."""
+        """Yields the preferred image of every pair that is not a tie. Raises BrokenUnit."""
         path = self.files[unit]
         try:
             with tarfile.open(path, "r:") as tar:
                 for key, members in _pairs(tar):
-                    found = self._picture(tar, members, f"{self.unit_name(unit)}:{key}")
+                    found = self._image(tar, members, f"{self.unit_name(unit)}:{key}")
                     if found is not None:
                         yield found
         except (tarfile.TarError, OSError) as error:
             raise BrokenUnit(f"{path} cannot be read: {first_line(error)}") from error
 
-    def _picture(self, tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: str) -> Found | None:
+    def _image(self, tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: str) -> Found | None:
         texts = {
             field: _contents(tar, member).decode("utf-8", "replace").strip()
             for field, member in members.items()
@@ -149,7 +149,7 @@ class PickAPicTars:
         try:
             side = preferred(float(texts["label_0"]))
         except (KeyError, ValueError):
-            return BadPicture(name, f"its label_0 is {texts.get('label_0', 'missing')!r}, not 0, 0.5 or 1")
+            return BadImage(name, f"its label_0 is {texts.get('label_0', 'missing')!r}, not 0, 0.5 or 1")
         if side is None:
             return None
         if self.unsafe is not None:
@@ -157,14 +157,14 @@ class PickAPicTars:
             if missing := [key for key in _mark_columns(column, texts) if key not in texts]:
                 raise HyperAlignError(
                     f"{name} has no {', '.join(missing)}, only {', '.join(members)}. Name the column that "
-                    "marks unsafe pictures in these tars, or leave it away."
+                    "marks unsafe images in these tars, or leave it away."
                 )
             if self.unsafe.flags(_mark(texts, column, side), name):
                 return Unsafe(name)
         caption = next((texts[field] for field in TAR_CAPTIONS if field in texts), None)
         if caption is None or side not in members:
-            return BadPicture(name, f"it has no {'caption' if caption is None else side}")
-        return EncodedPicture(caption, _contents(tar, members[side]), name)
+            return BadImage(name, f"it has no {'caption' if caption is None else side}")
+        return EncodedImage(caption, _contents(tar, members[side]), name)
 
 
 def training_files(path: Path, suffix: str) -> list[Path]:
@@ -207,7 +207,7 @@ def _contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _mark_columns(column: str, names: Iterable[str]) -> list[str]:
-    """Returns the columns with the marks: that of pairs, or if only these are there those of each picture."""
+    """Returns the columns with the marks: that of pairs, or if only these are there those of each image."""
     each = [f"{column}_0", f"{column}_1"]
     return each if column not in names and set(each) <= set(names) else [column]
 

@@ -26,7 +26,7 @@ class TarIndex:
         self.path = path
         places = self._load() or self._build()
         self._places = places
-        # pictures are told apart by their base name where the tar puts a folder before it
+        # images are told apart by their base name where the tar puts a folder before it
         self._by_base: dict[str, list[str]] = {}
         for name in places:
             self._by_base.setdefault(name.rpartition("/")[2], []).append(name)

@@ -1,6 +1,6 @@
-"""Draws the pictures of graphs for the help pages, and the thumbnails of the template browser.
+"""Draws the images of graphs for the help pages, and the thumbnails of the template browser.
 
-`python3 scripts/graph_pictures.py` runs the tiny model's workflows in ComfyUI's own page in Chromium. Their
+`python3 scripts/graph_images.py` runs the tiny model's workflows in ComfyUI's own page in Chromium. Their
 thumbnails are what they drew; a workflow that needs a large model shows its graph. `NAME ...` does some only.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Workflow = dict[str, Any]
 WORKFLOWS = ROOT / "example_workflows"
-PICTURES = ROOT / "web" / "docs" / "pictures"
+IMAGES = ROOT / "web" / "docs" / "images"
 TINY = "HyperAlignTinyModel"
 NOTE = "MarkdownNote"
 # The workflow that shows a node in use.
@@ -49,7 +49,7 @@ HELP = {
     "HyperAlignTrace": "trace",
     "HyperAlignTracePca": "trace_pca",
 }
-# Nodes whose pictures make a thumbnail, a row each, where not every node with pictures does.
+# Nodes whose images make a thumbnail, a row each, where not every node with images does.
 SHOWING = {
     "compare_base_aligned": ["13"],
     "score_rewards": ["11", "14"],
@@ -87,9 +87,9 @@ SHOW = """([columns, arrange, margin, scale]) => {
     for (const column of arrange ? columns : []) {
         let y = 0, width = 0;
         for (const node of column.map(id => known.get(id))) {
-            const least = node.computeSize()[1], pictures = app.nodeOutputs[node.id]?.images;
-            const grows = pictures || node.widgets?.some(widget => widget.element);
-            const needed = least + (pictures ? 220 : 0);
+            const least = node.computeSize()[1], images = app.nodeOutputs[node.id]?.images;
+            const grows = images || node.widgets?.some(widget => widget.element);
+            const needed = least + (images ? 220 : 0);
             node.setSize([node.size[0], grows ? Math.max(needed, node.size[1]) : least]);
             node.pos = [x, y];
             y += node.size[1] + 60;
@@ -125,7 +125,7 @@ class Editor:
         self.page.wait_for_timeout(500)
 
     def run(self) -> dict[str, list[Image]]:
-        """Runs what is on the canvas; returns the pictures by node id.
+        """Runs what is on the canvas; returns the images by node id.
 
         Raises:
             ScriptError: the run failed.
@@ -137,12 +137,12 @@ class Editor:
         result = self._request(f"/history/{new.pop()}").popitem()[1]
         if result["status"]["status_str"] != "success":
             raise ScriptError(f"The run failed: {result['status']['messages']}")
-        self.page.wait_for_timeout(1000)  # its pictures reach the canvas
+        self.page.wait_for_timeout(1000)  # its images reach the canvas
         outputs = {node: output.get("images", []) for node, output in result["outputs"].items()}
-        return {node: [self._picture(each) for each in found] for node, found in outputs.items() if found}
+        return {node: [self._image(each) for each in found] for node, found in outputs.items() if found}
 
     def graph(self, columns: list[list[int]]) -> Image:
-        """Returns a picture of some nodes and their links, in columns if there are several."""
+        """Returns an image of some nodes and their links, in columns if there are several."""
         from PIL import Image
 
         area = self.page.evaluate(SHOW, [columns, len(columns) > 1, MARGIN, SCALE])
@@ -150,11 +150,11 @@ class Editor:
         self.page.set_viewport_size({"width": math.ceil(right), "height": math.ceil(bottom)})
         style = self.page.add_style_tag(content=GRAPH_ALONE)
         self.page.wait_for_timeout(500)
-        picture = Image.open(io.BytesIO(self.page.screenshot(clip=area))).convert("RGB")
+        image = Image.open(io.BytesIO(self.page.screenshot(clip=area))).convert("RGB")
         style.evaluate("style => style.remove()")
-        return picture
+        return image
 
-    def _picture(self, reference: dict[str, str]) -> Image:
+    def _image(self, reference: dict[str, str]) -> Image:
         from PIL import Image
 
         address = f"{self.url}/view?{urllib.parse.urlencode(reference)}"
@@ -177,7 +177,7 @@ def neighbourhood(workflow: Workflow, node_type: str) -> list[list[int]]:
 
 
 def contact_sheet(rows: list[list[Image]]) -> Image:
-    """Returns the pictures in rows, enlarged by a whole factor to 512 pixels or more.
+    """Returns the images in rows, enlarged by a whole factor to 512 pixels or more.
 
     A lone row is folded.
     """
@@ -200,23 +200,23 @@ def contact_sheet(rows: list[list[Image]]) -> Image:
     return sheet.resize((width * factor, height * factor), Image.Resampling.NEAREST)
 
 
-def save_small(picture: Image, path: Path, widest: int) -> None:
-    """Writes a picture without metadata, below the size that the pack allows itself."""
+def save_small(image: Image, path: Path, widest: int) -> None:
+    """Writes an image without metadata, below the size that the pack allows itself."""
     from PIL import Image
 
-    if picture.width > widest:
-        height = round(picture.height * widest / picture.width)
-        picture = picture.resize((widest, height), Image.Resampling.LANCZOS)
+    if image.width > widest:
+        height = round(image.height * widest / image.width)
+        image = image.resize((widest, height), Image.Resampling.LANCZOS)
     path.parent.mkdir(parents=True, exist_ok=True)
     for quality in range(92, 20, -6):
-        picture.save(path, quality=quality, optimize=True)
+        image.save(path, quality=quality, optimize=True)
         if path.stat().st_size <= MOST_BYTES:
             break
-    say(f"{path.relative_to(ROOT)}: {picture.width} x {picture.height}, {path.stat().st_size} bytes")
+    say(f"{path.relative_to(ROOT)}: {image.width} x {image.height}, {path.stat().st_size} bytes")
 
 
-def picture_workflow(editor: Editor, path: Path) -> None:
-    """Writes a workflow's thumbnail and the help pictures that it serves."""
+def image_workflow(editor: Editor, path: Path) -> None:
+    """Writes a workflow's thumbnail and the help images that it serves."""
     workflow = json.loads(path.read_text(encoding="utf-8"))
     runs = any(node["type"] == TINY for node in workflow["nodes"])
     editor.load(workflow)
@@ -230,24 +230,24 @@ def picture_workflow(editor: Editor, path: Path) -> None:
     for node_type in (node_type for node_type, name in HELP.items() if name == path.stem):
         editor.load(workflow)
         if runs:
-            editor.run()  # from the host's cache: only the pictures in the nodes come back
-        picture = editor.graph(neighbourhood(workflow, node_type))
-        save_small(picture, PICTURES / f"{node_type}.webp", 1200)
+            editor.run()  # from the host's cache: only the images in the nodes come back
+        image = editor.graph(neighbourhood(workflow, node_type))
+        save_small(image, IMAGES / f"{node_type}.webp", 1200)
 
 
 def main(names: list[str]) -> int:
-    """Draws all pictures, or those of the named workflows; returns the process's exit status."""
+    """Draws all images, or those of the named workflows; returns the process's exit status."""
     exit_on_termination()
     try:
         tree = enter_environment(Path(__file__).resolve())
         from playwright.sync_api import sync_playwright  # only inside the environment
 
         paths = [WORKFLOWS / f"{name}.json" for name in names] or sorted(WORKFLOWS.glob("*.json"))
-        with Server(tree, "pictures") as server, sync_playwright() as playwright:
+        with Server(tree, "images") as server, sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=ensure_browser(), args=[*SWITCHES])
             editor = Editor(browser.new_page(viewport={"width": 1600, "height": 1000}), server.url)
             for path in paths:
-                picture_workflow(editor, path)
+                image_workflow(editor, path)
     except (ScriptError, OSError) as error:
         say(f"Error: {error}")
         return 1

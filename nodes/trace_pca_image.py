@@ -1,4 +1,4 @@
-"""The picture of a PCA of traces: one panel per step, all in the same plane."""
+"""The image of a PCA of traces: one panel per step, all in the same plane."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ COLOURS: tuple[Colour, ...] = (
 )  # fmt: skip
 
 
-def trace_pca_picture(spread: Spread) -> Tensor:
-    """Returns where the weights lie at each step as one picture (1, H, W, 3)."""
+def trace_pca_image(spread: Spread) -> Tensor:
+    """Returns where the weights lie at each step as one image (1, H, W, 3)."""
     panels = len(spread.evaluations)
     columns, rows = min(COLUMNS, panels), math.ceil(panels / COLUMNS)
     width = max(LEFT + columns * (SIDE + 18) + 10, 640)
     canvas = Canvas(width, HEAD + rows * (SIDE + GAP) - GAP + FOOT)
     count = len(set(spread.traces))
-    canvas.text((16, 24), "Weights of several pictures", size=20)
+    canvas.text((16, 24), "Weights of several images", size=20)
     facts = f"{len(spread.traces)} rows of {count} {'traces' if count > 1 else 'trace'}, in the plane where they differ most"
     canvas.text((16, 50), facts, FAINT, 14)
     (low_x, high_x), (low_y, high_y) = _range(spread.places_SN2[..., 0]), _range(spread.places_SN2[..., 1])

@@ -1,4 +1,4 @@
-"""One picture: its bytes become upright RGB, and the data set's mark says whether it is unsafe."""
+"""One image: its bytes become upright RGB, and the data set's mark says whether it is unsafe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from hyperalign.errors import HyperAlignError
 from train.config import DataConfig, TrainConfig
 from train.data.preference import UnsafeMark
-from train.data.preference.image import BadPicture, EncodedPicture, Picture, decode
+from train.data.preference.image import BadImage, EncodedImage, PreferenceImage, decode
 from train.encode import Options, unsafe_mark
 
 RED = (220, 30, 30)
@@ -27,22 +27,22 @@ def encoded(colour: tuple[int, ...], kind: str = "JPEG", mode: str = "RGB") -> b
     return file.getvalue()
 
 
-def test_pictures_come_upright_and_transparency_turns_white() -> None:
+def test_images_come_upright_and_transparency_turns_white() -> None:
     file = io.BytesIO()
     turned = Image.new("RGB", (20, 10), RED)
     exif = turned.getexif()
     exif[0x0112] = 6  # rotate by 90 degrees to view
     turned.save(file, "JPEG", exif=exif)
-    upright = decode(EncodedPicture("a", file.getvalue(), "a"))
-    assert isinstance(upright, Picture)
+    upright = decode(EncodedImage("a", file.getvalue(), "a"))
+    assert isinstance(upright, PreferenceImage)
     assert upright.image.size == (10, 20)
-    clear = decode(EncodedPicture("a", encoded((0, 0, 0, 0), "PNG", "RGBA"), "a"))
-    assert isinstance(clear, Picture)
+    clear = decode(EncodedImage("a", encoded((0, 0, 0, 0), "PNG", "RGBA"), "a"))
+    assert isinstance(clear, PreferenceImage)
     assert clear.image.getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_a_picture_without_words_is_a_bad_one() -> None:
-    assert decode(EncodedPicture(" \n", encoded(RED), "x")) == BadPicture("x", "its caption is empty")
+def test_a_image_without_words_is_a_bad_one() -> None:
+    assert decode(EncodedImage(" \n", encoded(RED), "x")) == BadImage("x", "its caption is empty")
 
 
 @settings(max_examples=150, deadline=None)
@@ -55,8 +55,8 @@ def test_damaged_bytes_never_end_a_run(kind: str, keep: float, changes: list[tup
     data = bytearray(encoded(RED, kind))
     for place, value in changes:
         data[int(place * len(data))] = value
-    found = decode(EncodedPicture("a", bytes(data[: int(keep * len(data))]), "a"))
-    assert isinstance(found, Picture | BadPicture)
+    found = decode(EncodedImage("a", bytes(data[: int(keep * len(data))]), "a"))
+    assert isinstance(found, PreferenceImage | BadImage)
 
 
 @pytest.mark.parametrize("mark", [True, 1, 0.7, math.nan, "NSFW", "true", "unsafe", "0.9", "1"])

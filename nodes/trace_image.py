@@ -1,4 +1,4 @@
-"""The picture of one trace: strength by block and step, and how the weights move away from the first ones."""
+"""The image of one trace: strength by block and step, and how the weights move away from the first ones."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class _Chart:
     """Whether it stays as it is until weights are written anew."""
 
 
-def trace_picture(trace: Trace, rewards: Rewards | None = None) -> Tensor:
-    """Returns a trace as one picture (1, H, W, 3)."""
+def trace_image(trace: Trace, rewards: Rewards | None = None) -> Tensor:
+    """Returns a trace as one image (1, H, W, 3)."""
     blocks, strengths_EK = block_strengths(trace)
     _, cosines, changes = shown_dynamics(trace)
     charts = [
@@ -51,7 +51,7 @@ def trace_picture(trace: Trace, rewards: Rewards | None = None) -> Tensor:
         _Chart("Relative change of the weights against the first ones", changes, PINK, (0.0, 0.02)),
     ]
     if rewards is not None:
-        title = f"Reward of the picture foreseen at each evaluation ({rewards.name})"
+        title = f"Reward of the image foreseen at each evaluation ({rewards.name})"
         charts.append(_Chart(title, rewards.scores_EB, GREEN, of_weights=False))
     row = min(26.0, MAP_HEIGHT / len(blocks))
     bottom = HEAD + row * len(blocks) + len(charts) * (GAP + CHART_HEIGHT)

@@ -1,4 +1,4 @@
-"""Every source gives the preferred pictures of its real layout, and names what it cannot read."""
+"""Every source gives the preferred images of its real layout, and names what it cannot read."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from PIL import Image
 from hyperalign.errors import HyperAlignError
 from train.data.preference import guess_kind, open_source
 from train.data.preference.image import (
-    BadPicture,
+    BadImage,
     BrokenUnit,
-    EncodedPicture,
-    Picture,
+    EncodedImage,
+    PreferenceImage,
     Source,
     Unsafe,
     UnsafeMark,
-    read_pictures,
+    read_images,
 )
 
 RED, GREEN, BLUE = (220, 30, 30), (30, 220, 30), (30, 30, 220)
@@ -33,15 +33,15 @@ def encoded(colour: tuple[int, ...], kind: str = "JPEG", mode: str = "RGB") -> b
     return file.getvalue()
 
 
-def everything(source: Source) -> list[Picture | BadPicture]:
-    return [found for unit in range(source.units()) for found in read_pictures(source, unit)]
+def everything(source: Source) -> list[PreferenceImage | BadImage]:
+    return [found for unit in range(source.units()) for found in read_images(source, unit)]
 
 
 def seen(source: Source) -> list[tuple[str, str]]:
-    """Returns caption and main colour of each picture; bad ones fail the test."""
+    """Returns caption and main colour of each image; bad ones fail the test."""
     rows: list[tuple[str, str]] = []
     for found in everything(source):
-        assert isinstance(found, Picture), found
+        assert isinstance(found, PreferenceImage), found
         assert found.image.mode == "RGB"
         pixel = found.image.getpixel((8, 6))
         assert isinstance(pixel, tuple)
@@ -121,20 +121,20 @@ def test_marked_pairs_are_dropped(tmp_path: Path) -> None:
         open_source("pickapic", tmp_path, UnsafeMark("unsafe"))
 
 
-def test_parquet_without_pictures_is_refused(tmp_path: Path) -> None:
+def test_parquet_without_images_is_refused(tmp_path: Path) -> None:
     rows = [{"caption": "a", "label_0": 1.0}]
     write_parquet(tmp_path / "a.parquet", rows)
     with pytest.raises(HyperAlignError, match="no column jpg_0, jpg_1"):
         open_source("pickapic", tmp_path)
 
 
-def test_a_null_picture_is_a_bad_one(tmp_path: Path) -> None:
+def test_a_null_image_is_a_bad_one(tmp_path: Path) -> None:
     rows = pickapic_rows()
     rows[0]["jpg_0"] = None
     write_parquet(tmp_path / "a.parquet", rows)
     bad, good = everything(open_source("auto", tmp_path / "a.parquet"))
-    assert bad == BadPicture("a.parquet:0:0", "its jpg_0 is null")
-    assert isinstance(good, Picture)
+    assert bad == BadImage("a.parquet:0:0", "its jpg_0 is null")
+    assert isinstance(good, PreferenceImage)
 
 
 def test_pickapic_tars_drop_ties_and_take_the_preferred_side(tmp_path: Path) -> None:
@@ -167,8 +167,8 @@ def test_incomplete_pairs_of_a_tar_are_named(tmp_path: Path) -> None:
     del members["0.label_0.txt"], members["1.jpg_1.jpg"]
     write_tar(tmp_path / "a.tar", members)
     assert everything(open_source("auto", tmp_path / "a.tar")) == [
-        BadPicture("a.tar:0", "its label_0 is 'missing', not 0, 0.5 or 1"),
-        BadPicture("a.tar:1", "it has no jpg_1"),
+        BadImage("a.tar:0", "its label_0 is 'missing', not 0, 0.5 or 1"),
+        BadImage("a.tar:1", "it has no jpg_1"),
     ]
 
 
@@ -199,7 +199,7 @@ HPD = [
     {"prompt": "b", "image_path": ["1.jpg", "2.jpg"], "human_preference": [0, 1]},
     {"prompt": "c", "file_path": ["1.jpg", "2.jpg"], "human_preference": [0, 0]},
 ]
-HPD_PICTURES = {"0.jpg": encoded(RED), "1.jpg": encoded(GREEN), "2.jpg": encoded(BLUE)}
+HPD_IMAGES = {"0.jpg": encoded(RED), "1.jpg": encoded(GREEN), "2.jpg": encoded(BLUE)}
 
 
 def write_hpd(root: Path, rows: list[Any]) -> None:
@@ -209,7 +209,7 @@ def write_hpd(root: Path, rows: list[Any]) -> None:
 @pytest.mark.parametrize("folder", ["train/", "HPD/train/", ""])
 def test_hpd_reads_each_winner_once_from_the_tar(tmp_path: Path, folder: str) -> None:
     write_hpd(tmp_path, HPD)
-    write_tar(tmp_path / "train.tar", {folder + name: data for name, data in HPD_PICTURES.items()})
+    write_tar(tmp_path / "train.tar", {folder + name: data for name, data in HPD_IMAGES.items()})
     for _ in range(2):  # the second time by the kept index
         source = open_source("auto", tmp_path)
         assert (source.units(), source.unit_name(0)) == (1, "train.json[0:2]")
@@ -219,7 +219,7 @@ def test_hpd_reads_each_winner_once_from_the_tar(tmp_path: Path, folder: str) ->
 
 def test_hpd_makes_its_index_anew_when_tar_or_index_change(tmp_path: Path) -> None:
     write_hpd(tmp_path, HPD)
-    write_tar(tmp_path / "train.tar", {f"train/{name}": data for name, data in HPD_PICTURES.items()})
+    write_tar(tmp_path / "train.tar", {f"train/{name}": data for name, data in HPD_IMAGES.items()})
     open_source("hpd", tmp_path)
     write_tar(tmp_path / "train.tar", {"pad": b"0" * 999, "0.jpg": encoded(BLUE), "2.jpg": encoded(BLUE)})
     assert seen(open_source("hpd", tmp_path)) == [("a", "b"), ("b", "b")]
@@ -231,24 +231,24 @@ def test_hpd_makes_its_index_anew_when_tar_or_index_change(tmp_path: Path) -> No
 def test_hpd_reads_an_unpacked_folder(tmp_path: Path, folder: str) -> None:
     write_hpd(tmp_path, HPD)
     (tmp_path / folder).mkdir(exist_ok=True)
-    for name, data in HPD_PICTURES.items():
+    for name, data in HPD_IMAGES.items():
         (tmp_path / folder / name).write_bytes(data)
     assert seen(open_source("auto", tmp_path / "train.json")) == [("a", "r"), ("b", "b")]
 
 
-def test_hpd_names_pictures_that_the_tar_lacks_or_cuts(tmp_path: Path) -> None:
+def test_hpd_names_images_that_the_tar_lacks_or_cuts(tmp_path: Path) -> None:
     write_hpd(tmp_path, HPD)
-    write_tar(tmp_path / "train.tar", {"train/0.jpg": HPD_PICTURES["0.jpg"]})
+    write_tar(tmp_path / "train.tar", {"train/0.jpg": HPD_IMAGES["0.jpg"]})
     good, bad = everything(open_source("hpd", tmp_path))
-    assert isinstance(good, Picture)
-    assert bad == BadPicture("2.jpg", "it cannot be read from train.tar: no files in it are called 2.jpg")
+    assert isinstance(good, PreferenceImage)
+    assert bad == BadImage("2.jpg", "it cannot be read from train.tar: no files in it are called 2.jpg")
 
 
 def test_hpd_says_how_to_unpack_and_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(HyperAlignError, match=r"There is no .*train\.json"):
         open_source("hpd", tmp_path)
     write_hpd(tmp_path, HPD)
-    with pytest.raises(HyperAlignError, match=r"neither train\.tar nor the pictures"):
+    with pytest.raises(HyperAlignError, match=r"neither train\.tar nor the images"):
         open_source("hpd", tmp_path)
     with tarfile.open(tmp_path / "train.tar.gz", "w:gz"):
         pass
@@ -274,7 +274,7 @@ def test_a_bad_hpd_listing_is_named_by_its_entry(tmp_path: Path, rows: list[Any]
         open_source("hpd", tmp_path)
 
 
-def test_a_folder_pairs_pictures_with_text_files(tmp_path: Path) -> None:
+def test_a_folder_pairs_images_with_text_files(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "b.png").write_bytes(encoded(BLUE, "PNG"))
     (tmp_path / "b.txt").write_text("blue\n", encoding="utf-8")
@@ -284,14 +284,14 @@ def test_a_folder_pairs_pictures_with_text_files(tmp_path: Path) -> None:
     assert seen(source) == [("blue", "b"), ("red", "r")]
     (tmp_path / "b.txt").unlink()
     bad = everything(source)[0]
-    assert isinstance(bad, BadPicture)
+    assert isinstance(bad, BadImage)
     assert bad.name == "b.png"
     assert "its caption b.txt cannot be read" in bad.reason
     with pytest.raises(HyperAlignError, match="has no column 'nsfw'"):
         open_source("folder", tmp_path, UnsafeMark("nsfw"))
 
 
-def test_json_lines_name_pictures_relative_to_themselves(tmp_path: Path) -> None:
+def test_json_lines_name_images_relative_to_themselves(tmp_path: Path) -> None:
     (tmp_path / "img").mkdir()
     (tmp_path / "img" / "a.webp").write_bytes(encoded(GREEN, "WEBP"))
     rows = [
@@ -302,9 +302,9 @@ def test_json_lines_name_pictures_relative_to_themselves(tmp_path: Path) -> None
     path = tmp_path / "list.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     good, bad = everything(open_source("auto", path, UnsafeMark("nsfw")))
-    assert isinstance(good, Picture)
+    assert isinstance(good, PreferenceImage)
     assert good.caption == "green"
-    assert isinstance(bad, BadPicture)
+    assert isinstance(bad, BadImage)
     assert bad.name == "list.jsonl:3:img/none.webp"
     assert "No such file" in bad.reason
 
@@ -332,7 +332,7 @@ def test_a_listing_is_cut_into_thousands(tmp_path: Path) -> None:
     source = open_source("jsonl", tmp_path / "a.jsonl")
     assert source.units() == 3
     assert [source.unit_name(unit) for unit in (0, 2)] == ["a.jsonl[0:1000]", "a.jsonl[2000:2001]"]
-    assert [found.caption for found in source.read(2) if isinstance(found, EncodedPicture)] == ["2000"]
+    assert [found.caption for found in source.read(2) if isinstance(found, EncodedImage)] == ["2000"]
 
 
 def test_what_is_nothing_known_is_refused(tmp_path: Path) -> None:
@@ -343,11 +343,11 @@ def test_what_is_nothing_known_is_refused(tmp_path: Path) -> None:
     for kind, ending in (("pickapic", "parquet"), ("pickapic_tars", "tar")):
         with pytest.raises(HyperAlignError, match=f"holds no .{ending} file"):
             open_source(kind, tmp_path)
-    with pytest.raises(HyperAlignError, match="holds no picture"):
+    with pytest.raises(HyperAlignError, match="holds no image"):
         open_source("folder", tmp_path)
 
 
-def test_marks_of_single_pictures_count_for_the_preferred_one(tmp_path: Path) -> None:
+def test_marks_of_single_images_count_for_the_preferred_one(tmp_path: Path) -> None:
     rows = [row | {"nsfw_0": 0.9, "nsfw_1": 0.0} for row in pickapic_rows()]
     for row in rows:
         del row["nsfw"]
@@ -355,9 +355,9 @@ def test_marks_of_single_pictures_count_for_the_preferred_one(tmp_path: Path) ->
     assert seen(open_source("pickapic", tmp_path, UnsafeMark("nsfw"))) == [("second", "b")]
 
 
-def test_unsafe_pictures_are_named_and_not_read(tmp_path: Path) -> None:
+def test_unsafe_images_are_named_and_not_read(tmp_path: Path) -> None:
     write_hpd(tmp_path, [row | {"nsfw": "a" in row["prompt"]} for row in HPD])
-    write_tar(tmp_path / "train.tar", HPD_PICTURES)
+    write_tar(tmp_path / "train.tar", HPD_IMAGES)
     source = open_source("hpd", tmp_path, UnsafeMark("nsfw"))
     assert next(iter(source.read(0))) == Unsafe("0.jpg")
     assert seen(source) == [("b", "b")]
@@ -365,7 +365,7 @@ def test_unsafe_pictures_are_named_and_not_read(tmp_path: Path) -> None:
 
 def test_what_won_an_unsafe_pair_is_unsafe_in_every_pair(tmp_path: Path) -> None:
     write_hpd(tmp_path, [row | {"nsfw": number == 1} for number, row in enumerate(HPD)])
-    write_tar(tmp_path / "train.tar", HPD_PICTURES)
+    write_tar(tmp_path / "train.tar", HPD_IMAGES)
     assert seen(open_source("hpd", tmp_path, UnsafeMark("nsfw"))) == [("b", "b")]
 
 

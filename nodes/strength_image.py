@@ -22,7 +22,7 @@ MANY = 33
 """From how many values on a list is drawn without dots."""
 
 
-def picture(curve: StrengthCurve) -> Tensor:
+def image(curve: StrengthCurve) -> Tensor:
     """Returns the curve of each group of blocks over the run, (1, H, W, 3)."""
     canvas = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), DARK)
     _Plot(curve, ImageDraw.Draw(canvas)).draw()
@@ -58,9 +58,7 @@ class _Plot:
                 self._text(LEFT - 8, self._y(level), f"{level:.3g}", FAINT, "rm")
         for percent in (0.0, 0.25, 0.5, 0.75, 1.0):
             self._text(self._x(percent), BOTTOM + 8, f"{percent:.0%}", FAINT, "mt")
-        self._text(
-            (LEFT + RIGHT) / 2, HEIGHT - 13, "strength over the run, from noise to picture", FAINT, "mm"
-        )
+        self._text((LEFT + RIGHT) / 2, HEIGHT - 13, "strength over the run, from noise to image", FAINT, "mm")
 
     def _lines(self) -> Iterator[tuple[str, float, Colour]]:
         """Yields name, factor and colour of each line; groups with the same factor share one."""

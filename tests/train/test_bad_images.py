@@ -1,4 +1,4 @@
-"""How many bad pictures an encoding may leave out: counted to its end, and over all runs of one folder."""
+"""How many bad images an encoding may leave out: counted to its end, and over all runs of one folder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Pooling:
 
 
 def write_list(folder: Path, count: int, bad: int) -> Source:
-    """Returns a JSONL source whose last `bad` pictures are rubbish."""
+    """Returns a JSONL source whose last `bad` images are rubbish."""
     folder.mkdir(exist_ok=True)
     for i in range(count):
         if i < count - bad:
@@ -51,34 +51,34 @@ def command(tmp_path: Path) -> int:
     return main(["--recipe", str(RECIPE), "--source", source, "--out", out])
 
 
-def test_a_few_pictures_that_are_mostly_bad_stop_the_command_and_the_shards_stay(
+def test_a_few_images_that_are_mostly_bad_stop_the_command_and_the_shards_stay(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_list(tmp_path / "in", 60, bad=57)
     assert command(tmp_path) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "error: 57 of 60 pictures are bad; at most 1 % may be. The last is list.jsonl:60" in said
+    assert "error: 57 of 60 images are bad; at most 1 % may be. The last is list.jsonl:60" in said
     assert len(LatentShards(tmp_path / "out")) == 3
 
 
-def test_one_bad_picture_among_few_is_left_out(tmp_path: Path) -> None:
+def test_one_bad_image_among_few_is_left_out(tmp_path: Path) -> None:
     assert encode(write_list(tmp_path / "in", 20, bad=1), Pooling(), tmp_path / "out").bad == 1
-    with pytest.raises(HyperAlignError, match="2 of 20 pictures are bad"):
+    with pytest.raises(HyperAlignError, match="2 of 20 images are bad"):
         encode(write_list(tmp_path / "in", 20, bad=2), Pooling(), tmp_path / "other")
 
 
-def test_running_again_does_not_forget_the_bad_pictures_of_finished_shards(tmp_path: Path) -> None:
+def test_running_again_does_not_forget_the_bad_images_of_finished_shards(tmp_path: Path) -> None:
     source, out = write_list(tmp_path / "in", 60, bad=57), tmp_path / "out"
     for _ in range(2):
-        with pytest.raises(HyperAlignError, match="57 of 60 pictures are bad"):
+        with pytest.raises(HyperAlignError, match="57 of 60 images are bad"):
             encode(source, Pooling(), out)
     with (out / BAD_FILE).open("a") as file:
         file.write('{"unit": 0, "na')  # a process was killed
-    with pytest.raises(HyperAlignError, match="57 of 60 pictures are bad"):
+    with pytest.raises(HyperAlignError, match="57 of 60 images are bad"):
         encode(source, Pooling(), out)
 
 
-def test_repaired_pictures_are_encoded_as_the_sentence_says(tmp_path: Path) -> None:
+def test_repaired_images_are_encoded_as_the_sentence_says(tmp_path: Path) -> None:
     source, out = write_list(tmp_path / "in", 20, bad=5), tmp_path / "out"
     with pytest.raises(HyperAlignError, match="delete that file and the shards of these units"):
         encode(source, Pooling(), out)
@@ -88,6 +88,6 @@ def test_repaired_pictures_are_encoded_as_the_sentence_says(tmp_path: Path) -> N
     assert units == {0}
     shard_path(out, 0).unlink()
     source = open_source("jsonl", tmp_path / "in" / "list.jsonl")
-    assert encode(source, Pooling(), out) == Counts(units=1, pictures=20)
+    assert encode(source, Pooling(), out) == Counts(units=1, images=20)
     # Although bad.jsonl still has their names, they are in the shard now.
     assert encode(source, Pooling(), out) == Counts(units=1, reused=1)

@@ -19,12 +19,12 @@ from hyperalign.errors import HyperAlignError
 from hyperalign.rewards import images as P
 from hyperalign.rewards import loading
 
-Picture = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 SIDES = st.integers(1, 90)
 
 
-def batch_of(picture: Picture) -> Tensor:
-    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255
+def batch_of(image: Pixels) -> Tensor:
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
 
 
 @settings(deadline=None)
@@ -54,10 +54,10 @@ def test_the_window_is_the_crop_of_the_whole(height: int, width: int, side: int)
     assert torch.allclose(window, whole[..., 3 : 3 + side, 2 : 2 + side], atol=1e-6)
 
 
-def test_pixels_are_pillow_s_to_the_rounding_of_bytes(pictures: list[Picture]) -> None:
-    for picture in pictures:
-        image = Image.fromarray(picture).resize((384, 384), Image.Resampling.BICUBIC)
-        error = (P.stretch_to_square(batch_of(picture), 384) - batch_of(np.asarray(image))).abs()
+def test_pixels_are_pillow_s_to_the_rounding_of_bytes(images: list[Pixels]) -> None:
+    for image in images:
+        image = Image.fromarray(image).resize((384, 384), Image.Resampling.BICUBIC)
+        error = (P.stretch_to_square(batch_of(image), 384) - batch_of(np.asarray(image))).abs()
         assert float(error.mean()) < 0.5 / 255
 
 
@@ -78,7 +78,7 @@ def test_extreme_shapes_cost_no_more_than_their_window(shape: tuple[int, int]) -
     assert float(padded.amax()) == pytest.approx(0.25, abs=1e-5)
 
 
-def test_a_square_picture_is_padded_nowhere_and_a_wide_one_above_and_below() -> None:
+def test_a_square_image_is_padded_nowhere_and_a_wide_one_above_and_below() -> None:
     assert bool((P.pad_to_square(torch.ones(1, 3, 50, 50), 32) > 0.99).all())
     wide = P.pad_to_square(torch.ones(1, 3, 20, 40), 32)
     assert bool((wide[..., :8, :] == 0).all())
@@ -101,8 +101,8 @@ def test_grey_is_repeated_and_color_stays_as_it_is() -> None:
     assert torch.equal(P.rgb(color), color)
 
 
-def test_transparency_lies_on_white_as_in_a_folder_s_pictures(tmp_path: Path) -> None:
-    """One picture has one score, in a node and in the folder scorer."""
+def test_transparency_lies_on_white_as_in_a_folder_s_images(tmp_path: Path) -> None:
+    """One image has one score, in a node and in the folder scorer."""
     layers = np.random.default_rng(0).integers(0, 256, (40, 30, 4), dtype=np.uint8)
     Image.fromarray(layers, "RGBA").save(tmp_path / "clear.png")
     expected = decode(tmp_path, "clear.png")
@@ -127,7 +127,7 @@ def test_what_left_zero_to_one_lies_on_white_as_if_it_had_been_saved() -> None:
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.rand(3, 8, 8), r"shape \(3, 8, 8\); expected \(pictures, channels, height, width\)"),
+        (torch.rand(3, 8, 8), r"shape \(3, 8, 8\); expected \(images, channels, height, width\)"),
         (torch.rand(1, 8, 8, 3), "Move the channels to the second place"),
         (torch.rand(0, 3, 8, 8), "nothing empty"),
         (torch.rand(1, 3, 0, 8), "nothing empty"),
@@ -136,6 +136,6 @@ def test_what_left_zero_to_one_lies_on_white_as_if_it_had_been_saved() -> None:
         (torch.full((1, 3, 8, 8), float("inf")), "NaN or infinite pixels"),
     ],
 )
-def test_other_things_than_pictures_are_refused(images: Tensor, message: str) -> None:
+def test_other_things_than_images_are_refused(images: Tensor, message: str) -> None:
     with pytest.raises(HyperAlignError, match=message):
         P.check_images(images)
