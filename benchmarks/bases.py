@@ -30,7 +30,7 @@ PIXELS_PER_LATENT = 8
 GUIDANCE = 4.0
 FAMILIES: dict[Name, BaseName] = {"sd15": "sd15", "sdxl": "sdxl", "flux": "flux", "sd35": "sd3"}
 KEY_TIMES = (0.7, 0.4)
-"""With the first evaluation's, P writes weights three times."""
+"""With the first evaluation's, P generates weights three times."""
 
 
 @dataclass(frozen=True, slots=True)

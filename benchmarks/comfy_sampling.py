@@ -3,7 +3,7 @@
     python -m benchmarks.comfy_sampling                                   # a GPU, 512 px, 50 steps
     python -m benchmarks.comfy_sampling --device cpu --pixels 64 --repeats 3
 
-A Stable Diffusion 1.5 of true shape with random weights is written to a file once and loaded by the host's
+A Stable Diffusion 1.5 of true shape with random weights is generated to a file once and loaded by the host's
 Load Diffusion Model: fp8 by that node's weight_dtype, fp16 and bf16 as the host's --fp16-unet and --bf16-unet
 do it. Runs go through the stock KSampler node, interleaved with runs of the plain MODEL. Prints a table and
 writes benchmarks/results/comfy_sampling_sd15_<device>.json. COMFYUI_PATH names another ComfyUI than build/'s.
@@ -151,7 +151,7 @@ def draw(model: Any, options: Options, steps: int) -> torch.Tensor:
 
 
 def generations(model: Any, networks: list[nn.Module], options: Options, steps: int) -> int:
-    """Returns how often a run writes weights, which also warms the MODEL up."""
+    """Returns how often a run generates weights, which also warms the MODEL up."""
     calls: list[nn.Module] = []
 
     def count(network: nn.Module, _inputs: Any, _output: Any) -> None:

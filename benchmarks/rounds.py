@@ -111,7 +111,7 @@ def table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the figures as a Markdown table; a row that has `not_measured` says why."""
     lines = [
         title, "",
-        "| row | time / base: median [min, max] | ms a forward | peak GiB | weights written |",
+        "| row | time / base: median [min, max] | ms a forward | peak GiB | weights generated |",
         "|---|---|---|---|---|",
     ]  # fmt: skip
     for name, row in rows.items():

@@ -3,7 +3,7 @@
     python -m benchmarks.trace                             # the tiny model with its committed hypernetwork S
     python -m benchmarks.trace --model sd15 --device cuda  # true shape, random weights
 
-Variant S, which writes weights at every evaluation and so has most to record. `weights` is what HyperAlign
+Variant S, which generates weights at every evaluation and so has most to record. `weights` is what HyperAlign
 Trace and HyperAlign Trace PCA want, `weights and predictions` what a trace with a reward wants. Whole runs
 are interleaved with untraced ones; as their spread on a busy machine is greater than what is sought, the time
 inside the recording functions is measured too, by itself, and given as a share of the untraced run. Drawing

@@ -56,7 +56,7 @@ class Options:
     bf16: bool = True
     """Frozen models in bfloat16, or float32; the hypernetwork is float32."""
     batch: int = 2
-    """Prompts of a step, and preferred images of a step."""
+    """Prompts of a step, and preference images of a step."""
     micro_batch: int | None = None
     """Images in one backward pass; else the recipe's, and at most the batch."""
     timesteps: int = 2

@@ -1,4 +1,4 @@
-"""HyperAlign's host-free core: a hypernetwork that writes low-rank weights while a model samples.
+"""HyperAlign's host-free core: a hypernetwork that generates low-rank weights while a model samples.
 
 After "HyperAlign" (arXiv 2601.15968). `attach` is all that a diffusers pipeline needs.
 """
@@ -29,7 +29,7 @@ def attach(
         pipe: a StableDiffusion, StableDiffusionXL, StableDiffusion3 or Flux pipeline; no weight is touched.
         hyperalign: a hypernetwork's file, or what `hyperalign.checkpoint.load` returned.
         strength: 0 is the base model bit for bit, 1 as trained.
-        variant: when weights are written: S at every evaluation, P at key times, I once; `auto` as trained.
+        variant: when weights are generated: S at every evaluation, P at key times, I once; `auto` as trained.
 
     Returns:
         The session: `detach()`, and `evaluations` and `generations` of the last run.

@@ -22,8 +22,8 @@ LICENCES = {
 """The hub's identifiers of the base models' licences; other licences are named by link."""
 
 WARNINGS = (
-    "**Biases.** The base model, the reward and the preference data each carry preferences of the people and "
-    "images they came from, and alignment can amplify them: who is shown, in which role, how dressed, in "
+    "**Biases.** The base model, the reward and the preference dataset each carry preferences of the people "
+    "and images they came from, and alignment can amplify them: who is shown, in which role, how dressed, in "
     "which style. Audit the reward (`python -m hyperalign audit`) and compare images of the groups "
     "that matter to you with and without HyperAlign before you rely on it.",
     "**Reward hacking.** A reward is a proxy. Judge by what was not optimised: validation rewards, diversity "
@@ -92,7 +92,9 @@ def record(path: Path) -> Header:
 
 
 def _front_matter(header: Header) -> Iterator[str]:
-    bases, _, data = (_of_kind(header.origins, kind) for kind in ("base model", "reward", "preference data"))
+    bases, _, data = (
+        _of_kind(header.origins, kind) for kind in ("base model", "reward", "preference dataset")
+    )
     for base in bases:
         yield LICENCES.get(base.licence, "license: other")
         if base.licence not in LICENCES:
@@ -137,8 +139,8 @@ def _shaped(sources: Sequence[Source]) -> Iterator[str]:
 
 
 def _figures(training: dict[str, Any]) -> str:
-    figures = cast("dict[str, Any]", training.get("figures") or {})
-    numbers = {name: value for name, value in figures.items() if isinstance(value, int | float)}
+    metrics = cast("dict[str, Any]", training.get("metrics") or {})
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
     if not numbers:
         return "None recorded in the file."
     optimised = cast("dict[str, Any]", training.get("recipe", {}).get("objective", {}).get("rewards", {}))
@@ -154,7 +156,7 @@ def _figures(training: dict[str, Any]) -> str:
 def _making(header: Header) -> str:
     training = header.training
     steps = f"{training['steps']} training steps. " if "steps" in training else ""
-    unsafe = f" Preferred images: {training['unsafe']}." if training.get("unsafe") else ""
+    unsafe = f" Preference images: {training['unsafe']}." if training.get("unsafe") else ""
     recipe = training.get("recipe")
     text = f"{steps}Perception: {header.mode}.{unsafe}"
     if not recipe:

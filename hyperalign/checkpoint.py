@@ -42,12 +42,12 @@ class Header:
     network: HyperNetworkConfig
     schedule: Schedule
     training: dict[str, Any] = field(default_factory=dict[str, Any])
-    """How it was trained: recipe, reward, preference data and its licence, steps, figures."""
+    """How it was trained: recipe, reward, preference dataset and its licence, steps, metrics."""
     format_version: int = FORMAT_VERSION
     perception_blocks: int = 0
     """How many of a transformer's first blocks perceive; 0 for U-Nets, whose whole down path does."""
     sources: tuple[Source, ...] = ()
-    """Base model, rewards and preference data with their licences and biases; see `origins`."""
+    """Base model, rewards and preference dataset with their licences and biases; see `origins`."""
 
     @property
     def family(self) -> str:

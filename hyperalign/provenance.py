@@ -1,4 +1,4 @@
-"""What shaped a hypernetwork: rewards and preference data, with their licences and known biases.
+"""What shaped a hypernetwork: rewards and preference dataset, with their licences and known biases.
 
 The facts stand here once; a file's header, its model card and the loader's text repeat them.
 Audits that the sentences on biases rest on: arXiv 2604.13305 (CLIP, HPS, ImageReward and PickScore),
@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-Kind = Literal["reward", "preference data", "base model"]
-KINDS: tuple[Kind, ...] = ("reward", "preference data", "base model")
+Kind = Literal["reward", "preference dataset", "base model"]
+KINDS: tuple[Kind, ...] = ("reward", "preference dataset", "base model")
 UNKNOWN_LICENCE = "unknown; ask whoever trained it"
 HUB = "https://huggingface.co"
 
@@ -103,22 +103,22 @@ REWARDS = {
 
 DATA_SETS = {
     "pickapicv2": Source(
-        "preference data", "Pick-a-Pic v2", "none named on its card; the images were made by its users",
+        "preference dataset", "Pick-a-Pic v2", "none named on its card; the images were made by its users",
         "https://huggingface.co/datasets/yuvalkirstain/pickapic_v2",
         "English prompts and choices of a web app's self-selected users; unsafe images are in it and no "
         "column marks them",
     ),
     "hpdv2": Source(
-        "preference data", "HPDv2", "Apache-2.0", "https://huggingface.co/datasets/ymhao/HPDv2",
+        "preference dataset", "HPDv2", "Apache-2.0", "https://huggingface.co/datasets/ymhao/HPDv2",
         "paid annotators' choices; prompts of DiffusionDB users, rewritten by ChatGPT, and of COCO; images "
         "of 2022's generators; no column marks unsafe ones",
     ),
     "emojiscenes": Source(
-        "preference data", "EmojiScenes", "Apache-2.0 (Noto Emoji), MIT (Fluent Emoji)", "",
+        "preference dataset", "EmojiScenes", "Apache-2.0 (Noto Emoji), MIT (Fluent Emoji)", "",
         "drawn by rule: Fluent style is preferred; no people but emoji faces",
     ),
 }  # fmt: skip
-"""Known preference data, by what the letters and digits of its description contain."""
+"""Known preference dataset, by what the letters and digits of its description contain."""
 
 BASES = {
     "tiny": Source("base model", "embedded tiny model", "Apache-2.0", "", "draws emoji only"),
@@ -158,13 +158,13 @@ def data_source(text: str) -> list[Source]:
     """Returns the known data sets that a description names, else the description as the user's own data.
 
     Args:
-        text: such as `Pick-a-Pic v2, preferred images`; empty or `none` for no data.
+        text: such as `Pick-a-Pic v2, preference images`; empty or `none` for no data.
     """
     if text.strip().lower() in ("", "none"):
         return []
     letters = "".join(character for character in text.lower() if character.isalnum())
     known = [source for key, source in DATA_SETS.items() if key in letters]
-    return known or [Source("preference data", text, "as its user says in its name, if there")]
+    return known or [Source("preference dataset", text, "as its user says in its name, if there")]
 
 
 def base_source(family: str, hub: str = "") -> Source:
@@ -181,7 +181,7 @@ def sources(family: str, rewards: Mapping[str, float], data: str, hub: str = "")
     Args:
         family: of the base model.
         rewards: weights by the names of `hyperalign.rewards.loading`, or others.
-        data: the preference data in words, as `data_source` takes it.
+        data: the preference dataset in words, as `data_source` takes it.
         hub: the base model's name on the Hugging Face hub, where it is known.
     """
     judged = [reward_source(name, weight) for name, weight in rewards.items() if weight]

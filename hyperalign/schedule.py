@@ -1,4 +1,4 @@
-"""When weights are written anew: every evaluation (S), at key times (P) or once (I).
+"""When weights are generated anew: every evaluation (S), at key times (P) or once (I).
 
 Times are normalised: u = 1 is pure noise, u = 0 the finished image.
 """
@@ -48,7 +48,7 @@ class Schedule:
     def segment(self, u: float) -> int:
         """Returns how many key times lie at or above u; always 0 for S and I.
 
-        Segments partition [0, 1]: weights written in a segment serve until u falls out of it.
+        Segments partition [0, 1]: weights generated in a segment serve until u falls out of it.
         """
         return sum(u <= key for key in self.key_times) if self.variant == "P" else 0
 

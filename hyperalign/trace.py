@@ -150,7 +150,7 @@ def shown_dynamics(trace: Trace) -> Dynamics:
 
 
 def written_at(trace: Trace) -> list[int]:
-    """Returns the evaluations at which shown weights were written."""
+    """Returns the evaluations at which shown weights were generated."""
     return sorted({evaluation for track in trace.shown for evaluation in track.written})
 
 

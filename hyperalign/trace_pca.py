@@ -54,7 +54,7 @@ def spread_of(traces: Sequence[Trace], steps: int = STEPS) -> Spread:
 
     Args:
         traces: of one hypernetwork, with the same steps.
-        steps: how many steps to show at most, spread evenly over those at which weights were written.
+        steps: how many steps to show at most, spread evenly over those at which weights were generated.
 
     Raises:
         HyperAlignError: traces that do not belong together, or fewer than 3 points.

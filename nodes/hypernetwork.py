@@ -29,7 +29,7 @@ class HyperAlignLoader(io.ComfyNode):
             category="HyperAlign",
             **aliases("load hypernetwork", "alignment", "hyperlora", "model loader"),
             description="Loads a HyperAlign hypernetwork from models/hyperalign and shows what it was trained for. A "
-            "hypernetwork is a small network that looks at the image in the making and writes weights into the "
+            "hypernetwork is a small network that looks at the image in the making and generates weights into the "
             "diffusion model; connect it to Apply HyperAlign or HyperAlign Sampler.",
             inputs=[
                 io.Combo.Input(

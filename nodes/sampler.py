@@ -36,7 +36,7 @@ class HyperAlignSampler(io.ComfyNode):
             category="HyperAlign",
             **aliases("ksampler", "aligned ksampler", "sample"),
             description="KSampler with a hypernetwork: the same as Apply HyperAlign followed by KSampler. The hypernetwork "
-            "looks at the image in the making and writes weights into the model, so that the image follows the "
+            "looks at the image in the making and generates weights into the model, so that the image follows the "
             "prompt and people's preference better. Preview and progress are the usual ones.",
             inputs=[
                 *_sockets(),
@@ -126,7 +126,7 @@ def sampling_widgets() -> list[io.Input]:
             options=comfy_sampling.SAMPLERS,
             default="euler",
             tooltip="The host's denoising algorithm. Second-order ones evaluate the model several times per step; "
-            "variant S writes weights at each evaluation.",
+            "variant S generates weights at each evaluation.",
         ),
         io.Combo.Input(
             "scheduler",

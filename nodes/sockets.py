@@ -40,7 +40,7 @@ def variant_input() -> io.Combo.Input:
         "variant",
         options=VARIANTS,
         default="auto",
-        tooltip="When weights are written anew. S = at every model evaluation; P = at a few key times stored in "
+        tooltip="When weights are generated anew. S = at every model evaluation; P = at a few key times stored in "
         "the hypernetwork; I = once, at the start (fastest); auto = as the hypernetwork was trained.",
     )
 

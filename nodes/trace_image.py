@@ -39,7 +39,7 @@ class _Chart:
     reaches: tuple[float, ...] = ()
     """Values that the axis reaches whatever there is to draw."""
     of_weights: bool = True
-    """Whether it stays as it is until weights are written anew."""
+    """Whether it stays as it is until weights are generated anew."""
 
 
 def trace_image(trace: Trace, rewards: Rewards | None = None) -> Tensor:
@@ -81,7 +81,7 @@ class _Drawing:
         facts = [
             f"variant {trace.variant}",
             f"{self._count} model evaluations",
-            f"weights written {times}",
+            f"weights generated {times}",
             f"mean of {rows} {trace.shown[0].name} rows" if rows > 1 else f"1 {trace.shown[0].name} row",
         ]
         self.canvas.text((16, 24), "HyperAlign trace", size=20)
@@ -145,7 +145,7 @@ class _Drawing:
         self.canvas.text((LEFT - 14, top + 14), "evaluation", LIGHT, 12, "rm")
         self.canvas.text((LEFT - 14, top + 31), "noise u", FAINT, 12, "rm")
         self.canvas.dot((LEFT + 6, top + 56), 4, LIGHT, DARK)
-        text = "weights written here"
+        text = "weights generated here"
         if self._trace.key_times:
             text += "      dashed: key times of variant P"
         if sum(track.weights_GRMF.shape[1] for track in self._trace.shown) > 1:

@@ -1,6 +1,6 @@
 """Brings the words in the headers of committed weights up to date: `python scripts/convert_headers.py`.
 
-A tensor's bytes are copied as they are; only the JSON metadata of each file changes. A second run changes nothing.
+Tensors keep their bytes; only the JSON metadata of each file changes. A second run changes nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ TERMS = {
     "held-out": "validation",
     "a picture": "an image",
     "picture": "image",
+    '"figures"': '"metrics"',
 }
 """Old word and new word, in the order in which they are replaced."""
 LENGTH_BYTES = 8
@@ -41,8 +42,8 @@ def main() -> int:
     """Converts every committed file; returns the exit status."""
     for path in sorted((ROOT / "hyperalign" / "tiny").glob("*/*.safetensors")):
         content = path.read_bytes()
-        if any(old.encode() in content for old in TERMS):
-            write_bytes(path, converted(content))
+        if (new := converted(content)) != content:
+            write_bytes(path, new)
             say(f"converted {path.relative_to(ROOT)}")
     return 0
 

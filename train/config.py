@@ -66,13 +66,13 @@ class ObjectiveConfig:
     rewards: dict[str, float] = field(default_factory=lambda: {"tiny reward": 1.0})
     """Rewards by name with their weights; their weighted sum is R."""
     reward_weight: float = 1.0
-    """Weight of the reward loss; 0 trains on preferred images alone."""
+    """Weight of the reward loss; 0 trains on preference images alone."""
     preference_weight: float = 1.0
-    """Weight of the denoising loss on preferred images; 0 invites reward hacking."""
+    """Weight of the denoising loss on preference images; 0 invites reward hacking."""
     reward_cap: float = float("inf")
     """Scores above this earn nothing more: relu(cap - score)."""
     state: State = "rollout"
-    """Where x_t of the reward loss comes from: own rollouts, noised preferred images, or both in turn."""
+    """Where x_t of the reward loss comes from: own rollouts, noised preference images, or both in turn."""
     prompts: int = 16
     """Prompts in each step and process."""
     timesteps: int = 2
@@ -88,15 +88,15 @@ class ObjectiveConfig:
     conditional_only: bool = False
     """Send the reward's gradient through the rows with prompt alone: half the memory of guidance."""
     preferred: int = 48
-    """Preferred images in each step and process."""
+    """Preference images in each step and process."""
     preferred_range: tuple[float, float] = (0.0, 1.0)
-    """Times u of the noise on preferred images; high ones decide what is drawn, low ones how finely."""
+    """Times u of the noise on preference images; high ones decide what is drawn, low ones how finely."""
     time_law: TimeLaw = "uniform"
     """How u is drawn in its range; logit_normal favours the middle (Esser et al. 2024)."""
     snr_cap: float = float("inf")
     """Min-SNR weighting of the preference loss (Hang et al. 2023); inf is Eq 9 as it stands."""
     drop_caption: float = 0.1
-    """Share of preferred images shown without their caption."""
+    """Share of preference images shown without their caption."""
     micro_batch: int = 0
     """Images in one backward pass, gradients added up; 0 takes all at once."""
 
@@ -121,7 +121,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """Prompts and preferred images. The tiny model draws its own from a seed."""
+    """Prompts and preference images. The tiny model draws its own from a seed."""
 
     scenes: int = 12000
     """Tiny model: preferred scenes (right captions, Fluent style) to encode once."""
@@ -133,7 +133,7 @@ class DataConfig:
     preferred: Path = Path()
     """Folder of latent shards that `train/encode.py` wrote."""
     preferred_name: str = ""
-    """What the preferred images are, with their licence; goes into the hypernetwork's header."""
+    """What the preference images are, with their licence; goes into the hypernetwork's header."""
     unsafe_column: str = ""
     """For train/encode.py: the data set's own mark of unsafe images, which are left out and counted."""
     unsafe_above: float = 0.5
@@ -148,7 +148,7 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
-    """Validation figures and images during training."""
+    """Validation metrics and images during training."""
 
     every: int = 50
     """Steps between evaluations; 0 turns them off."""

@@ -1,4 +1,4 @@
-"""Encodes preferred images once, so that training reads latents instead of images.
+"""Encodes preference images once, so that training reads latents instead of images.
 
 python train/encode.py --recipe train/recipes/sd15_s.toml --source data/pickapic_v2 --out data/pickapic-sd15
 accelerate launch train/encode.py --recipe R --source data/HPDv2 --kind hpd --out data/hpd-sd15
@@ -39,7 +39,7 @@ class Options:
     recipe: Path
     """Recipe whose base model and resolution the latents are for."""
     source: Path
-    """File or folder with the preferred images."""
+    """File or folder with the preference images."""
     out: Path
     """Folder for the latent shards."""
     kind: Kind = "auto"
@@ -77,8 +77,8 @@ def run(options: Options, accelerator: Accelerator) -> Counts:
 
     def show(counts: Counts) -> None:
         seconds = max(1e-9, float(bar.format_dict["elapsed"]))
-        figures = {"images": counts.images, "bad": counts.bad, "unsafe": counts.unsafe}
-        bar.set_postfix(figures, rate=f"{counts.images / seconds:.1f}/s")
+        metrics = {"images": counts.images, "bad": counts.bad, "unsafe": counts.unsafe}
+        bar.set_postfix(metrics, rate=f"{counts.images / seconds:.1f}/s")
         bar.update(counts.units - bar.n)
 
     with bar:

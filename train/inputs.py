@@ -45,13 +45,13 @@ PATIENCE = 90.0
 
 
 def needs_images(config: TrainConfig) -> bool:
-    """Returns whether a run reads preferred images."""
+    """Returns whether a run reads preference images."""
     o = config.objective
     return o.preference_weight > 0 or (o.reward_weight > 0 and o.state != "rollout")
 
 
 def open_images(config: TrainConfig, fingerprint: str | None) -> ShardImages | None:
-    """Returns the preferred images of a recipe. Raises HyperAlignError if they are not there or unfit."""
+    """Returns the preference images of a recipe. Raises HyperAlignError if they are not there or unfit."""
     if not needs_images(config):
         return None
     folder = config.data.preferred
@@ -152,10 +152,10 @@ def evaluation(
             base, texts, hyperalign, own, seeds=EVAL_SEEDS, steps=config.eval.steps,
             guidance=config.objective.guidance, batch=batch,
         )  # fmt: skip
-        figures = score(images, rewards, base.device)
+        metrics = score(images, rewards, base.device)
         save_shared_grid(images, grid, accelerator)
         means = {name: _gathered(torch.tensor([value], device=base.device), accelerator).mean().item()
-                 for name, value in figures.items()}  # fmt: skip
+                 for name, value in metrics.items()}  # fmt: skip
         return means | {"generations_per_run": images.generations_per_run}
 
     return evaluate
@@ -167,14 +167,14 @@ def score(images: SampledImages, rewards: dict[str, Reward], device: torch.devic
     jobs = [
         (prompt, image) for prompt, row in zip(images.prompts, images.images, strict=True) for image in row
     ]
-    figures = {"seconds_per_image": images.seconds_per_image}
+    metrics = {"seconds_per_image": images.seconds_per_image}
     with torch.no_grad():
         for name, reward in rewards.items():
             scores = [reward.score(image[None].to(device), [prompt]) for prompt, image in jobs]
-            figures[name] = float(torch.cat(scores).mean())
+            metrics[name] = float(torch.cat(scores).mean())
         judge = next(iter(rewards.values()))
         embeddings = torch.cat([judge.embed_images(image[None].to(device)) for _, image in jobs])
-    return figures | {"diversity": diversity(embeddings.unflatten(0, (len(images.prompts), seeds)))}
+    return metrics | {"diversity": diversity(embeddings.unflatten(0, (len(images.prompts), seeds)))}
 
 
 def save_shared_grid(images: SampledImages, path: Path, accelerator: Accelerator) -> None:
@@ -203,7 +203,7 @@ def origin(config: TrainConfig) -> dict[str, str]:
 
 
 def left_out(images: ShardImages | None) -> dict[str, str]:
-    """Returns how many preferred images were left out as unsafe, for the hypernetwork's header."""
+    """Returns how many preference images were left out as unsafe, for the hypernetwork's header."""
     words = images.shards.left_out() if images else ""
     return {"unsafe": words} if words else {}
 

@@ -1,4 +1,4 @@
-"""What a run is made of: base model, conditions, prompts, preferred images, rewards and judges."""
+"""What a run is made of: base model, conditions, prompts, preference images, rewards and judges."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from train.objective import Rewards
 from train.runtime import Row
 
 Evaluate = Callable[[HyperAlign, Path], Row]
-"""Samples validation prompts, writes a captioned grid to the path and returns the figures.
+"""Samples validation prompts, writes a captioned grid to the path and returns the metrics.
 
-Every process calls it; only the main one's figures count."""
+Every process calls it; only the main one's metrics count."""
 
 
 class Prompts(Protocol):
@@ -54,7 +54,7 @@ class Materials:
     rewards: Rewards
     evaluate: Evaluate
     origin: Mapping[str, str]
-    """Reward, preference data and their licences, for the hypernetwork's header."""
+    """Reward, preference dataset and their licences, for the hypernetwork's header."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The two losses: reward on guided x0-hat (Eq 8) and denoising on preferred images (Eq 9)."""
+"""The two losses: reward on guided x0-hat (Eq 8) and denoising on preference images (Eq 9)."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def adapted_prediction(
     t_gen_B: Tensor,
     conditions: Conditions,
 ) -> Tensor:
-    """Returns the output at (x, t) with weights written at (x_gen, t_gen), with gradient to the network."""
+    """Returns the output at (x, t) with weights generated at (x_gen, t_gen), with gradient to the network."""
     call = base.call(x, t_B, conditions)
     if torch.equal(t_B, t_gen_B):
         return base.prediction(adapter.generate_and_forward(call)[0], x)
@@ -180,7 +180,7 @@ def reward_loss(
 def preference_loss(
     adapter: Adapter, base: Base, x0: Tensor, noise: Tensor, states: States, snr_cap: float = float("inf")
 ) -> Tensor:
-    """Returns L_G = E w(t) || output - target ||^2 on noised preferred images (Eq 9)."""
+    """Returns L_G = E w(t) || output - target ||^2 on noised preference images (Eq 9)."""
     output = adapted_prediction(
         adapter, base, states.x, states.t_B, states.x_gen, states.t_gen_B, states.cond
     )

@@ -20,12 +20,12 @@ def guided(cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
 
 @dataclass(slots=True)
 class Trajectory:
-    """A rollout: states x_t (before each step) and when weights were written."""
+    """A rollout: states x_t (before each step) and when weights were generated."""
 
     states: list[Tensor]
     times: list[float]
     generated_at: list[int]
-    """For each step, the index of the step that wrote the weights it used."""
+    """For each step, the index of the step that generated the weights it used."""
     generations: int
     predictions: list[Tensor]
     """x0-hat of each step."""
@@ -78,7 +78,7 @@ def rollout(
     Args:
         base: the base model.
         adapter: adapts it; None samples the base.
-        schedule: when weights are written.
+        schedule: when weights are generated.
         cond: the prompts.
         uncond: the empty prompt for each row; None where guidance is an input of the model.
         noise_BCHW: the initial noise.

@@ -122,8 +122,8 @@ def run(trainer: Trainer) -> int:
     bar: tqdm[Any] = tqdm(total=trainer.config.optim.steps, initial=trainer.step, disable=quiet)
 
     def show(row: dict[str, Any]) -> None:
-        figures = ("reward", "preference_loss", "grad_norm")
-        bar.set_postfix({key: f"{row[key]:.3f}" for key in figures if key in row})
+        metrics = ("reward", "preference_loss", "grad_norm")
+        bar.set_postfix({key: f"{row[key]:.3f}" for key in metrics if key in row})
         bar.update(row["step"] + 1 - bar.n)
 
     with bar:

@@ -140,7 +140,7 @@ class Trainer:
     def export(self) -> Path:
         """Writes the averaged hypernetwork with a header that says how it was made, and its model card."""
         recipe = as_table(self.config, paths=False) | {"run": {"seed": self.config.run.seed}}
-        origin = {**self.materials.origin, "figures": self._figures}
+        origin = {**self.materials.origin, "metrics": self._figures}
         training = {"steps": self.step, **origin, "recipe": recipe}
         header = dataclasses.replace(self.hyperalign.header, training=training, sources=self._sources())
         if self.accelerator.is_main_process:
@@ -174,7 +174,7 @@ class Trainer:
         return row | {"seconds": seconds} | self._speed(seconds)
 
     def _passes(self) -> Row:
-        """Adds up the gradients of both losses; returns the figures.
+        """Adds up the gradients of both losses; returns the metrics.
 
         A process that fails tells the others where they meet next, so that none waits for it in vain.
         With a backbone spread over them they meet in each pass, and the launcher ends them.
@@ -247,7 +247,7 @@ class Trainer:
         return noised_states(self.base, self.schedule, x0, noise, t_B, cond, uncond, captions)
 
     def _preference_pass(self) -> Row:
-        """L_G on noised preferred images (Eq 9)."""
+        """L_G on noised preference images (Eq 9)."""
         o = self.config.objective
         x0, noise, u_B, captions = self._images(
             o.preferred, o.preferred_range, purpose=2, drop=o.drop_caption
@@ -269,10 +269,10 @@ class Trainer:
     def _images(
         self, rows: int, bounds: tuple[float, float], purpose: int, drop: float = 0.0
     ) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-        """Returns this process's latents, noise, times u and captions of preferred images."""
+        """Returns this process's latents, noise, times u and captions of preference images."""
         preferred = self.materials.preferred
         if preferred is None:
-            raise HyperAlignError("The run needs preferred images; set data.preferred.")
+            raise HyperAlignError("The run needs preference images; set data.preferred.")
         draws, whole = self._draws(), rows * self.accelerator.num_processes
         rng, own = draws.generator(purpose), draws.part(rows)
         x0, captions = preferred.batch(self.images_seen + self._drawn, whole, rng, own)
@@ -290,12 +290,12 @@ class Trainer:
             last = min(first + size, rows)
             yield slice(first, last), (last - first) / rows
 
-    def _mean(self, figures: dict[str, float]) -> Row:
-        """Returns the figures averaged over processes."""
+    def _mean(self, metrics: dict[str, float]) -> Row:
+        """Returns the metrics averaged over processes."""
         if self.accelerator.num_processes == 1:
-            return dict(figures)
-        means = self._reduce(torch.tensor(list(figures.values()), device=self.device))
-        return dict(zip(figures, means.tolist(), strict=True))
+            return dict(metrics)
+        means = self._reduce(torch.tensor(list(metrics.values()), device=self.device))
+        return dict(zip(metrics, means.tolist(), strict=True))
 
     def _any_process(self, holds: bool) -> bool:
         return self._mean({"any": float(holds)})["any"] > 0
@@ -360,9 +360,9 @@ class Trainer:
 
     def _evaluate(self) -> Row:
         grid = self.config.run.out / "grids" / f"{self.step:05d}.png"
-        figures = self.materials.evaluate(self.averaged(), grid)
-        self._figures = flat(figures)
-        return {"validation": figures}
+        metrics = self.materials.evaluate(self.averaged(), grid)
+        self._figures = flat(metrics)
+        return {"validation": metrics}
 
     def _save_state(self) -> None:
         """Saves everything a run is; it is the same in every process, so the main one writes it."""
@@ -375,7 +375,7 @@ class Trainer:
             "optimiser": self.optimiser.state_dict(),
             "images_seen": self.images_seen,
             "skipped": self.skipped,
-            "figures": self._figures,
+            "metrics": self._figures,
             "unlogged": self._unlogged,
             "key_times": list(self.schedule.key_times),
             "processes": self.accelerator.num_processes,
@@ -389,5 +389,5 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.images_seen = int(state["step"]), int(state["images_seen"])
         self.skipped = int(state["skipped"])
-        self._figures = state.get("figures", {})
+        self._figures = state.get("metrics", {})
         self._unlogged = state.get("unlogged", {})

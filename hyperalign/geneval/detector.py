@@ -1,7 +1,7 @@
 """Objects in an image: Mask2Former with a small Swin, trained on COCO's instances.
 
 The official GenEval runs mmdetection's own training of this architecture; transformers has Meta's, another
-run of it, so figures may differ a little from published ones. Resizing, padding and the way from queries
+run of it, so metrics may differ a little from published ones. Resizing, padding and the way from queries
 to boxes follow mmdetection's configuration.
 """
 

@@ -1,4 +1,4 @@
-"""GenEval's figures: the share of right images in each task, and both definitions of "overall"."""
+"""GenEval's metrics: the share of right images in each task, and both definitions of "overall"."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Summary:
 
 
 def summarise(results: Iterable[tuple[str, str, bool]]) -> Summary:
-    """Returns the figures of (task, prompt, whether the image is right).
+    """Returns the metrics of (task, prompt, whether the image is right).
 
     Raises HyperAlignError when there is none.
     """
@@ -46,7 +46,7 @@ def summarise(results: Iterable[tuple[str, str, bool]]) -> Summary:
 
 
 def table(summary: Summary) -> str:
-    """Returns the figures as lines of text."""
+    """Returns the metrics as lines of text."""
     lines = [
         f"{tag:<16} {right / count:8.2%}  ({right} of {count})"
         for tag, (right, count) in summary.tasks.items()

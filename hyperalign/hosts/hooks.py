@@ -105,7 +105,7 @@ class _Deltas:
     def _weights(self, index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if self.cores_BMDA is None or self._folded is None:
             raise HyperAlignError(
-                "An adapted layer ran before its weights were written; another patch reorders the model. "
+                "An adapted layer ran before its weights were generated; another patch reorders the model. "
                 "Remove that patch."
             )
         made = self._folded[1]

@@ -1,4 +1,4 @@
-"""What one sampling run remembers: evaluations, and whose weights were written when. No host inside.
+"""What one sampling run remembers: evaluations, and whose weights were generated when. No host inside.
 
 Hosts split a model evaluation into calls and calls into chunks (cond, uncond, regions), one chunk
 being the whole batch for one conditioning. Weights of variants I and P outlive a call, so they are
@@ -74,7 +74,7 @@ class Run:
         return [self._count(chunk) for chunk in chunks]
 
     def due(self, chunks: Sequence[Chunk], u: float) -> list[int]:
-        """Returns the indices of the chunks that need weights written at time u."""
+        """Returns the indices of the chunks that need weights generated at time u."""
         segments = [self._written[chunk].segment if chunk in self._written else None for chunk in chunks]
         return [index for index, segment in enumerate(segments) if self.schedule.is_due(u, segment)]
 

@@ -134,7 +134,7 @@ class Recorder:
         return TracedRun(schedule, self.keeps_predictions)
 
     def keep(self, run: TracedRun, network: HyperNetwork, strength: float, samples: object) -> None:
-        """Keeps a finished run that wrote weights, and lets go of the oldest where they grow too many."""
+        """Keeps a finished run that generated weights, and lets go of the oldest where they grow too many."""
         if not run.written:
             return
         self.recordings.append(_recording(run, network, strength, samples))

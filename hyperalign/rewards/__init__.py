@@ -41,5 +41,5 @@ class Reward(Protocol):
         ...
 
     def embed_images(self, images_BCHW: Tensor) -> Tensor:
-        """Returns unit embeddings (B, D), for figures such as diversity. Raises as `score`."""
+        """Returns unit embeddings (B, D), for metrics such as diversity. Raises as `score`."""
         ...

@@ -1,4 +1,4 @@
-"""Every source gives the preferred images of its real layout, and names what it cannot read."""
+"""Every source gives the preference images of its real layout, and names what it cannot read."""
 
 from __future__ import annotations
 

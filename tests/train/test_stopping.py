@@ -62,10 +62,10 @@ def trainer(config: TrainConfig, evaluate: Callable[..., dict[str, Any]] | None 
     accelerator = Accelerator(cpu=True)
     found = materials(config, accelerator)
 
-    def figures(hyperalign: Any, grid: Path) -> dict[str, Any]:
+    def metrics(hyperalign: Any, grid: Path) -> dict[str, Any]:
         return {"first number": float(next(hyperalign.network.parameters()).flatten()[0])}
 
-    return Trainer(config, dataclasses.replace(found, evaluate=evaluate or figures), accelerator)
+    return Trainer(config, dataclasses.replace(found, evaluate=evaluate or metrics), accelerator)
 
 
 def curve(out: Path) -> list[dict[str, Any]]:

@@ -18,8 +18,8 @@ from benchmarks.training import (
     Options,
     Phase,
     config_of,
-    figures,
     main,
+    metrics,
     reductions,
     shape_of,
 )
@@ -81,7 +81,7 @@ def test_without_options_it_is_the_recipe_on_the_true_model(base: Any, tmp_path:
 def test_utilisation_is_the_models_own_work_over_what_products_could_do() -> None:
     step = {"rollout": Phase(1.0, 3.0), "reward": Phase(2.0, 5.0), "preference": Phase(2.0, 4.0),
             "optimiser": Phase(1.0, 1.0)}  # fmt: skip
-    found = figures([step, step], Work(4.0, 12.0, 4.0), Work(4.0, 8.0, 2.0), rate=5.0, samples=12)
+    found = metrics([step, step], Work(4.0, 12.0, 4.0), Work(4.0, 8.0, 2.0), rate=5.0, samples=12)
     assert found["phases"]["gradient"] == {
         "seconds": {"median": 4.0, "min": 4.0, "max": 4.0}, "peak_gib": 5.0, "tflop": 16e-12,
         "model_tflop": 10e-12, "utilisation": 0.5, "with_recomputation": 0.8,

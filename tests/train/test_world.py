@@ -175,7 +175,7 @@ def test_a_folder_becomes_a_hypernetwork(
     assert made.header.family == name
     assert made.header.training["preference_data"] == "circles called squares, CC0"
     assert str(tmp_path) not in json.dumps(made.header.training)
-    assert made.header.training["figures"].keys() >= {"tiny reward", "tiny validation reward", "diversity"}
+    assert made.header.training["metrics"].keys() >= {"tiny reward", "tiny validation reward", "diversity"}
     assert made.header.sources[-1].name == "circles called squares, CC0"
     lines = (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     validation = json.loads(lines[-1])["validation"]

@@ -24,7 +24,7 @@ from hyperalign.tiny.weights import HYPERNETWORKS
 yaml = pytest.importorskip("yaml")
 
 FLUX = sources(
-    "flux", {"hpsv2.1": 1.0, "clip": 0.5, "mine": 2.0, "unused": 0.0}, "Pick-a-Pic v2, preferred images"
+    "flux", {"hpsv2.1": 1.0, "clip": 0.5, "mine": 2.0, "unused": 0.0}, "Pick-a-Pic v2, preference images"
 )
 
 
@@ -33,7 +33,7 @@ def header(make_hyperalign: Any) -> checkpoint.Header:
     training = {
         "steps": 300, "unsafe": "7 of 10 images left out as unsafe (nsfw > 0.2)",
         "recipe": {"objective": {"rewards": {"hpsv2.1": 1.0}}, "data": {}},
-        "figures": {"hpsv2.1": 0.31234, "pickscore": 21.5, "diversity": 0.4},
+        "metrics": {"hpsv2.1": 0.31234, "pickscore": 21.5, "diversity": 0.4},
     }  # fmt: skip
     return dataclasses.replace(make_hyperalign().header, training=training, sources=FLUX)
 
@@ -159,7 +159,7 @@ def test_recording_sources_keeps_every_tensors_bytes(
     with safe_open(str(path), framework="pt") as file:
         assert {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()} == before
     recorded = read_header(path)
-    assert [source.kind for source in recorded.sources] == ["base model", "reward", "preference data"]
+    assert [source.kind for source in recorded.sources] == ["base model", "reward", "preference dataset"]
     assert dataclasses.replace(recorded, sources=()) == dataclasses.replace(old, sources=())
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == card(recorded, "tiny_s")
     assert "Wrote" in capsys.readouterr().out
@@ -192,5 +192,5 @@ def test_the_command_says_in_one_sentence_what_is_wrong(
 @pytest.mark.parametrize("path", sorted(HYPERNETWORKS.glob("*.safetensors")), ids=lambda path: path.stem)
 def test_a_committed_hypernetwork_names_its_sources_and_has_its_card(path: Path) -> None:
     header = read_header(path)
-    assert {source.kind for source in header.sources} == {"base model", "reward", "preference data"}
+    assert {source.kind for source in header.sources} == {"base model", "reward", "preference dataset"}
     assert card_path(path).read_text(encoding="utf-8") == card(header, path.stem)

@@ -93,7 +93,7 @@ def alone(pipe: Any) -> dict[str, Any]:
 def test_a_whole_run_with_the_lora_is_a_whole_run_of_variant_i(
     pipe: Any, make_for: Any, draw: Any, prompt_of: Any, tmp_path: Path, mode: str
 ) -> None:
-    """I writes its weights once, from pure noise: those of time 1. Through diffusers' own loader."""
+    """I generates its weights once, from pure noise: those of time 1. Through diffusers' own loader."""
     made = make_for(pipe, mode=mode)
     base = draw(pipe, **alone(pipe))
     with hyperalign.attach(pipe, made, strength=0.8, variant="I"):

@@ -47,8 +47,8 @@ def test_every_row_is_measured_and_written(
         if "not_measured" in row:
             assert (name, row["not_measured"]) == ("LoRA", "peft missing")
             continue
-        figures = [row["ms_per_forward"], row["run_s"], *([row["ratio"]] if name != "base" else [])]
-        for spread in figures:
+        metrics = [row["ms_per_forward"], row["run_s"], *([row["ratio"]] if name != "base" else [])]
+        for spread in metrics:
             assert 0 < spread["min"] <= spread["median"] <= spread["max"] < math.inf
     written = [results["rows"][name]["generations"] for name in ("base", "P prefix", "S separate")]
     assert written == [0, 3, 4]

@@ -1,4 +1,4 @@
-"""When weights are written anew."""
+"""When weights are generated anew."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encodes preferred images to latent shards, one a unit of the source; what is there is not made again."""
+"""Encodes preference images to latent shards, one a unit of the source; what is there is not made again."""
 
 from __future__ import annotations
 

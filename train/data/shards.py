@@ -1,4 +1,4 @@
-"""Latent shards: preferred images encoded once, a `.safetensors` a unit, and how training reads them.
+"""Latent shards: preference images encoded once, a `.safetensors` a unit, and how training reads them.
 
 A shard holds `latents` (N, C, h, w) and a JSON header with captions, names, encoder and resolution.
 """

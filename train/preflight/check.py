@@ -136,7 +136,7 @@ def sizes(config: TrainConfig, parts: Parts) -> list[str]:
         + (f" ({', '.join(watched)} only watched)" if watched else ""),
         f"trained parameters: {hypernetwork} for {parts.targets} attention projections",
         f"a step of {processes} process{'es' * (processes > 1)}: {o.prompts * processes} rollouts of "
-        f"{o.rollout_steps} steps, {rewarded} images with reward gradient, {preferred} preferred images",
+        f"{o.rollout_steps} steps, {rewarded} images with reward gradient, {preferred} preference images",
     ]
 
 

@@ -47,7 +47,7 @@ def check_tiny(config: TrainConfig) -> str:
         f"{config.optim.steps} steps",
         f"hypernetwork: {numbers / 1e6:.2f} M parameters for {len(targets)} attention projections",
         f"a step: {o.prompts} prompts x {o.rollout_steps} rollout steps, {o.prompts * o.timesteps} images "
-        f"with reward gradient, {o.preferred} preferred images",
+        f"with reward gradient, {o.preferred} preference images",
         f"goes on from step {step} in {config.run.out}" if step else f"starts anew in {config.run.out}",
         "not estimated for the embedded tiny model: peak memory, speed and the room its states take",
     ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""EmojiScenes for the trainer: prompts to draw and preferred images to learn from."""
+"""EmojiScenes for the trainer: prompts to draw and preference images to learn from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ENOUGH_DRAWS = 500
 
 @dataclass(frozen=True, slots=True)
 class PreferredScenes:
-    """Latents (N, 4, 16, 16) and captions of preferred images."""
+    """Latents (N, 4, 16, 16) and captions of preference images."""
 
     latents: Tensor
     captions: list[str]

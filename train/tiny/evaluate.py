@@ -1,4 +1,4 @@
-"""The tiny model's validation prompts, sampled and judged: the figures in training and in the benchmark."""
+"""The tiny model's validation prompts, sampled and judged: the metrics in training and in the benchmark."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def judge(samples: Samples) -> Judged:
     )
 
 
-def figures(samples: Samples) -> dict[str, Any]:
+def metrics(samples: Samples) -> dict[str, Any]:
     """Returns the means of every figure, as the log and the report hold them."""
     judged = judge(samples)
     marks: list[tuple[Family, bool]] = [

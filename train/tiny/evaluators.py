@@ -223,11 +223,11 @@ def train_style(shop: Workshop, art: Art, reconstruct: Reconstruct) -> TinyStyle
 def train_judges(shop: Workshop, art: Art, reconstruct: Reconstruct) -> None:
     """Trains the four judges, measures each on validation scenes and saves it, the reward first."""
 
-    def finish(name: str, module: nn.Module, fit: Fit, figures: Figures) -> None:
+    def finish(name: str, module: nn.Module, fit: Fit, metrics: Figures) -> None:
         header = {
             "training": asdict(fit),
             "data": "EmojiScenes, drawn anew at every step",
-            "figures": figures,
+            "metrics": metrics,
         }
         save_part(name, module.state_dict(), shop.header(header), shop.weights)
 

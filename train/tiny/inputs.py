@@ -25,7 +25,7 @@ from train.models.tiny import Tiny
 from train.objective import RewardFn, Rewards
 from train.runtime import Row
 from train.tiny.dataset import PreferredScenes, preferred_images, training_prompts
-from train.tiny.evaluate import figures, sample_all
+from train.tiny.evaluate import metrics, sample_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def tiny_materials(config: TrainConfig, device: torch.device, is_main: bool = Tr
             guidance=config.objective.guidance, bf16=config.optim.bf16,
         )  # fmt: skip
         save_grid(samples, grid)
-        return figures(samples)
+        return metrics(samples)
 
     return Materials(
         base=base,

@@ -14,7 +14,7 @@ from .statistics import Estimate, Gap, largest_gap, mean, paired, rank_correlati
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A table of figures with intervals."""
+    """A table of metrics with intervals."""
 
     reward: str
     title: str

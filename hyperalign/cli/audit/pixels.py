@@ -18,7 +18,7 @@ def luma(image_CHW: Tensor) -> Tensor:
 
 
 def properties(image_CHW: Tensor) -> dict[str, float]:
-    """Returns figures of an image (3, H, W) in [0, 1]."""
+    """Returns metrics of an image (3, H, W) in [0, 1]."""
     grey_HW, high_HW, low_HW = luma(image_CHW), image_CHW.amax(0), image_CHW.amin(0)
     height, width = grey_HW.shape
     edges = (grey_HW[1:, :-1] - grey_HW[:-1, :-1]).abs() + (grey_HW[:-1, 1:] - grey_HW[:-1, :-1]).abs()

@@ -112,7 +112,7 @@ def run(arguments: Sequence[str]) -> str:
     parser.add_argument("votes", nargs="+", type=Path, metavar="VOTES.json", help="what the page saved")
     parser.add_argument("--key", required=True, type=Path, metavar="FILE",
         help="the study's .key.json, or the page it lies beside")  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the figures go as JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the metrics go as JSON")
     options = parser.parse_args(arguments)
     key = read_key(options.key)
     votes = read_votes(options.votes, key)

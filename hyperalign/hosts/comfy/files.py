@@ -70,8 +70,12 @@ def describe(header: Header) -> str:
             f"layers: {len(header.targets)}, rank {network.rank}, a {network.a}, b {network.b}",
             *([f"trained: {steps} steps"] if steps else []),
             *(_described(source) for source in header.origins),
-            *([f"preferred images: {unsafe}"] if unsafe else []),
-            *([] if header.origins else ["reward and preference data: not recorded; ask whoever trained it"]),
+            *([f"preference images: {unsafe}"] if unsafe else []),
+            *(
+                []
+                if header.origins
+                else ["reward and preference dataset: not recorded; ask whoever trained it"]
+            ),
         ]
     )
 

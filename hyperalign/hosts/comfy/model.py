@@ -1,7 +1,7 @@
 """HyperAlign on a ComfyUI MODEL: patches a clone of a ModelPatcher, never the model itself.
 
 A run is opened by the host's OUTER_SAMPLE wrapper, an evaluation by PREDICT_NOISE; an APPLY_MODEL
-wrapper writes the weights that are due and replaces the adapted layers' forward for that one call.
+wrapper generates the weights that are due and replaces the adapted layers' forward for that one call.
 Modules, device and dtype are taken from the call, because the host moves and copies weights at will.
 """
 
@@ -92,9 +92,9 @@ def apply(
         strength: 0 is the model without HyperAlign, bit for bit; 1 as trained.
         start_percent: where in the noise range it begins to act; 0 is pure noise.
         end_percent: where it stops acting; 1 is the finished image.
-        variant: when weights are written; `auto` as the hypernetwork was trained.
+        variant: when weights are generated; `auto` as the hypernetwork was trained.
         strength_curve: multiplies strength over the run and by block group. Evaluations where it is 0 are the
-            model's own, bit for bit, and write no weights: variant I writes at the first one that is not.
+            model's own, bit for bit, and generate no weights: variant I writes at the first one that is not.
         recorder: is given every run that a sampler makes with the result; None costs nothing.
 
     Raises:
@@ -217,7 +217,7 @@ class Adapter:
     def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs one call with every row's own weights, writing those that are due.
 
-        A gradient may go through the call, but not through what writes the weights.
+        A gradient may go through the call, but not through what generates the weights.
         """
         model, x_BCHW, sigma_B = executor.class_obj, args[0], args[1]
         # Also where nothing is written or added: graphs compiled with the patches fail on calls without them.

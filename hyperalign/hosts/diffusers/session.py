@@ -56,7 +56,7 @@ class Session:
 
     @property
     def generations(self) -> int:
-        """Evaluations of the current or last run at which weights were written."""
+        """Evaluations of the current or last run at which weights were generated."""
         return self._run.generations
 
     def new_run(self) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def recorded_cores(hyperalign) -> Iterator[list[torch.Tensor]]:
-    """Gathers the generated cores, a tensor (B, M, D, A) each time weights are written."""
+    """Gathers the generated cores, a tensor (B, M, D, A) each time weights are generated."""
     written: list[torch.Tensor] = []
     network: nn.Module = hyperalign.hyperalign.network
     handle = network.register_forward_hook(lambda _m, _i, cores: written.append(cores.clone()))

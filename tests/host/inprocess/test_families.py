@@ -1,4 +1,4 @@
-"""Every family in both hosts: the same layers by name, the same weights written, the same prediction."""
+"""Every family in both hosts: the same layers by name, the same weights generated, the same prediction."""
 
 from __future__ import annotations
 

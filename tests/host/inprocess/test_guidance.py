@@ -154,7 +154,7 @@ def test_it_goes_with_a_hypernetwork(parts, guide, draw, gradient, variant):
     with torch.inference_mode():
         aligned = apply(parts.model, load(HYPERNETWORKS / f"tiny_{variant}.safetensors"))
     before = score(parts, draw(aligned))
-    # Steps before the window write weights in inference mode, or keep them over it.
+    # Steps before the window generate weights in inference mode, or keep them over it.
     assert score(parts, draw(guide(0.3, (0.3, 0.8), patcher=aligned, gradient=gradient))) > before
 
 

@@ -28,14 +28,14 @@ def test_a_committed_file_names_reward_data_licences_and_biases(header):
     assert any(
         line.startswith("reward: tiny preference reward (licence: Apache-2.0; known") for line in lines
     )
-    assert any(line.startswith("preference data: EmojiScenes (licence: ") for line in lines)
+    assert any(line.startswith("preference dataset: EmojiScenes (licence: ") for line in lines)
     assert len(lines) < 10
 
 
 def test_a_file_made_with_hpsv2_names_its_audits(header):
     made = dataclasses.replace(
         header,
-        sources=sources("flux", {"hpsv2.1": 1.0, "clip": 0.5}, "Pick-a-Pic v2, preferred images"),
+        sources=sources("flux", {"hpsv2.1": 1.0, "clip": 0.5}, "Pick-a-Pic v2, preference images"),
         training={"steps": 300, "unsafe": "7 of 10 images left out as unsafe (nsfw > 0.5)"},
     )
     text = "\n".join(described(made))
@@ -45,4 +45,4 @@ def test_a_file_made_with_hpsv2_names_its_audits(header):
 
 def test_a_file_that_says_nothing_is_said_to(header):
     silent = dataclasses.replace(header, training={}, sources=())
-    assert "reward and preference data: not recorded; ask whoever trained it" in described(silent)
+    assert "reward and preference dataset: not recorded; ask whoever trained it" in described(silent)

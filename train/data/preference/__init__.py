@@ -1,4 +1,4 @@
-"""Readers of preferred images, cut into units that can be read one without the other."""
+"""Readers of preference images, cut into units that can be read one without the other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Kind = Literal["auto", "pickapic", "pickapic_tars", "hpd", "folder", "jsonl"]
 
 
 def open_source(kind: Kind, path: Path, unsafe: UnsafeMark | None = None) -> Source:
-    """Opens preferred images.
+    """Opens preference images.
 
     Args:
         kind: `pickapic` (parquet), `pickapic_tars` (webdataset), `hpd` (train.json and train.tar), `folder`
@@ -29,7 +29,7 @@ def open_source(kind: Kind, path: Path, unsafe: UnsafeMark | None = None) -> Sou
         HyperAlignError: nothing there, not of that kind, or the kind has no such marks.
     """
     if not path.exists():
-        raise HyperAlignError(f"There is no {path}. Give the file or folder with the preferred images.")
+        raise HyperAlignError(f"There is no {path}. Give the file or folder with the preference images.")
     match kind:
         case "auto":
             return open_source(guess_kind(path), path, unsafe)

@@ -17,7 +17,7 @@ from train.data.prompts import json_list
 
 
 def hpd_source(path: Path, unsafe: UnsafeMark | None = None) -> Listing[Captioned]:
-    """Returns the preferred images of HPDv2, each once for a prompt however many pairs it won.
+    """Returns the preference images of HPDv2, each once for a prompt however many pairs it won.
 
     Args:
         path: the folder with train.json, or train.json itself; train.tar or the folder train/ beside it.
@@ -40,7 +40,7 @@ def hpd_source(path: Path, unsafe: UnsafeMark | None = None) -> Listing[Captione
         if winner is not None:
             chosen[winner] = chosen.get(winner, False) or marked
     if not chosen:
-        raise HyperAlignError(f"{listing} holds no pair with one preferred image. Fetch it again.")
+        raise HyperAlignError(f"{listing} holds no pair with one preference image. Fetch it again.")
     root = listing.parent
     for folder in (root / "train", root):
         entries = [Captioned(caption, folder / file, file, bad) for (caption, file), bad in chosen.items()]
@@ -63,7 +63,7 @@ def hpd_source(path: Path, unsafe: UnsafeMark | None = None) -> Listing[Captione
 
 
 def _winner(row: object, where: str) -> tuple[str, str] | None:
-    """Returns prompt and file of a pair's preferred image; None for a tie."""
+    """Returns prompt and file of a pair's preference image; None for a tie."""
     prompt = entry_value(row, "prompt", str, where)
     choice: list[Any] = entry_value(row, "human_preference", list, where)
     # the data set's card says file_path; its train.json has also been published with image_path

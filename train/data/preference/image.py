@@ -1,4 +1,4 @@
-"""What a source of preferred images is, and how an encoded image becomes pixels."""
+"""What a source of preference images is, and how an encoded image becomes pixels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAFE_WORDS = ("false", "no", "safe", "sfw", "unlikely", "")
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """A preferred image as it lies on the disk: the bytes of a JPEG, PNG or WebP file."""
+    """A preference image as it lies on the disk: the bytes of a JPEG, PNG or WebP file."""
 
     caption: str
     data: bytes
@@ -33,7 +33,7 @@ class EncodedImage:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceImage:
-    """A preferred image in RGB, upright."""
+    """A preference image in RGB, upright."""
 
     caption: str
     image: Image.Image
@@ -97,7 +97,7 @@ class BrokenUnit(HyperAlignError):
 
 
 class Source(Protocol):
-    """Preferred images, cut into numbered units that can be read one without the other."""
+    """Preference images, cut into numbered units that can be read one without the other."""
 
     def units(self) -> int:
         """Returns how many units there are."""
@@ -108,7 +108,7 @@ class Source(Protocol):
         ...
 
     def read(self, unit: int) -> Iterator[Found]:
-        """Yields the preferred images of a unit, ties left out and unsafe ones only named.
+        """Yields the preference images of a unit, ties left out and unsafe ones only named.
 
         Raises:
             BrokenUnit: the unit cannot be read to its end.

@@ -72,7 +72,7 @@ class PickAPicParquet:
         return f"{file.relative_to(self.root).as_posix()}:{group}"
 
     def read(self, unit: int) -> Iterator[Found]:
-        """Yields the preferred image of every pair that is not a tie. Raises BrokenUnit."""
+        """Yields the preference image of every pair that is not a tie. Raises BrokenUnit."""
         import pyarrow as pa
 
         file, group = self.groups[unit]
@@ -129,7 +129,7 @@ class PickAPicTars:
         return self.files[unit].relative_to(self.root).as_posix()
 
     def read(self, unit: int) -> Iterator[Found]:
-        """Yields the preferred image of every pair that is not a tie. Raises BrokenUnit."""
+        """Yields the preference image of every pair that is not a tie. Raises BrokenUnit."""
         path = self.files[unit]
         try:
             with tarfile.open(path, "r:") as tar:
