@@ -125,7 +125,7 @@ def test_the_card_says_what_shaped_the_file_and_what_to_beware_of(header: checkp
     }
     for said in (
         "# mine", "2604.13305", "| hpsv2.1 (optimised) | 0.3123 |", "| pickscore | 21.5 |", "2 x mine",
-        "7 of 10 images left out as unsafe (nsfw > 0.2)", "**Misuse.**", "hyperalign.cli.audit",
+        "7 of 10 images left out as unsafe (nsfw > 0.2)", "**Misuse.**", "hyperalign audit",
     ):  # fmt: skip
         assert said in text
 
