@@ -8,7 +8,7 @@ framework figure).
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -31,11 +31,11 @@ def token_map(tokens_BLC: Tensor, grid: tuple[int, int]) -> Tensor:
 def pool_features(features: Sequence[Tensor], limit: int = MAX_IMAGE_TOKENS) -> list[Tensor]:
     """Halves the largest of the maps (B, C, H, W) until all together have at most `limit` cells."""
     pooled = list(features)
-    while sum(f.shape[-1] * f.shape[-2] for f in pooled) > limit:
-        largest = max(range(len(pooled)), key=lambda i: pooled[i].shape[-1] * pooled[i].shape[-2])
-        if pooled[largest].shape[-1] * pooled[largest].shape[-2] == 1:
-            break
+    sizes = [feature.shape[-2] * feature.shape[-1] for feature in pooled]
+    while sum(sizes) > limit and max(sizes) > 1:
+        largest = sizes.index(max(sizes))
         pooled[largest] = F.avg_pool2d(pooled[largest], 2, ceil_mode=True)
+        sizes[largest] = pooled[largest].shape[-2] * pooled[largest].shape[-1]
     return pooled
 
 
@@ -47,26 +47,41 @@ def sinusoidal_encoding(positions_N: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-@functools.lru_cache(maxsize=16)
-@torch.inference_mode(False)  # what an inference makes, training may not use
 def index_encoding(count: int, width: int, device: torch.device) -> Tensor:
-    """Returns (count, width): the encoding of 0, 1, ... Kept: making it takes a dozen kernels."""
-    return sinusoidal_encoding(torch.arange(count, device=device), width)
+    """Returns (count, width): the encoding of 0, 1, ..., kept for the next call."""
+    return _kept(_index_encoding, count, width, device)
 
 
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)
 def grid_encoding(height: int, width: int, channels: int, device: torch.device) -> Tensor:
-    """Returns (height * width, channels): half the channels tell the row, half the column.
+    """Returns (height * width, channels), kept for the next call: half tell the row, half the column.
 
     Positions are relative to the map's size (0 to 64), so that a cell means the same part of the
     image at every resolution.
     """
+    return _kept(_grid_encoding, height, width, channels, device)
+
+
+def _index_encoding(count: int, width: int, device: torch.device) -> Tensor:
+    return sinusoidal_encoding(torch.arange(count, device=device), width)
+
+
+def _grid_encoding(height: int, width: int, channels: int, device: torch.device) -> Tensor:
     rows = (torch.arange(height, device=device) + 0.5) * (64.0 / height)
     columns = (torch.arange(width, device=device) + 0.5) * (64.0 / width)
     by_row = sinusoidal_encoding(rows, channels // 2).repeat_interleave(width, dim=0)
     by_column = sinusoidal_encoding(columns, channels // 2).repeat(height, 1)
     return torch.cat([by_row, by_column], dim=-1)
+
+
+def _kept(make: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    # A compiled graph makes it anew, fused with what reads it; torch.compile looks past caches anyway.
+    return make(*arguments) if torch.compiler.is_compiling() else _cached(make, *arguments)
+
+
+@functools.lru_cache(maxsize=80)
+@torch.inference_mode(False)  # what an inference makes, training may not use
+def _cached(make: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return make(*arguments)
 
 
 class Perception(nn.Module):

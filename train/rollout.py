@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hyperalign.hosts.diffusers.adapter import Adapter
+from hyperalign.hosts.run_state import Chunk, Run
 from hyperalign.schedule import Schedule
 from train.models.base import Base, Conditions, join
 
@@ -32,29 +32,21 @@ class Trajectory:
     final: Tensor
 
 
-class Weights:
-    """The weights of one run for all its rows, renewed when the schedule says so."""
+class Model:
+    """The model of one run: the base model, with weights that its schedule renews where it is adapted."""
 
     def __init__(self, base: Base, adapter: Adapter | None, schedule: Schedule, strength: float) -> None:
-        self.base, self.adapter, self.schedule, self.strength = base, adapter, schedule, strength
-        self.cores: Tensor | None = None
-        self.segment: int | None = None
-        self.generations = 0
+        self.base, self.adapter, self.strength = base, adapter, strength
+        self.run = Run(schedule)
 
     def predict(self, x: Tensor, t: float, conditions: Conditions) -> Tensor:
-        """Returns the model's output for rows (x, t, conditions), generating first when due."""
+        """Returns the model's output for the samples (x, t, conditions), generating weights when due."""
         call = self.base.call(x, torch.full((x.shape[0],), t, device=x.device), conditions)
-        return self.base.prediction(self._output(call, t / self.base.process.last_time), x)
-
-    def _output(self, call: Any, u: float) -> Tensor:
         if self.adapter is None:
-            return self.base.backbone(**call)[0]
-        if not self.schedule.is_due(u, self.segment):
-            return self.adapter.forward(call, self.cores, self.strength)
-        self.segment = self.schedule.segment(u)
-        self.generations += 1
-        output, self.cores = self.adapter.generate_and_forward(call, self.strength)
-        return output
+            output = self.base.backbone(**call)[0]
+        else:
+            output = self.adapter.predict(self.run, Chunk(None, 0, tuple(x.shape)), call, self.strength)
+        return self.base.prediction(output, x)
 
 
 @torch.no_grad()
@@ -88,19 +80,19 @@ def rollout(
         until: stop before this step, once its state is there; None goes to the end.
     """
     times = base.process.times(steps)
-    weights = Weights(base, adapter, schedule, strength)
+    model = Model(base, adapter, schedule, strength)
     conditions = cond if uncond is None else join(cond, uncond)
     x, states, generated_at, predictions = noise_BCHW, list[Tensor](), list[int](), list[Tensor]()
     for index, t in enumerate(times):
-        before = weights.generations
+        before = model.run.generations
         states.append(x)
         if index == until:
             break
         if uncond is None:
-            output = weights.predict(x, t, conditions)
+            output = model.predict(x, t, conditions)
         else:
-            output = guided(*weights.predict(torch.cat([x, x]), t, conditions).chunk(2), guidance)
-        generated_at.append(index if weights.generations > before or not generated_at else generated_at[-1])
+            output = guided(*model.predict(torch.cat([x, x]), t, conditions).chunk(2), guidance)
+        generated_at.append(index if model.run.generations > before or not generated_at else generated_at[-1])
         x0, noise = base.process.predictions(x, output, torch.full((x.shape[0],), t, device=x.device))
         predictions.append(x0)
         last = index + 1 == steps
@@ -109,4 +101,4 @@ def rollout(
             if last
             else base.process.add_noise(x0, noise, torch.full_like(x[:, 0, 0, 0], times[index + 1]))
         )
-    return Trajectory(states, times, generated_at, weights.generations, predictions, x)
+    return Trajectory(states, times, generated_at, model.run.generations, predictions, x)

@@ -27,7 +27,7 @@ from ..families.dit import TransformerSpec
 from ..families.flux import FluxSpec
 from ..hosts.diffusers.adapter import Adapter, latents_argument, spec_of
 from ..hosts.diffusers.session import Session, denoiser_of
-from ..hosts.forward_slots import owners
+from ..hosts.forwards import owners
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

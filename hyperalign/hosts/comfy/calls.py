@@ -12,8 +12,6 @@ from ..run_state import Chunk
 
 OPTIONS_INDEX = 5
 """Position of transformer_options among the arguments of the host's apply_model."""
-Patches = Mapping[str, list[Any]]
-"""The host's patches by where they act."""
 
 
 @contextlib.contextmanager
@@ -32,6 +30,11 @@ def options_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, A
     return args[OPTIONS_INDEX] if len(args) > OPTIONS_INDEX else kwargs.get("transformer_options", {})
 
 
+def will_be_compiled(options: Mapping[str, Any]) -> bool:
+    """Returns whether the host's TorchCompileModel acts on a call, before or after our own wrapper."""
+    return "torch.compile" in options.get("wrappers", {}).get("apply_model", {})
+
+
 def chunks_of(x_BCHW: Tensor, options: Mapping[str, Any]) -> list[Chunk]:
     """Returns the conditionings whose rows lie one after the other in a call."""
     roles: Sequence[int] = options.get("cond_or_uncond") or [0]
@@ -40,23 +43,12 @@ def chunks_of(x_BCHW: Tensor, options: Mapping[str, Any]) -> list[Chunk]:
     return [Chunk(source, role, shape) for source, role in zip(sources, roles, strict=True)]
 
 
-def with_patches(
-    args: Sequence[Any], kwargs: dict[str, Any], ours: Patches
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the call's arguments with our patches ahead of everybody else's."""
-    options = options_of(args, kwargs)
-    patches: Mapping[str, Any] = options.get("patches", {})
-    joined = {kind: [*added, *patches.get(kind, [])] for kind, added in ours.items()}
-    return _replace_options(args, kwargs, {**options, "patches": {**patches, **joined}})
-
-
 def perception_arguments(
-    args: Sequence[Any], kwargs: dict[str, Any], ours: Patches
+    args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the call's arguments without control and without anybody's patches but ours."""
+    """Returns the call's arguments without control and without patches, as the hypernetwork was trained."""
     options = options_of(args, kwargs)
-    kept = {key: options[key] for key in ("optimized_attention_override",) if key in options}
-    fresh = {**kept, "patches": dict(ours)}
+    fresh = {key: options[key] for key in ("optimized_attention_override",) if key in options}
     without_control = [None if index == OPTIONS_INDEX - 1 else value for index, value in enumerate(args)]
     named = {key: value for key, value in kwargs.items() if key != "control"}
     return _replace_options(without_control, named, fresh)

@@ -18,7 +18,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..hooks import restore_forward
+from ..forwards import replace_forward, restore_forward
 
 PLAIN: tuple[type[Tensor], ...] = (Tensor, nn.Parameter)
 """Quantised weights are of other types; they become plain tensors, outside inference mode, when used."""
@@ -72,15 +72,15 @@ def recomputed_in_backward(networks: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replaced(modules: Iterable[nn.Module], way: Callable[..., Any]) -> Iterator[None]:
-    replaced: list[tuple[nn.Module, Any]] = []
+    replaced: list[tuple[nn.Module, Any, Any]] = []
     try:
         for module in modules:
-            replaced.append((module, module.__dict__.get("forward")))
-            module.forward = partial(way, module, module.forward)
+            forward = partial(way, module, module.forward)
+            replaced.append((module, forward, replace_forward(module, forward)))
         yield
     finally:
-        for module, previous in reversed(replaced):
-            restore_forward(module, previous)
+        for module, forward, original in reversed(replaced):
+            restore_forward(module, forward, original)
 
 
 def _blocks(network: nn.Module) -> Iterator[nn.Module]:

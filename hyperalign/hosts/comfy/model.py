@@ -7,37 +7,28 @@ Modules, device and dtype are taken from the call, because the host moves and co
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import comfy.model_management
 import comfy.ops
-import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from torch import Tensor, nn
+from torch import nn
 
 from ... import checkpoint
 from ...checkpoint import Header, HyperAlign, check_base
 from ...errors import HyperAlignError
 from ...families import flux, sd3, unet
-from ...families.dit import TransformerSpec
-from ...hypernetwork import HyperNetwork
 from ...schedule import Schedule, Variant
-from ...strength import StrengthCurve, TargetStrengths, overlap, scaled
+from ...strength import StrengthCurve, overlap
 from ...targets import BaseSpec
-from ..hooks import TargetHooks
-from ..run_state import Chunk, Run
-from ..tracing import Recorder, TracedRun
-from .calls import chunks_of, eager, options_of, perception_arguments, with_patches
-from .perceivers import DownPath, FirstBlocks, Perceiver, PerceptionDone, stop_perception
+from ..tracing import Recorder
+from .adapter import Adapter
 
-LOG = logging.getLogger(__name__)
 KEY = "hyperalign"
 KNOWN = "SD 1.5, SDXL, FLUX.1, SD 3.5 medium and its own tiny model"
 
@@ -149,186 +140,6 @@ def spec_of(model: Any) -> BaseSpec:
     raise HyperAlignError(
         f"The MODEL is a {type(model).__name__}; HyperAlign knows {KNOWN}. Connect such a model."
     )
-
-
-def perceiver_of(spec: BaseSpec, perception_blocks: int) -> Perceiver:
-    """Returns what gathers the features of a base model. Raises HyperAlignError for a kind without one."""
-    if isinstance(spec, TransformerSpec):
-        return FirstBlocks(spec, perception_blocks)
-    if isinstance(spec, unet.UNetSpec):
-        return DownPath(spec.perception_input_blocks)
-    raise HyperAlignError(f"HyperAlign cannot look into a {spec.family} model; update HyperAlign.")
-
-
-class Adapter:
-    """The three wrappers of one application of a hypernetwork, and the state of its current run."""
-
-    def __init__(
-        self,
-        hyperalign: HyperAlign,
-        spec: BaseSpec,
-        schedule: Schedule,
-        strength: float,
-        window: tuple[float, float],
-        curve: StrengthCurve | None,
-        recorder: Recorder | None,
-    ) -> None:
-        self._network: HyperNetwork = hyperalign.network
-        self._mode = hyperalign.header.mode
-        self._schedule = schedule
-        self._window = window
-        self._last_timestep = spec.last_timestep
-        self._perceiver = perceiver_of(spec, hyperalign.header.perception_blocks)
-        names = [target.name for target in hyperalign.header.targets]
-        self._strengths = None if curve is None else TargetStrengths(curve, spec.family, names)
-        places = [spec.place(name) for name in names]
-        self._hooks = TargetHooks(hyperalign.network, strength, places)
-        self._strength = strength
-        self._recorder = recorder
-        self._run: Run | None = None
-
-    def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Opens a run and drops its state at the end, also after an error or an interrupt."""
-        previous, self._run = self._run, self._new_run()
-        self._hooks.new_run()
-        try:
-            result = executor(*args, **kwargs)
-            self._report(self._run)
-            self._keep(self._run, result)
-            return result
-        finally:
-            self._run = previous
-            self._hooks.new_run()
-
-    def predict_noise(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Opens an evaluation; all of its calls (cond, uncond, regions) belong together."""
-        run = self._run
-        if run is None:
-            return executor(*args, **kwargs)
-        run.begin_evaluation()
-        try:
-            x0_BCHW = executor(*args, **kwargs)
-        finally:
-            run.end_evaluation()
-        if isinstance(run, TracedRun):
-            self._note(run, executor.class_obj.inner_model, args[1], x0_BCHW)
-        return x0_BCHW
-
-    def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Runs one call with every row's own weights, writing those that are due.
-
-        A gradient may go through the call, but not through what generates the weights.
-        """
-        model, x_BCHW, sigma_B = executor.class_obj, args[0], args[1]
-        # Also where nothing is written or added: graphs compiled with the patches fail on calls without them.
-        args, kwargs = with_patches(args, kwargs, self._perceiver.patches)
-        if not self._is_active(model, sigma_B):
-            return executor(*args, **kwargs)
-        strengths_M = self._target_strengths(model, sigma_B)
-        if strengths_M is not None and not strengths_M.any():
-            return executor(*args, **kwargs)
-        run = self._run if self._run is not None else Run(self._schedule)
-        u = self._time(model, sigma_B)
-        chunks = run.enter_call(chunks_of(x_BCHW, options_of(args, kwargs)), u)
-        due = run.due(chunks, u)
-        if isinstance(run, TracedRun):
-            run.note_strengths(strengths_M)
-
-        def write(features: Sequence[Tensor]) -> None:
-            self._write(run, chunks, due, u, features)
-            self._set_cores(run, chunks, strengths_M)
-
-        base = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)
-        if due and self._network.is_static:
-            write([x_BCHW])
-        elif due and self._mode == "separate":
-            write(self._perceive(model, base, args, kwargs))
-        if due and not self._network.is_static and self._mode == "prefix":
-            # The unadapted first blocks of this very forward are the perception.
-            with self._hooks.installed(base), self._perceiver.collecting(base, x_BCHW, write):
-                return executor(*args, **kwargs)
-        with self._hooks.installed(base):
-            self._set_cores(run, chunks, strengths_M)
-            return executor(*args, **kwargs)
-
-    def _is_active(self, model: Any, sigma_B: Tensor) -> bool:
-        start, end = (float(model.model_sampling.percent_to_sigma(percent)) for percent in self._window)
-        return end <= float(sigma_B.flatten()[0]) <= start
-
-    def _target_strengths(self, model: Any, sigma_B: Tensor) -> Tensor | None:
-        """Returns the curve's factor (M,) on each target's strength, None without a curve."""
-        if self._strengths is None:
-            return None
-        return self._strengths.at(float(sigma_B.flatten()[0]), model.model_sampling.percent_to_sigma)
-
-    def _time(self, model: Any, sigma_B: Tensor) -> float:
-        """Returns u in [0, 1], 1 being pure noise."""
-        return float(model.model_sampling.timestep(sigma_B).flatten()[0]) / self._last_timestep
-
-    @torch.no_grad()
-    def _perceive(
-        self, model: Any, base: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> list[Tensor]:
-        """Returns the unadapted features of each level for the inputs of a call.
-
-        The host's own `_apply_model` prepares the inputs. Patches and control of others are left
-        out, so that features are what the hypernetwork was trained on; control nets would also lose
-        their tensors to the first of two forwards.
-        """
-        positional, named = perception_arguments(args, kwargs, self._perceiver.patches)
-        collecting = self._perceiver.collecting(base, args[0], stop_perception)
-        with eager(model, base), collecting as features, contextlib.suppress(PerceptionDone):
-            model._apply_model(*positional, **named)
-            raise HyperAlignError(
-                "The MODEL ended before its last perception block; update HyperAlign or ComfyUI."
-            )
-        return features
-
-    @torch.no_grad()
-    def _write(
-        self, run: Run, chunks: Sequence[Chunk], due: Sequence[int], u: float, features: Sequence[Tensor]
-    ) -> None:
-        """Generates and keeps the weights of the chunks that are due."""
-        per_chunk = [feature.chunk(len(chunks)) for feature in features]
-        cores_BMDA = self._network([torch.cat([level[index] for index in due]) for level in per_chunk])
-        for index, cores_RMDA in zip(due, cores_BMDA.chunk(len(due)), strict=True):
-            run.write(chunks[index], cores_RMDA, u)
-
-    def _set_cores(self, run: Run, chunks: Sequence[Chunk], strengths_M: Tensor | None) -> None:
-        """Gives the call its rows' cores; what the run keeps for I and P stays unscaled."""
-        cores_BMDA = run.cores(chunks)
-        self._hooks.set_cores(cores_BMDA if strengths_M is None else scaled(cores_BMDA, strengths_M))
-
-    def _new_run(self) -> Run:
-        return Run(self._schedule) if self._recorder is None else self._recorder.open(self._schedule)
-
-    def _note(self, run: TracedRun, model: Any, sigma_B: Tensor, x0_BCHW: Tensor) -> None:
-        """Tells a traced run what an evaluation was, without waiting for the device."""
-        run.note_time(model.model_sampling.timestep(sigma_B).flatten()[0] / self._last_timestep)
-        if run.keeps_predictions:
-            # A sampler may change the prediction in place.
-            run.note_prediction(model.process_latent_out(x0_BCHW.detach().clone()))
-
-    def _keep(self, run: Run, samples: object) -> None:
-        if self._recorder is not None and isinstance(run, TracedRun):
-            self._recorder.keep(run, self._network, self._strength, samples)
-
-    def _report(self, run: Run) -> None:
-        LOG.info(
-            "HyperAlign run: variant=%s targets=%d/%d evaluations=%d generations=%d",
-            run.schedule.variant,
-            len(self._hooks.called),
-            len(self._network.targets),
-            run.evaluations,
-            run.generations,
-        )
-        if run.generations and len(self._hooks.called) < len(self._network.targets):
-            LOG.warning(
-                "HyperAlign reached only %d of %d layers: another patch or the host bypasses them. "
-                "Remove other model patches, or update HyperAlign.",
-                len(self._hooks.called),
-                len(self._network.targets),
-            )
 
 
 def _check_numbers(strength: float, start_percent: float, end_percent: float) -> None:

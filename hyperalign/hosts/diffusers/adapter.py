@@ -1,15 +1,14 @@
 """Runs a diffusers U-Net or transformer with generated weights; cores are an explicit argument.
 
-Training needs them so: a backward pass replays blocks when the forward is long gone.
+Training needs them so: a backward pass replays blocks after the forward has ended.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +18,13 @@ from ...checkpoint import HyperAlign, check_base
 from ...errors import HyperAlignError
 from ...families import flux, sd3, unet
 from ...families.dit import TransformerSpec
-from ...perception import token_map
-from ...targets import BaseSpec
-from ..forward_slots import watched
-from ..lowrank import LowRank, fold, give, install, remove
+from ...targets import BaseSpec, Place
+from ..features import FeatureMap, ImageTokens, PerceptionDone, collecting, first_output, stop_forward
+from ..layers import AdaptedLayers, LowRank
+from ..run_state import Chunk, Run
 
 Call = Mapping[str, Any]
 """The keyword arguments of one forward of a base model."""
-
-
-class _PerceptionDone(Exception):
-    """Ends a forward once the down path has been seen."""
 
 
 def is_a(model: nn.Module, name: str) -> bool:
@@ -56,14 +51,6 @@ def _has_gradient(values: Iterable[Any]) -> bool:
     return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
-@dataclass(frozen=True, slots=True)
-class _Active:
-    """The weights of one forward."""
-
-    slot: Sequence[LowRank]
-    """Holds them once they are written."""
-
-
 class Adapter:
     """Runs a frozen base model with generated weights; nothing of it is changed between calls."""
 
@@ -75,27 +62,30 @@ class Adapter:
         self.network = hyperalign.network
         self.header = hyperalign.header
         self._spec = spec
-        self._modules = [base.get_submodule(target.name) for target in hyperalign.header.targets]
-        self._levels = _perception_modules(base, spec, hyperalign.header.perception_blocks)
-        self._active: _Active | None = None
+        self._layers = AdaptedLayers(hyperalign.network, [Place(t.name) for t in hyperalign.header.targets])
+        self._modules = [base.get_submodule(path) for path in self._layers.paths]
+        self._perception_blocks = _perception_blocks(base, spec, hyperalign.header.perception_blocks)
+        self._weights: list[Sequence[LowRank]] | None = None
+        """Of the running forward: one entry, once generated. None while no adapted forward runs."""
         self._inside: dict[nn.Module, list[int]] = {}
-        self._folded: tuple[Tensor, float, LowRank] | None = None
+        self._folded: tuple[Tensor, float, tuple[LowRank, ...]] | None = None
 
     def checkpoint_activations(self) -> None:
         """Makes backward passes recompute the base model's blocks, weights and all, to save memory.
 
-        A block is replayed when its forward, and the hooks with it, are long gone. So each replay
-        gets hooks of its own, with the cores its forward ran with. What comes before the first
+        A block is replayed when its forward, and its adapted layers with it, are long gone. So each replay
+        adapts the block's layers anew, with the weights its forward ran with. What comes before the first
         adapted layer has no gradient and is never replayed; perception may end in there.
         """
 
         def run(block: nn.Module, *args: Any) -> Any:
-            active = self._active
-            if active is None or not (_has_gradient(args) or self._targets_inside(block)):
+            weights = self._weights
+            inside = self._layers_inside(block)
+            if weights is None or not (_has_gradient(args) or inside):
                 return block(*args)
 
             def contexts() -> tuple[Any, Any]:
-                return contextlib.nullcontext(), self._hooked(active, block)
+                return contextlib.nullcontext(), self._replaying(weights, inside)
 
             return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
 
@@ -106,15 +96,28 @@ class Adapter:
         """Returns u in [0, 1] of a call, 1 being pure noise."""
         return float(torch.as_tensor(call["timestep"]).flatten()[0]) / self._spec.last_timestep
 
+    def predict(self, run: Run, chunk: Chunk, call: Call, strength: float = 1.0) -> Tensor:
+        """Returns the prediction of one evaluation of a run, generating weights when its schedule says so.
+
+        Args:
+            run: decides whether the chunk's weights are generated or reused, and keeps them.
+            chunk: the identity of the call's samples within the run.
+            call: the base model's arguments.
+            strength: of the change; 0 is the base model.
+        """
+        u = self.time(call)
+        chunks = run.enter_call([chunk], u)
+        if not run.due(chunks, u):
+            return self.forward(call, run.cores(chunks), strength)
+        prediction, cores_BMDA = self.generate_and_forward(call, strength)
+        run.write(chunks[0], cores_BMDA, u)
+        return prediction
+
     @torch.no_grad()
     def perceive(self, call: Call) -> list[Tensor]:
         """Returns the unadapted features of a call, one map (B, C, H, W) per level."""
-        features: list[Tensor] = []
-
-        def stop(_: list[Tensor]) -> NoReturn:
-            raise _PerceptionDone
-
-        with self._collecting(call, features, stop), contextlib.suppress(_PerceptionDone):
+        collector = collecting(self._perception_blocks, self._feature_map(call), stop_forward)
+        with collector as features, contextlib.suppress(PerceptionDone):
             self.base(**call)
         return features
 
@@ -135,78 +138,58 @@ class Adapter:
             cores_BMDA = self.network(self.perceive(call))
             return self.forward(call, cores_BMDA, strength), cores_BMDA
         cores: list[Tensor] = []
-        slot: list[LowRank] = []
-        features: list[Tensor] = []
+        weights: list[Sequence[LowRank]] = []
 
-        def generate(seen: list[Tensor]) -> None:
-            cores.append(self.network([f.detach() for f in seen]))
-            slot.append(self._fold(call, cores[0], strength))
-            self._give(slot[0], range(len(self._modules)))
+        def generate(features: Sequence[Tensor]) -> None:
+            cores.append(self.network([feature.detach() for feature in features]))
+            weights.append(self._fold(call, cores[0], strength))
+            self._layers.give(weights[0])
 
-        with self._collecting(call, features, generate), self._adapted(slot):
+        collector = collecting(self._perception_blocks, self._feature_map(call), generate)
+        with collector, self._adapted(weights):
             prediction = self.base(**call)[0]
         return prediction, cores[0]
 
-    def _fold(self, call: Call, cores_BMDA: Tensor, strength: float) -> LowRank:
-        """Returns the weights of a forward; those at hand while the same cores serve, as in I and P."""
+    def _fold(self, call: Call, cores_BMDA: Tensor, strength: float) -> tuple[LowRank, ...]:
+        """Returns the layers' weights; the last ones while the same cores serve, as in I and P."""
         known = None if torch.is_grad_enabled() else self._folded
         if known is not None and known[0] is cores_BMDA and known[1] == strength:
             return known[2]
-        weights = fold(self.network, cores_BMDA, strength, call[latents_argument(self.base)].dtype)
+        weights = self._layers.fold(cores_BMDA, strength, call[latents_argument(self.base)].dtype)
         # What has a gradient may be replayed once the parameters are others.
         self._folded = None if torch.is_grad_enabled() else (cores_BMDA, strength, weights)
         return weights
 
     @contextlib.contextmanager
-    def _collecting(
-        self, call: Call, features: list[Tensor], done: Callable[[list[Tensor]], None]
-    ) -> Iterator[None]:
-        """Gathers each level's feature and calls `done` after the last one."""
-
-        def seen(output: Any) -> None:
-            features.append(_feature_map(self._spec, call, output))
-            if len(features) == len(self._levels):
-                done(features)
-
-        with contextlib.ExitStack() as watches:
-            for module in self._levels:
-                watches.enter_context(watched(module, seen))
-            yield
-
-    @contextlib.contextmanager
-    def _adapted(self, slot: Sequence[LowRank]) -> Iterator[None]:
-        """Adapts a forward with the weights in `slot[0]`, which may arrive mid-forward."""
-        self._active = _Active(slot)
+    def _adapted(self, weights: list[Sequence[LowRank]]) -> Iterator[None]:
+        """Adapts a forward with the weights in `weights[0]`, which may be generated in the middle of it."""
+        self._weights = weights
         try:
-            with self._hooked(self._active, self.base):
+            with self._layers.installed(self._modules):
+                if weights:
+                    self._layers.give(weights[0])
                 yield
         finally:
-            self._active = None
+            self._weights = None
 
     @contextlib.contextmanager
-    def _hooked(self, active: _Active, part: nn.Module) -> Iterator[None]:
-        """Lets each target inside `part` of the base model add its delta."""
-        inside = self._targets_inside(part)
-        originals = [install(self._modules[index]) for index in inside]
-        if active.slot:
-            self._give(active.slot[0], inside)
-        try:
+    def _replaying(self, weights: Sequence[Sequence[LowRank]], inside: Sequence[int]) -> Iterator[None]:
+        """Adapts the layers inside a block again, for its replay in the backward pass."""
+        with self._layers.installed(self._modules, inside):
+            self._layers.give(weights[0], inside)
             yield
-        finally:
-            for index, original in zip(inside, originals, strict=True):
-                remove(self._modules[index], original)
 
-    def _give(self, weights: LowRank, inside: Sequence[int]) -> None:
-        for index in inside:
-            give(self._modules[index], weights, index)
-
-    def _targets_inside(self, part: nn.Module) -> range | list[int]:
-        if part is self.base:
-            return range(len(self._modules))
+    def _layers_inside(self, part: nn.Module) -> list[int]:
         if part not in self._inside:
             modules = set(part.modules())
             self._inside[part] = [i for i, module in enumerate(self._modules) if module in modules]
         return self._inside[part]
+
+    def _feature_map(self, call: Call) -> FeatureMap:
+        spec = self._spec
+        if isinstance(spec, TransformerSpec):
+            return ImageTokens(_grid(spec, call), index=1)
+        return first_output
 
 
 def check_projections(base: nn.Module) -> None:
@@ -234,19 +217,12 @@ def latents_argument(base: nn.Module) -> str:
     return "sample" if is_a(base, unet.DIFFUSERS_CLASS) else "hidden_states"
 
 
-def _perception_modules(base: nn.Module, spec: BaseSpec, perception_blocks: int) -> list[nn.Module]:
+def _perception_blocks(base: nn.Module, spec: BaseSpec, perception_blocks: int) -> list[nn.Module]:
     """Returns the modules whose outputs are the features, in forward order."""
     if isinstance(spec, TransformerSpec):
         return [base.get_submodule(spec.perception_paths(perception_blocks)[0])]
     blocks: Any = base.get_submodule("down_blocks")
     return [_last_of(block) for block in blocks]
-
-
-def _feature_map(spec: BaseSpec, call: Call, output: Any) -> Tensor:
-    """Returns the map (B, C, H, W) in the output of a perception module."""
-    if isinstance(spec, TransformerSpec):
-        return token_map(output[1], _grid(spec, call))
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def _grid(spec: TransformerSpec, call: Call) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...checkpoint import HyperAlign, load
 from ...errors import HyperAlignError
 from ...schedule import Schedule, Variant
-from ..forward_slots import owners, replace_forward, take_out_forward
+from ..forwards import owners, replace_forward, restore_forward
 from ..run_state import Chunk, Run
 from .adapter import Adapter, Call, check_projections, latents_argument
 
@@ -76,12 +76,7 @@ class Session:
         if next(self.adapter.network.parameters()).device != x.device:
             self.adapter.network.to(x.device)
         source = self._conditioning(call["encoder_hidden_states"])
-        chunks = self._run.enter_call([Chunk(source, 0, tuple(x.shape))], u)
-        if not self._run.due(chunks, u):
-            return self.adapter.forward(call, self._run.cores(chunks), self.strength)
-        prediction, cores_BMDA = self.adapter.generate_and_forward(call, self.strength)
-        self._run.write(chunks[0], cores_BMDA, u)
-        return prediction
+        return self.adapter.predict(self._run, Chunk(source, 0, tuple(x.shape)), call, self.strength)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the base model's forward."""
@@ -99,7 +94,7 @@ class Session:
     def detach(self) -> None:
         """Gives the base model back as it was; a second call does nothing."""
         self._attached = False
-        take_out_forward(self.adapter.base, self.forward, self._original)
+        restore_forward(self.adapter.base, self.forward, self._original)
 
     def __enter__(self) -> Session:
         return self

@@ -128,7 +128,7 @@ def both_hosts_agree(family, make_hyperalign, mode, variant):
 def test_a_fused_slice_gets_the_delta_of_its_own_rows(family, make_hyperalign):
     """Against a copy of W to which the whole low-rank product was added, row by row."""
     from hyperalign.delta import merged_delta
-    from hyperalign.hosts.hooks import TargetHooks
+    from hyperalign.hosts.layers import AdaptedLayers
 
     spec, _, theirs, _, _ = family
     network = make_hyperalign(spec=spec, mode="separate").hyperalign.network
@@ -146,9 +146,10 @@ def test_a_fused_slice_gets_the_delta_of_its_own_rows(family, make_hyperalign):
                 a_aux, b_aux, cores[0, index]
             )
     x = torch.randn(1, 7, spec.hidden, generator=torch.Generator().manual_seed(5))
-    hooks = TargetHooks(network, 1.0, places)
-    with torch.no_grad(), hooks.installed(base):
-        hooks.set_cores(cores)
+    layers = AdaptedLayers(network, places)
+    modules = [base.get_submodule(path) for path in layers.paths]
+    with torch.no_grad(), layers.installed(modules):
+        layers.give(layers.fold(cores, 1.0, torch.float32))
         hooked = layer(x)
     expected = torch.nn.functional.linear(x, weight, layer.bias)
     torch.testing.assert_close(hooked, expected, atol=1e-4, rtol=1e-4)

@@ -131,18 +131,18 @@ def test_each_evaluation_gets_the_curves_strength_at_its_noise(
 def test_group_strengths_are_cores_scaled_by_hand(
     tiny, sample, make_hyperalign, apply, monkeypatch, mode, variant
 ):
-    from hyperalign.hosts.hooks import TargetHooks
+    from hyperalign.hosts.layers import AdaptedLayers
 
     factors, hyperalign = (0.25, 0.0, -1.0), make_hyperalign(mode=mode, variant=variant)
     names = [target.name for target in hyperalign.header.targets]
     by_hand_M = torch.tensor([factors[group] for group in groups_of("tiny", names)])
     curved = sample(apply(tiny.model, hyperalign, strength_curve=StrengthCurve(groups=factors)))
 
-    def set_cores(hooks, cores_BMDA):
-        original(hooks, cores_BMDA * by_hand_M[:, None, None])
+    def fold(layers, cores_BMDA, *settings):
+        return original(layers, cores_BMDA * by_hand_M[:, None, None], *settings)
 
-    original = TargetHooks.set_cores
-    monkeypatch.setattr(TargetHooks, "set_cores", set_cores)
+    original = AdaptedLayers.fold
+    monkeypatch.setattr(AdaptedLayers, "fold", fold)
     assert torch.equal(curved, sample(apply(tiny.model, hyperalign)))
 
 

@@ -1,0 +1,277 @@
+"""The wrappers by which a ComfyUI MODEL samples with generated weights, and the state of their run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoint import HyperAlign
+from ...errors import HyperAlignError
+from ...families.dit import TransformerSpec
+from ...families.unet import UNetSpec
+from ...hypernetwork import HyperNetwork
+from ...schedule import Schedule
+from ...strength import StrengthCurve, TargetStrengths, scaled
+from ...targets import BaseSpec
+from ..features import FeatureMap, ImageTokens, PerceptionDone, collecting, first_output, stop_forward
+from ..layers import AdaptedLayers, LowRank
+from ..run_state import Chunk, Run
+from ..tracing import Recorder, TracedRun
+from .calls import chunks_of, eager, options_of, perception_arguments, will_be_compiled
+
+LOG = logging.getLogger(__name__)
+
+
+class Adapter:
+    """The three wrappers of one application of a hypernetwork, and the state of its current run."""
+
+    def __init__(
+        self,
+        hyperalign: HyperAlign,
+        spec: BaseSpec,
+        schedule: Schedule,
+        strength: float,
+        window: tuple[float, float],
+        curve: StrengthCurve | None,
+        recorder: Recorder | None,
+    ) -> None:
+        self._network: HyperNetwork = hyperalign.network
+        self._header = hyperalign.header
+        self._spec = spec
+        self._schedule = schedule
+        self._window = window
+        names = [target.name for target in hyperalign.header.targets]
+        self._strengths = None if curve is None else TargetStrengths(curve, spec.family, names)
+        self._strength = strength
+        self._layers = AdaptedLayers(hyperalign.network, [spec.place(name) for name in names])
+        self._folded: tuple[Tensor, torch.dtype, tuple[LowRank, ...]] | None = None
+        self._recorder = recorder
+        self._run: Run | None = None
+
+    def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Opens a run and drops its state at the end, also after an error or an interrupt."""
+        previous, self._run = self._run, self._new_run()
+        self._reset()
+        try:
+            result = executor(*args, **kwargs)
+            self._report(self._run)
+            self._keep(self._run, result)
+            return result
+        finally:
+            self._run = previous
+            self._reset()
+
+    def predict_noise(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Opens an evaluation; all of its calls (cond, uncond, regions) belong together."""
+        run = self._run
+        if run is None:
+            return executor(*args, **kwargs)
+        run.begin_evaluation()
+        try:
+            x0_BCHW = executor(*args, **kwargs)
+        finally:
+            run.end_evaluation()
+        if isinstance(run, TracedRun):
+            self._note(run, executor.class_obj.inner_model, args[1], x0_BCHW)
+        return x0_BCHW
+
+    def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Runs one call with weights for each of its samples, generating those that are due.
+
+        A gradient may go through the call, but not through the generation.
+        """
+        model, x_BCHW, sigma_B = executor.class_obj, args[0], args[1]
+        strengths_M = self._target_strengths(model, sigma_B)
+        if not self._is_active(model, sigma_B) or (strengths_M is not None and not strengths_M.any()):
+            return executor(*args, **kwargs)
+        run = self._run if self._run is not None else Run(self._schedule)
+        u = self._time(model, sigma_B)
+        chunks = run.enter_call(chunks_of(x_BCHW, options_of(args, kwargs)), u)
+        due = run.due(chunks, u)
+        if isinstance(run, TracedRun):
+            run.note_strengths(strengths_M)
+        base = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)
+        call = _Call(self, run, chunks, due, strengths_M, _compute_dtype(model))
+        is_compiled = base is not model.diffusion_model or will_be_compiled(options_of(args, kwargs))
+        in_forward = bool(due) and self._generates_in_forward(is_compiled)
+        if due and not in_forward:
+            call.generate([x_BCHW] if self._network.is_static else self._perceive(model, base, args, kwargs))
+        modules = [base.get_submodule(path) for path in self._layers.paths]
+        with self._layers.installed(modules), contextlib.ExitStack() as stack:
+            if in_forward:
+                # The unadapted first blocks of this very forward are the perception.
+                stack.enter_context(collecting(*self._perception(base, x_BCHW), call.generate, traced=True))
+            elif not due:
+                call.give_weights()
+            result = executor(*args, **kwargs)
+        call.store(u)
+        return result
+
+    def fold(self, cores_BMDA: Tensor, dtype: torch.dtype) -> tuple[LowRank, ...]:
+        """Returns the layers' weights of some cores, those of the last call while the same cores serve."""
+        if torch.compiler.is_compiling():
+            return self._layers.fold(cores_BMDA, self._strength, dtype)
+        known = self._folded
+        if known is None or known[0] is not cores_BMDA or known[1] != dtype:
+            # Guidance takes gradients through the layers, which no tensor of an inference mode lets pass.
+            with torch.inference_mode(False), torch.no_grad():
+                known = (cores_BMDA, dtype, self._layers.fold(cores_BMDA, self._strength, dtype))
+            self._folded = known
+        return known[2]
+
+    def _generates_in_forward(self, is_compiled: bool) -> bool:
+        """Returns whether the hypernetwork runs in the middle of the adapted forward.
+
+        In `prefix` mode it does. A compiled forward must be the same at every step, and that of P and I
+        generates weights at some steps only: there the perception blocks run once more, uncompiled.
+        """
+        if self._network.is_static or self._header.mode == "separate":
+            return False
+        return not is_compiled or self._schedule.variant == "S"
+
+    def _perception(self, base: Any, x_BCHW: Tensor) -> tuple[list[nn.Module], FeatureMap]:
+        """Returns the perception blocks of a base model, and what makes a feature map of their outputs."""
+        spec = self._spec
+        if isinstance(spec, TransformerSpec):
+            path = spec.perception_paths(self._header.perception_blocks)[1]
+            height, width = (-(-side // spec.patch) for side in x_BCHW.shape[-2:])
+            return [base.get_submodule(path)], ImageTokens((height, width), spec.image_output)
+        if isinstance(spec, UNetSpec):
+            # The host runs the layers of an input block one by one, without a forward of the block.
+            return [base.input_blocks[number][-1] for number in spec.perception_input_blocks], first_output
+        raise HyperAlignError(f"HyperAlign knows no perception blocks of a {spec.family} model; update it.")
+
+    @torch.no_grad()
+    def _perceive(
+        self, model: Any, base: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> list[Tensor]:
+        """Returns the unadapted features of each level for the inputs of a call.
+
+        The host's own `_apply_model` prepares the inputs. Patches and control of others are left
+        out, so that features are what the hypernetwork was trained on; control nets would also lose
+        their tensors to the first of two forwards.
+        """
+        positional, named = perception_arguments(args, kwargs)
+        features = collecting(*self._perception(base, args[0]), stop_forward)
+        with eager(model, base), features as found, contextlib.suppress(PerceptionDone):
+            model._apply_model(*positional, **named)
+            raise HyperAlignError(
+                "The MODEL ended before its last perception block; update HyperAlign or ComfyUI."
+            )
+        return found
+
+    def _is_active(self, model: Any, sigma_B: Tensor) -> bool:
+        start, end = (float(model.model_sampling.percent_to_sigma(percent)) for percent in self._window)
+        return end <= float(sigma_B.flatten()[0]) <= start
+
+    def _target_strengths(self, model: Any, sigma_B: Tensor) -> Tensor | None:
+        """Returns the curve's factor (M,) on each target's strength, None without a curve."""
+        if self._strengths is None:
+            return None
+        return self._strengths.at(float(sigma_B.flatten()[0]), model.model_sampling.percent_to_sigma)
+
+    def _time(self, model: Any, sigma_B: Tensor) -> float:
+        """Returns u in [0, 1], 1 being pure noise."""
+        return float(model.model_sampling.timestep(sigma_B).flatten()[0]) / self._spec.last_timestep
+
+    def _new_run(self) -> Run:
+        return Run(self._schedule) if self._recorder is None else self._recorder.open(self._schedule)
+
+    def _reset(self) -> None:
+        self._layers.reset()
+        self._folded = None
+
+    def _note(self, run: TracedRun, model: Any, sigma_B: Tensor, x0_BCHW: Tensor) -> None:
+        """Records an evaluation's time and prediction, without waiting for the device."""
+        run.note_time(model.model_sampling.timestep(sigma_B).flatten()[0] / self._spec.last_timestep)
+        if run.keeps_predictions:
+            # A sampler may change the prediction in place.
+            run.note_prediction(model.process_latent_out(x0_BCHW.detach().clone()))
+
+    def _keep(self, run: Run, samples: object) -> None:
+        if self._recorder is not None and isinstance(run, TracedRun):
+            self._recorder.keep(run, self._network, self._strength, samples)
+
+    def _report(self, run: Run) -> None:
+        reached, targets = self._layers.targets_reached, len(self._network.targets)
+        LOG.info(
+            "HyperAlign run: variant=%s targets=%d/%d evaluations=%d generations=%d",
+            run.schedule.variant, reached, targets, run.evaluations, run.generations,
+        )  # fmt: skip
+        if run.generations and reached < targets:
+            LOG.warning(
+                "HyperAlign reached only %d of %d layers: another patch or the host bypasses them. "
+                "Remove other model patches, or update HyperAlign.",
+                reached, targets,
+            )  # fmt: skip
+
+    def network(self, features: Sequence[Tensor]) -> Tensor:
+        """Returns the cores (B, M, b, a) of some features."""
+        return self._network(features)
+
+    def give(self, weights: Sequence[LowRank]) -> None:
+        """Gives the layers their weights."""
+        self._layers.give(weights)
+
+
+class _Call:
+    """One call of the model: which weights it generates, and which it reuses."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        run: Run,
+        chunks: Sequence[Chunk],
+        due: Sequence[int],
+        strengths_M: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self._adapter, self._run, self._chunks, self._due = adapter, run, chunks, due
+        self._strengths_M, self._dtype = strengths_M, dtype
+        self._is_whole = len(due) == len(chunks)
+        self._cores: Tensor | None = None
+
+    @torch.no_grad()
+    def generate(self, features: Sequence[Tensor]) -> None:
+        """Generates the cores of the chunks that are due, and gives the layers their weights."""
+        if not self._is_whole:
+            per_chunk = [feature.chunk(len(self._chunks)) for feature in features]
+            features = [torch.cat([level[index] for index in self._due]) for level in per_chunk]
+        self._cores = self._adapter.network(features)
+        self.give_weights()
+
+    def give_weights(self) -> None:
+        """Gives the layers the weights of all chunks."""
+        cores_BMDA = self._all_cores()
+        if self._strengths_M is not None:  # what the run keeps for I and P stays unscaled
+            cores_BMDA = scaled(cores_BMDA, self._strengths_M)
+        self._adapter.give(self._adapter.fold(cores_BMDA, self._dtype))
+
+    def store(self, u: float) -> None:
+        """Keeps the generated cores in the run."""
+        if self._cores is None:
+            return
+        for index, cores_RMDA in zip(self._due, self._cores.chunk(len(self._due)), strict=True):
+            self._run.write(self._chunks[index], cores_RMDA, u)
+
+    def _all_cores(self) -> Tensor:
+        if self._cores is None:
+            return self._run.cores(self._chunks)
+        if self._is_whole:
+            return self._cores
+        fresh = dict(zip(self._due, self._cores.chunk(len(self._due)), strict=True))
+        parts = [
+            fresh[index] if index in fresh else self._run.cores([chunk])
+            for index, chunk in enumerate(self._chunks)
+        ]
+        return torch.cat(parts)
+
+
+def _compute_dtype(model: Any) -> torch.dtype:
+    """Returns the type in which the host runs a BaseModel."""
+    return model.get_dtype() if model.manual_cast_dtype is None else model.manual_cast_dtype
