@@ -1,8 +1,8 @@
 """The low-rank weight change of one adapted layer, as pure functions.
 
 A layer with frozen weight W computes for each sample ``y = W x + s B_aux K A_aux x``. A_aux and B_aux are
-learned and shared by all samples; the core ``K = B_hyper A_hyper`` is generated for each sample (Eq 7). At run
-time the change is two products, ``y += (x down) up`` with ``down = (K A_aux)^T`` and ``up = s B_aux^T``.
+learned and shared by all samples; the core ``K = B_hyper A_hyper`` is generated for each sample (Eq 7). At
+run time the change is two products, ``y += (x down) up`` with ``down = (K A_aux)^T`` and ``up = s B_aux^T``.
 
 Shape letters: B samples, N tokens, I input features, O output features, A = a, D = b, R = rank.
 """

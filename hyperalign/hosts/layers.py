@@ -61,8 +61,8 @@ class _Layer:
 class AdaptedLayers:
     """The adapted layers of one hypernetwork in a base model.
 
-    Every layer gets the same function as its forward and reads its weights from itself, so that torch.compile sees
-    one code for all layers, and new weights as new inputs.
+    Every layer gets the same function as its forward and reads its weights from itself, so that torch.compile
+    sees one code for all layers, and new weights as new inputs.
     """
 
     def __init__(self, network: HyperNetwork, places: Sequence[Place]) -> None:
