@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from hyperalign.checkpoint import Header, HyperAlign
 from hyperalign.hosts.diffusers_adapter import Adapter, Call, unet_call
 from hyperalign.hypernetwork import HyperNetworkConfig
 from hyperalign.schedule import Schedule
 from train.bases.base import Conditions
-from train.config import TrainConfig
+from train.config import EvalConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
+from train.loop import Trainer
+from train.materials import Materials, PromptList
+from train.objective import Rewards
 from train.process import Diffusion, Process
 from train.setup import new_hyperalign
 
 NETWORK = HyperNetworkConfig(rank=2, a=3, b=3, width=8, layers=1, heads=1)
+OBJECTIVE = {
+    "prompts": 2, "rollout_steps": 4, "timesteps": 2, "preferred": 3, "reward_weight": 0.5,
+    "preference_weight": 3.0, "guidance": 2.0, "rewards": {"tiny reward": 2.0},
+}  # fmt: skip
+OPTIM = {"steps": 1, "warmup": 0, "lr": 1e-2, "clip": 1e9, "bf16": False}
 
 
 class SmallBase:
@@ -40,7 +52,8 @@ class SmallBase:
         self.process = process
 
     def call(self, x_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Call:
-        return unet_call(x_BCHW, t_B, conditions["context"])
+        dtype = self.backbone.dtype
+        return unet_call(x_BCHW.to(dtype), t_B, conditions["context"].to(dtype))
 
     def prediction(self, output: Tensor, x_BCHW: Tensor) -> Tensor:
         return output.float()
@@ -92,3 +105,73 @@ def normal() -> Callable[..., Tensor]:
         return torch.randn(rows, 4, 4, 4, generator=torch.Generator().manual_seed(seed))
 
     return latents
+
+
+class Pictures:
+    """A stream of preferred pictures behind the `Preferred` protocol: its n-th is the n-th whoever asks."""
+
+    def __init__(self) -> None:
+        self.places: list[tuple[int, int]] = []
+
+    def batch(
+        self, position: int, count: int, rng: np.random.Generator, part: slice
+    ) -> tuple[Tensor, list[str]]:
+        self.places.append((position, count))
+        numbers = range(position, position + count)[part]
+        rows = [torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(n)) for n in numbers]
+        return torch.stack(rows), [f"picture {n}" for n in numbers]
+
+
+def letters(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """A reward that tells pictures and prompts apart."""
+    lengths = torch.tensor([float(len(prompt)) for prompt in prompts])
+    return images.square().mean(dim=(1, 2, 3)) * (1 + lengths)
+
+
+class Evaluations:
+    """Notes each evaluation: the first number of the network that is judged, its header and the grid."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, Header, Path]] = []
+
+    def __call__(self, hyperalign: HyperAlign, grid: Path) -> dict[str, Any]:
+        first = float(hyperalign.network.b_aux[0].flatten()[0])
+        self.seen.append((first, hyperalign.header, grid))
+        return {"letters": first, "more": {"count": len(self.seen)}, "words": "none"}
+
+
+@pytest.fixture
+def small_run(make_base: Callable[..., Any], tmp_path: Path) -> Callable[..., Trainer]:
+    """Returns a trainer of the small base, its weights off zero; sections of settings change the recipe."""
+
+    def trainer_of(
+        out: Path | None = None,
+        *,
+        base: Any = None,
+        reward: Any = letters,
+        accelerator: Accelerator | None = None,
+        off_zero: bool = True,
+        **sections: dict[str, Any],
+    ) -> Trainer:
+        config = TrainConfig(
+            network=NETWORK,
+            model=ModelConfig(**sections.get("model", {})),
+            objective=ObjectiveConfig(**OBJECTIVE | sections.get("objective", {})),
+            optim=OptimConfig(**OPTIM | sections.get("optim", {})),
+            eval=EvalConfig(**{"every": 0} | sections.get("eval", {})),
+            run=RunConfig(out=out or tmp_path, **{"save_every": 100, "keep": 99} | sections.get("run", {})),
+        )
+        base = base or make_base()
+        world = Materials(
+            base=base, texts=base, prompts=PromptList(["a", "bcd", "efghi", "jk"]), preferred=Pictures(),
+            rewards=Rewards({"tiny reward": reward}, config.objective.rewards), evaluate=Evaluations(),
+            origin={"reward": "letters", "preference_data": "EmojiScenes"},
+        )  # fmt: skip
+        run = Trainer(config, world, accelerator or Accelerator(cpu=True))
+        if off_zero and run.step == 0:
+            source = torch.Generator().manual_seed(2)
+            for matrix in run.network.b_aux:
+                torch.nn.init.normal_(matrix, std=0.3, generator=source)
+        return run
+
+    return trainer_of
