@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperalign.factors import core_matrix, forward_delta, merged_delta, plain_lora
+from hyperalign.factors import add_delta_, core_matrix, folded, forward_delta, merged_delta, plain_lora
 
 sizes = st.integers(1, 7)
 
@@ -50,3 +51,49 @@ def test_a_zero_b_aux_changes_nothing() -> None:
         draw(1, 2, 3, 6), draw(2, 4, 6), torch.zeros(5, 2, dtype=torch.float64), draw(4, 2, 2, 4)
     )
     assert torch.equal(delta, torch.zeros_like(delta))
+
+
+def product(*matrices: list[list[float]]) -> list[list[float]]:
+    """Returns the product of matrices, from the left, by the definition."""
+    first, *rest = matrices
+    for other in rest:
+        first = [
+            [sum(x * y for x, y in zip(row, c, strict=True)) for c in zip(*other, strict=True)]
+            for row in first
+        ]
+    return first
+
+
+A_AUX = [[1.0, 2.0, 0.0], [0.0, -1.0, 3.0]]
+B_AUX = [[1.0, 0.5], [0.0, 2.0], [-1.0, 1.0], [4.0, 0.0]]
+CORE = [[2.0, -1.0], [0.5, 3.0]]
+
+
+def test_the_change_of_a_row_by_hand() -> None:
+    x = [[1.0, -2.0, 4.0]]
+    down = [list(column) for column in zip(*product(CORE, A_AUX), strict=True)]
+    up = [list(column) for column in zip(*B_AUX, strict=True)]
+    a_aux, b_aux, core = torch.tensor(A_AUX), torch.tensor(B_AUX), torch.tensor(CORE)
+    expected = torch.tensor([product(x, down, up)])
+    assert torch.equal(forward_delta(torch.tensor([x]), a_aux, b_aux, core[None]), expected)
+    assert folded(a_aux, core).tolist() == product(CORE, A_AUX)
+    assert merged_delta(a_aux, b_aux, core).tolist() == product(B_AUX, CORE, A_AUX)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("y_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_delta_is_added_in_place_whatever_the_layer_computes_in(
+    rows: int, y_dtype: torch.dtype, x_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    """Small whole numbers, which every precision holds."""
+    y = torch.arange(rows * 2 * 4.0).view(rows, 2, 4).to(y_dtype)
+    x = (torch.arange(rows * 2 * 3.0) % 5).view(rows, 2, 3).to(x_dtype)
+    down = (torch.arange(rows * 3 * 2.0) % 3 - 1).view(rows, 3, 2).to(dtype)
+    up = torch.tensor([[1.0, 0.0, -1.0, 2.0], [3.0, 1.0, 0.0, -2.0]]).to(dtype)
+    expected = torch.stack([y[i].float() + x[i].float() @ down[i].float() @ up.float() for i in range(rows)])
+    kept = y.data_ptr()
+    assert add_delta_(y, x, down, up) is None
+    assert (y.data_ptr(), y.dtype) == (kept, y_dtype)
+    assert torch.equal(y.float(), expected)
