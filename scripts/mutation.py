@@ -251,10 +251,14 @@ def _test(tests: Sequence[str], alone: bool, folder: Path) -> int:
 
 
 class _FirstFailure:
-    """Ends the process at the first test that fails: what follows could change nothing."""
+    """Ends the process at the first test that fails: what follows changes nothing. Slow ones are last."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Is called by pytest with all tests."""
+        items.sort(key=lambda item: hasattr(item.obj, "hypothesis"))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Is called by pytest after each part of a test."""

@@ -89,6 +89,14 @@ def test_an_evaluation_is_one_generation_however_many_chunks_are_written() -> No
         one.write(UNCOND, cores(2), 0.9)
     one.begin_evaluation()
     assert (one.evaluations, one.generations) == (3, 2)
+    one.write(COND, cores(1), 0.9)
+    assert one.generations == 3
+
+
+def test_weights_written_before_any_evaluation_count_too() -> None:
+    one = run()
+    one.write(COND, cores(1), 0.9)
+    assert one.generations == 1
 
 
 def test_only_what_is_due_is_written_again() -> None:
