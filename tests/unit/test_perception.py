@@ -63,6 +63,11 @@ def test_pooling_averages_squares_of_four_and_keeps_odd_edges() -> None:
     assert pooled.tolist() == [[[[(0 + 1 + 3 + 4) / 4, (2 + 5) / 2], [(6 + 7) / 2, 8.0]]]]
 
 
+def test_a_map_one_cell_wide_or_high_is_halved_too() -> None:
+    assert sizes(pool_features([torch.zeros(1, 1, 300, 1)])) == [(150, 1)]
+    assert sizes(pool_features([torch.zeros(1, 1, 1, 300)])) == [(1, 150)]
+
+
 def test_maps_of_one_cell_cannot_be_halved() -> None:
     maps = [torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 2)]
     assert sizes(pool_features(maps, 2)) == [(1, 1), (1, 1), (1, 1)]
