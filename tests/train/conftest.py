@@ -35,18 +35,19 @@ OPTIM = {"steps": 1, "warmup": 0, "lr": 1e-2, "clip": 1e9, "bf16": False}
 
 
 class SmallBase:
-    """A U-Net with two attention blocks to adapt behind the `Base` and `Texts` protocols."""
+    """A U-Net behind the `Base` and `Texts` protocols; it attends in every block, or in the middle alone."""
 
     cfg = True
     latent_shape = (4, 4, 4)
     device = torch.device("cpu")
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, everywhere: bool = True) -> None:
         torch.manual_seed(0)
+        kind = "CrossAttn" if everywhere else ""
         self.backbone = UNet2DConditionModel(
             sample_size=4, block_out_channels=(8,), layers_per_block=1, cross_attention_dim=8,
-            attention_head_dim=4, norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D",),
-            up_block_types=("CrossAttnUpBlock2D",),
+            attention_head_dim=4, norm_num_groups=4, down_block_types=(f"{kind}DownBlock2D",),
+            up_block_types=(f"{kind}UpBlock2D",),
         )  # fmt: skip
         self.backbone.eval().requires_grad_(False)
         self.process = process
@@ -83,7 +84,7 @@ def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def make_base() -> Callable[..., Any]:
     """Returns a small base model for a noise process."""
-    return lambda process=None: SmallBase(process or Diffusion())
+    return lambda process=None, everywhere=True: SmallBase(process or Diffusion(), everywhere)
 
 
 @pytest.fixture(scope="session")
@@ -171,7 +172,7 @@ def small_run(make_base: Callable[..., Any], tmp_path: Path) -> Callable[..., Tr
             eval=EvalConfig(**{"every": 0} | sections.get("eval", {})),
             run=RunConfig(out=out or tmp_path, **{"save_every": 100, "keep": 99} | sections.get("run", {})),
         )
-        base = base or make_base()
+        base = base or make_base(everywhere=False)
         world = Materials(
             base=base, texts=base, prompts=PromptList(["a", "bcd", "efghi", "jk"]), preferred=Pictures(),
             rewards=Rewards({"tiny reward": reward}, config.objective.rewards), evaluate=Evaluations(),

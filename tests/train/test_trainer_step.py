@@ -122,7 +122,7 @@ def preference_by_hand(run: Any, place: int = 0) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     "objective",
     [
-        {}, {"reward_cap": 3.4}, {"conditional_only": True}, {"snr_cap": 0.5}, {"guidance": 5.0},
+        {}, {"reward_cap": 1e3}, {"conditional_only": True}, {"snr_cap": 0.5}, {"guidance": 5.0},
         {"drop_caption": 0.5}, {"time_law": "logit_normal", "preferred_range": (0.2, 0.4)},
         {"skip_first": 2, "timesteps": 1, "prompts": 1},
     ],
@@ -137,6 +137,8 @@ def test_a_steps_gradient_is_the_weighted_sum_of_both_losses_gradients(
     assert preference.norm() > 1e-3
     (taken,), (row,) = fitted(run)
     close(taken, 0.5 * reward + 3.0 * preference)
+    cap = objective.get("reward_cap", 0.0)
+    assert row["reward_loss"] == pytest.approx(cap - row["reward"], rel=1e-4)
     assert row["preference_loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert row["grad_norm_reward"] == pytest.approx(0.5 * reward.norm().item(), rel=1e-3)
     assert row["grad_norm"] == pytest.approx(taken.norm().item(), rel=1e-4)
@@ -221,7 +223,7 @@ def test_without_pictures_a_run_that_needs_them_says_so(small_run: Callable[...,
 def test_the_gradient_is_clipped_and_its_norm_is_logged_as_it_was(small_run: Callable[..., Any]) -> None:
     (taken,), (row,) = fitted(small_run(optim={"clip": 1e-3}))
     assert taken.norm().item() == pytest.approx(1e-3, rel=1e-3)
-    assert row["grad_norm"] > 0.1
+    assert row["grad_norm"] > 0.01
 
 
 def test_adamw_with_warm_up_and_cosine_by_hand(small_run: Callable[..., Any]) -> None:
@@ -364,7 +366,7 @@ def test_a_row_of_the_log(small_run: Callable[..., Any], tmp_path: Path) -> None
 def test_frozen_models_run_in_bfloat16_where_asked_and_where_they_are_not_so_already(
     small_run: Callable[..., Any], make_base: Callable[..., Any], dtype: Any, bf16: bool, expected: bool
 ) -> None:
-    base, seen = make_base(), set[bool]()
+    base, seen = make_base(everywhere=False), set[bool]()
     base.backbone.to(dtype)
     call = base.call
 
