@@ -23,9 +23,9 @@ class Linear(nn.Module):
         super().__init__()
         self.last_time = last_time
 
-    def forward(self, x: Tensor, t_B: Tensor, c_B: Tensor) -> tuple[Tensor]:
+    def forward(self, x: Tensor, t_B: Tensor, c_B: Tensor) -> tuple[Tensor, str]:
         per_row = c_B + 0.5 * t_B / self.last_time
-        return (0.1 * x + per_row.view(-1, 1, 1, 1),)
+        return 0.1 * x + per_row.view(-1, 1, 1, 1), "what else a backbone returns"
 
 
 def linear_base(process: Process) -> Any:
@@ -49,7 +49,7 @@ def conditions(*values: float) -> dict[str, Tensor]:
 def sampled(process: Process, cond: Sequence[float], uncond: Sequence[float] | None, **options: Any) -> Any:
     return rollout(
         linear_base(process), None, Schedule("S"), conditions(*cond),
-        None if uncond is None else conditions(*uncond), pixels(1.0, -2.0)[: len(cond)],
+        None if uncond is None else conditions(*uncond), pixels(1.0, -2.0, 0.5)[: len(cond)],
         **({"steps": 2, "guidance": 3.0} | options),
     )  # fmt: skip
 
@@ -71,9 +71,10 @@ def test_two_euler_steps_by_hand() -> None:
 
 
 def test_guidance_mixes_the_rows_with_prompt_and_those_without() -> None:
-    path = sampled(Flow(10.0, 1.0), [0.2, 0.1], [0.4, 0.0], steps=1, guidance=3.0)
-    # Rows 1 and -2: v without prompt 1.0 and 0.3, with prompt 0.8 and 0.4.
-    torch.testing.assert_close(path.final, pixels(1.0 - (1.0 - 3 * 0.2), -2.0 - (0.3 + 3 * 0.1)))
+    path = sampled(Flow(10.0, 1.0), [0.2, 0.1, 0.0], [0.4, 0.0, 0.0], steps=1, guidance=3.0)
+    # Rows 1, -2 and 0.5: v without prompt 1.0, 0.3 and 0.55, with prompt 0.8, 0.4 and 0.55.
+    expected = pixels(1.0 - (1.0 - 3 * 0.2), -2.0 - (0.3 + 3 * 0.1), 0.5 - 0.55)
+    torch.testing.assert_close(path.final, expected)
 
 
 def test_two_ddim_steps_by_hand() -> None:
