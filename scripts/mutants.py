@@ -162,6 +162,8 @@ def _unseen(tree: ast.Module) -> Iterator[Span]:
             yield _span(node)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in UNSEEN_CALLS:
             yield _span(node)
+        elif isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "Protocol" for base in node.bases):
+            yield (_first_line(node), 0), (node.end_lineno or 0, node.end_col_offset or 0)
         elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             yield _span(node)
         elif isinstance(node, ast.Name) and node.id in UNSEEN_CALLS:

@@ -194,8 +194,8 @@ def test_pure_noise_and_the_finished_picture_are_no_key_times() -> None:
 
 
 def test_a_distance_of_nothing_counts_as_a_very_small_one() -> None:
-    u = [0.9, 0.7, 0.5, 0.3]
-    assert find_key_times([1.0, 1.0, 0.0, 1.0], u, 1) == find_key_times([1.0, 1.0, 1e-12, 1.0], u, 1)
+    u = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
+    assert find_key_times([1.0, 1.0, 1.0, 0.0, 1.0, 1.0], u, 1) == (0.6,)
 
 
 @pytest.mark.parametrize(("distances_N", "u"), [([0.1, 0.2, 0.1], [0.5, 0.4]), ([0.1, 0.2], [0.9, 0.5, 0.4])])
@@ -206,3 +206,18 @@ def test_key_times_need_a_time_for_each_distance(distances_N: list[float], u: li
 
 def test_three_points_are_a_curve() -> None:
     assert find_key_times([0.1, 0.9, 0.1], [0.9, 0.6, 0.3], 1, min_gap=1) == (0.6,)
+
+
+def test_a_flat_channel_counts_little_and_stays_finite() -> None:
+    """Its deviation is 0: what is left of rounding is divided by eps and not by nothing."""
+    flat, x = torch.full((1, 1, 2, 2), 3.0), torch.tensor([[[[0.0, 1.0], [2.0, 4.0]]]])
+    assert relative_distance(torch.cat([flat, x], 1), torch.cat([flat, x], 1)).tolist() == [0.0]
+    by_one = relative_distance(x, x.flip(-1), eps=1.0) / relative_distance(x, x.flip(-1), eps=0.0)
+    assert by_one.item() == pytest.approx(1.0)  # eps scales both alike
+    deviations = [x.std().item(), 2 * x.std().item()]
+    parts = [(deviations[0] + 1) ** -2, 4 * (deviations[1] + 1) ** -2]
+    both, turned = torch.cat([x, 2 * x], 1), torch.cat([x.flip(-1), 2 * x], 1)
+    centred = x - x.mean()
+    change = (centred - centred.flip(-1)).square().sum().item() * parts[0]
+    whole = centred.square().sum().item() * sum(parts)
+    assert relative_distance(both, turned, eps=1.0).item() == pytest.approx((change / whole) ** 0.5, rel=1e-5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hyperalign.targets import LoraNames, Place
+from hyperalign.targets import LoraNames, Place, Target
 
 
 def test_a_layer_s_keys_are_those_of_kohya_s_trainer_by_default() -> None:
@@ -22,7 +22,7 @@ def test_a_family_may_name_them_otherwise_and_without_an_alpha() -> None:
 
 
 def test_what_says_where_a_layer_lies_stays_as_it_is() -> None:
-    for fixed, name in ((Place("a"), "path"), (LoraNames("a"), "prefix")):
+    for fixed, name in ((Place("a"), "path"), (LoraNames("a"), "prefix"), (Target("a", 1, 2), "name")):
         with pytest.raises(AttributeError):
             setattr(fixed, name, "b")
-    assert Place("a") == Place("a", None)
+    assert (Place("a"), Target("a", 1, 2)) == (Place("a", None), Target("a", 1, 2))
