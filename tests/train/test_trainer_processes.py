@@ -98,6 +98,26 @@ def test_two_processes_train_as_one_with_twice_the_batch(small_run: Runs, tmp_pa
     assert torch.load(next((tmp_path / "out0" / "states").iterdir()))["processes"] == 2
 
 
+def test_the_rewards_gradient_norm_is_of_a_process_own_half(small_run: Runs, tmp_path: Path) -> None:
+    def job(rank: int) -> Any:
+        accelerator, norms = Accelerator(cpu=True), list[float]()
+        reduce = accelerator.reduce
+
+        def noted(values: Tensor, **options: Any) -> Any:
+            if values.numel() > 20:  # the gradient, not the figures
+                norms.append(float(values.norm()))
+            return reduce(values, **options)
+
+        accelerator.reduce = noted
+        objective = EACH | {"preference_weight": 0.0}
+        run = small_run(tmp_path / f"out{rank}", accelerator=accelerator, objective=objective)
+        return gradient_and_row(run)[1], norms
+
+    (row, own), (_, other) = in_two_processes(job, tmp_path)
+    assert [row["grad_norm_reward"]] == pytest.approx(own, rel=1e-4)
+    assert own != pytest.approx(other, rel=1e-3)
+
+
 def test_a_process_that_fails_ends_the_others(small_run: Runs, tmp_path: Path) -> None:
     def job(rank: int) -> Any:
         def fails(images: Tensor, prompts: Any) -> Tensor:

@@ -252,27 +252,40 @@ def test_lines_of_steps_that_no_state_knows_are_taken_back(small_run: Runs, tmp_
     assert rows_of(tmp_path) == whole
 
 
-def test_a_run_that_ended_in_its_evaluation_begins_with_it(small_run: Runs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ended_at", [2, 3])
+def test_a_run_that_ended_in_its_evaluation_begins_with_it(
+    small_run: Runs, tmp_path: Path, ended_at: int
+) -> None:
     settings: dict[str, Any] = {"optim": THREE, "eval": {"every": 2}}
-    small_run(tmp_path / "whole", **settings).fit()
-    run = small_run(tmp_path / "parts", **settings)
+    run = small_run(**settings)
     evaluate = run.materials.evaluate
 
     class Broken(type(evaluate)):
         def __call__(self, *given: Any) -> Any:
-            raise End
+            if run.step == ended_at:
+                raise End
+            return super().__call__(*given)
 
     evaluate.__class__ = Broken
     with pytest.raises(End):
         run.fit()
-    assert [row["step"] for row in rows_of(tmp_path / "parts")] == [0]
-    assert newest(tmp_path / "parts")["unlogged"]["step"] == 1
-    resumed = small_run(tmp_path / "parts", **settings)
+    assert [row["step"] for row in rows_of(tmp_path)] == list(range(ended_at - 1))
+    assert newest(tmp_path)["unlogged"]["step"] == ended_at - 1
+    resumed = small_run(**settings)
     resumed.fit()
-    assert [grid.stem for _, _, grid in resumed.materials.evaluate.seen] == ["00002", "00003"]
-    parts, whole = rows_of(tmp_path / "parts"), rows_of(tmp_path / "whole")
-    assert [row["step"] for row in parts] == [0, 1, 2]
-    assert parts[:2] == whole[:2]
+    grids = [grid.stem for _, _, grid in resumed.materials.evaluate.seen]
+    assert grids == [f"0000{step}" for step in (2, 3) if step >= ended_at]
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert ["heldout" in row for row in rows] == [False, True, True]
+
+
+def test_a_run_that_is_cut_off_in_its_first_step_saves_its_start(small_run: Runs, tmp_path: Path) -> None:
+    run = small_run(reward=lambda images, prompts: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.fit()
+    assert states_of(tmp_path) == [0]
+    assert newest(tmp_path)["pictures_seen"] == 0
 
 
 def test_a_step_that_was_cut_off_inside_its_passes_is_taken_again_from_its_start(

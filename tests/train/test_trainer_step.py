@@ -257,6 +257,7 @@ def test_the_average_follows_quickly_at_first_and_by_its_decay_later(small_run: 
         decay = next(decays)
         average = decay * average + (1 - decay) * weights(run.network)
         torch.testing.assert_close(weights(run.average), average, atol=1e-6, rtol=1e-5)
+        assert not any(p.requires_grad for p in run.average.parameters())
 
     run.fit(follow)
     assert run.averaged().network is run.average
