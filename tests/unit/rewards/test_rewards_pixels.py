@@ -82,6 +82,7 @@ def test_the_centre_is_cropped_with_clip_s_rounding(shape, size, corner) -> None
 def test_what_is_padded_is_black_and_the_odd_row_lies_below_or_right(shape, size, edges) -> None:
     top, bottom, left, right = edges
     found = P.pad_to_square(ramp(*shape), 8)[0, 0]
+    assert found.shape == (8, 8)
     inside = found[top : 8 - bottom, left : 8 - right]
     assert inside.shape == size
     torch.testing.assert_close(inside, P.resize_window(ramp(*shape), size, (0, 0), size)[0, 0])
@@ -138,10 +139,11 @@ def test_one_three_or_four_channels_of_any_floating_point_are_pictures() -> None
     for channels in (1, 3, 4):
         for dtype in (torch.float16, torch.bfloat16, torch.float64):
             P.check_images(torch.zeros(1, channels, 1, 1, dtype=dtype))
+            P.check_images(torch.zeros(5, channels, 6, 7, dtype=dtype))
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 2, 8, 8), (1, 5, 8, 8), (1, 1, 3, 8, 8), (8, 3), (0, 3, 8, 8), (1, 3, 8, 0), (1, 0, 8, 8)]
+    "shape", [(1, 2, 3, 8), (1, 5, 8, 8), (1, 1, 3, 8, 8), (8, 3), (0, 3, 8, 8), (1, 3, 8, 0), (1, 0, 8, 8)]
 )
 def test_other_shapes_are_no_pictures(shape: tuple[int, ...]) -> None:
     with pytest.raises(HyperAlignError, match="shape"):
@@ -163,3 +165,12 @@ def test_colours_are_left_alone_and_transparency_lies_on_white() -> None:
     assert P.rgb(colour) is colour
     clear = torch.tensor([0.2, 0.4, 1.0, 0.25]).view(1, 4, 1, 1)
     assert P.rgb(clear).flatten().tolist() == pytest.approx([0.8, 0.85, 1.0])
+
+
+def test_what_is_clamped_has_the_gradient_of_what_is_not() -> None:
+    x = torch.tensor([-2.0, 0.25, 3.0], requires_grad=True)
+    found = P.clamp_straight_through(x)
+    found.backward(torch.tensor([1.0, -2.0, 4.0]))
+    assert found.tolist() == [0.0, 0.25, 1.0]
+    assert x.grad is not None
+    assert x.grad.tolist() == [1.0, -2.0, 4.0]
