@@ -68,7 +68,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "hyperalign/rewards/text.py": (REWARDS + "rewards_text.py",),
     "hyperalign/rewards/clip.py": (REWARDS + "rewards_clip.py",),
     "train/draws.py": (TRAIN + "draws.py",),
-    "train/loop.py": (TRAIN + "trainer_step.py",),
+    "train/loop.py": (TRAIN + "trainer_step.py", TRAIN + "trainer_run.py", TRAIN + "trainer_processes.py"),
     "train/objective.py": (TRAIN + "objective.py",),
     "train/process.py": (TRAIN + "process.py",),
     "train/relative_distance.py": (TRAIN + "relative_distance.py",),
