@@ -263,3 +263,24 @@ def test_a_unet_s_dimensions_are_read_from_comfyui() -> None:
     assert (no_text.family, no_text.cross_attention_dim) == ("unknown", 0)
     for missing in ("num_res_blocks", "channel_mult"):
         assert unet.from_comfy({key: value for key, value in config.items() if key != missing}) is None
+
+
+def test_the_published_u_nets() -> None:
+    assert SD15 == unet.from_diffusers({
+        "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "in_channels": 4,
+        "layers_per_block": 2, "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    })  # fmt: skip
+
+
+def test_the_middle_block_is_as_wide_and_deep_as_the_last_level() -> None:
+    spec = UNetSpec("sdxl", 4, (8, 16, 32), 1, 48, (1, 2, 3))
+    middle = [target for target in spec.targets("separate") if target.name.startswith("mid_block")]
+    assert [target.name for target in middle] == of_unet("mid_block.attentions.0", 3)
+    assert {target.out_features for target in middle} == {32}
+
+
+def test_dimensions_that_do_not_match_are_refused() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        UNetSpec("sdxl", 4, (8, 16, 32), 1, 48, (1, 2)).targets("separate")
+    with pytest.raises(ValueError, match="zip"):
+        unet.from_diffusers(DIFFUSERS | {"transformer_layers_per_block": [1, 2, 3]})
