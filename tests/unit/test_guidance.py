@@ -146,3 +146,18 @@ def test_one_infinite_gradient_is_refused() -> None:
         guided(torch.zeros(1, 1, 1, 2), 5.0, 0.2, lambda x: x[..., :1].sqrt().flatten(1).sum(1))
     with pytest.raises(HyperAlignError, match="gradient is NaN"):
         guided(torch.ones(1, 1, 1, 2), 5.0, 0.2, lambda x: (x[..., :1] - 1).sqrt().flatten(1).sum(1))
+
+
+def test_sizes_carry_no_gradient_and_are_measured_in_single_precision() -> None:
+    x0 = torch.full((1, 4), 300.0, requires_grad=True)
+    assert not prediction_size(x0, 1.0).requires_grad
+    assert not guidance_size(x0, 2 * x0, 1.0).requires_grad
+    assert guidance_size(x0, torch.full((1, 4), 100.0), 2.0).tolist() == [[400.0]]
+    assert prediction_size(x0.half(), 1.0).tolist() == [[150.0]]  # 300 squared is beyond half precision
+
+
+@pytest.mark.parametrize("slope", [1e-3, 1e-14])
+def test_a_faint_slope_makes_a_whole_step(slope: float) -> None:
+    x0 = torch.ones(1, 1, 1, 2)
+    found = guided(x0, 1.0, 0.5, lambda x: slope * x.sum(dim=(1, 2, 3)))
+    torch.testing.assert_close(found, x0 + 0.5 * 0.5)
