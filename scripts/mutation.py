@@ -49,7 +49,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "hyperalign/perception.py": (UNIT + "perception.py",),
     "hyperalign/hypernetwork.py": (UNIT + "hypernetwork_numbers.py",),
     "hyperalign/schedule.py": (UNIT + "schedule.py",),
-    "hyperalign/strength.py": (UNIT + "strength.py",),
+    "hyperalign/strength.py": (UNIT + "strength_numbers.py", UNIT + "strength.py"),
     "hyperalign/targets.py": (UNIT + "targets.py",),
     "hyperalign/checkpoint.py": (UNIT + "checkpoint.py",),
     "hyperalign/export.py": (UNIT + "export_tensors.py",),
