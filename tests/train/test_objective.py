@@ -1,128 +1,312 @@
-"""The losses and the sampler's arithmetic against the formulas they stand for."""
+"""The losses against the formulas they stand for, and which rows' gradient they carry."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
-from hyperalign.hosts.diffusers.adapter import Adapter
-from hyperalign.hosts.diffusers.tiny import load_tiny
-from hyperalign.hypernetwork import HyperNetworkConfig
 from hyperalign.schedule import Schedule
-from train.config import TrainConfig
-from train.models.tiny import Tiny
-from train.noise import alphas_cumprod
+from train.noise import Diffusion, Flow, Process, alphas_cumprod
 from train.objective import (
     Rewards,
     States,
+    adapted_prediction,
     guided_prediction,
     noised_states,
     preference_loss,
     reward_loss,
     rollout_states,
 )
-from train.rollout import rollout
-from train.setup import new_hyperalign
+from train.rollout import Trajectory
+
+SCHEDULES = [Schedule("S"), Schedule("P", (0.6,)), Schedule("I")]
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.variant)
+INFINITE = float("inf")
+PROMPTS = ["a dog", "two cats", ""]
+TIMES = torch.tensor([20.0, 400.0, 900.0])
 
 
-@pytest.fixture(scope="module")
-def base() -> Tiny:
-    return Tiny(load_tiny())
+def some_states(base: Any, normal: Any, schedule: Schedule = SCHEDULES[0], t_B: Tensor = TIMES) -> States:
+    cond, uncond = base.conditions(PROMPTS), base.conditions([""] * 3)
+    return noised_states(base, schedule, normal(3), normal(3, 1), t_B, cond, uncond, PROMPTS)
 
 
-@pytest.fixture(scope="module")
-def adapter(base: Tiny) -> Adapter:
-    torch.manual_seed(0)
-    config = TrainConfig(network=HyperNetworkConfig(layers=1))
-    return Adapter(base.backbone, new_hyperalign(config, base.backbone, Schedule("S")))
+def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Scores the mean of an image, and a tenth for each letter of its prompt."""
+    return images.mean(dim=(1, 2, 3)) + torch.tensor([0.1 * len(prompt) for prompt in prompts])
 
 
-def noise(rows: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(rows, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+BRIGHT = Rewards({"bright": brightness}, {"bright": 1.0})
 
 
-def some_states(base: Tiny, schedule: Schedule) -> States:
-    prompts = ["a dog", "two cats", ""]
-    cond, uncond = base.conditions(prompts), base.conditions([""] * 3)
-    return noised_states(
-        base, schedule, noise(3), noise(3, 1), torch.tensor([20.0, 400.0, 900.0]), cond, uncond, prompts
-    )
+def by_hand(base: Any, adapter: Any, states: States, texts: Any) -> Tensor:
+    """Returns the output with weights written at (x_gen, t_gen), first one, then the other."""
+    read = base.call(states.x_gen, states.t_gen_B, texts)
+    cores = adapter.network(adapter.perceive(read))
+    return adapter.forward(base.call(states.x, states.t_B, texts), cores)
 
 
-@pytest.mark.parametrize("snr_cap", [float("inf"), 5.0])
-def test_the_preference_loss_is_the_weighted_denoising_error(
-    base: Tiny, adapter: Adapter, snr_cap: float
-) -> None:
-    states = some_states(base, Schedule("S"))
-    with torch.no_grad():
-        loss = preference_loss(adapter, base, noise(3), noise(3, 1), states, snr_cap)
-        # An untrained hypernetwork changes nothing, so this is the base model's error.
-        eps = base.backbone(states.x, states.t_B, states.cond["context"]).sample
-    error_B = (eps - noise(3, 1)).square().mean(dim=(1, 2, 3))
-    alpha_bar = alphas_cumprod()[states.t_B.long()]
-    snr_B = alpha_bar / (1 - alpha_bar)
-    weight_B = torch.where(snr_B > snr_cap, snr_cap / snr_B, torch.ones(3))
-    torch.testing.assert_close(loss, (weight_B * error_B).mean())
+def gradient(loss: Tensor, adapter: Any) -> Tensor:
+    found = torch.autograd.grad(loss, list(adapter.network.parameters()), allow_unused=True)
+    return torch.cat([part.flatten() for part in found if part is not None])
 
 
-@pytest.mark.parametrize(("cap", "reached"), [(1e6, True), (-1e6, False)])
-def test_only_scores_below_the_cap_move_the_weights(
-    base: Tiny, adapter: Adapter, cap: float, reached: bool
-) -> None:
-    cond, uncond = base.conditions(["a dog"]), base.conditions([""])
-    path = rollout(base, adapter, Schedule("S"), cond, uncond, noise(1), steps=3, guidance=4.0)
-    states = rollout_states(path, [1], cond, uncond, ["a dog"])
-    adapter.network.zero_grad()
-    bright = Rewards({"bright": lambda images, _: images.mean(dim=(1, 2, 3))}, {"bright": 1.0})
-    loss, scores = reward_loss(adapter, base, bright, states, guidance=4.0, cap=cap)
-    loss.backward()
-    gradient = torch.stack([p.grad.abs().max() for p in adapter.network.b_aux if p.grad is not None])
-    assert bool(gradient.max() > 0) is reached
-    assert set(scores) == {"bright", "reward"}
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
+
+
+# Rewards
 
 
 def test_rewards_are_added_up_with_their_weights() -> None:
     images = torch.rand(2, 3, 4, 4)
-    total, each = Rewards(
-        {"a": lambda x, _: x.mean(dim=(1, 2, 3)), "b": lambda x, _: x.amax(dim=(1, 2, 3))},
-        {"a": 2.0, "b": -0.5},
-    )(images, ["", ""])
+    models = {"a": lambda x, _: x.mean(dim=(1, 2, 3)), "b": lambda x, _: x.amax(dim=(1, 2, 3)).half()}
+    total, each = Rewards(models, {"a": 2.0, "b": -0.5})(images, ["", ""])
+    assert set(each) == {"a", "b"}
+    torch.testing.assert_close(each["a"], images.mean(dim=(1, 2, 3)))
+    assert each["b"].dtype == torch.float32
     torch.testing.assert_close(total, 2.0 * each["a"] - 0.5 * each["b"])
 
 
+# States
+
+
+def numbered_states() -> States:
+    """Three rows that say where they come from."""
+    rows = torch.tensor([0.0, 1.0, 2.0])
+    cond, uncond = {"context": rows + 40}, {"context": rows + 50}
+    return States(rows, rows + 10, rows + 20, rows + 30, cond, uncond, ["zero", "one", "two"])
+
+
+def numbers(states: States) -> list[list[float]]:
+    uncond = states.uncond or {"context": torch.tensor([])}
+    parts = (states.x, states.t_B, states.x_gen, states.t_gen_B, states.cond["context"], uncond["context"])
+    return [part.tolist() for part in parts]
+
+
+def test_some_rows_of_states() -> None:
+    part = numbered_states().rows(slice(1, 3))
+    assert numbers(part) == [[1, 2], [11, 12], [21, 22], [31, 32], [41, 42], [51, 52]]
+    assert part.prompts == ["one", "two"]
+    assert (len(part), len(numbered_states())) == (2, 3)
+
+
+def test_all_rows_and_then_all_of_them_again() -> None:
+    twice = numbered_states().rows(slice(0, 2)).twice()
+    lists = [[0, 1, 0, 1], [10, 11, 10, 11], [20, 21, 20, 21], [30, 31, 30, 31], [40, 41, 40, 41]]
+    assert numbers(twice) == [*lists, [50, 51, 50, 51]]
+    assert twice.prompts == ["zero", "one", "zero", "one"]
+
+
+def test_where_guidance_is_an_input_there_are_no_rows_without_prompt() -> None:
+    states = dataclasses.replace(numbered_states(), uncond=None)
+    assert states.rows(slice(0, 1)).uncond is None
+    assert states.twice().uncond is None
+
+
+@pytest.mark.parametrize("record", [numbered_states(), BRIGHT], ids=["states", "rewards"])
+def test_records_cannot_be_changed(record: Any) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(record, dataclasses.fields(record)[0].name, None)
+
+
+def test_states_of_a_rollout_lie_pick_by_pick_with_the_states_their_weights_came_from() -> None:
+    states = [torch.tensor([10.0 * i, 10.0 * i + 1]) for i in range(3)]
+    path = Trajectory(states, [9.0, 7.0, 5.0], [0, 0, 2], 2, [], states[0])
+    cond, uncond = {"context": torch.tensor([1.0, 2.0])}, {"context": torch.tensor([3.0, 4.0])}
+    found = rollout_states(path, [1, 2], cond, uncond, ["a", "b"])
+    assert numbers(found) == [
+        [10, 11, 20, 21], [7, 7, 5, 5], [0, 1, 20, 21], [9, 9, 5, 5], [1, 2, 1, 2], [3, 4, 3, 4],
+    ]  # fmt: skip
+    assert found.prompts == ["a", "b", "a", "b"]
+    assert rollout_states(path, [1, 2], cond, None, ["a", "b"]).uncond is None
+    assert len(rollout_states(path, [0], cond, uncond, ["a", "b"])) == 2
+
+
 @pytest.mark.parametrize(
-    "schedule", [Schedule("S"), Schedule("P", (0.6,)), Schedule("I")], ids=lambda s: s.variant
+    ("schedule", "written"),
+    [
+        (Schedule("S"), [0.1, 0.5, 0.8]),
+        (Schedule("P", (0.6, 0.3)), [0.3, 0.6, 1.0]),
+        (Schedule("I"), [1.0, 1.0, 1.0]),
+    ],
+    ids=lambda value: getattr(value, "variant", ""),
 )
-def test_batches_taken_apart_predict_the_same(base: Tiny, adapter: Adapter, schedule: Schedule) -> None:
-    states = some_states(base, schedule)
-    with torch.no_grad():
-        whole = guided_prediction(adapter, base, states, 4.0)
-        rows = [guided_prediction(adapter, base, states.rows(slice(i, i + 1)), 4.0) for i in range(3)]
-    torch.testing.assert_close(torch.cat(rows), whole, atol=1e-4, rtol=1e-4)
-
-
-def test_the_conditional_half_alone_gives_the_same_prediction_and_another_gradient(
-    base: Tiny, adapter: Adapter
+def test_noised_images_take_the_weights_of_the_time_when_a_run_writes_them(
+    make_base: Any, normal: Any, schedule: Schedule, written: list[float]
 ) -> None:
-    states = some_states(base, Schedule("S"))
-
-    def gradient(conditional_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        adapter.network.zero_grad()
-        output = guided_prediction(adapter, base, states, 4.0, conditional_only)
-        output.square().mean().backward()
-        return output.detach(), torch.cat([p.grad.flatten() for p in adapter.network.b_aux])
-
-    (both, of_both), (half, of_half) = gradient(False), gradient(True)
-    torch.testing.assert_close(both, half, atol=1e-4, rtol=1e-4)
-    assert of_half.abs().max() > 0
-    assert not torch.allclose(of_both, of_half)
+    u_B, u_gen_B = torch.tensor([0.1, 0.5, 0.8]), torch.tensor(written)
+    states = some_states(make_base(Flow(10.0, 3.0)), normal, schedule, 10 * u_B)
+    assert torch.equal(states.t_B, 10 * u_B)
+    torch.testing.assert_close(states.t_gen_B, 10 * u_gen_B)
+    for x, u in ((states.x, u_B), (states.x_gen, u_gen_B)):
+        u_B111 = u.view(-1, 1, 1, 1)
+        torch.testing.assert_close(x, (1 - u_B111) * normal(3) + u_B111 * normal(3, 1))
+    assert states.prompts == PROMPTS
+    assert states.uncond is not None
+    assert not torch.equal(states.cond["context"], states.uncond["context"])
 
 
 @pytest.mark.parametrize(("variant", "u"), [("I", 1.0), ("P", 0.6)])
-def test_noised_images_take_the_weights_of_the_time_when_a_run_writes_them(
-    base: Tiny, variant: str, u: float
-) -> None:
-    states = some_states(base, Schedule(variant, (0.6,) if variant == "P" else ()))
+def test_a_diffusion_writes_at_a_whole_timestep(small_base: Any, normal: Any, variant: Any, u: float) -> None:
+    states = some_states(small_base, normal, Schedule(variant, (0.6,) if variant == "P" else ()))
     assert states.t_gen_B[1].item() == round(u * 999)
-    generated = base.process.add_noise(noise(3), noise(3, 1), states.t_gen_B)
-    torch.testing.assert_close(states.x_gen, generated)
+    assert states.t_gen_B.dtype == states.t_B.dtype
+
+
+# Predictions
+
+
+@each_schedule
+def test_weights_come_from_the_state_that_wrote_them(
+    small_base: Any, adapted: Any, normal: Any, schedule: Schedule
+) -> None:
+    adapter, states = adapted(small_base, schedule), some_states(small_base, normal, schedule)
+    found = adapted_prediction(
+        adapter, small_base, states.x, states.t_B, states.x_gen, states.t_gen_B, states.cond
+    )
+    expected = by_hand(small_base, adapter, states, states.cond)
+    close(found, expected)
+    close(gradient(found.square().mean(), adapter), gradient(expected.square().mean(), adapter))
+
+
+@pytest.mark.parametrize("conditional_only", [False, True])
+@each_schedule
+def test_guidance_starts_from_the_output_without_prompt(
+    small_base: Any, adapted: Any, normal: Any, schedule: Schedule, conditional_only: bool
+) -> None:
+    adapter, states = adapted(small_base, schedule), some_states(small_base, normal, schedule)
+    found = guided_prediction(adapter, small_base, states, 4.0, conditional_only)
+    cond = by_hand(small_base, adapter, states, states.cond)
+    uncond = by_hand(small_base, adapter, states, states.uncond)
+    if conditional_only:
+        uncond = uncond.detach()
+    close(found, uncond + 4.0 * (cond - uncond))
+    expected = gradient((uncond + 4.0 * (cond - uncond)).square().mean(), adapter)
+    close(gradient(found.square().mean(), adapter), expected)
+    assert expected.abs().max() > 0
+
+
+def test_both_halves_carry_the_gradient_unless_told_otherwise(
+    small_base: Any, adapted: Any, normal: Any
+) -> None:
+    adapter, states = adapted(small_base), some_states(small_base, normal)
+
+    def of(**options: bool) -> tuple[Tensor, Tensor]:
+        output = guided_prediction(adapter, small_base, states, 4.0, **options)
+        loss, _ = reward_loss(adapter, small_base, BRIGHT, states, guidance=4.0, cap=1e6, **options)
+        return gradient(output.square().mean(), adapter), gradient(loss, adapter)
+
+    for plain, both, half in zip(of(), of(conditional_only=False), of(conditional_only=True), strict=True):
+        assert torch.equal(plain, both)
+        assert not torch.allclose(plain, half, atol=1e-3, rtol=1e-2)
+
+
+def test_where_guidance_is_an_input_nothing_is_mixed(small_base: Any, adapted: Any, normal: Any) -> None:
+    adapter = adapted(small_base)
+    states = dataclasses.replace(some_states(small_base, normal), uncond=None)
+    close(
+        guided_prediction(adapter, small_base, states, 4.0), by_hand(small_base, adapter, states, states.cond)
+    )
+
+
+@each_schedule
+def test_batches_taken_apart_predict_the_same(
+    small_base: Any, adapted: Any, normal: Any, schedule: Schedule
+) -> None:
+    adapter, states = adapted(small_base, schedule), some_states(small_base, normal, schedule)
+    with torch.no_grad():
+        whole = guided_prediction(adapter, small_base, states, 4.0)
+        rows = [guided_prediction(adapter, small_base, states.rows(slice(i, i + 1)), 4.0) for i in range(3)]
+    close(torch.cat(rows), whole)
+
+
+# Losses
+
+
+@pytest.mark.parametrize("reached_by", [None, "none of them", "one", "all"])
+@pytest.mark.parametrize("process", [Diffusion(), Flow(1000.0, 3.0)], ids=["diffusion", "flow"])
+def test_the_reward_loss_by_hand(
+    make_base: Any, adapted: Any, normal: Any, process: Process, reached_by: str | None
+) -> None:
+    base = make_base(process)
+    adapter, states = adapted(base), some_states(base, normal)
+    cond, uncond = (by_hand(base, adapter, states, texts) for texts in (states.cond, states.uncond))
+    x0, _ = process.predictions(states.x, uncond + 4.0 * (cond - uncond), states.t_B)
+    images = x0[:, :3] / 2 + 0.5
+    total = 2.0 * brightness(images, PROMPTS) + images[:, 0].mean(dim=(1, 2))
+    low, middle, high = sorted(total.tolist())
+    caps = {None: INFINITE, "none of them": high + 1, "one": (middle + high) / 2, "all": low - 1}
+    cap = caps[reached_by]
+    losses = [cap - score if score < cap else 0.0 * score for score in total]
+    expected = -total.mean() if cap == INFINITE else torch.stack(losses).mean()
+
+    rewards = Rewards(
+        {"bright": brightness, "first": lambda x, _: x[:, 0].mean(dim=(1, 2))}, {"bright": 2.0, "first": 1.0}
+    )
+    loss, scores = reward_loss(adapter, base, rewards, states, guidance=4.0, cap=cap)
+    assert set(scores) == {"bright", "first", "reward"}
+    close(scores["reward"], total.detach())
+    close(scores["bright"], brightness(images, PROMPTS).detach())
+    assert not any(score.requires_grad for score in scores.values())
+    close(loss, expected)
+    found, of_expected = gradient(loss, adapter), gradient(expected, adapter)
+    assert (found - of_expected).norm() <= 1e-3 * of_expected.norm()
+    assert bool(found.abs().max() > 0) is (reached_by != "all")
+
+
+def test_images_are_scored_in_full_precision(small_base: Any, adapted: Any, normal: Any) -> None:
+    seen: list[torch.dtype] = []
+
+    def look(images: Tensor, _: Sequence[str]) -> Tensor:
+        seen.append(images.dtype)
+        return images.mean(dim=(1, 2, 3))
+
+    class Half(type(small_base)):
+        def decode(self, latents_BCHW: Tensor) -> Tensor:
+            return super().decode(latents_BCHW).half()
+
+    base = Half(small_base.process)
+    reward_loss(
+        adapted(base), base, Rewards({"look": look}, {"look": 1.0}), some_states(base, normal),
+        guidance=1.0, cap=INFINITE,
+    )  # fmt: skip
+    assert seen == [torch.float32]
+
+
+@pytest.mark.parametrize("snr_cap", [INFINITE, 5.0])
+@pytest.mark.parametrize("schedule", SCHEDULES[::2], ids=lambda schedule: schedule.variant)
+def test_the_preference_loss_is_the_weighted_denoising_error(
+    small_base: Any, adapted: Any, normal: Any, schedule: Schedule, snr_cap: float
+) -> None:
+    adapter, states = adapted(small_base, schedule), some_states(small_base, normal, schedule)
+    loss = preference_loss(adapter, small_base, normal(3), normal(3, 1), states, snr_cap)
+    eps = by_hand(small_base, adapter, states, states.cond)
+    snr_B = [abar / (1 - abar) for abar in alphas_cumprod()[[20, 400, 900]].tolist()]
+    assert snr_B[0] > 5.0 > snr_B[1]
+    weights = [min(1.0, snr_cap / snr) for snr in snr_B]
+    errors = [(eps[i] - normal(3, 1)[i]).square().mean() for i in range(3)]
+    expected = sum(weight * error for weight, error in zip(weights, errors, strict=True)) / 3
+    close(loss, torch.as_tensor(expected))
+    close(gradient(loss, adapter), gradient(torch.as_tensor(expected), adapter))
+
+
+def test_the_preference_loss_weighs_all_times_alike_unless_told_otherwise(
+    small_base: Any, adapted: Any, normal: Any
+) -> None:
+    given = (adapted(small_base), small_base, normal(3), normal(3, 1), some_states(small_base, normal))
+    assert torch.equal(preference_loss(*given), preference_loss(*given, INFINITE))
+    assert not torch.equal(preference_loss(*given), preference_loss(*given, 5.0))
+
+
+def test_a_flows_preference_loss_is_the_velocitys_error(make_base: Any, adapted: Any, normal: Any) -> None:
+    base = make_base(Flow(1000.0, 3.0))
+    adapter, states = adapted(base), some_states(base, normal)
+    loss = preference_loss(adapter, base, normal(3), normal(3, 1), states, 5.0)
+    error = by_hand(base, adapter, states, states.cond) - (normal(3, 1) - normal(3))
+    close(loss, error.square().mean())

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.noise import Diffusion, Flow, Process, resolution_shift
+from train.noise import (
+    Diffusion,
+    Flow,
+    Process,
+    alphas_cumprod,
+    resolution_shift,
+    shifted,
+    trailing_timesteps,
+)
 
 PROCESSES: dict[str, Process] = {
     "eps": Diffusion(),
@@ -73,3 +83,136 @@ def test_sd3_shifts_its_times_as_diffusers_does() -> None:
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
     ours = torch.tensor(PROCESSES["sd3"].times(4))
     torch.testing.assert_close(ours, scheduler.timesteps.float(), atol=1e-3, rtol=1e-5)
+
+
+def alpha_bar(t: int) -> float:
+    """Stable Diffusion's, by multiplication."""
+    root, last = math.sqrt(0.00085), math.sqrt(0.012)
+    return math.prod(1 - (root + (last - root) * i / 999) ** 2 for i in range(t + 1))
+
+
+def column(*values: float) -> torch.Tensor:
+    """Returns images (B, 1, 1, 1) of one number each."""
+    return torch.tensor(values).view(-1, 1, 1, 1)
+
+
+T_B = torch.tensor([0.0, 500.0, 999.0])
+ABAR_B = [alpha_bar(0), alpha_bar(500), alpha_bar(999)]
+
+
+def test_trailing_timesteps_by_hand() -> None:
+    assert trailing_timesteps(1) == [999]
+    assert trailing_timesteps(3) == [999, 666, 332]
+    assert trailing_timesteps(4) == [999, 749, 499, 249]
+    assert trailing_timesteps(2, 100) == [99, 49]
+    assert Diffusion().times(4) == [999.0, 749.0, 499.0, 249.0]
+    assert all(isinstance(t, float) for t in Diffusion().times(4))
+
+
+def test_alpha_bar_is_stable_diffusions() -> None:
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    ours = alphas_cumprod()
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, scheduler.alphas_cumprod, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(ours[[0, 500, 999]], torch.tensor(ABAR_B))
+    torch.testing.assert_close(alphas_cumprod(2, 0.25, 0.04), torch.tensor([0.75, 0.72]))
+
+
+def test_a_shift_moves_times_towards_the_noise() -> None:
+    assert shifted(0.5, 3.0) == 0.75
+    assert shifted(0.25, 2.0) == pytest.approx(0.4)
+    assert shifted(0.3, 1.0) == 0.3
+
+
+def test_flux_shifts_by_the_number_of_tokens() -> None:
+    shifts = [resolution_shift(tokens) for tokens in (256, 2176, 4096)]
+    assert shifts == pytest.approx([math.exp(0.5), math.exp(0.825), math.exp(1.15)])
+
+
+def test_a_diffusion_predicts_the_noise_unless_told_otherwise() -> None:
+    assert Diffusion().prediction == "epsilon"
+    assert Diffusion("v_prediction").prediction == "v_prediction"
+
+
+def test_diffusion_times_are_whole() -> None:
+    assert Diffusion().last_time == 999.0
+    assert Diffusion().at(torch.tensor([0.0, 0.25, 0.5004, 1.0])).tolist() == [0.0, 250.0, 500.0, 999.0]
+
+
+@pytest.mark.parametrize("t_B", [T_B, T_B.long()], ids=["float", "long"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_diffusion_mixes_by_the_square_roots_of_alpha_bar(prediction: Any, t_B: torch.Tensor) -> None:
+    x_t = Diffusion(prediction).add_noise(column(2.0, 2.0, 2.0), column(-1.0, -1.0, -1.0), t_B)
+    expected = [2.0 * math.sqrt(abar) - math.sqrt(1 - abar) for abar in ABAR_B]
+    torch.testing.assert_close(x_t, column(*expected), atol=1e-5, rtol=1e-5)
+
+
+def test_a_predicted_noise_gives_x0_by_hand() -> None:
+    x0, noise = Diffusion().predictions(column(3.0, 3.0, 3.0), column(0.5, 0.5, 0.5), T_B)
+    expected = [(3.0 - 0.5 * math.sqrt(1 - abar)) / math.sqrt(abar) for abar in ABAR_B]
+    torch.testing.assert_close(x0, column(*expected), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(noise, column(0.5, 0.5, 0.5))
+
+
+def test_a_predicted_velocity_gives_x0_and_noise_by_hand() -> None:
+    x0, noise = Diffusion("v_prediction").predictions(column(3.0, 3.0, 3.0), column(0.5, 0.5, 0.5), T_B)
+    expected_x0 = [3.0 * math.sqrt(abar) - 0.5 * math.sqrt(1 - abar) for abar in ABAR_B]
+    expected_noise = [3.0 * math.sqrt(1 - abar) + 0.5 * math.sqrt(abar) for abar in ABAR_B]
+    torch.testing.assert_close(x0, column(*expected_x0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(noise, column(*expected_noise), atol=1e-5, rtol=1e-5)
+
+
+def test_a_diffusions_targets_by_hand() -> None:
+    x0, noise = column(2.0, 2.0, 2.0), column(-1.0, -1.0, -1.0)
+    assert torch.equal(Diffusion().target(x0, noise, T_B), noise)
+    expected = [-math.sqrt(abar) - 2.0 * math.sqrt(1 - abar) for abar in ABAR_B]
+    found = Diffusion("v_prediction").target(x0, noise, T_B)
+    torch.testing.assert_close(found, column(*expected), atol=1e-5, rtol=1e-5)
+
+
+def test_min_snr_weights_by_hand() -> None:
+    snr = [abar / (1 - abar) for abar in ABAR_B]
+    assert snr[0] > 5.0 > snr[1]
+    eps = Diffusion().weight(T_B, 5.0)
+    torch.testing.assert_close(eps, torch.tensor([5.0 / snr[0], 1.0, 1.0]), atol=1e-6, rtol=1e-3)
+    v = Diffusion("v_prediction").weight(T_B, 5.0)
+    expected = [5.0 / (snr[0] + 1), snr[1] / (snr[1] + 1), snr[2] / (snr[2] + 1)]
+    torch.testing.assert_close(v, torch.tensor(expected), atol=1e-6, rtol=1e-3)
+
+
+def test_a_flows_times_by_hand() -> None:
+    flow = Flow(1000.0, 3.0)
+    assert flow.times(4) == pytest.approx([1000.0, 900.0, 750.0, 500.0])
+    assert Flow(1.0, 1.0).times(4) == [1.0, 0.75, 0.5, 0.25]
+    assert flow.at(torch.tensor([0.0, 0.25, 1.0])).tolist() == [0.0, 250.0, 1000.0]
+
+
+@pytest.mark.parametrize("last_time", [1.0, 1000.0])
+def test_a_flow_is_a_straight_line_from_image_to_noise(last_time: float) -> None:
+    flow, t_B = Flow(last_time, 3.0), last_time * torch.tensor([0.0, 0.25, 1.0])
+    x0, noise = column(2.0, 2.0, 2.0), column(-1.0, -1.0, -1.0)
+    velocity = flow.target(x0, noise, t_B)
+    torch.testing.assert_close(velocity, column(-3.0, -3.0, -3.0))
+    torch.testing.assert_close(flow.add_noise(x0, noise, t_B), column(2.0, 1.25, -1.0))
+    found = flow.predictions(column(2.0, 1.25, -1.0), velocity, t_B)
+    torch.testing.assert_close(found, (x0, noise))
+    wrong = flow.predictions(column(1.0, 1.0, 1.0), column(2.0, 2.0, 2.0), t_B)
+    torch.testing.assert_close(wrong, (column(1.0, 0.5, -1.0), column(3.0, 2.5, 1.0)))
+
+
+@pytest.mark.parametrize("snr_cap", [0.5, float("inf")])
+def test_a_flow_weighs_every_time_the_same(snr_cap: float) -> None:
+    weights = Flow(1000.0, 3.0).weight(torch.tensor([0, 400, 1000]), snr_cap)
+    assert weights.dtype == torch.float32
+    assert weights.tolist() == [1.0, 1.0, 1.0]
+
+
+@each_process
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 2, 2), (3, 2, 2, 2)])
+def test_a_row_has_the_time_of_its_own_whatever_its_shape(process: Process, shape: tuple[int, ...]) -> None:
+    t_B = process.at(torch.tensor([0.1, 0.5, 0.9]))
+    rows = process.add_noise(torch.ones(shape), torch.zeros(shape), t_B).reshape(3, -1)
+    assert torch.equal(rows, rows[:, :1].expand_as(rows))
+    assert rows[0, 0] > rows[1, 0] > rows[2, 0]

@@ -18,6 +18,7 @@ from hyperalign.checkpoint import HEADER_KEY, Header, HyperAlign
 from hyperalign.errors import HyperAlignError
 from hyperalign.families.unet import TINY
 from hyperalign.hypernetwork import HyperNetwork, HyperNetworkConfig
+from hyperalign.provenance import Source, remembered
 from hyperalign.schedule import Schedule
 
 
@@ -158,3 +159,79 @@ def test_another_family_is_named(saved: Path) -> None:
         HyperAlignError, match="trained for the base model family 'sdxl', but the MODEL is 'tiny'"
     ):
         checkpoint.check_base(other, TINY)
+
+
+def test_a_file_is_written_in_half_precision_readable_by_all_and_read_in_single(
+    make_hyperalign: Any, tmp_path: Path
+) -> None:
+    made = make_hyperalign()
+    path = tmp_path / "deep" / "er" / "x.safetensors"
+    checkpoint.save(path, made.network, made.header)
+    assert {value.dtype for value in load_file(path).values()} == {torch.float16}
+    assert path.stat().st_mode & 0o777 == 0o644
+    loaded = checkpoint.load(path)
+    assert {p.dtype for p in loaded.network.parameters()} == {torch.float32}
+    assert not loaded.network.training and not any(p.requires_grad for p in loaded.network.parameters())
+    checkpoint.save(path, made.network, made.header)  # over itself, into a folder that exists
+    assert [one.name for one in path.parent.iterdir()] == ["x.safetensors"]
+
+
+def test_another_header_leaves_the_tensors_bytes(saved: Path) -> None:
+    before = load_file(saved)
+    header = dataclasses.replace(checkpoint.read_header(saved), training={"note": "new"})
+    checkpoint.rewrite_header(saved, header)
+    assert checkpoint.read_header(saved) == header
+    after = load_file(saved)
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    with pytest.raises(HyperAlignError, match="no file"):
+        checkpoint.rewrite_header(saved.with_name("none"), header)
+
+
+def test_a_header_s_family_and_its_sources_words(saved: Path) -> None:
+    header = checkpoint.read_header(saved)
+    assert (header.family, dataclasses.replace(header, base={}).family) == ("tiny", "unknown")
+    source = Source(kind="base model", name="mine", licence="none")
+    assert dataclasses.replace(header, sources=(source,)).origins == (source,)
+    assert header.origins == remembered("tiny", header.training)
+    assert (header.format_version, header.perception_blocks, checkpoint.FORMAT_VERSION) == (1, 0, 1)
+
+
+def test_a_file_as_large_as_allowed_is_opened(tmp_path: Path) -> None:
+    assert checkpoint.MAX_BYTES == 2 * 1024**3
+    path = tmp_path / "large.safetensors"
+    with path.open("wb") as file:
+        file.truncate(checkpoint.MAX_BYTES)
+    refused(path, "not a whole safetensors file")
+
+
+def test_a_file_of_an_older_release_without_the_later_fields_is_read(saved: Path) -> None:
+    header = json.loads(checkpoint._open_metadata(saved))
+    del header["perception_blocks"], header["sources"]
+    older = saved.with_name("older.safetensors")
+    save_file(load_file(saved), older, {HEADER_KEY: json.dumps(header)})
+    assert (checkpoint.read_header(older).perception_blocks, checkpoint.read_header(older).sources) == (0, ())
+    read = checkpoint.read_header(rewritten(saved, {"perception_blocks": 3, "mode": "separate"}))
+    assert (read.perception_blocks, read.mode) == (3, "separate")
+
+
+def test_tensors_more_or_of_another_shape_than_promised_are_refused(saved: Path) -> None:
+    state = load_file(saved)
+    refused(rewritten(saved, tensors=state | {"extra": torch.zeros(1)}), "0 missing .*1 unexpected .*extra")
+    state = load_file(saved)
+    state["queries"] = state["queries"][1:].contiguous()
+    refused(rewritten(saved, tensors=state), r"queries has shape .*\(1 such")
+
+
+def test_one_infinite_weight_is_refused(saved: Path) -> None:
+    state = load_file(saved)
+    state["queries"][0, 0] = float("inf")
+    refused(rewritten(saved, tensors=state), r"queries, 1 tensors")
+
+
+def test_another_base_of_the_family_is_refused_by_its_dimensions(saved: Path) -> None:
+    header = checkpoint.load(saved).header
+    checkpoint.check_base(header, TINY)
+    other = dataclasses.replace(TINY, layers_per_block=2)
+    with pytest.raises(HyperAlignError, match="another tiny model: layers_per_block is 2 and should be 1[.]"):
+        checkpoint.check_base(header, other)

@@ -179,3 +179,105 @@ def test_a_step_s_noise_whose_score_is_no_number_never_wins(no_number: float) ->
     generator = torch.Generator().manual_seed(0)
     found = epsilon_greedy(plan, lambda: torch.randn(1, 8, generator=generator), rate, random.Random(0))
     assert torch.equal(found, tried[-2])
+
+
+def test_the_settings_one_gets_without_asking() -> None:
+    plan = Plan(3)
+    assert (plan.seed, plan.mode, plan.batch, plan.keep) == (0, "best-of-N", 1, 1)
+    assert (plan.stop_at, plan.round_size, plan.radius) == (math.inf, 4, 0.5)
+    assert (plan.epsilon, plan.iterations) == (0.4, 4)
+    assert SEEDS == 2**64
+
+
+def test_the_least_and_the_greatest_settings_are_taken() -> None:
+    Plan(1, batch=1, keep=1, round_size=1, iterations=1, radius=1e-9, epsilon=0.0, stop_at=-math.inf)
+    Plan(1, epsilon=1.0, radius=2.0)
+    for wrong in ({"epsilon": -0.1}, {"radius": math.inf}, {"radius": math.nan}, {"radius": -1.0},
+                  {"epsilon": math.nan}, {"epsilon": 1.01}):  # fmt: skip
+        with pytest.raises(HyperAlignError, match="radius"):
+            Plan(1, **wrong)
+
+
+def sizes(plan: Plan) -> list[int]:
+    search, found = Search[Tensor](plan, fresh), []
+    while batch := search.propose():
+        found.append(len(batch))
+        search.record(batch, [height(one.noise) for one in batch], [one.noise for one in batch])
+    return found
+
+
+def test_batches_end_with_a_round_and_with_the_last_candidate() -> None:
+    assert sizes(Plan(7, batch=3)) == [3, 3, 1]
+    assert sizes(Plan(10, mode="zero-order", batch=3)) == [3, 1, 3, 1, 2]
+    assert sizes(Plan(5, mode="epsilon-greedy", batch=9, round_size=2)) == [2, 2, 1]
+    assert sizes(Plan(3, mode="epsilon-greedy-steps", batch=3)) == [1, 1, 1]
+
+
+def played(plan: Plan, scores: list[float]) -> tuple[list[Tensor], Search[int]]:
+    """Returns each candidate's noise when candidates get these scores in turn."""
+    search, noises = Search[int](plan, fresh), []
+    while batch := search.propose():
+        done = len(noises)
+        noises += [one.noise for one in batch]
+        search.record(batch, scores[done : len(noises)], list(range(done, len(noises))))
+    return noises, search
+
+
+def test_after_each_round_the_search_goes_on_near_the_best_so_far() -> None:
+    """Rounds of two: the best is candidate 1, then, though 3 is as good, still 1, then 5."""
+    plan = Plan(8, 20, "zero-order", round_size=2, radius=0.25)
+    noises, search = played(plan, [1.0, 3.0, 2.0, 3.0, 2.0, 4.0, 9.0, 5.0])
+    pivots = [None, None, 1, 1, 1, 1, 5, 5]
+    for index, pivot in enumerate(pivots):
+        wanted = fresh(20 + index)
+        if pivot is not None:
+            wanted = (noises[pivot] + 0.25 * wanted) / (1 + 0.25**2) ** 0.5
+        assert torch.allclose(noises[index], wanted)
+    assert [(one.score, one.seed, one.sample) for one in search.kept] == [(9.0, 26, 6)]
+
+
+def test_a_candidate_of_epsilon_greedy_is_fresh_when_its_seed_s_chance_is_below_epsilon() -> None:
+    noises, _ = played(Plan(30, 5, "epsilon-greedy", round_size=1, epsilon=0.4), [1.0] + [0.0] * 29)
+    for index, noise in enumerate(noises):
+        is_fresh = index == 0 or random.Random(5 + index).random() < 0.4
+        wanted = fresh(5 + index) if is_fresh else near(noises[0], fresh(5 + index), 0.5)
+        assert torch.equal(noise, wanted)
+
+
+def test_equals_are_kept_in_the_order_in_which_they_came() -> None:
+    _, search = played(Plan(4, keep=3), [1.0, 2.0, 2.0, 1.0])
+    assert [one.sample for one in search.kept] == [1, 2, 0]
+    assert search.tried == [(0, 1.0), (1, 2.0), (2, 2.0), (3, 1.0)]
+
+
+def test_the_threshold_itself_ends_the_search() -> None:
+    _, search = played(Plan(9, stop_at=2.0), [1.0, 1.999, 2.0])
+    assert len(search.tried) == 3
+
+
+def test_near_by_hand() -> None:
+    assert near(torch.tensor([3.0]), torch.tensor([4.0]), 0.75).item() == pytest.approx(6.0 / 1.25)
+
+
+def test_a_step_s_candidates_by_hand() -> None:
+    """Chance in turn: below epsilon a fresh one, else the next number times the radius from the pivot."""
+    numbers = iter(float(value) for value in range(1, 100))
+    rated: list[list[float]] = []
+
+    class Chance:
+        def __init__(self) -> None:
+            self.given = iter([0.3, 0.5, 0.5, 0.4, 1.0, 0.1, 0.39])
+
+        def random(self) -> float:
+            return next(self.given)
+
+    def rate(candidates: list[Tensor]) -> list[float]:
+        rated.append([float(one) for one in candidates])
+        return [0.0, 1.0] if len(rated) == 1 else [math.nan, -5.0]
+
+    plan = Plan(1, round_size=2, iterations=2, radius=2.0, epsilon=0.4)
+    found = epsilon_greedy(plan, lambda: torch.tensor([next(numbers)]), rate, Chance())  # type: ignore[arg-type]
+    second = (1 + 1.0 * 3) / 2**0.5  # from pivot 1, by 2 * 0.5
+    assert rated[0] == pytest.approx([2.0, second])
+    assert rated[1] == pytest.approx([(second + 2.0 * 4) / 5**0.5, 5.0])
+    assert found.item() == 5.0

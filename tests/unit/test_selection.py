@@ -46,3 +46,13 @@ def test_scores_that_are_none_are_refused(scores: list[float]) -> None:
 def test_none_to_keep_is_refused() -> None:
     with pytest.raises(HyperAlignError, match="k is 0"):
         select([1.0], "top-k", 0)
+
+
+def test_one_is_the_best_alone_and_the_threshold_itself_passes() -> None:
+    scores = [0.5, -1.0, 0.0, 2.0]
+    assert select(scores, "top-k") == ([3], [0, 2, 1])
+    assert select(scores, "threshold") == ([3, 0, 2], [1])
+    assert select(scores, "threshold", threshold=0.5) == ([3, 0], [2, 1])
+    assert select(scores, "top-k", 1, threshold=9.0) == ([3], [0, 2, 1])
+    assert select(scores, "sort", 1, 9.0) == ([3, 0, 2, 1], [])
+    assert select([1.0], "top-k", 5) == ([0], [])

@@ -22,7 +22,10 @@ from hyperalign.trace import (
     block_strengths,
     coordinates,
     dynamics,
+    gram_root,
     shown_dynamics,
+    strengths,
+    written_at,
 )
 from hyperalign.trace_pca import pca, relative_spread, spread_of
 
@@ -172,3 +175,85 @@ def test_steps_are_picked_evenly_with_both_ends():
     assert spread.places_SN2.shape == (6, 4, 2)
     assert not any(math.isnan(value) for value in spread.spreads)
     assert json.loads(json.dumps(spread.as_json()))["trace_of_point"] == [0, 0, 0, 0]
+
+
+def test_a_root_of_a_gram_matrix_squares_to_it_and_small_noise_below_zero_is_none() -> None:
+    roots = gram_root(torch.tensor([[[5.0, 4.0], [4.0, 5.0]], [[4.0, 0.0], [0.0, -1e-9]]]))
+    assert roots.dtype == torch.float64
+    assert roots[0].flatten().tolist() == pytest.approx([2, 1, 1, 2])
+    assert roots[1].flatten().tolist() == pytest.approx([2, 0, 0, 0])
+
+
+def test_coordinates_may_be_scaled():
+    cores, a_aux, b_aux = random(0, 1, 1, 1, 2, 2), random(1, 1, 2, 3), random(2, 1, 4, 2)
+    plain, scaled = (coordinates(cores, list(a_aux), list(b_aux), *more) for more in ((), (-3.0,)))
+    assert torch.allclose(scaled, -3 * plain)
+    assert coordinates(cores.half(), list(a_aux.half()), list(b_aux.half())).dtype == torch.float32
+
+
+def by_hand() -> Trace:
+    """Two rows, two targets of one number; three evaluations, the second of which nothing served."""
+    weights = torch.tensor([[[[3.0], [4.0]], [[1.0], [0.0]]], [[[-4.0], [3.0]], [[2.0], [2.0]]]])
+    scales = torch.tensor([[1.0, 1.0], [5.0, 5.0], [-2.0, 0.5]])
+    track = Track(0, weights, (0, 2), (0, -1, 1))
+    targets = tuple(f"up_blocks.0.attentions.1.{layer}" for layer in "xy")
+    return Trace("P", (0.5,), targets, (1.0, 0.6, 1 / 3), scales, (track,))
+
+
+def test_strengths_by_hand():
+    found = strengths(by_hand(), by_hand().tracks[0])
+    assert found[0].tolist() == [[3, 4], [1, 0]]
+    assert found[1].isnan().all()
+    assert found[2].tolist() == [[8, 1.5], [4, 1]]
+
+
+def test_moves_by_hand():
+    moves = dynamics(by_hand(), by_hand().tracks[0])
+    assert moves.norms[[0, 2]].flatten().tolist() == pytest.approx([5, 1, 66.25**0.5, 17**0.5])
+    assert moves.cosines[[0, 2]].flatten().tolist() == pytest.approx([1, 1, 0, 0.5**0.5])
+    assert moves.changes[[0, 2]].flatten().tolist() == pytest.approx([0, 0, 2**0.5, 5**0.5])
+
+
+def test_a_block_s_strength_is_the_mean_over_its_rows():
+    blocks, lengths = block_strengths(by_hand())
+    assert blocks == ["up 0.1"]
+    assert lengths[[0, 2], 0].tolist() == pytest.approx([3, (66.25**0.5 + 17**0.5) / 2])
+
+
+def test_rows_of_several_shown_tracks_stand_side_by_side():
+    trace = by_hand()
+    (track,) = trace.tracks
+    lone = Track(0, track.weights_GRMF[:1, :1] * 2, (1,), (-1, 0, 0))
+    other = Track(2, track.weights_GRMF, (1,), (0, 0, 0))
+    both = Trace("P", (), trace.targets, trace.times, trace.strengths_EM, (track, other, lone))
+    assert both.shown == (track, lone)
+    assert written_at(both) == [0, 1, 2]
+    assert shown_dynamics(both).norms.shape == (3, 3)
+    assert shown_dynamics(both).norms[1].tolist()[2] == pytest.approx(50)
+    assert block_strengths(both)[1].flatten().tolist() == pytest.approx(
+        [3, 50, (66.25**0.5 + 17**0.5 + (36 * 4 + 64 / 4) ** 0.5) / 3]
+    )
+    assert [one.name for one in both.tracks] == ["cond", "role 2", "cond"]
+    assert Track(1, track.weights_GRMF, (), ()).name == "uncond"
+
+
+def test_all_is_told_in_json_by_rows():
+    numbers = as_json(by_hand(), Rewards("judge", torch.tensor([[1 / 3], [2.0], [math.inf]])))
+    assert (numbers["variant"], numbers["key_times"], numbers["blocks"]) == ("P", [0.5], ["up 0.1"])
+    assert numbers["u"] == [1.0, 0.6, 0.333333]
+    assert numbers["reward"] == {"name": "judge", "scores": [[0.333333, 2.0, None]]}
+    (track,) = numbers["tracks"]
+    assert (track["name"], track["rows"], track["written_at"]) == ("cond", 2, [1, 3])
+    assert track["norm"] == [[5.0, None, 8.13941], [1.0, None, 4.12311]]
+    assert track["cosine"] == [[1.0, None, 0.0], [1.0, None, 0.707107]]
+    assert track["relative_change"] == [[0.0, None, 1.41421], [0.0, None, 2.23607]]
+    assert track["block_strength"] == [[3.0, None, 6.13126]]
+    assert as_json(by_hand())["reward"] is None
+
+
+def test_weights_do_not_change_when_looked_at():
+    trace = make(random(0, 1, 1, len(TARGETS), 6), in_force=(-1, 0))
+    kept = trace.tracks[0].weights_GRMF.clone()
+    dynamics(trace, trace.tracks[0])
+    strengths(trace, trace.tracks[0])
+    assert torch.equal(trace.tracks[0].weights_GRMF, kept)

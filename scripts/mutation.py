@@ -1,0 +1,301 @@
+"""Counts the small faults that fast tests find: `.venv/bin/python scripts/mutation.py [--module PATH]`.
+
+Each mutant of `scripts/mutants.py` is imported in place of its module by a process of its own, split off one
+that has already imported torch, and that module's own tests run in it. Nothing is written into the tree. What
+no test can tell from the original is listed, with a reason, in `tests/mutation_equivalents.toml`. Needs
+`pip install cosmic-ray` (the `mutation` extra). The figures go to `benchmarks/results/mutation.json`.
+
+Exit status 1: a module of which less than 90 % are found, or a listed equivalent that is no mutant any more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # at the end: see "nodes" in CONTRIBUTING.md
+
+from scripts.common import ROOT, say
+from scripts.mutants import Mutant, mutants_of
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RESULTS = ROOT / "benchmarks" / "results" / "mutation.json"
+EQUIVALENTS = ROOT / "tests" / "mutation_equivalents.toml"
+LEAST_SHARE = 0.9
+UNIT, REWARDS, TRAIN = "tests/unit/test_", "tests/unit/rewards/test_", "tests/train/test_"
+
+TESTS: dict[str, tuple[str, ...]] = {
+    "hyperalign/delta.py": (UNIT + "delta.py",),
+    "hyperalign/perception.py": (UNIT + "perception.py",),
+    "hyperalign/hypernetwork.py": (UNIT + "hypernetwork_numbers.py",),
+    "hyperalign/schedule.py": (UNIT + "schedule.py",),
+    "hyperalign/strength.py": (UNIT + "strength_numbers.py", UNIT + "strength.py"),
+    "hyperalign/targets.py": (UNIT + "targets.py",),
+    "hyperalign/checkpoint.py": (UNIT + "checkpoint.py",),
+    "hyperalign/export.py": (UNIT + "export_tensors.py",),
+    "hyperalign/search.py": (UNIT + "search.py",),
+    "hyperalign/selection.py": (UNIT + "selection.py",),
+    "hyperalign/guidance.py": (UNIT + "guidance.py",),
+    "hyperalign/trace.py": (UNIT + "trace.py",),
+    "hyperalign/trace_pca.py": (UNIT + "trace_pca.py",),
+    "hyperalign/families/dit.py": (UNIT + "family_places.py",),
+    "hyperalign/families/flux.py": (UNIT + "family_places.py",),
+    "hyperalign/families/sd3.py": (UNIT + "family_places.py",),
+    "hyperalign/families/unet.py": (UNIT + "family_places.py",),
+    "hyperalign/hosts/run_state.py": (UNIT + "run_state.py",),
+    "hyperalign/hosts/layers.py": (UNIT + "layers.py", UNIT + "layer_weights.py"),
+    "hyperalign/rewards/images.py": (REWARDS + "rewards_pixels.py",),
+    "hyperalign/rewards/text.py": (REWARDS + "rewards_text.py",),
+    "hyperalign/rewards/clip.py": (REWARDS + "rewards_clip.py",),
+    "train/randomness.py": (TRAIN + "draws.py",),
+    "train/trainer.py": (TRAIN + "trainer_step.py", TRAIN + "trainer_run.py", TRAIN + "trainer_processes.py"),
+    "train/objective.py": (TRAIN + "objective.py",),
+    "train/noise.py": (TRAIN + "process.py",),
+    "train/relative_distance.py": (TRAIN + "relative_distance.py",),
+    "train/rollout.py": (TRAIN + "rollout.py",),
+}
+"""The fast tests that are each module's own."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a module's mutants."""
+
+    survivors: list[Mutant] = field(default_factory=list[Mutant])
+    killed: int = 0
+    equivalents: int = 0
+    seconds: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """The part of the mutants that are not equivalent which the tests find."""
+        return self.killed / max(1, self.killed + len(self.survivors))
+
+    def figures(self) -> dict[str, Any]:
+        """Returns what the results file says of it."""
+        survived = len(self.survivors)
+        return {
+            "mutants": self.killed + survived + self.equivalents, "killed": self.killed, "survived": survived,
+            "equivalents": self.equivalents, "share": round(self.share, 3), "seconds": round(self.seconds, 1),
+        }  # fmt: skip
+
+
+class Imposter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports one module from a text instead of from its file."""
+
+    def __init__(self, path: Path, source: str) -> None:
+        self._name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        self._path, self._source = path, source
+
+    def find_spec(
+        self, fullname: str, path: Any, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Claims the one module."""
+        if fullname != self._name:
+            return None
+        spec = importlib.machinery.ModuleSpec(fullname, self, origin=str(self._path))
+        spec.has_location = True
+        return spec
+
+    def exec_module(self, module: Any) -> None:
+        """Runs the text."""
+        exec(compile(self._source, str(self._path), "exec"), module.__dict__)  # noqa: S102
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the mutants of the named modules, or of all; returns the process's exit status."""
+    parser = argparse.ArgumentParser(description="Counts the small faults that a module's tests find.")
+    parser.add_argument(
+        "--module", action="append", choices=sorted(TESTS), help="only these; may be repeated"
+    )
+    parser.add_argument("--list-survivors", action="store_true", help="show what no test finds")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants at once")
+    options = parser.parse_args(arguments)
+    sys.path[:] = [place for place in sys.path if place != str(ROOT / "scripts")]
+    listed = _equivalents()
+    wrong = False
+    for module in options.module or TESTS:
+        missing = [test for test in TESTS[module] if not (ROOT / test).is_file()]
+        if missing:
+            say(f"{module}: there is no {missing[0]}")
+            wrong = True
+            continue
+        outcome = run(module, listed.get(module, {}), options.jobs)
+        _record(module, outcome)
+        figures = "  ".join(f"{name} {value}" for name, value in outcome.figures().items())
+        say(f"{module}: {figures}")
+        if options.list_survivors:
+            for mutant in outcome.survivors:
+                say(
+                    f"  {module}:{mutant.line} {mutant.function}\n    - {mutant.before}\n    + {mutant.after}"
+                )
+        wrong = wrong or outcome.share < LEAST_SHARE
+    return 1 if wrong else 0
+
+
+def run(module: str, equivalents: dict[tuple[str, str, str], str], jobs: int) -> Outcome:
+    """Runs the tests of a module against each of its mutants."""
+    path, outcome, start = ROOT / module, Outcome(), time.perf_counter()
+    source = path.read_text(encoding="utf-8")
+    mutants = mutants_of(source)
+    for key in set(equivalents) - {mutant.key for mutant in mutants}:
+        raise SystemExit(f"{EQUIVALENTS.name} lists for {module} what is no mutant: {key}. Take it out.")
+    alone = _warm_up(module)
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        if not _survives(_start(module, source, alone, Path(folder)), 600.0):
+            raise SystemExit(f"The tests of {module} fail as they are: pytest {' '.join(TESTS[module])}")
+        limit = 10.0 + 5 * (time.perf_counter() - began)
+        waiting = [mutant for mutant in mutants if mutant.key not in equivalents]
+        outcome.equivalents = len(mutants) - len(waiting)
+        while waiting:
+            together, waiting = waiting[:jobs], waiting[jobs:]
+            running = [(mutant, _start(module, mutant.source, alone, Path(folder))) for mutant in together]
+            for mutant, process in running:
+                if _survives(process, limit):
+                    outcome.survivors.append(mutant)
+                else:
+                    outcome.killed += 1
+    outcome.seconds = time.perf_counter() - start
+    return outcome
+
+
+def _warm_up(module: str) -> bool:
+    """Imports here whatever of other projects the module's tests import, so that no mutant has to.
+
+    Returns whether they pass without any conftest.py, whose fixtures build whole models.
+    """
+    for alone in (True, False):
+        reading, writing = os.pipe()
+        if (process := os.fork()) == 0:
+            status = _test(TESTS[module], alone, Path(tempfile.mkdtemp()))
+            _tell_imports(writing)
+            os._exit(status)
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            names = pipe.read().split()
+        if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0:
+            break
+    else:
+        raise SystemExit(f"The tests of {module} fail as they are: pytest {' '.join(TESTS[module])}")
+    for name in names:
+        with contextlib.suppress(Exception):  # some only their own package may import
+            importlib.import_module(name)
+    gc.freeze()
+    return alone
+
+
+def _tell_imports(writing: int) -> None:
+    origins = {name: str(getattr(found, "__file__", "") or "") for name, found in sys.modules.items()}
+    names = [name for name, origin in origins.items() if "site-packages" in origin or "lib/python" in origin]
+    with os.fdopen(writing, "w") as pipe:
+        pipe.write("\n".join(names))
+
+
+def _start(module: str, source: str, alone: bool, folder: Path) -> int:
+    """Splits off a process whose exit status says whether the tests pass with this text as the module."""
+    process = os.fork()
+    if process == 0:
+        os.setsid()
+        sys.meta_path.insert(0, Imposter(ROOT / module, source))
+        place = folder / str(os.getpid())
+        status = 1
+        try:
+            status = _test(TESTS[module], alone, place)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+            os._exit(status)
+    return process
+
+
+def _test(tests: Sequence[str], alone: bool, folder: Path) -> int:
+    """Runs tests in this process, silently; the first that fails ends it."""
+    import hypothesis
+    import pytest
+    import torch
+
+    torch.set_num_threads(1)
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    hypothesis.settings.register_profile(
+        "mutation", derandomize=True, database=None, deadline=None, max_examples=10,
+        suppress_health_check=list(hypothesis.HealthCheck), print_blob=False,
+    )  # fmt: skip
+    hypothesis.settings.load_profile("mutation")
+    gc.disable()
+    options = ["-q", "--tb=no", "--assert=plain", f"--basetemp={folder}", *["--noconftest"] * alone]
+    without = ("cacheprovider", "unraisableexception", "threadexception", "logging", "doctest", "junitxml")
+    options += [word for name in without for word in ("-p", f"no:{name}")]
+    places = (str(ROOT / test) for test in tests)
+    return int(pytest.main([*options, *places], plugins=[_FirstFailure(folder)]))
+
+
+class _FirstFailure:
+    """Ends the process at the first test that fails: what follows changes nothing. Slow ones are last."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Is called by pytest with all tests."""
+        items.sort(key=lambda item: hasattr(item.obj, "hypothesis"))
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Is called by pytest after each part of a test."""
+        if report.failed:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            os._exit(1)
+
+
+def _survives(process: int, limit: float) -> bool:
+    end = time.perf_counter() + limit
+    while True:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return status == 0
+        if time.perf_counter() > end:
+            os.killpg(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            return False
+        time.sleep(0.005)
+
+
+def _equivalents() -> dict[str, dict[tuple[str, str, str], str]]:
+    """Returns the listed equivalents of each file and why no test can find them."""
+    found: dict[str, dict[tuple[str, str, str], str]] = {}
+    if EQUIVALENTS.is_file():
+        for one in tomllib.loads(EQUIVALENTS.read_text(encoding="utf-8")).get("equivalent", []):
+            key = one["function"], one["before"], one["after"]
+            found.setdefault(one["file"], {})[key] = one["reason"]
+    return found
+
+
+def _record(module: str, outcome: Outcome) -> None:
+    known: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    known[module] = outcome.figures()
+    ordered = {name: known[name] for name in TESTS if name in known}
+    RESULTS.write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

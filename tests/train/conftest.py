@@ -1,0 +1,188 @@
+"""A base model and a hypernetwork of a few thousand numbers: the trainer's own objects in milliseconds."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from hyperalign.checkpoint import Header, HyperAlign
+from hyperalign.hosts.diffusers.adapter import Adapter, Call, unet_call
+from hyperalign.hypernetwork import HyperNetworkConfig
+from hyperalign.schedule import Schedule
+from train.config import EvalConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
+from train.materials import Materials, PromptList
+from train.models.base import Conditions
+from train.noise import Diffusion, Process
+from train.objective import Rewards
+from train.setup import new_hyperalign
+from train.trainer import Trainer
+
+NETWORK = HyperNetworkConfig(rank=2, a=3, b=3, width=8, layers=1, heads=1)
+OBJECTIVE = {
+    "prompts": 2, "rollout_steps": 4, "timesteps": 2, "preferred": 3, "reward_weight": 0.5,
+    "preference_weight": 3.0, "guidance": 2.0, "rewards": {"tiny reward": 2.0},
+}  # fmt: skip
+OPTIM = {"steps": 1, "warmup": 0, "lr": 1e-2, "clip": 1e9, "bf16": False}
+
+
+class SmallBase:
+    """A U-Net behind the `Base` and `Texts` protocols; it attends in every block, or in the middle alone."""
+
+    cfg = True
+    latent_shape = (4, 4, 4)
+    device = torch.device("cpu")
+
+    def __init__(self, process: Process, everywhere: bool = True) -> None:
+        torch.manual_seed(0)
+        kind = "CrossAttn" if everywhere else ""
+        self.backbone = UNet2DConditionModel(
+            sample_size=4, block_out_channels=(8,), layers_per_block=1, cross_attention_dim=8,
+            attention_head_dim=4, norm_num_groups=4, down_block_types=(f"{kind}DownBlock2D",),
+            up_block_types=(f"{kind}UpBlock2D",),
+        )  # fmt: skip
+        self.backbone.eval().requires_grad_(False)
+        self.process = process
+
+    def call(self, x_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Call:
+        dtype = self.backbone.dtype
+        return unet_call(x_BCHW.to(dtype), t_B, conditions["context"].to(dtype))
+
+    def prediction(self, output: Tensor, x_BCHW: Tensor) -> Tensor:
+        return output.float()
+
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        return latents_BCHW[:, :3] / 2 + 0.5
+
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def conditions(self, prompts: Sequence[str]) -> Conditions:
+        seeds = [zlib.crc32(prompt.encode()) for prompt in prompts]
+        rows = [torch.randn(2, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return {"context": torch.stack(rows)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Keeps small models on one thread: several would only wait for one another."""
+    before = torch.get_num_threads()
+    if {"make_base", "small_base", "small_run"} & set(request.fixturenames):
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def make_base() -> Callable[..., Any]:
+    """Returns a small base model for a noise process."""
+    return lambda process=None, everywhere=True: SmallBase(process or Diffusion(), everywhere)
+
+
+@pytest.fixture(scope="session")
+def small_base(make_base: Callable[..., Any]) -> Any:
+    return make_base()
+
+
+@pytest.fixture(scope="session")
+def adapted() -> Callable[..., Adapter]:
+    """Returns a base model adapted by a hypernetwork whose weights are not at zero any more."""
+
+    def adapter_of(base: Any, schedule: Schedule = Schedule("S"), std: float = 0.3) -> Adapter:  # noqa: B008
+        torch.manual_seed(1)
+        adapter = Adapter(
+            base.backbone, new_hyperalign(TrainConfig(network=NETWORK), base.backbone, schedule)
+        )
+        for matrix in adapter.network.b_aux:
+            torch.nn.init.normal_(matrix, std=std)
+        return adapter
+
+    return adapter_of
+
+
+@pytest.fixture(scope="session")
+def normal() -> Callable[..., Tensor]:
+    """Returns latents for the small base model, decided by a seed."""
+
+    def latents(rows: int, seed: int = 0) -> Tensor:
+        return torch.randn(rows, 4, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+    return latents
+
+
+class SampledImages:
+    """A stream of preferred images behind the `Preferred` protocol: its n-th is the n-th whoever asks."""
+
+    def __init__(self) -> None:
+        self.places: list[tuple[int, int]] = []
+
+    def batch(
+        self, position: int, count: int, rng: np.random.Generator, part: slice
+    ) -> tuple[Tensor, list[str]]:
+        self.places.append((position, count))
+        numbers = range(position, position + count)[part]
+        rows = [torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(n)) for n in numbers]
+        return torch.stack(rows), [f"image {n}" for n in numbers]
+
+
+def letters(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """A reward that tells images and prompts apart."""
+    lengths = torch.tensor([float(len(prompt)) for prompt in prompts])
+    return images.square().mean(dim=(1, 2, 3)) * (1 + lengths) / 100
+
+
+class Evaluations:
+    """Notes each evaluation: the first number of the network that is judged, its header and the grid."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, Header, Path]] = []
+
+    def __call__(self, hyperalign: HyperAlign, grid: Path) -> dict[str, Any]:
+        first = float(hyperalign.network.b_aux[0].flatten()[0])
+        self.seen.append((first, hyperalign.header, grid))
+        return {"letters": first, "more": {"count": len(self.seen)}, "words": "none"}
+
+
+@pytest.fixture
+def small_run(make_base: Callable[..., Any], tmp_path: Path) -> Callable[..., Trainer]:
+    """Returns a trainer of the small base, its weights off zero; sections of settings change the recipe."""
+
+    def trainer_of(
+        out: Path | None = None,
+        *,
+        base: Any = None,
+        reward: Any = letters,
+        accelerator: Accelerator | None = None,
+        off_zero: bool = True,
+        **sections: dict[str, Any],
+    ) -> Trainer:
+        config = TrainConfig(
+            network=NETWORK,
+            model=ModelConfig(**sections.get("model", {})),
+            objective=ObjectiveConfig(**OBJECTIVE | sections.get("objective", {})),
+            optim=OptimConfig(**OPTIM | sections.get("optim", {})),
+            eval=EvalConfig(**{"every": 0} | sections.get("eval", {})),
+            run=RunConfig(out=out or tmp_path, **{"save_every": 100, "keep": 99} | sections.get("run", {})),
+        )
+        base = base or make_base(everywhere=False)
+        world = Materials(
+            base=base, texts=base, prompts=PromptList(["a", "bcd", "efghi", "jk"]), preferred=SampledImages(),
+            rewards=Rewards({"tiny reward": reward}, config.objective.rewards), evaluate=Evaluations(),
+            origin={"reward": "letters", "preference_data": "EmojiScenes"},
+        )  # fmt: skip
+        run = Trainer(config, world, accelerator or Accelerator(cpu=True))
+        if off_zero and run.step == 0:
+            source = torch.Generator().manual_seed(2)
+            for matrix in run.network.b_aux:
+                torch.nn.init.normal_(matrix, std=0.3, generator=source)
+        return run
+
+    return trainer_of

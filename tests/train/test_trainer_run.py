@@ -1,0 +1,339 @@
+"""A run of the trainer on the small base: what it saves, when, and with what it goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from torch import Tensor
+
+from hyperalign import checkpoint
+from hyperalign.card import card, card_path
+from hyperalign.errors import HyperAlignError
+from train.recipe import as_table
+from train.trainer import Trainer
+
+Runs = Callable[..., Any]
+THREE: dict[str, Any] = {"steps": 3}
+QUICK: dict[str, Any] = {"prompts": 1, "rollout_steps": 2, "timesteps": 1}
+
+
+@pytest.fixture
+def small_run(small_run: Runs) -> Runs:
+    """The steps of these runs are as short as they can be."""
+
+    def trainer_of(*given: Any, objective: dict[str, Any] | None = None, **named: Any) -> Any:
+        return small_run(*given, objective=QUICK | (objective or {}), **named)
+
+    return trainer_of
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    """Returns the log without what a clock decides."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        {name: value for name, value in row.items() if not name.startswith(("seconds", "images"))}
+        for row in rows
+    ]
+
+
+def states_of(out: Path) -> list[int]:
+    return sorted(int(path.stem.removeprefix("state-")) for path in (out / "states").glob("*.pt"))
+
+
+def newest(out: Path) -> dict[str, Any]:
+    return torch.load(sorted((out / "states").iterdir())[-1])
+
+
+def weights(module: Any) -> Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
+
+
+def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Two states hold the same, bit for bit."""
+    assert found.keys() == expected.keys()
+    for part in ("network", "average"):
+        assert all(torch.equal(found[part][key], value) for key, value in expected[part].items())
+    moments, others = found["optimiser"]["state"], expected["optimiser"]["state"]
+    assert all(torch.equal(moments[i][key], others[i][key]) for i in others for key in others[i])
+    for name in expected.keys() - {"network", "average", "optimiser", "unlogged"}:
+        assert found[name] == expected[name], name
+
+
+# A new run
+
+
+def test_the_seed_decides_a_new_network(small_run: Runs, tmp_path: Path) -> None:
+    first = small_run(tmp_path / "a", off_zero=False)
+    torch.rand(3)
+    again = small_run(tmp_path / "b", off_zero=False)
+    other = small_run(tmp_path / "c", off_zero=False, run={"seed": 1})
+    assert torch.equal(weights(first.network), weights(again.network))
+    assert not torch.equal(weights(first.network), weights(other.network))
+    assert torch.equal(weights(first.average), weights(first.network))
+    assert first.average is not first.network
+    assert (first.step, first.images_seen, first.skipped) == (0, 0, 0)
+
+
+def test_threads_are_set_where_the_recipe_names_them(small_run: Runs, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        small_run(tmp_path / "a")
+        assert torch.get_num_threads() == 2
+        small_run(tmp_path / "b", run={"threads": 1})
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("model", "recomputes"),
+    [
+        ({"base": "sd15"}, True), ({"base": "sd15", "checkpointing": "decoder"}, False),
+        ({"base": "tiny"}, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_real_backbone_recomputes_where_the_recipe_says(
+    small_run: Runs, model: dict[str, Any], recomputes: bool
+) -> None:
+    assert small_run(model=model).base.backbone.is_gradient_checkpointing is recomputes
+
+
+def test_without_an_accelerator_it_makes_its_own(small_run: Runs, tmp_path: Path) -> None:
+    run = small_run(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    assert Trainer(run.config, run.materials).device.type == run.accelerator.device.type
+
+
+# Saving and evaluating
+
+
+@pytest.mark.parametrize(
+    ("every", "save_every", "evaluated", "saved"),
+    [(2, 100, [2, 4, 5], [2, 4, 5]), (0, 2, [], [2, 4, 5]), (5, 3, [5], [3, 5]), (0, 100, [], [5])],
+)
+def test_when_a_run_is_evaluated_and_saved(
+    small_run: Runs, tmp_path: Path, every: int, save_every: int, evaluated: list[int], saved: list[int]
+) -> None:
+    run = small_run(optim={"steps": 5}, eval={"every": every}, run={"save_every": save_every})
+    averages: list[float] = []
+    rows: list[dict[str, Any]] = []
+
+    def note(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if "validation" in row:
+            averages.append(float(run.average.b_aux[0].flatten()[0]))
+
+    run.fit(note)
+    seen = run.materials.evaluate.seen
+    assert [grid for _, _, grid in seen] == [tmp_path / "grids" / f"0000{step}.png" for step in evaluated]
+    assert [first for first, _, _ in seen] == averages
+    assert [row["step"] + 1 for row in rows if "validation" in row] == evaluated
+    assert states_of(tmp_path) == saved
+    if evaluated:
+        assert rows[-1]["validation"] == {
+            "letters": averages[-1],
+            "more": {"count": len(seen)},
+            "words": "none",
+        }
+        flat = {"letters": averages[-1], "more/count": float(len(seen))}
+        assert newest(tmp_path)["metrics"] == flat
+        assert checkpoint.load(run.path).header.training["metrics"] == flat
+
+
+def test_the_finished_hypernetwork_says_how_it_was_made(small_run: Runs, tmp_path: Path) -> None:
+    run = small_run(optim={"steps": 2, "weight_decay": 0.3})
+    assert run.optimiser.defaults["weight_decay"] == 0.3
+    run.fit()
+    assert run.path == tmp_path / "hypernetwork.safetensors"
+    loaded = checkpoint.load(run.path)
+    assert torch.equal(weights(loaded.network), weights(run.average).half().float())
+    assert not torch.equal(weights(loaded.network), weights(run.network).half().float())
+    recipe = as_table(run.config, paths=False) | {"run": {"seed": 0}}
+    assert loaded.header.training == {
+        "steps": 2, "reward": "letters", "preference_data": "EmojiScenes", "metrics": {}, "recipe": recipe,
+    }  # fmt: skip
+    names = [source.name for source in loaded.header.sources]
+    assert names == ["embedded tiny model", "tiny preference reward", "EmojiScenes"]
+    assert loaded.header.sources[1].weight == 2.0
+    assert card_path(run.path).read_text(encoding="utf-8") == card(loaded.header, "hypernetwork")
+    state = newest(tmp_path)
+    assert (state["step"], state["images_seen"], state["skipped"], state["processes"]) == (2, 6, 0, 1)
+    assert (state["metrics"], state["unlogged"], state["key_times"]) == ({}, {}, [])
+    assert json.loads(state["recipe"])["optim.weight_decay"] == 0.3
+
+
+class Tracker(GeneralTracker):
+    """Keeps what it is told."""
+
+    name = "kept"
+    requires_logging_directory = False
+    tracker = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, Any]]] = []
+        self.finished = False
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        pass
+
+    def log(self, values: dict[str, Any], step: int | None = None, **more: Any) -> None:
+        self.rows.append((step, values))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_trackers_are_told_the_numbers_of_each_step_and_the_end(small_run: Runs) -> None:
+    tracker = Tracker()
+    accelerator = Accelerator(cpu=True, log_with=[tracker])
+    accelerator.init_trackers("run")
+    small_run(accelerator=accelerator, optim={"steps": 2}, eval={"every": 2}).fit()
+    assert [step for step, _ in tracker.rows] == [0, 1]
+    assert "validation/letters" in tracker.rows[1][1]
+    assert all(isinstance(value, float) for _, row in tracker.rows for value in row.values())
+    assert tracker.finished
+
+
+# Going on
+
+
+class End(BaseException):
+    """Ends a run in the middle."""
+
+
+def ends_at(step: int) -> Callable[[dict[str, Any]], None]:
+    def on_step(row: dict[str, Any]) -> None:
+        if row["step"] == step:
+            raise End
+
+    return on_step
+
+
+def test_a_run_goes_on_exactly(small_run: Runs, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"optim": THREE, "objective": {"state": "mixed"}}
+    small_run(tmp_path / "whole", **settings).fit()
+    with pytest.raises(End):
+        small_run(tmp_path / "parts", **settings).fit(ends_at(0))
+    assert states_of(tmp_path / "parts") == [1]
+    resumed = small_run(tmp_path / "parts", **settings)
+    assert resumed.step == 1
+    resumed.fit()
+    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+    same(newest(tmp_path / "parts"), newest(tmp_path / "whole"))
+
+
+def test_what_was_counted_goes_on(small_run: Runs, tmp_path: Path) -> None:
+    def nan(images: Tensor, prompts: Any) -> Tensor:
+        return images.mean(dim=(1, 2, 3)) * float("nan")
+
+    settings: dict[str, Any] = {"optim": THREE, "eval": {"every": 1}, "reward": nan}
+    with pytest.raises(End):
+        small_run(**settings).fit(ends_at(1))
+    resumed = small_run(**settings)
+    assert (resumed.step, resumed.skipped, resumed.images_seen) == (2, 2, 6)
+    saved = resumed.export()
+    assert checkpoint.load(saved).header.training["metrics"]["more/count"] == 2.0
+
+
+def test_lines_of_steps_that_no_state_knows_are_taken_back(small_run: Runs, tmp_path: Path) -> None:
+    small_run(optim=THREE, run={"save_every": 1}).fit()
+    whole = rows_of(tmp_path)
+    (tmp_path / "states" / "state-000003.pt").unlink()
+    resumed = small_run(optim=THREE, run={"save_every": 1})
+    assert rows_of(tmp_path) == whole[:1]  # the state holds the line of its own last step
+    resumed.fit()
+    assert rows_of(tmp_path) == whole
+
+
+@pytest.mark.parametrize("ended_at", [2, 3])
+def test_a_run_that_ended_in_its_evaluation_begins_with_it(
+    small_run: Runs, tmp_path: Path, ended_at: int
+) -> None:
+    settings: dict[str, Any] = {"optim": THREE, "eval": {"every": 2}}
+    run = small_run(**settings)
+    evaluate = run.materials.evaluate
+
+    class Broken(type(evaluate)):
+        def __call__(self, *given: Any) -> Any:
+            if run.step == ended_at:
+                raise End
+            return super().__call__(*given)
+
+    evaluate.__class__ = Broken
+    with pytest.raises(End):
+        run.fit()
+    assert [row["step"] for row in rows_of(tmp_path)] == list(range(ended_at - 1))
+    assert newest(tmp_path)["unlogged"]["step"] == ended_at - 1
+    resumed = small_run(**settings)
+    resumed.fit()
+    grids = [grid.stem for _, _, grid in resumed.materials.evaluate.seen]
+    assert grids == [f"0000{step}" for step in (2, 3) if step >= ended_at]
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert ["validation" in row for row in rows] == [False, True, True]
+
+
+def test_a_run_that_is_cut_off_in_its_first_step_saves_its_start(small_run: Runs, tmp_path: Path) -> None:
+    run = small_run(reward=lambda images, prompts: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.fit()
+    assert states_of(tmp_path) == [0]
+    assert newest(tmp_path)["images_seen"] == 0
+
+
+def test_a_step_that_was_cut_off_inside_its_passes_is_taken_again_from_its_start(
+    small_run: Runs, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"optim": THREE, "objective": {"state": "noised"}}
+    small_run(tmp_path / "whole", **settings).fit()
+    run = small_run(tmp_path / "parts", **settings)
+    images = run.materials.preferred
+    batch, calls = images.batch, iter(range(100))
+
+    def broken(*given: Any) -> Any:
+        if next(calls) == 3:  # the preference loss of the second step; the reward's gradient is there
+            raise End
+        return batch(*given)
+
+    images.batch = broken
+    with pytest.raises(End):
+        run.fit()
+    assert states_of(tmp_path / "parts") == [1]
+    assert newest(tmp_path / "parts")["images_seen"] == 4
+    run.fit()
+    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+    same(newest(tmp_path / "parts"), newest(tmp_path / "whole"))
+
+
+def test_a_torn_step_saves_nothing(small_run: Runs, tmp_path: Path) -> None:
+    run = small_run(optim=THREE)
+
+    def torn() -> None:
+        raise End
+
+    run.optimiser.step = torn
+    with pytest.raises(End):
+        run.fit()
+    assert not (tmp_path / "states").exists()
+
+
+def test_a_changed_recipe_is_told_and_another_one_is_refused(
+    small_run: Runs, caplog: pytest.LogCaptureFixture
+) -> None:
+    small_run().fit()
+    with caplog.at_level(logging.WARNING):
+        small_run(optim={"lr": 0.5})
+    assert "optim.lr was 0.01 and is 0.5" in caplog.text
+    with pytest.raises(HyperAlignError, match="another recipe"):
+        small_run(optim={"weight_decay": 0.5})
