@@ -71,7 +71,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "(default: %(default)s)")  # fmt: skip
     add("--image", type=Path, help="a finished image, to which noise of --time is added; needed below 1")
     add("--strength", type=float, default=1.0,
-        help="of HyperAlign that the LoRA's own strength 1 equals (default: %(default)s, as trained)")  # fmt: skip
+        help="of HyperAlign that the LoRA's own strength 1 equals (default: %(default)s, as "
+        "trained)")  # fmt: skip
     add("--height", type=int, help="of the image in pixels (default: the model's own)")
     add("--width", type=int, help="of the image in pixels (default: the model's own)")
     add("--dtype", choices=DTYPES, default="float16", help="of the file's matrices (default: %(default)s)")

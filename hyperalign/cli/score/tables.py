@@ -6,10 +6,7 @@ import csv
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from scipy import stats
+from statistics import fmean, pstdev
 
 from ...errors import HyperAlignError
 from ...files import cannot_write, replacing
@@ -28,12 +25,16 @@ def ranking_scores(rows: Sequence[Scored]) -> list[float]:
     A z-score is (s - mean) / std over these images; a reward that is equal for all of them contributes 0.
     """
     names = list(rows[0].scores) if rows else []
-    scores_RN = np.array([[row.scores[name] for row in rows] for name in names], dtype=np.float64)
-    if len(names) < 2:
-        return scores_RN.flatten().tolist()
-    with np.errstate(invalid="ignore"):
-        z_scores_RN: Any = stats.zscore(scores_RN, axis=1)
-    return np.nan_to_num(z_scores_RN).mean(axis=0).tolist()  # the z-scores of equal scores are NaN
+    if len(names) == 1:
+        return [row.scores[names[0]] for row in rows]
+    z_scores = [_z_scores([row.scores[name] for row in rows]) for name in names]
+    return [fmean(values) for values in zip(*z_scores, strict=True)]
+
+
+def _z_scores(scores: Sequence[float]) -> list[float]:
+    """Returns z-scores; the standard library's exact deviation of equal scores is 0, unlike NumPy's."""
+    mean, deviation = fmean(scores), pstdev(scores)
+    return [(score - mean) / deviation if deviation > 0.0 else 0.0 for score in scores]
 
 
 def columns(rows: Sequence[Scored], rewards: Sequence[str]) -> Table:
