@@ -1,42 +1,32 @@
 """Prints the model card of a hypernetwork, or writes it to a file.
 
 python -m hyperalign card mine.safetensors                   prints it
-python -m hyperalign card mine.safetensors --out README.md   writes it, as the Hugging Face hub wants it
-python -m hyperalign card old.safetensors --record           writes licences and biases into the header of a
+python -m hyperalign card mine.safetensors --out README.md   writes it, as the Hugging Face hub expects it
+python -m hyperalign card old.safetensors --record           records licences and biases in the header of a
                                                              file that was trained before headers had them
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..card import card, record, write
 from ..checkpoint import read_header
-from ..errors import HyperAlignError
+from .common.arguments import command_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hyperalign card",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Runs the command and returns the exit status. Raises HyperAlignError."""
+    parser = command_parser("card", __doc__)
     add = parser.add_argument
     add("file", type=Path, help="a hypernetwork (.safetensors)")
-    add("--out", type=Path, metavar="CARD", help="where to write the card instead of printing it")
-    add("--record", action="store_true", help="write licences and biases into the file's header first")
+    add("--out", type=Path, metavar="CARD", help="file to write instead of printing the card")
+    add("--record", action="store_true", help="record licences and biases in the file's header first")
     options = parser.parse_args(arguments)
-    try:
-        header = record(options.file) if options.record else read_header(options.file)
-        text = card(header, options.file.stem)
-        if options.out is not None:
-            write(options.out, text)
-    except HyperAlignError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    header = record(options.file) if options.record else read_header(options.file)
+    text = card(header, options.file.stem)
+    if options.out is not None:
+        write(options.out, text)
     print(text if options.out is None else f"Wrote {options.out}")
     return 0

@@ -1,10 +1,10 @@
-"""Judges a folder of images in GenEval's layout.
+"""Scores a folder of images in GenEval's layout.
 
-python -m hyperalign.geneval IMAGES --metadata evaluation_metadata.jsonl --weights FOLDER
+python -m hyperalign geneval IMAGES --metadata evaluation_metadata.jsonl --weights FOLDER
 
-IMAGES has a folder 00000, 00001, ... for each prompt, in it the images samples/0000.png, ... and perhaps
-metadata.jsonl with the prompt's line; without it, line N of --metadata is that of folder N. Stop it at any
-time; the same command goes on where it stopped. The results have the official fields.
+IMAGES has a folder 00000, 00001, ... for each prompt. It contains the images samples/0000.png, ... and
+optionally metadata.jsonl with the prompt's line; without it, line N of --metadata is that of folder N. You
+can stop it with Ctrl-C; the same command resumes. The results have the official fields.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,24 +20,28 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HyperAlignError
+from ..files import cannot_write, check_writable, write_text
 from ..geneval import detector
 from ..geneval.prompts import parse_prompt, read_metadata
 from ..geneval.scorer import CLIP, GenEval, load
 from ..geneval.summary import summarise, table
-from ..rewards import download, loading
+from ..rewards import download
 from ..rewards.weights import find
-from .score.devices import device_of
-from .score.files import Log, check_writable, file_state, log_of, write_whole
-from .score.images import BadImage, decode, in_order
-from .score.progress import bar
+from ..threads import in_order
+from .common.arguments import command_parser
+from .common.devices import device_of
+from .common.images import BadImage, decode, print_skipped
+from .common.log import SCORES_ARE_KEPT, Log, file_state, log_path
+from .common.options import add_weights_options, provide_reward
+from .common.progress import progress_bar
 
-STOPPED = 130
 AHEAD = 4
+"""How many images threads decode ahead."""
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """The verdict on an image, and what it was judged by."""
+class Scored:
+    """Whether an image is correct, and what that was computed from."""
 
     name: str
     """Relative to the folder of images."""
@@ -53,60 +56,55 @@ class Judged:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
+    """Runs the command and returns the exit status. Raises HyperAlignError."""
     options = parse(arguments)
-    try:
-        rows, bad = run(options)
-        summary = summarise((row.metadata["tag"], row.metadata["prompt"], row.correct) for row in rows)
-    except HyperAlignError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "\nStopped; the verdicts so far are kept. The same command goes on from there.", file=sys.stderr
-        )
-        return STOPPED
-    for one in bad:
-        print(f"left out {one.name}: {one.reason}", file=sys.stderr)
+    rows, bad = run(options)
+    summary = summarise((row.metadata["tag"], row.metadata["prompt"], row.correct) for row in rows)
+    print_skipped(bad)
     print(table(summary))
-    print(f"Wrote {options.out}." + (f" {len(bad)} images were left out." if bad else ""))
+    print(f"Wrote {options.out}." + (f" {len(bad)} images were skipped." if bad else ""))
     return 0
 
 
-def run(options: argparse.Namespace) -> tuple[list[Judged], list[BadImage]]:
-    """Judges all images, writes the results and returns them. Raises HyperAlignError."""
+def run(options: argparse.Namespace) -> tuple[list[Scored], list[BadImage]]:
+    """Scores all images, writes the results and returns them. Raises HyperAlignError."""
     folder: Path = options.images
     images = list_samples(folder, options.metadata)
     check_writable(options.out)
     device = device_of(options.device)
-    if options.download:
-        download.download(CLIP, options.weights)
-        download.download_file(detector.WEIGHTS.url, options.weights / detector.WEIGHTS.path)
-    check_weights(options.weights, options.tokenizer)
-    with Log(log_of(options.out), {"weights": str(options.weights.resolve())}, Judged) as log:
-        todo = {name: line for name, line in images.items() if not is_judged(folder, name, line, log)}
+    provide_weights(options.weights, options.tokenizer, options.download)
+    with Log(log_path(options.out), {"weights": str(options.weights.resolve())}, Scored) as log:
+        todo = {name: line for name, line in images.items() if not is_scored(folder, name, line, log)}
         bad: list[BadImage] = []
         if todo:
             scorer = load(options.weights, device=device, tokenizer_folder=options.tokenizer)
-            shown = bar(len(images), "judging", len(images) - len(todo))
-            try:
-                bad = judge_all(folder, todo, scorer, log, shown.update)
-            finally:
-                shown.close()
-        rows = [log.rows[name] for name, line in images.items() if is_judged(folder, name, line, log)]
-    lines = "".join(json.dumps(official(folder, row)) + "\n" for row in rows)
-    write_whole(options.out, lambda partial: partial.write_text(lines, encoding="utf-8"))
+            with progress_bar(len(images), "scoring", len(images) - len(todo)) as bar:
+                bad = score_all(folder, todo, scorer, log, bar.update)
+        rows = [log.rows[name] for name, line in images.items() if is_scored(folder, name, line, log)]
+    with cannot_write(options.out, SCORES_ARE_KEPT):
+        write_text(options.out, "".join(json.dumps(official(folder, row)) + "\n" for row in rows))
     return rows, bad
 
 
-def judge_all(
+def provide_weights(folder: Path, tokenizer: Path | None, download_missing: bool) -> None:
+    """Downloads missing weight files if asked to, and reads none of the large ones.
+
+    Raises HyperAlignError unless all files are present then.
+    """
+    if download_missing:
+        download.download_file(detector.WEIGHTS.url, folder / detector.WEIGHTS.path)
+    find(detector.WEIGHTS, folder)
+    provide_reward(CLIP, folder, tokenizer, download_missing)
+
+
+def score_all(
     folder: Path,
     todo: Mapping[str, dict[str, Any]],
     scorer: GenEval,
-    log: Log[Judged],
+    log: Log[Scored],
     progress: Callable[[int], object],
 ) -> list[BadImage]:
-    """Judges images, while threads decode the next ones; returns those that could not be read."""
+    """Scores images, while threads decode the next ones; returns those that could not be read."""
     bad: list[BadImage] = []
     with ThreadPoolExecutor(AHEAD) as pool:
         for name, image_CHW in in_order(pool, partial(decode, folder), todo, AHEAD):
@@ -116,7 +114,7 @@ def judge_all(
                 verdict, found = scorer.judge(image_CHW.float() / 255, parse_prompt(todo[name]))
                 details = {kind: [[*one.box, one.score] for one in group] for kind, group in found.items()}
                 reason, state = "\n".join(verdict.reasons), file_state(folder / name)
-                log.append([Judged(name, todo[name], verdict.correct, reason, details, *state)])
+                log.append([Scored(name, todo[name], verdict.correct, reason, details, *state)])
             progress(1)
     return bad
 
@@ -142,20 +140,21 @@ def list_samples(folder: Path, metadata: Path | None) -> dict[str, dict[str, Any
 
 
 def _numbered(folder: Path) -> Iterator[Path]:
+    """Yields the folders of prompts."""
     if not folder.is_dir():
         raise HyperAlignError(f"There is no folder {folder}; give one in GenEval's layout.")
     yield from (path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal())
 
 
 def _metadata_of(place: Path, lines: Sequence[dict[str, Any]] | None) -> dict[str, Any]:
-    """Returns the metadata of a prompt's folder: its own, or its line."""
+    """Returns the metadata of a prompt's folder: its own file's, or its line of --metadata."""
     number, own = int(place.name), place / "metadata.jsonl"
     line = lines[number] if lines is not None and number < len(lines) else None
     kept = read_metadata(own)[0] if own.is_file() else None
     if line is not None and kept is not None and line != kept:
         raise HyperAlignError(
             f"{own} is for {kept['prompt']!r}, line {number} of --metadata (from 0) for {line['prompt']!r}. "
-            "Give the file that the images were made from, or leave --metadata out."
+            "Give the file that the images were made from, or omit --metadata."
         )
     found = kept or line
     if found is None:
@@ -166,24 +165,13 @@ def _metadata_of(place: Path, lines: Sequence[dict[str, Any]] | None) -> dict[st
     return found
 
 
-def check_weights(folder: Path, tokenizer: Path | None) -> None:
-    """Raises HyperAlignError unless all weight files are there; reads none of them."""
-    find(detector.WEIGHTS, folder)
-    recipe = loading.recipe_of(CLIP)
-    for file in recipe.files:
-        find(file, folder)
-    if recipe.vocabulary is not None:
-        recipe.vocabulary.load(folder, tokenizer)
+def is_scored(folder: Path, name: str, metadata: dict[str, Any], log: Log[Scored]) -> bool:
+    """Returns whether the log has the result of the current file with this metadata."""
+    row = log.current(folder, name)
+    return row is not None and row.metadata == metadata
 
 
-def is_judged(folder: Path, name: str, metadata: dict[str, Any], log: Log[Judged]) -> bool:
-    """Whether the log has an image with this metadata and as the file is now."""
-    row = log.rows.get(name)
-    state = file_state(folder / name)
-    return row is not None and row.metadata == metadata and (row.size, row.modified) == state
-
-
-def official(folder: Path, row: Judged) -> dict[str, Any]:
+def official(folder: Path, row: Scored) -> dict[str, Any]:
     """Returns a row in the fields of the official results, which the official summary reads."""
     return {
         "filename": str(folder / row.name),
@@ -197,25 +185,13 @@ def official(folder: Path, row: Judged) -> dict[str, Any]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Returns what the command line asks for; ends the process on a wrong one."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hyperalign.geneval",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Returns the options of a command line; ends the process on a wrong one."""
+    parser = command_parser("geneval", __doc__)
     add = parser.add_argument
     add("images", type=Path, metavar="IMAGES", help="folder in GenEval's layout")
     add("--metadata", type=Path, metavar="FILE", help="GenEval's evaluation_metadata.jsonl")
-    add("--weights", type=Path, default=Path("models/hyperalign_rewards"), metavar="FOLDER",
-        help="where the networks' weights lie (default: %(default)s)")  # fmt: skip
-    add("--download", action="store_true", help="fetch what is missing of them first")
-    add("--tokenizer", type=Path, metavar="FOLDER", help="where CLIP's vocabulary lies, if not there")
-    add("--device", help="default: the GPU where there is one")
+    add_weights_options(parser)
     add("--out", type=Path, metavar="FILE", help="results (default: results.jsonl in IMAGES)")
     found = parser.parse_args(arguments)
     found.out = found.out or found.images / "results.jsonl"
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(main())

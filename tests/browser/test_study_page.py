@@ -1,4 +1,4 @@
-"""The study page in a real browser: a whole study with the keyboard alone, in a narrow window, offline."""
+"""The study page in a browser: a complete study with the keyboard alone, in a narrow window, offline."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
-from hyperalign.cli.study import command
+from hyperalign.cli.main import main
 from hyperalign.cli.study.results import rates
 from hyperalign.cli.study.trials import Key, read_key
 from hyperalign.cli.study.votes import read_votes
@@ -36,7 +36,7 @@ def study(tmp_path: Path) -> Path:
     (tmp_path / "prompts.txt").write_text(f"a red apple\n{LONG_PROMPT}\na blue cloud\na drum\n")
     folders = [str(tmp_path / "base"), str(tmp_path / "aligned")]
     prompts, out = str(tmp_path / "prompts.txt"), str(tmp_path / "study.html")
-    assert command.main([*folders, "--prompts", prompts, "--out", out, "--title", "Shapes"]) == 0
+    assert main(["study", *folders, "--prompts", prompts, "--out", out, "--title", "Shapes"]) == 0
     return tmp_path / "study.html"
 
 
@@ -55,16 +55,16 @@ def context(browser: Browser) -> Iterator[BrowserContext]:
 
 @pytest.fixture
 def page(context: BrowserContext, study: Path) -> Iterator[Page]:
-    """The page, opened from its file; anything it complains about or fetches fails the test."""
+    """The page, opened from its file; any error message or network request fails the test."""
     opened = context.new_page()
-    complaints: list[str] = []
+    messages: list[str] = []
     fetched: list[str] = []
-    opened.on("console", lambda message: complaints.append(message.text))
-    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.on("console", lambda message: messages.append(message.text))
+    opened.on("pageerror", lambda error: messages.append(str(error)))
     opened.on("request", lambda request: fetched.append(request.url.partition(":")[0]))
     opened.goto(study.as_uri())
     yield opened
-    assert not complaints
+    assert not messages
     assert set(fetched) <= {"file", "data", "blob"}
 
 
@@ -73,13 +73,13 @@ def _size(size: tuple[int, int]) -> dict[str, int]:
 
 
 def keep(page: Page, name: str) -> None:
-    """Saves what is on the screen."""
+    """Saves a screenshot."""
     (BUILD / "browser").mkdir(parents=True, exist_ok=True)
     page.screenshot(path=BUILD / "browser" / f"study-{name}.png")
 
 
 def press(page: Page, key: str) -> None:
-    """Presses a key when both images are there."""
+    """Presses a key when both images are shown."""
     page.wait_for_function("() => trial.hidden || ready")
     page.keyboard.press(key)
 
@@ -98,7 +98,7 @@ def saved(page: Page, folder: Path, name: str) -> Path:
 
 
 def favour(page: Page, key: Key, method: str) -> None:
-    """Answers one question for a method, by the key that only a test has."""
+    """Answers one question in favour of a method, which the key reveals."""
     page.wait_for_function("() => trial.hidden || ready")
     shown = page.locator("#trial").get_attribute("data-trial")
     trial = next(trial for trial in key.trials if trial.id == shown)
@@ -138,7 +138,7 @@ def test_a_whole_study_with_the_keyboard_alone(page: Page, key: Key, tmp_path: P
     ], "of base against aligned"
 
 
-def test_votes_go_on_in_another_browser_in_the_same_order(
+def test_votes_continue_in_another_browser_in_the_same_order(
     page: Page, browser: Browser, study: Path, tmp_path: Path
 ):
     page.keyboard.press("Enter")
@@ -157,7 +157,7 @@ def test_votes_go_on_in_another_browser_in_the_same_order(
     elsewhere.close()
 
 
-def test_foreign_files_are_refused_in_words(page: Page, tmp_path: Path):
+def test_other_files_are_refused_with_a_message(page: Page, tmp_path: Path):
     other = {"format": "hyperalign-votes", "version": 1, "study": "0123", "rater": "r", "votes": {}}
     for content, said in (
         (json.dumps(other), "belong to the study 0123"),
@@ -188,7 +188,7 @@ def test_everything_fits_the_window(page: Page, size: tuple[int, int]):
         assert all(box and min(box["width"], box["height"]) >= 110 for box in boxes)
         assert boxes[0]["width"] == boxes[1]["width"], "neither side is favoured"
         if step % 3 == 0:
-            page.wait_for_timeout(300)  # the question arrives softly
+            page.wait_for_timeout(300)  # the question is animated
             keep(page, f"{name}-{'long' if long else 'trial'}")
         press(page, "0")
 
@@ -227,7 +227,7 @@ def test_held_keys_and_open_dialogs_answer_nothing(page: Page):
     expect_question(page, 1, 2)
 
 
-def test_it_can_be_done_with_tab_and_enter_and_is_spoken(page: Page):
+def test_it_works_with_tab_and_enter_and_is_announced(page: Page):
     page.keyboard.press("Enter")
     page.wait_for_function("() => ready")
     reached: list[str] = []
@@ -248,20 +248,20 @@ def test_it_can_be_done_with_tab_and_enter_and_is_spoken(page: Page):
     assert page.evaluate(UNNAMED) == 0
 
 
-def test_the_next_person_starts_anew(page: Page):
+def test_the_next_person_starts_from_the_beginning(page: Page):
     page.on("dialog", lambda dialog: dialog.accept())
     page.keyboard.press("Enter")
     for _ in range(12):
         press(page, "0")
     first = page.evaluate("() => state.rater")
-    page.get_by_role("button", name="Another person's turn").press("Enter")
+    page.get_by_role("button", name="Next person").press("Enter")
     expect(page.locator("#start")).to_be_visible()
     page.keyboard.press("Enter")
     expect_question(page, 1, 1)
     assert page.evaluate("() => state.rater") != first
 
 
-def test_a_browser_that_keeps_nothing_says_so(context: BrowserContext, page: Page, study: Path):
+def test_a_browser_without_storage_shows_a_message(context: BrowserContext, page: Page, study: Path):
     refusing = context.new_page()
     refusing.add_init_script("Storage.prototype.setItem = () => { throw new Error('full'); }")
     refusing.goto(study.as_uri())

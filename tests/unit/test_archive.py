@@ -12,8 +12,10 @@ from scripts import archive as scripts_archive
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = (
     "__init__.py", "LICENSE", "README.md", "pyproject.toml", "requirements.txt", "nodes/extension.py",
-    "hyperalign/hosts/comfy/model.py", "web/docs/HyperAlignApply.md", "example_workflows/first_steps.jpg",
-    "locales/zh/nodeDefs.json", "subgraphs/Aligned KSampler.json",
+    "hyperalign/hosts/comfy/model.py", "hyperalign/cli/score/sheet.html", "hyperalign/cli/audit/report.html",
+    "hyperalign/cli/study/page.html", "hyperalign/cli/study/page.js", "hyperalign/cli/study/page.css",
+    "web/docs/HyperAlignApply.md", "example_workflows/first_steps.jpg", "locales/zh/nodeDefs.json",
+    "subgraphs/Aligned KSampler.json",
 )  # fmt: skip
 MOST_MEGABYTES = 60
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from hyperalign import checkpoint, provenance
 from hyperalign.card import card, card_path, write_card
 from hyperalign.checkpoint import HEADER_KEY, read_header
-from hyperalign.cli.card import main
+from hyperalign.cli.main import main
 from hyperalign.errors import HyperAlignError
 from hyperalign.provenance import Source, data_source, remembered, reward_source, sources
 from hyperalign.rewards.loading import NAMES
@@ -154,7 +154,7 @@ def test_recording_sources_keeps_every_tensors_bytes(
     old, digest = read_header(path), hashlib.sha256(tensor_bytes(path)).hexdigest()
     # a file of before this field
     checkpoint.rewrite_header(path, dataclasses.replace(old, sources=()))
-    assert main([str(path), "--record", "--out", str(tmp_path / "README.md")]) == 0
+    assert main(["card", str(path), "--record", "--out", str(tmp_path / "README.md")]) == 0
     assert hashlib.sha256(tensor_bytes(path)).hexdigest() == digest
     with safe_open(str(path), framework="pt") as file:
         assert {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()} == before
@@ -182,10 +182,10 @@ def test_an_interrupted_card_leaves_the_old_one(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_command_says_in_one_sentence_what_is_wrong(
+def test_the_command_reports_an_error_in_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(tmp_path / "gone.safetensors")]) == 2
+    assert main(["card", str(tmp_path / "gone.safetensors")]) == 2
     assert capsys.readouterr().err.startswith("error: There is no file")
 
 

@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 
 import hyperalign
 from hyperalign.checkpoint import save
-from hyperalign.cli.export import encode, export_lora, main
+from hyperalign.cli.main import main
 from hyperalign.delta import core_matrix, merged_delta
 from hyperalign.errors import HyperAlignError
 from hyperalign.export import ORIGIN_KEY, lora_tensors
 from hyperalign.families.flux import FLUX_DEV
 from hyperalign.families.sd3 import SD35_MEDIUM
 from hyperalign.families.unet import SD15, SDXL, TINY
+from hyperalign.hosts.diffusers.export import encode, export_lora
 from hyperalign.hosts.diffusers.session import denoiser_of
 from hyperalign.hypernetwork import HyperNetwork, HyperNetworkConfig
 from hyperalign.targets import LoraNames, Target
@@ -207,7 +208,7 @@ def test_the_command_writes_what_the_function_writes(
     out = tmp_path / "lora.safetensors"
     given = ["--pipeline", str(tmp_path / "base"), "--hypernetwork", str(tmp_path / "mine.safetensors")]
     given += ["--prompt", "a cat", "--seed", "5", "--out", str(out), "--dtype", "float32"]
-    assert main([*given, "--time", "0.6", "--image", str(tmp_path / "image.png")]) == 0
+    assert main(["export", *given, "--time", "0.6", "--image", str(tmp_path / "image.png")]) == 0
     assert str(out) in capsys.readouterr().out
 
     samples = encode(sd15_pipe, Image.open(tmp_path / "image.png"), height=32, width=32)
@@ -219,8 +220,8 @@ def test_the_command_writes_what_the_function_writes(
     expected = load_file(other)
     assert all(torch.allclose(value, expected[key], atol=1e-5) for key, value in load_file(out).items())
 
-    assert main([*given, "--time", "0.6"]) == 2
+    assert main(["export", *given, "--time", "0.6"]) == 2
     assert "error: time is 0.6, but there is no image" in capsys.readouterr().err
     given[1] = str(tmp_path)
-    assert main(given) == 2
+    assert main(["export", *given]) == 2
     assert "no folder of a diffusers pipeline" in capsys.readouterr().err

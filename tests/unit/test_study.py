@@ -1,10 +1,11 @@
-"""Blind studies, as a person makes and counts them: the page names no method; key and votes tell all."""
+"""Blind studies: the page reveals no method, the key does; votes are counted with intervals."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
+import random
 import re
 from collections import Counter
 from html.parser import HTMLParser
@@ -15,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from scipy import stats
 
-from hyperalign.cli.study import command
+from hyperalign.cli.main import main
 from hyperalign.cli.study.images import methods_of
 from hyperalign.cli.study.intervals import bootstrap, of_votes, wilson
 from hyperalign.cli.study.results import rates
@@ -29,7 +31,7 @@ SECRET = "zebrafish"
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    """Four images of three methods, whose metadata give the methods away."""
+    """Four images of three methods, whose metadata contain the methods."""
     made: list[Path] = []
     for number, method in enumerate((f"{SECRET}-base", f"{SECRET}-aligned", f"{SECRET}-other")):
         for index, name in enumerate(NAMES):
@@ -47,7 +49,7 @@ def folders(tmp_path: Path) -> list[Path]:
 def build(folders: list[Path], *more: str) -> int:
     prompts = ["--prompts", str(folders[0].parent / "prompts.txt")]
     out = ["--out", str(folders[0].parent / "study.html")]
-    return command.main([*map(str, folders), *prompts, *out, *more])
+    return main(["study", *map(str, folders), *prompts, *out, *more])
 
 
 def page_of(folders: list[Path]) -> str:
@@ -59,14 +61,14 @@ def data_of(page: str) -> dict:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert command.main(list(arguments)) == 2
+    assert main(["study", *arguments]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: ")
     return said
 
 
 class Page(HTMLParser):
-    """Collects what a page fetches, and the ids of its elements."""
+    """The addresses that a page loads, and the ids of its elements."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -82,7 +84,7 @@ class Page(HTMLParser):
         self.labels |= {found["for"]: tag} if "for" in found else {}
 
 
-def test_the_page_names_no_method_and_fetches_nothing(folders):
+def test_the_page_contains_no_method_and_loads_nothing(folders):
     assert build(folders) == 0
     page = page_of(folders)
     shown = re.sub(r"data:image/webp;base64,[\w+/=]+", "", page)
@@ -96,7 +98,7 @@ def test_the_page_names_no_method_and_fetches_nothing(folders):
     assert set(found.labels) <= set(found.ids)
 
 
-def test_no_image_carries_metadata_that_tells_its_method(folders):
+def test_no_image_has_metadata_that_reveals_its_method(folders):
     assert build(folders, "--format", "jpeg") == 0
     for uri in data_of(page_of(folders))["images"]:
         content = base64.b64decode(uri.partition(",")[2])
@@ -104,13 +106,13 @@ def test_no_image_carries_metadata_that_tells_its_method(folders):
         assert "comment" not in Image.open(io.BytesIO(content)).info
 
 
-def test_prompts_cannot_break_out_of_the_page(folders):
+def test_prompts_are_escaped_in_the_page(folders):
     build(folders)
     prompts = {trial["prompt"] for trial in data_of(page_of(folders))["trials"]}
     assert prompts == {f'a "prompt" </script><b>{n}</b>' for n in range(4)}
 
 
-def test_every_pair_is_there_and_the_key_tells_its_images(folders):
+def test_the_page_has_every_pair_and_the_key_its_methods(folders):
     build(folders)
     key, data = read_key(key_path(folders[0].parent / "study.html")), data_of(page_of(folders))
     assert len(key.trials) == 4 * 3
@@ -134,7 +136,7 @@ def test_the_same_command_gives_the_same_study_and_another_seed_another(folders)
     assert data_of(page_of(folders))["id"] != data_of(first)["id"]
 
 
-def test_a_sample_and_pairs_with_the_first_alone(folders):
+def test_a_sample_and_pairs_with_the_first_only(folders):
     build(folders, "--sample", "3", "--against-first")
     trials = read_key(folders[0].parent / "study.html").trials
     assert len(trials) == 3 * 2
@@ -143,7 +145,7 @@ def test_a_sample_and_pairs_with_the_first_alone(folders):
 
 @given(st.integers(1, 40), st.integers(2, 4), st.integers(0, 999))
 @settings(max_examples=30, deadline=None)
-def test_each_method_stands_first_half_of_the_time(names: int, methods: int, seed: int):
+def test_each_method_is_first_in_half_of_its_trials(names: int, methods: int, seed: int):
     trials = plan({f"n{i}": "p" for i in range(names)}, [f"m{i}" for i in range(methods)], seed)
     assert len({trial.id for trial in trials}) == len(trials) == names * methods * (methods - 1) // 2
     for one in range(methods):
@@ -170,7 +172,7 @@ def test_bad_folders_and_prompts_are_refused_before_a_page_is_made(folders, tmp_
     assert "Found one folder" in refused(capsys, one, *prompts)
     assert "given twice" in refused(capsys, one, one, *prompts)
     title = ["--title", f"{SECRET}-base or not"]
-    assert f"names '{SECRET}-base'" in refused(capsys, one, two, *title, *prompts)
+    assert f"contains the method '{SECRET}-base'" in refused(capsys, one, two, *title, *prompts)
     assert "There is no folder" in refused(capsys, one, str(tmp_path / "missing"), *prompts)
     (tmp_path / "strange").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "strange" / "x.png")
@@ -187,16 +189,16 @@ def test_bad_folders_and_prompts_are_refused_before_a_page_is_made(folders, tmp_
     assert not (tmp_path / "bad.html").exists()
 
 
-def test_without_prompts_only_what_needs_none_is_asked(folders, capsys):
-    assert command.main([*map(str, folders), "--out", str(folders[0].parent / "study.html")]) == 0
-    asked = [question["key"] for question in data_of(page_of(folders))["questions"]]
-    assert asked == ["preference", "appeal"]
+def test_without_prompts_the_page_asks_the_questions_without_one(folders, capsys):
+    assert main(["study", *map(str, folders), "--out", str(folders[0].parent / "study.html")]) == 0
+    questions = [question["key"] for question in data_of(page_of(folders))["questions"]]
+    assert questions == ["preference", "appeal"]
     assert "found no prompts" in capsys.readouterr().err
     (folders[0] / "one.txt").write_text("a prompt")
     assert "Found prompts for 1 of 4" in refused(capsys, *map(str, folders))
 
 
-def test_folders_of_one_name_are_told_apart(tmp_path):
+def test_folders_of_one_name_are_distinguished(tmp_path):
     for name in ("a/out", "b/out"):
         (tmp_path / name).mkdir(parents=True)
     assert list(methods_of([tmp_path / "a/out", tmp_path / "b/out"])) == ["a/out", "b/out"]
@@ -226,10 +228,10 @@ def vote_file(page: Path, name: str, rater: str = "r1", favour: str | None = Non
     return str(page.parent / name)
 
 
-def test_results_say_win_rates_with_intervals(study, capsys):
+def test_results_are_win_rates_with_intervals(study, capsys):
     votes = vote_file(study, "votes.json", favour="aligned")
     out = str(study.parent / "results.json")
-    assert command.main(["results", votes, "--key", str(study), "--out", out]) == 0
+    assert main(["study", "results", votes, "--key", str(study), "--out", out]) == 0
     said = capsys.readouterr().out
     assert f"preference  {SECRET}-base  {SECRET}-aligned  0.0%" in said
     found = json.loads(Path(out).read_text())
@@ -251,7 +253,7 @@ def test_two_raters_are_bootstrapped_over_prompts(study):
     )
     rate = rates(votes, key)[0]
     assert (rate.rate, rate.wins, rate.ties, rate.losses, rate.prompts) == (0.25, 0, 4, 4, 4)
-    assert rate.interval == wilson(1.0, 4), "all prompts agree, so that there is no spread to draw from"
+    assert rate.interval == wilson(1.0, 4), "all prompts have one mean, so that the bootstrap has no spread"
 
 
 def test_a_rater_who_saved_twice_counts_once(study):
@@ -267,7 +269,7 @@ def test_bad_votes_are_refused(study, capsys):
     key = ["--key", str(study)]
     good = vote_file(study, "good.json", "r1", "base")
     other = vote_file(study, "other.json", study="0123")
-    assert "votes of the study 0123, and the key is of" in refused(capsys, "results", other, *key)
+    assert "votes of the study 0123, but the key is of" in refused(capsys, "results", other, *key)
     foreign = vote_file(study, "foreign.json", format="photo")
     assert "is no file of votes" in refused(capsys, "results", foreign, *key)
     torn = study.parent / "torn.json"
@@ -282,14 +284,14 @@ def test_bad_votes_are_refused(study, capsys):
     assert "There is no file of votes" in refused(capsys, "results", "nowhere.json", *key)
     assert "is no key of a study" in refused(capsys, "results", good, "--key", good)
     key_path(study).unlink()
-    assert "make the study anew with the same folders" in refused(capsys, "results", good, *key)
+    assert "make the study again with the same folders" in refused(capsys, "results", good, *key)
 
 
 # --- statistics
 
 
 @given(st.integers(1, 300), st.data())
-def test_wilson_holds_the_share_and_narrows_with_more_votes(count: int, data: st.DataObject):
+def test_wilson_contains_the_share_and_narrows_with_more_votes(count: int, data: st.DataObject):
     points = data.draw(st.integers(0, 2 * count)) / 2
     low, high = wilson(points, count)
     assert 0.0 <= low <= points / count <= high <= 1.0
@@ -299,6 +301,27 @@ def test_wilson_holds_the_share_and_narrows_with_more_votes(count: int, data: st
     assert (mirrored.low, mirrored.high) == pytest.approx((1 - high, 1 - low))
 
 
+@given(st.integers(1, 300), st.data())
+@settings(deadline=None)
+def test_wilson_is_scipys_for_whole_wins(count: int, data: st.DataObject):
+    wins = data.draw(st.integers(0, count))
+    found = stats.binomtest(wins, count).proportion_ci(0.95, method="wilson")
+    assert wilson(wins, count) == pytest.approx((found.low, found.high), abs=1e-9)
+
+
+def test_the_bootstrap_is_that_of_a_plain_loop():
+    """Percentiles over resampled prompts with the standard library; equal but for the resampling noise."""
+    draw = random.Random(5)
+    points = {str(n): [draw.choice((0.0, 0.5, 1.0)) for _ in range(1 + n % 3)] for n in range(40)}
+    prompts = list(points.values())
+    means: list[float] = []
+    for _ in range(4000):
+        votes = [won for prompt in draw.choices(prompts, k=len(prompts)) for won in prompt]
+        means.append(sum(votes) / len(votes))
+    means.sort()
+    assert bootstrap(points) == pytest.approx((means[100], means[-101]), abs=0.012)
+
+
 def test_wilson_is_the_published_interval():
     # Brown, Cai and DasGupta's formula solved for 8 of 10 by hand: centre 0.71675, half-width 0.22659.
     assert wilson(8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-4)
@@ -306,7 +329,7 @@ def test_wilson_is_the_published_interval():
 
 @given(st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=4), min_size=1, max_size=12))
 @settings(max_examples=40, deadline=None)
-def test_the_bootstrap_stays_between_the_prompts_extremes(votes: list[list[float]]):
+def test_the_bootstrap_is_within_0_and_1_and_repeatable(votes: list[list[float]]):
     points = {str(index): found for index, found in enumerate(votes)}
     low, high = bootstrap(points, resamples=200)
     flat = [won for found in votes for won in found]

@@ -1,1 +1,1 @@
-"""Audits rewards over images and prompts: `python -m hyperalign audit`. It needs Pillow."""
+"""Audits reward models over images and prompts: `python -m hyperalign audit`."""

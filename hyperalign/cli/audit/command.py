@@ -1,19 +1,18 @@
-r"""Audits a reward: which groups of images, words of a prompt and properties of pixels does it prefer?
+r"""Measures which groups of images, words of a prompt and properties of pixels a reward model prefers.
 
 python -m hyperalign audit DIR --reward hpsv2.1 --prompts prompts.csv --groups "gender=woman|man"
 python -m hyperalign audit DIR --reward pickscore --template "a photo of a {nurse|doctor}" \
     --groups labels.csv --alter
 
-Images under their own prompts, by group (--prompts, --groups): whom does it like better? The same images
-under several prompts (--template): which words does it like better? All images under one prompt, by group
-(both): whom does it take for a nurse, whom for a doctor? The same images altered (--alter), and what goes
-with brightness, colour, sharpness and size: does it look at more than the subject?
-Stop it at any time; the same command goes on where it stopped.
+--prompts and --groups compare groups of images, each image under its own prompt. --template compares prompts,
+all of them with the same images. --template and --groups compare groups of images under one prompt. --alter
+compares images with altered copies of them. Every audit correlates the score with brightness, colour,
+sharpness and size.
+You can stop it with Ctrl-C; the same command resumes.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,21 +20,22 @@ from pathlib import Path
 import torch
 
 from ...errors import HyperAlignError
-from ..score.devices import device_of
-from ..score.files import Log, check_writable, log_of, write_whole
-from ..score.images import BadImage, list_images
-from ..score.options import STOPPED, ScoringOptions, scoring_parser
-from ..score.progress import bar
-from ..score.prompts import find_prompts
+from ...files import cannot_write, check_writable, write_text
+from ..common.devices import device_of
+from ..common.images import BadImage, list_images, print_skipped
+from ..common.log import SCORES_ARE_KEPT, Log, log_path
+from ..common.options import ScoringOptions, scoring_parser
+from ..common.progress import progress_bar
+from ..common.prompts import find_prompts
 from .findings import Finding, findings
-from .groups import Groups, filled, groups_of
+from .groups import Groups, expand, groups_of
 from .measuring import Cases, Measured, is_measured, measure
 from .report import csv_text, html_text, json_text, text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options(ScoringOptions):
-    """What the command line asks for."""
+    """The options of the command line."""
 
     prompts: str | None
     templates: list[str]
@@ -45,26 +45,18 @@ class Options(ScoringOptions):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    try:
-        found, bad, written = run(parse(arguments))
-    except HyperAlignError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nStopped; the scores so far are kept. The same command goes on from there.", file=sys.stderr)
-        return STOPPED
+    """Runs the command and returns the exit status. Raises HyperAlignError."""
+    found, bad, written = run(parse(arguments))
     print(text(found))
-    for one in bad:
-        print(f"left out {one.name}: {one.reason}", file=sys.stderr)
+    print_skipped(bad)
     print(f"\nWrote {', '.join(str(path) for path in written)}.")
     return 0
 
 
 def run(options: Options) -> tuple[list[Finding], list[BadImage], list[Path]]:
-    """Audits; returns what was found, the images left out and the files written. Raises HyperAlignError."""
+    """Audits; returns the findings, the skipped images and the files written. Raises HyperAlignError."""
     names = list_images(options.folder)
-    templates = {template: filled(template) for template in options.templates}
+    templates = {template: expand(template) for template in options.templates}
     cases = cases_of(options, names, templates)
     groups: Groups = {}
     for source in options.groups:
@@ -80,7 +72,7 @@ def run(options: Options) -> tuple[list[Finding], list[BadImage], list[Path]]:
         "rewards": options.rewards, "dtype": options.dtype, "weights": str(options.weights.resolve()),
         "texts": list(cases.texts), "altered": options.alter,
     }  # fmt: skip
-    with Log(log_of(options.out / "audit"), settings, Measured) as log:
+    with Log(log_path(options.out / "audit"), settings, Measured) as log:
         bad = _measure(options, names, cases, log, device)
         rows = [log.rows[name] for name in names if is_measured(options.folder, name, cases, log)]
     if not rows:
@@ -97,12 +89,13 @@ def run(options: Options) -> tuple[list[Finding], list[BadImage], list[Path]]:
     )
     pages = (html_text(title, found, bad), json_text(found, settings), csv_text(found))
     for path, page in zip(paths, pages, strict=True):
-        write_whole(path, lambda partial, page=page: partial.write_text(page, encoding="utf-8"))
+        with cannot_write(path, SCORES_ARE_KEPT):
+            write_text(path, page)
     return found, bad, paths
 
 
 def cases_of(options: Options, names: Sequence[str], templates: dict[str, list[str]]) -> Cases:
-    """Returns what every image is scored under. Raises HyperAlignError where a prompt is missing."""
+    """Returns the prompts that every image is scored under. Raises HyperAlignError on a missing prompt."""
     if options.prompts is None and not templates:
         raise HyperAlignError(
             "There is no prompt to score the images under; give --prompts, or --template with terms in "
@@ -122,33 +115,28 @@ def _measure(
     if not todo:
         return []
     rewards = options.load(device)
-    shown = bar(len(names), "scoring", len(names) - todo)
-    try:
+    with progress_bar(len(names), "scoring", len(names) - todo) as bar:
         return measure(
             options.folder, names, cases, rewards, log,
-            device=device, batch=options.batch, threads=options.threads, progress=shown.update,
+            device=device, batch=options.batch, threads=options.threads, progress=bar.update,
         )  # fmt: skip
-    finally:
-        shown.close()
 
 
 def parse(arguments: Sequence[str] | None) -> Options:
-    """Returns what the command line asks for; ends the process on a wrong one."""
-    parser = scoring_parser("python -m hyperalign audit", __doc__)
+    """Returns the options of a command line; ends the process on a wrong one."""
+    parser = scoring_parser("audit", __doc__)
     add = parser.add_argument
-    add("--prompts", metavar="SOURCE", help="the images' own prompts: a .csv or .jsonl with names and "
-        "prompts, `txt` for a text file beside each, or `comfyui` for the metadata of its PNGs")  # fmt: skip
+    add("--prompts", metavar="SOURCE", help="the images' own prompts: a .csv or .jsonl of image names and "
+        "prompts, `txt` for a text file beside each image, or `comfyui` for the metadata of ComfyUI's "
+        "PNGs")  # fmt: skip
     add("--template", action="append", default=[], dest="templates", metavar="TEXT",
         help="a prompt with terms in braces; every image is scored under each of them")  # fmt: skip
     add("--groups", action="append", default=[], metavar="SOURCE",
-        help="a .csv or .jsonl with the images' names and a column for each attribute, or terms to look "
-        "for in their own prompts, such as \"gender=woman|man\"")  # fmt: skip
-    add("--alter", action="store_true", help="score each image brighter, darker, greyer, blurred ... too")
+        help="a .csv or .jsonl of the images' names with a column for each attribute, or terms to find in "
+        "the images' own prompts, such as \"gender=woman|man\"")  # fmt: skip
+    add("--alter", action="store_true",
+        help="also score copies of each image: brighter, darker, greyer, blurred ...")  # fmt: skip
     add("--out", type=Path, metavar="FOLDER", help="for audit.html, .json and .csv (default: audit in DIR)")
     found = parser.parse_args(arguments)
     found.out = found.out or found.folder / "audit"
     return Options(**vars(found))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What an audit finds: means by group and by prompt, what goes with the pixels, and the largest gaps."""
+"""The findings of an audit: means by group and by prompt, correlations with pixel properties, and gaps."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .statistics import Estimate, Gap, largest_gap, mean, paired, rank_correlati
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A table of metrics with intervals."""
+    """A table of estimates of one metric."""
 
     reward: str
     title: str
-    figure: str
-    """What the numbers are."""
+    metric: str
+    """The name of the lines' values."""
     lines: dict[str, Estimate]
     gap: Gap | None = None
 
@@ -34,10 +34,10 @@ def findings(
     """Returns all findings on a reward.
 
     Args:
-        rows: one an image.
+        rows: one per image.
         reward: its name.
         groups: by attribute, the group of each image.
-        templates: with their prompts.
+        templates: the prompts of each template.
         altered: whether alterations were scored.
     """
     found = list(_of_groups(rows, reward, groups, templates))
@@ -60,7 +60,7 @@ def score_of(row: Measured, reward: str) -> float:
 def by_group(
     rows: Sequence[Measured], members: Mapping[str, str], scores: Sequence[float]
 ) -> dict[str, list[float]]:
-    """Returns scores by group, groups in the order of their names."""
+    """Returns scores by group, groups sorted by name."""
     found: dict[str, list[float]] = {name: [] for name in sorted(set(members.values()))}
     for row, score in zip(rows, scores, strict=True):
         if row.name in members:
@@ -93,7 +93,7 @@ def _of_pixels(rows: Sequence[Measured], reward: str) -> Finding:
     scores = [score_of(row, reward) for row in rows]
     names = list(rows[0].pixels) if rows else []
     lines = {name: rank_correlation([row.pixels[name] for row in rows], scores) for name in names}
-    return Finding(reward, "what the score goes with in the pixels", "rank correlation", lines)
+    return Finding(reward, "correlation of the score with pixel properties", "rank correlation", lines)
 
 
 def _of_alterations(rows: Sequence[Measured], reward: str) -> Finding:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ...rewards import Reward
-from ..score.files import Log, file_state
-from ..score.images import BadImage
-from ..score.scoring import Decoded, in_batches
+from ..common.batches import Decoded, score_in_batches
+from ..common.images import BadImage
+from ..common.log import Log, file_state
 from .pixels import ALTERATIONS, properties
 
 OWN = "its own prompt"
@@ -26,9 +26,10 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """All that was found out about an image."""
+    """The scores and pixel properties of an image."""
 
     name: str
+    """Relative to the folder."""
     prompt: str
     """Its own, empty without one."""
     pixels: dict[str, float]
@@ -41,10 +42,10 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Cases:
-    """What every image is scored under."""
+    """The prompts and alterations that every image is scored with."""
 
     own: Mapping[str, str]
-    """Prompts by the images' names; empty where only `texts` are asked for."""
+    """The images' own prompts by name; empty without --prompts."""
     texts: Sequence[str]
     """Prompts for all images."""
     altered: bool
@@ -74,21 +75,22 @@ def measure(
     threads: int,
     progress: Callable[[int], object],
 ) -> list[BadImage]:
-    """Measures what the log lacks, appends to it after each batch, and returns the images left out."""
+    """Measures the images that the log lacks, appends them to it, and returns the skipped images.
+
+    The arguments are those of `score_in_batches`.
+    """
     todo = [name for name in names if not is_measured(folder, name, cases, log)]
-    rows_of = partial(_measure, folder, cases=cases, rewards=rewards, device=device)
-    return in_batches(folder, todo, rows_of, log, batch=batch, threads=threads, progress=progress)
+    score = partial(_measure_batch, folder, cases=cases, rewards=rewards, device=device)
+    return score_in_batches(folder, todo, score, log, batch=batch, threads=threads, progress=progress)
 
 
 def is_measured(folder: Path, name: str, cases: Cases, log: Log[Measured]) -> bool:
-    """Whether the log has an image with this prompt and as the file is now."""
-    row = log.rows.get(name)
-    if row is None or row.prompt != cases.own.get(name, ""):
-        return False
-    return (row.size, row.modified) == file_state(folder / name)
+    """Returns whether the log has the scores of the current file under this prompt."""
+    row = log.current(folder, name)
+    return row is not None and row.prompt == cases.own.get(name, "")
 
 
-def _measure(
+def _measure_batch(
     folder: Path, images: Sequence[Decoded], cases: Cases, rewards: Sequence[Reward], device: torch.device
 ) -> list[Measured | BadImage]:
     names = [name for name, _ in images]
@@ -105,7 +107,7 @@ def _measure(
             for reward, found in columns.items()
         }
         if not all(math.isfinite(score) for found in scores.values() for score in found.values()):
-            rows.append(BadImage(name, f"its scores are no finite numbers ({scores})"))
+            rows.append(BadImage(name, f"its scores are not finite ({scores})"))
             continue
         pixels = properties(images_BCHW[index].cpu())
         rows.append(Measured(name, cases.own.get(name, ""), pixels, scores, *file_state(folder / name)))

@@ -1,4 +1,4 @@
-"""What can be said of an image without knowing what it shows, and alterations that do not change that."""
+"""Properties of pixels, and alterations of images that keep their content."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 def luma(image_CHW: Tensor) -> Tensor:
-    """Returns brightness (H, W) of an image in [0, 1]."""
+    """Returns the brightness (H, W) of an image in [0, 1]."""
     red, green, blue = image_CHW
     return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
 def properties(image_CHW: Tensor) -> dict[str, float]:
-    """Returns metrics of an image (3, H, W) in [0, 1]."""
+    """Returns the properties of an image (3, H, W) in [0, 1]."""
     grey_HW, high_HW, low_HW = luma(image_CHW), image_CHW.amax(0), image_CHW.amin(0)
     height, width = grey_HW.shape
     edges = (grey_HW[1:, :-1] - grey_HW[:-1, :-1]).abs() + (grey_HW[:-1, 1:] - grey_HW[:-1, :-1]).abs()
@@ -53,4 +53,7 @@ ALTERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "without colour": lambda image_CHW: saturated(image_CHW, 0.0),
     "blurred": blurred,
 }
-"""Images (3, H, W) in [0, 1] to the same; none changes what is shown. Mirrored is the yardstick."""
+"""Functions from images (3, H, W) in [0, 1] to such images; they keep the content.
+
+"mirrored" shows how much the score changes without any reason.
+"""

@@ -1,4 +1,4 @@
-"""Means, gaps and correlations with their confidence intervals, from lists of numbers alone."""
+"""Means, gaps and correlations with their confidence intervals."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from statistics import NormalDist, fmean, stdev, variance
+from statistics import fmean, stdev, variance
+from typing import Any
+
+from scipy import stats
 
 LEVEL = 0.95
 FEWEST = 3
-"""Fewer numbers have no interval."""
+"""The fewest values that have an interval."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure with its interval; without one, there were too few numbers."""
+    """A metric with its confidence interval, which is missing if there are too few values."""
 
     count: int
     value: float
@@ -23,41 +26,29 @@ class Estimate:
     high: float | None = None
 
     @property
-    def is_clear(self) -> bool:
-        """Whether the interval leaves zero out."""
+    def is_significant(self) -> bool:
+        """Whether the interval excludes zero."""
         return self.low is not None and self.high is not None and not self.low <= 0.0 <= self.high
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """How far the highest group lies above the lowest."""
+    """The difference between the groups with the highest and the lowest mean."""
 
     highest: str
     lowest: str
-    size: Estimate
+    difference: Estimate
     """Its interval holds for all pairs of groups at once (Bonferroni)."""
-    spreads: float
-    """In standard deviations of the scores within groups, so that rewards can be compared."""
-
-
-def t_quantile(chance: float, degrees: float) -> float:
-    """Returns Student's t below which a share `chance` lies (Abramowitz and Stegun 26.7.5), degrees >= 2."""
-    z = NormalDist().inv_cdf(chance)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / degrees**power for power, term in enumerate(terms, 1))
+    effect_size: float
+    """The difference in pooled standard deviations of the groups (Cohen's d), comparable between rewards."""
 
 
 def mean(values: Sequence[float], level: float = LEVEL) -> Estimate:
     """Returns the mean with Student's interval."""
     if len(values) < FEWEST:
         return Estimate(len(values), fmean(values))
-    half = t_quantile((1 + level) / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
-    return Estimate(len(values), fmean(values), fmean(values) - half, fmean(values) + half)
+    error = stdev(values) / math.sqrt(len(values))
+    return _student(len(values), fmean(values), error, len(values) - 1, level)
 
 
 def difference(first: Sequence[float], second: Sequence[float], level: float = LEVEL) -> Estimate:
@@ -69,12 +60,17 @@ def difference(first: Sequence[float], second: Sequence[float], level: float = L
     total = sum(parts)
     if total == 0.0:
         return Estimate(count, value, value, value)
-    # Welch and Satterthwaite's formula in shares: squares of small variances would vanish.
+    # Welch and Satterthwaite's formula in shares: squares of small variances would vanish, as in ttest_ind.
     shares = [part / total for part in parts]
     degrees = 1 / sum(
         share**2 / (len(values) - 1) for share, values in zip(shares, (first, second), strict=True)
     )
-    half = t_quantile((1 + level) / 2, degrees) * math.sqrt(total)
+    return _student(count, value, math.sqrt(total), degrees, level)
+
+
+def _student(count: int, value: float, error: float, degrees: float, level: float) -> Estimate:
+    """Returns an estimate with Student's interval for a standard error."""
+    half = error * float(stats.t.ppf((1 + level) / 2, degrees))
     return Estimate(count, value, value - half, value + half)
 
 
@@ -97,43 +93,26 @@ def largest_gap(groups: dict[str, Sequence[float]], same_images: bool = False) -
     lowest, highest = ordered[0], ordered[-1]
     pairs = len(list(combinations(filled, 2)))
     compare = paired if same_images else difference
-    size = compare(filled[highest], filled[lowest], 1 - (1 - LEVEL) / pairs)
-    spread = _spread(list(filled.values()))
-    return Gap(highest, lowest, size, size.value / spread if spread else 0.0)
+    found = compare(filled[highest], filled[lowest], 1 - (1 - LEVEL) / pairs)
+    deviation = _pooled_deviation(list(filled.values()))
+    return Gap(highest, lowest, found, found.value / deviation if deviation else 0.0)
 
 
-def _spread(groups: Sequence[Sequence[float]]) -> float:
-    """Returns the pooled standard deviation within groups; 0 where it cannot be known."""
+def _pooled_deviation(groups: Sequence[Sequence[float]]) -> float:
+    """Returns the pooled standard deviation within groups; 0 if no group has two values."""
     degrees = sum(len(values) - 1 for values in groups)
     squares = sum(variance(values) * (len(values) - 1) for values in groups if len(values) > 1)
     return math.sqrt(squares / degrees) if degrees else 0.0
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> Estimate:
-    """Returns Spearman's correlation with Fisher's interval; 0 where one of them is constant."""
-    ranks = [_ranks(values) for values in (first, second)]
-    means = [fmean(rank) for rank in ranks]
-    a, b = ([value - middle for value in rank] for rank, middle in zip(ranks, means, strict=True))
-    scale = math.sqrt(sum(value * value for value in a) * sum(value * value for value in b))
-    value = sum(x * y for x, y in zip(a, b, strict=True)) / scale if scale else 0.0
+    """Returns Spearman's correlation with Fisher's interval; 0 without one if a list is constant."""
     count = len(first)
-    if count <= FEWEST or not scale:
-        return Estimate(count, value)
-    centre = math.atanh(max(-0.999999, min(0.999999, value)))
-    half = NormalDist().inv_cdf((1 + LEVEL) / 2) / math.sqrt(count - 3)
-    return Estimate(count, value, math.tanh(centre - half), math.tanh(centre + half))
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    """Returns places from 0; equal values share the mean of theirs."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    ranks = [0.0] * len(values)
-    first = 0
-    while first < len(order):
-        last = first
-        while last + 1 < len(order) and values[order[last + 1]] == values[order[first]]:
-            last += 1
-        for place in range(first, last + 1):
-            ranks[order[place]] = (first + last) / 2
-        first = last + 1
-    return ranks
+    if min(len(set(first)), len(set(second))) < 2:
+        return Estimate(count, 0.0)
+    # Spearman's correlation is Pearson's of the ranks; only the latter has an interval in SciPy.
+    found: Any = stats.pearsonr(stats.rankdata(first), stats.rankdata(second))
+    if count <= FEWEST:
+        return Estimate(count, float(found.statistic))
+    low, high = found.confidence_interval(LEVEL)
+    return Estimate(count, float(found.statistic), float(low), float(high))

@@ -1,1 +1,1 @@
-"""Scores whole folders of images: `python -m hyperalign score`. Its modules need Pillow."""
+"""Scores folders of images with reward models: `python -m hyperalign score`."""

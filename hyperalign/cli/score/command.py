@@ -1,15 +1,14 @@
-"""Scores a folder of images into a table and a contact sheet.
+"""Scores a folder of images with reward models; writes a table and a contact sheet.
 
 python -m hyperalign score DIR --prompts prompts.csv --reward hpsv2.1 --weights FOLDER
 python -m hyperalign score DIR --prompts comfyui --reward clip --reward aesthetic --sheet sheet.html
 
-Stop it at any time; the same command goes on where it stopped. A later run scores only images that are
-new or changed, or whose prompt is another.
+You can stop it with Ctrl-C; the same command resumes. A later run scores only images that are new or
+changed, or have another prompt.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,13 +18,16 @@ from pathlib import Path
 import torch
 
 from ...errors import HyperAlignError
-from .devices import device_of
-from .files import Log, Scored, check_writable, log_of, write_whole
-from .images import BadImage, in_order, list_images, thumbnail
-from .options import STOPPED, ScoringOptions, positive, scoring_parser
-from .progress import bar
-from .prompts import find_prompts
-from .scoring import is_scored, score_folder
+from ...files import cannot_write, check_writable, write_text
+from ...threads import in_order
+from ..common.arguments import positive
+from ..common.devices import device_of
+from ..common.images import BadImage, list_images, print_skipped, thumbnail
+from ..common.log import SCORES_ARE_KEPT, Log, log_path
+from ..common.options import ScoringOptions, scoring_parser
+from ..common.progress import progress_bar
+from ..common.prompts import find_prompts
+from .scoring import Scored, is_scored, score_folder
 from .sheet import best_first, contact_sheet
 from .tables import columns, writer
 
@@ -34,7 +36,7 @@ THUMBNAIL_SIDE = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options(ScoringOptions):
-    """What the command line asks for."""
+    """The options of the command line."""
 
     prompts: str | None
     prompt: str | None
@@ -44,23 +46,15 @@ class Options(ScoringOptions):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    try:
-        bad, written = run(parse(arguments))
-    except HyperAlignError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nStopped; the scores so far are kept. The same command goes on from there.", file=sys.stderr)
-        return STOPPED
-    for one in bad:
-        print(f"left out {one.name}: {one.reason}", file=sys.stderr)
-    print(f"Wrote {written}." + (f" {len(bad)} images were left out." if bad else ""))
+    """Runs the command and returns the exit status. Raises HyperAlignError."""
+    bad, written = run(parse(arguments))
+    print_skipped(bad)
+    print(f"Wrote {written}." + (f" {len(bad)} images were skipped." if bad else ""))
     return 0
 
 
 def run(options: Options) -> tuple[list[BadImage], str]:
-    """Scores, and returns the images left out and what was written. Raises HyperAlignError."""
+    """Scores the images; returns the skipped ones and what was written. Raises HyperAlignError."""
     names = list_images(options.folder)
     write = writer(options.out)
     for path in (options.out, options.sheet):
@@ -71,11 +65,9 @@ def run(options: Options) -> tuple[list[BadImage], str]:
     prompts = prompts_of(options, names)
     options.provide_files()
     settings = {"rewards": options.rewards, "dtype": options.dtype, "weights": str(options.weights.resolve())}
-    with Log(log_of(options.out), settings, Scored) as log:
+    with Log(log_path(options.out), settings, Scored) as log:
         todo = sum(not is_scored(options.folder, name, prompts[name], log) for name in names)
-        bad: list[BadImage] = []
-        if todo:
-            bad = _score(options, prompts, log, len(names) - todo, device)
+        bad = _score(options, prompts, log, len(names) - todo, device) if todo else []
         rows = [log.rows[name] for name in names if is_scored(options.folder, name, prompts[name], log)]
     if not rows:
         raise HyperAlignError(
@@ -92,18 +84,15 @@ def _score(
     options: Options, prompts: dict[str, str], log: Log[Scored], done: int, device: torch.device
 ) -> list[BadImage]:
     rewards = options.load(device)
-    shown = bar(len(prompts), "scoring", done)
-    try:
+    with progress_bar(len(prompts), "scoring", done) as bar:
         return score_folder(
             options.folder, prompts, rewards, log,
-            device=device, batch=options.batch, threads=options.threads, progress=shown.update,
+            device=device, batch=options.batch, threads=options.threads, progress=bar.update,
         )  # fmt: skip
-    finally:
-        shown.close()
 
 
 def prompts_of(options: Options, names: Sequence[str]) -> dict[str, str]:
-    """Returns each image's prompt. Raises HyperAlignError where one is missing or a reward refuses it."""
+    """Returns the images' prompts. Raises HyperAlignError on a missing one, or one that a reward refuses."""
     if options.prompt is not None:
         texts = [options.prompt] * len(names)
     else:
@@ -113,38 +102,34 @@ def prompts_of(options: Options, names: Sequence[str]) -> dict[str, str]:
 
 
 def write_sheet(options: Options, path: Path, rows: Sequence[Scored], bad: Sequence[BadImage]) -> None:
-    """Writes the contact sheet of the best images."""
+    """Writes the contact sheet of the best images. Raises HyperAlignError."""
     names = [row.name for row in best_first(rows)[: options.sheet_images]]
-    shown = bar(len(names), "thumbnails")
     thumbnails: dict[str, str] = {}
-    with ThreadPoolExecutor(options.threads) as pool:
+    with ThreadPoolExecutor(options.threads) as pool, progress_bar(len(names), "thumbnails") as bar:
         make = partial(thumbnail, options.folder, side=THUMBNAIL_SIDE)
         for name, uri in in_order(pool, make, names, 2 * options.threads):
             if isinstance(uri, str):
                 thumbnails[name] = uri
-            shown.update(1)
-    shown.close()
+            bar.update(1)
     title = f"{options.folder.resolve().name}: {', '.join(options.rewards)}"
     page = contact_sheet(title, rows, thumbnails, bad)
-    write_whole(path, lambda partial: partial.write_text(page, encoding="utf-8", errors="backslashreplace"))
+    with cannot_write(path, SCORES_ARE_KEPT):
+        write_text(path, page, errors="backslashreplace")
 
 
 def parse(arguments: Sequence[str] | None) -> Options:
-    """Returns what the command line asks for; ends the process on a wrong one."""
-    parser = scoring_parser("python -m hyperalign score", __doc__)
+    """Returns the options of a command line; ends the process on a wrong one."""
+    parser = scoring_parser("score", __doc__)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompts", metavar="SOURCE", help="a .csv or .jsonl with names and prompts, "
-        "`txt` for a text file beside each image, or `comfyui` for the metadata of its PNGs")  # fmt: skip
+    source.add_argument("--prompts", metavar="SOURCE", help="a .csv or .jsonl of image names and prompts, "
+        "`txt` for a text file beside each image, or `comfyui` for the metadata of ComfyUI's "
+        "PNGs")  # fmt: skip
     source.add_argument("--prompt", metavar="TEXT", help="one prompt for all images")
     add("--out", type=Path, metavar="FILE", help="a .csv or .parquet (default: scores.csv in DIR)")
-    add("--sheet", type=Path, metavar="FILE", help="an HTML page of thumbnails, the best first")
+    add("--sheet", type=Path, metavar="FILE", help="HTML page of thumbnails to write, the best first")
     add("--sheet-images", type=positive, default=1000, metavar="N",
-        help="how many of the best it shows (default: %(default)s)")  # fmt: skip
+        help="number of the best images on it (default: %(default)s)")  # fmt: skip
     found = parser.parse_args(arguments)
     found.out = found.out or found.folder / "scores.csv"
     return Options(**vars(found))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

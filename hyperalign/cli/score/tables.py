@@ -1,4 +1,4 @@
-"""Scores as tables: CSV, and Parquet where pyarrow is there."""
+"""Tables of scores: CSV, and Parquet if pyarrow is installed."""
 
 from __future__ import annotations
 
@@ -9,52 +9,61 @@ from pathlib import Path
 from statistics import fmean, pstdev
 
 from ...errors import HyperAlignError
-from .files import Scored, write_whole
+from ...files import cannot_write, replacing
+from ..common.log import SCORES_ARE_KEPT
+from .scoring import Scored
 
 Table = dict[str, list[str] | list[float]]
 """Columns by their names."""
 
-COMBINED = "mean z-score"
+MEAN_Z_SCORE = "mean z-score"
 
 
-def combined(rows: Sequence[Scored]) -> list[float]:
-    """Returns what images are ranked by: their score, or with several rewards the mean of its z-scores.
+def ranking_scores(rows: Sequence[Scored]) -> list[float]:
+    """Returns the scores by which images are ranked: of one reward its scores, of several the mean z-scores.
 
-    A z-score is (s - mean) / std over these very images; a reward that is alike for all adds nothing.
+    A z-score is (s - mean) / std over these images; a reward that is equal for all of them contributes 0.
     """
     names = list(rows[0].scores) if rows else []
     if len(names) == 1:
         return [row.scores[names[0]] for row in rows]
-    columns = [_z_scores([row.scores[name] for row in rows]) for name in names]
-    return [fmean(values) for values in zip(*columns, strict=True)]
+    z_scores = [_z_scores([row.scores[name] for row in rows]) for name in names]
+    return [fmean(values) for values in zip(*z_scores, strict=True)]
 
 
 def _z_scores(scores: Sequence[float]) -> list[float]:
+    """Returns z-scores; the standard library's exact deviation of equal scores is 0, unlike NumPy's."""
     mean, deviation = fmean(scores), pstdev(scores)
     return [(score - mean) / deviation if deviation > 0.0 else 0.0 for score in scores]
 
 
 def columns(rows: Sequence[Scored], rewards: Sequence[str]) -> Table:
-    """Returns name, prompt, each reward's scores and, with several rewards, what they are ranked by."""
+    """Returns name, prompt, the scores of each reward and, of several rewards, the mean z-score."""
     table: Table = {"name": [row.name for row in rows], "prompt": [row.prompt for row in rows]}
     table |= {reward: [row.scores[reward] for row in rows] for reward in rewards}
-    return table if len(rewards) == 1 else table | {COMBINED: combined(rows)}
+    return table if len(rewards) == 1 else table | {MEAN_Z_SCORE: ranking_scores(rows)}
 
 
 def writer(path: Path) -> Callable[[Table], None]:
-    """Returns what writes a table to a path, atomically.
+    """Returns a function that writes a table to a path, atomically.
 
-    Raises HyperAlignError on a name of another kind, or on .parquet without pyarrow.
+    Raises HyperAlignError on another file name extension, or on .parquet without pyarrow.
     """
     match path.suffix.lower():
         case ".csv":
-            return lambda table: write_whole(path, lambda partial: _write_csv(partial, table))
+            write = _write_csv
         case ".parquet" if importlib.util.find_spec("pyarrow") is not None:
-            return lambda table: write_whole(path, lambda partial: _write_parquet(partial, table))
+            write = _write_parquet
         case ".parquet":
             raise HyperAlignError(f"{path.name} needs pyarrow; run `pip install pyarrow`, or write a .csv.")
         case _:
             raise HyperAlignError(f"--out is {path.name}; expected a name ending in .csv or .parquet.")
+
+    def replace(table: Table) -> None:
+        with cannot_write(path, SCORES_ARE_KEPT), replacing(path) as partial:
+            write(partial, table)
+
+    return replace
 
 
 def _write_csv(path: Path, table: Table) -> None:

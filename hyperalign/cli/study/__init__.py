@@ -1,1 +1,1 @@
-"""Blind side-by-side studies of images: `python -m hyperalign study`. Making a page needs Pillow."""
+"""Blind side-by-side studies of images: `python -m hyperalign study`."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from ...errors import HyperAlignError
-from ..score.images import DAMAGED, in_order, list_images, open_rgb
-from ..score.prompts import beside, embedded, find_prompts, listed
+from ...threads import in_order
+from ..common.comfyui_metadata import embedded_prompt
+from ..common.images import DECODING_ERRORS, data_uri, list_images, open_rgb
+from ..common.prompts import abridged, find_prompts, prompt_beside
 
 Format = Literal["webp", "jpeg"]
 MEGABYTE = 1_000_000
@@ -22,16 +22,16 @@ MEGABYTE = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How images go into the page: all alike, so that nothing but the drawing differs."""
+    """The encoding of the page's images, equal for all of them so that it does not reveal the method."""
 
     format: Format = "webp"
     quality: int = 90
     side: int = 1024
-    """The longer side is at most so many pixels."""
+    """Maximal length of the longer side in pixels."""
 
 
 def methods_of(folders: Sequence[Path]) -> dict[str, Path]:
-    """Returns the folders by what the key calls them: their names, or more of their paths where these repeat.
+    """Returns the folders by method: their names, or more of their paths where names repeat.
 
     Raises HyperAlignError unless there are two different folders or more.
     """
@@ -50,7 +50,7 @@ def methods_of(folders: Sequence[Path]) -> dict[str, Path]:
 def match(methods: Mapping[str, Path]) -> tuple[dict[str, dict[str, Path]], list[str]]:
     """Returns the images that all folders have, by name and method, and the names that some lack.
 
-    A name is the path below the folder without its ending, so that `1.png` and `1.jpg` meet.
+    A name is the path below the folder without its ending, so that `1.png` matches `1.jpg`.
 
     Raises HyperAlignError on a missing folder, no common name, or one name with two endings in a folder.
     """
@@ -74,25 +74,28 @@ def match(methods: Mapping[str, Path]) -> tuple[dict[str, dict[str, Path]], list
 
 
 def prompts_of(images: Mapping[str, Mapping[str, Path]], folder: Path, source: Path | None) -> dict[str, str]:
-    """Returns the prompts by the images' names, empty ones when none is to be found anywhere.
+    """Returns the prompts by the images' names; all are empty if there are none.
 
     Args:
         images: paths by name and method.
-        folder: of the first method; a table is looked up by the names in it.
+        folder: of the first method; the names of a table are relative to it.
         source: a .csv or .jsonl of names and prompts, a .txt with a line for each name in sorted order, or
             None for the text file beside an image or ComfyUI's metadata in it.
 
     Raises:
-        HyperAlignError: a source that cannot be read, or prompts for some images alone.
+        HyperAlignError: a source that cannot be read, or prompts for only some of the images.
     """
     firsts = {name: next(iter(paths.values())) for name, paths in images.items()}
     if source is None:
-        found = {name: (beside(path) or embedded(path) or "").strip() for name, path in firsts.items()}
+        found = {
+            name: (prompt_beside(path) or embedded_prompt(path) or "").strip()
+            for name, path in firsts.items()
+        }
         missing = [name for name, prompt in found.items() if not prompt]
         if 0 < len(missing) < len(found):
             raise HyperAlignError(
                 f"Found prompts for {len(found) - len(missing)} of {len(found)} images; none for "
-                f"{listed(missing)}. Add theirs, or give all with --prompts."
+                f"{abridged(missing)}. Add theirs, or give all with --prompts."
             )
         return found
     if source.suffix.lower() != ".txt":
@@ -101,11 +104,13 @@ def prompts_of(images: Mapping[str, Mapping[str, Path]], folder: Path, source: P
     try:
         lines = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise HyperAlignError(f"--prompts {source} cannot be read as text ({error}).") from error
+        raise HyperAlignError(
+            f"--prompts {source} cannot be read as text ({error}). Save it as UTF-8."
+        ) from error
     if len(lines) != len(firsts):
         raise HyperAlignError(
             f"{source.name} has {len(lines)} prompts for {len(firsts)} names; expected one line for each, "
-            f"in the names' order ({listed(list(firsts))}), or a .csv or .jsonl with names and prompts."
+            f"in the names' order ({abridged(list(firsts))}), or a .csv or .jsonl with names and prompts."
         )
     return dict(zip(firsts, lines, strict=True))
 
@@ -113,13 +118,13 @@ def prompts_of(images: Mapping[str, Mapping[str, Path]], folder: Path, source: P
 def encode(
     paths: Sequence[Path],
     encoding: Encoding,
-    most_megabytes: float,
+    max_megabytes: float,
     threads: int,
     progress: Callable[[int], object],
 ) -> list[str]:
-    """Returns images as data URIs, without their metadata, which could name the method.
+    """Returns images as data URIs, without their metadata, which could contain the method.
 
-    Raises HyperAlignError on an image that cannot be decoded, or when the page would grow over the limit.
+    Raises HyperAlignError on an image that cannot be decoded, or on a page above the limit.
     """
     uris: list[str] = []
     size = 0
@@ -128,12 +133,12 @@ def encode(
             uris.append(uri)
             size += len(uri)
             progress(1)
-            if size > most_megabytes * MEGABYTE:
+            if size > max_megabytes * MEGABYTE:
                 whole = size / len(uris) * len(paths) / MEGABYTE
                 raise HyperAlignError(
-                    f"The page would have some {whole:.0f} MB, more than --max-mb {most_megabytes:g}; lower "
+                    f"The page would have about {whole:.0f} MB, more than --max-mb {max_megabytes:g}; lower "
                     f"--side ({encoding.side}) or --quality ({encoding.quality}), take fewer with --sample, "
-                    "or raise it."
+                    "or raise --max-mb."
                 )
     return uris
 
@@ -141,20 +146,16 @@ def encode(
 def _encode(path: Path, encoding: Encoding) -> str:
     try:
         image = open_rgb(path)
-    except DAMAGED as error:
+    except DECODING_ERRORS as error:
         raise HyperAlignError(
-            f"{path} cannot be decoded ({type(error).__name__}: {error}); draw it again, or take its "
-            "name out of every folder."
+            f"{path} cannot be decoded ({type(error).__name__}: {error}); generate it again, or remove "
+            "its name from every folder."
         ) from error
-    image.info = {key: value for key, value in image.info.items() if key == "icc_profile"}
-    image.thumbnail((encoding.side, encoding.side))
-    stream = io.BytesIO()
-    image.save(stream, encoding.format, quality=encoding.quality)
-    return f"data:image/{encoding.format};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
+    return data_uri(image, encoding.format, encoding.quality, encoding.side)
 
 
 def digest(paths: Sequence[Path], texts: Iterator[str]) -> str:
-    """Returns a name for these images and texts."""
+    """Returns an identifier of these images and texts."""
     found = hashlib.sha256()
     for text in texts:
         found.update(f"{text}\0".encode())

@@ -1,18 +1,23 @@
-"""Win rates and how far to trust them."""
+"""Confidence intervals of win rates."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from math import sqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-Z_95 = 1.959963984540054
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+LEVEL = 0.95
 RESAMPLES = 4000
+BATCH = 500
+"""How many resamples are in memory at once."""
 
 
 class Interval(NamedTuple):
-    """A 95 % interval."""
+    """A 95 % confidence interval."""
 
     low: float
     high: float
@@ -21,30 +26,32 @@ class Interval(NamedTuple):
 def of_votes(points: Mapping[str, Sequence[float]], seed: int = 0) -> Interval:
     """Returns the interval of a win rate.
 
-    It is Wilson's where every prompt has one vote, and otherwise the bootstrap's over prompts, which knows
-    that votes on one prompt go together. With few prompts the bootstrap sees too little of their spread, so
-    it counts only where it is the wider of the two.
+    It is Wilson's if every prompt has one vote. Otherwise it is the bootstrap's over prompts, because votes
+    on one prompt are correlated. With few prompts the bootstrap underestimates their spread; so the interval
+    is at least as wide as Wilson's.
 
     Args:
-        points: by prompt, what one side won in each vote: 1, 0.5 for a tie, or 0.
-        seed: of the bootstrap's draws.
+        points: by prompt, the points of one side in each vote: 1, 0.5 for a tie, or 0.
+        seed: of the bootstrap.
     """
     votes = [won for prompt in points.values() for won in prompt]
-    alone = wilson(sum(votes), len(votes))
+    independent = wilson(sum(votes), len(votes))
     if len(votes) == len(points):
-        return alone
-    together = bootstrap(points, seed)
-    return Interval(min(alone.low, together.low), max(alone.high, together.high))
+        return independent
+    clustered = bootstrap(points, seed)
+    return Interval(min(independent.low, clustered.low), max(independent.high, clustered.high))
 
 
-def wilson(points: float, count: int, z: float = Z_95) -> Interval:
+def wilson(points: float, count: int) -> Interval:
     """Returns Wilson's score interval of a share (Wilson 1927, eq. 4.2 in Brown, Cai and DasGupta 2001).
+
+    SciPy's binomtest has it for whole wins only, and a tie is half of one.
 
     Args:
         points: wins; a tie is half of one.
         count: comparisons, at least 1.
-        z: quantile of the normal distribution.
     """
+    z = float(stats.norm.ppf((1 + LEVEL) / 2))
     share = points / count
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * sqrt(share * (1 - share) / count + z * z / (4 * count * count))
@@ -52,26 +59,27 @@ def wilson(points: float, count: int, z: float = Z_95) -> Interval:
 
 
 def bootstrap(points: Mapping[str, Sequence[float]], seed: int = 0, resamples: int = RESAMPLES) -> Interval:
-    """Returns the percentile bootstrap interval of the mean, with prompts drawn anew and their votes kept.
+    """Returns the percentile bootstrap interval of the win rate, resampling prompts with all their votes.
 
-    Raters who look at the same images agree more than chance: counting their votes as independent would
-    make the interval too narrow, drawing whole prompts does not. Where the prompts' means are all alike the
-    bootstrap sees no spread, and the answer is Wilson's for as many votes as there are prompts.
+    Raters of the same images agree more than by chance: resampling single votes would make the interval too
+    narrow, resampling whole prompts does not. If all prompts have the same mean the bootstrap has no spread,
+    and the interval is Wilson's for as many votes as there are prompts.
 
     Args:
-        points: by prompt, what one side won in each vote: 1, 0.5 for a tie, or 0.
-        seed: of the draws.
-        resamples: how many draws.
+        points: by prompt, the points of one side in each vote: 1, 0.5 for a tie, or 0.
+        seed: of the resampling.
+        resamples: their number.
     """
-    sums = [(sum(votes), len(votes)) for votes in points.values()]
-    mean = sum(won for won, _ in sums) / sum(count for _, count in sums)
-    if len({won / count for won, count in sums}) == 1:
-        return wilson(mean * len(sums), len(sums))
-    generator = random.Random(seed)
-    means: list[float] = []
-    for _ in range(resamples):
-        drawn = generator.choices(sums, k=len(sums))
-        means.append(sum(won for won, _ in drawn) / sum(count for _, count in drawn))
-    means.sort()
-    edge = round(0.025 * (resamples - 1))
-    return Interval(means[edge], means[-1 - edge])
+    won = np.array([sum(votes) for votes in points.values()])
+    count = np.array([len(votes) for votes in points.values()])
+    if len(set((won / count).tolist())) == 1:
+        return wilson(float(won[0] / count[0]) * len(points), len(points))
+
+    def win_rate(won: NDArray[Any], count: NDArray[Any], axis: int) -> NDArray[Any]:
+        return won.sum(axis=axis) / count.sum(axis=axis)
+
+    found: Any = stats.bootstrap(
+        (won, count), win_rate, paired=True, vectorized=True, method="percentile", confidence_level=LEVEL,
+        n_resamples=resamples, batch=BATCH, rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    return Interval(float(found.confidence_interval.low), float(found.confidence_interval.high))

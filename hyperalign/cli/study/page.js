@@ -1,29 +1,29 @@
 "use strict";
-// A rater answers every question of every pair, in an order of the rater's own. The answers are a stack:
-// the next question follows from their number, and undo takes the last one off.
+// A rater answers every question of every pair, in an order that differs between raters. The answers are a
+// stack: their number determines the next question, and undo removes the last one.
 
 const study = JSON.parse(document.getElementById("study").textContent);
 const $ = (id) => document.getElementById(id);
 const STORE = `hyperalign-study:${study.id}`;
 const PER_PAIR = study.questions.length;
 const ALL = study.trials.length * PER_PAIR;
-const STACKED = matchMedia("(max-aspect-ratio: 4/5)"); // as in the style sheet
+const STACKED = matchMedia("(max-aspect-ratio: 4/5)"); // as in page.css
 const ANSWERS = { 1: "first", ArrowLeft: "first", 2: "second", ArrowRight: "second", 0: "tie" };
 const STACKED_ANSWERS = { ArrowUp: "first", ArrowDown: "second" };
 const FLASH_MS = 220;
-const LONG_PROMPT = 100; // letters
+const LONG_PROMPT = 100; // characters
 const SECONDS_EACH = 5;
 
 let state = { rater: newRater(), name: "", answers: [] };
 let order = orderOf(state.rater);
-let ready = false; // both images of the pair are on the screen
+let ready = false; // both images of the pair are shown
 let zoomedSide = 0;
 
 function newRater() {
   return Array.from(crypto.getRandomValues(new Uint8Array(6)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-// The trials shuffled by a generator seeded with study and rater, so that a resumed study goes on in its order.
+// The trials shuffled by a generator seeded with study and rater, so that a resumed study keeps its order.
 function orderOf(rater) {
   let seed = 2166136261;
   for (const letter of study.id + rater) seed = Math.imul(seed ^ letter.charCodeAt(0), 16777619);
@@ -43,17 +43,17 @@ function orderOf(rater) {
 
 const trialAt = (step) => order[Math.floor(step / PER_PAIR)];
 
-// --- what is kept
+// --- storage
 
-function remember() {
+function store() {
   try {
     localStorage.setItem(STORE, JSON.stringify(votes()));
   } catch {
-    tell("This browser keeps nothing between visits: save your votes before you close the page.");
+    notify("This browser cannot store your answers: save your votes before you close the page.");
   }
 }
 
-function recall() {
+function stored() {
   try {
     return JSON.parse(localStorage.getItem(STORE));
   } catch {
@@ -61,11 +61,11 @@ function recall() {
   }
 }
 
-function forget() {
+function clearStored() {
   try {
     localStorage.removeItem(STORE);
   } catch {
-    // a browser that keeps nothing has nothing to forget
+    // a browser without storage has stored nothing
   }
 }
 
@@ -77,9 +77,9 @@ function votes() {
   return { format: "hyperalign-votes", version: 1, study: study.id, rater: state.rater, name: state.name, votes: found };
 }
 
-function take(file) {
+function loadVotes(file) {
   if (file?.format !== "hyperalign-votes" || typeof file.rater !== "string" || typeof file.votes !== "object") {
-    throw new Error("This is not a file of votes. Choose the .json that Save wrote.");
+    throw new Error("This is not a file of votes. Choose a .json file that Save wrote.");
   }
   if (file.study !== study.id) {
     throw new Error(`These votes belong to the study ${file.study}, and this is the study ${study.id}.`);
@@ -100,17 +100,17 @@ function save() {
   link.download = `votes-${study.id}-${state.rater}.json`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-  speak(`Saved ${state.answers.length} answers as ${link.download}.`);
+  announce(`Saved ${state.answers.length} answers as ${link.download}.`);
 }
 
-// --- what is shown
+// --- display
 
-function tell(text) {
+function notify(text) {
   $("notice").textContent = text;
   $("notice").hidden = !text;
 }
 
-const speak = (text) => ($("status").textContent = text);
+const announce = (text) => ($("status").textContent = text);
 
 const loaded = new Map();
 
@@ -134,7 +134,7 @@ async function show() {
   $("undo").disabled = $("save").disabled = !step;
   if (step === ALL) {
     view("done");
-    speak("All pairs are judged. Save your votes.");
+    announce("All pairs are answered. Save your votes.");
     $("save-all").focus();
     return;
   }
@@ -148,9 +148,9 @@ async function show() {
   $("count").textContent = `Pair ${pair} of ${study.trials.length} · question ${(step % PER_PAIR) + 1} of ${PER_PAIR}`;
   $("question").textContent = question.text;
   $("question").classList.remove("new");
-  void $("question").offsetWidth; // starts the animation over
+  void $("question").offsetWidth; // restarts the animation
   $("question").classList.add("new");
-  speak(`${$("count").textContent}. ${question.text}${trial.prompt ? ` ${trial.prompt}` : ""}`);
+  announce(`${$("count").textContent}. ${question.text}${trial.prompt ? ` ${trial.prompt}` : ""}`);
   if ($("trial").dataset.trial !== trial.id) await showPair(trial, step);
 }
 
@@ -170,12 +170,12 @@ async function showPair(trial, step) {
   ahead.forEach(load);
 }
 
-// --- what a rater does
+// --- actions of the rater
 
 function answer(choice) {
   if (!ready || state.answers.length === ALL) return;
   state.answers.push(choice);
-  remember();
+  store();
   const picked = document.querySelectorAll(".image")[{ first: 0, second: 1 }[choice]];
   picked?.classList.add("picked");
   setTimeout(() => picked?.classList.remove("picked"), FLASH_MS);
@@ -185,13 +185,13 @@ function answer(choice) {
 function undo() {
   if (!state.answers.length) return;
   state.answers.pop();
-  remember();
+  store();
   show();
 }
 
 function begin() {
-  tell("");
-  remember();
+  notify("");
+  store();
   show();
   $("question").focus();
 }
@@ -205,11 +205,11 @@ function zoom(side) {
   if (!$("zoom").open) $("zoom").showModal();
 }
 
-function another() {
-  if (!confirm("Are your votes saved? The page forgets them and starts over.")) return;
+function nextPerson() {
+  if (!confirm("Are your votes saved? The page deletes them and starts again.")) return;
   state = { rater: newRater(), name: "", answers: [] };
   order = orderOf(state.rater);
-  forget();
+  clearStored();
   delete $("trial").dataset.trial;
   $("name").value = "";
   welcome();
@@ -219,7 +219,7 @@ function welcome() {
   const minutes = Math.round((ALL * SECONDS_EACH) / 60);
   const time = minutes > 1 ? `about ${minutes} minutes` : "a minute";
   $("size").textContent =
-    `${study.trials.length} pairs, ${PER_PAIR} questions on each, ${time} in all. For every pair you are asked:`;
+    `${study.trials.length} pairs, ${PER_PAIR} questions on each, ${time} in all. The questions on every pair:`;
   $("questions").replaceChildren(...study.questions.map((question) => {
     const item = document.createElement("li");
     item.textContent = question.text;
@@ -260,8 +260,8 @@ for (const button of document.querySelectorAll(".image")) button.onclick = () =>
 $("undo").onclick = undo;
 $("save").onclick = $("save-all").onclick = save;
 $("open-help").onclick = () => $("help").showModal();
-$("flip").onclick = () => zoom(1 - zoomedSide);
-$("another").onclick = another;
+$("switch").onclick = () => zoom(1 - zoomedSide);
+$("next-person").onclick = nextPerson;
 $("begin").onsubmit = (event) => {
   event.preventDefault();
   state.name = $("name").value.trim();
@@ -269,16 +269,16 @@ $("begin").onsubmit = (event) => {
 };
 $("import").onchange = async () => {
   try {
-    take(JSON.parse(await $("import").files[0].text()));
+    loadVotes(JSON.parse(await $("import").files[0].text()));
     begin();
   } catch (error) {
-    tell(error instanceof SyntaxError ? "This file is not JSON. Choose the one that Save wrote." : error.message);
+    notify(error instanceof SyntaxError ? "This file is not JSON. Choose a file that Save wrote." : error.message);
   }
   $("import").value = "";
 };
 
 try {
-  take(recall());
+  loadVotes(stored());
   show();
 } catch {
   welcome();

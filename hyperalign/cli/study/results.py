@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -10,7 +9,8 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 
-from ..score.files import check_writable, write_whole
+from ...files import cannot_write, check_writable, write_text
+from ..common.arguments import command_parser
 from .intervals import Interval, of_votes
 from .trials import Key, read_key
 from .votes import POINTS, Vote, read_votes
@@ -33,25 +33,30 @@ class Rate:
 
 
 ALL_OTHERS = "all others"
+DESCRIPTION = """Counts the votes of a study.
+
+Ties count as half a win. Intervals are Wilson's if every prompt has one vote; otherwise they are bootstrapped
+over the prompts, and at least as wide.
+"""
 
 
 def rates(votes: Sequence[Vote], key: Key) -> list[Rate]:
     """Returns the rates of each pair of methods, and with more than two of each against all others."""
     found: list[Rate] = []
     for question in key.questions:
-        asked = [vote for vote in votes if vote.question == question]
+        answers = [vote for vote in votes if vote.question == question]
         for one, other in combinations(key.methods, 2):
-            found += _rate(asked, key, question, one, {other}, other)
+            found += _rate(answers, key, question, one, {other}, other)
         if len(key.methods) > 2:
             for one in key.methods:
-                found += _rate(asked, key, question, one, set(key.methods) - {one}, ALL_OTHERS)
+                found += _rate(answers, key, question, one, set(key.methods) - {one}, ALL_OTHERS)
     return found
 
 
 def _rate(
-    votes: Iterable[Vote], key: Key, question: str, method: str, others: set[str], named: str
+    votes: Iterable[Vote], key: Key, question: str, method: str, others: set[str], against: str
 ) -> list[Rate]:
-    """Returns the rate of a method, in a list that is empty where nobody compared it."""
+    """Returns the rate of a method, in a list that is empty if it has no votes."""
     points: dict[str, list[float]] = defaultdict(list)
     raters: set[str] = set()
     for vote in votes:
@@ -66,11 +71,13 @@ def _rate(
     counts = Counter(everything)
     rate = sum(everything) / len(everything)
     interval = of_votes(points, key.seed)
-    return [Rate(question, method, named, rate, interval, counts[1.0], counts[0.5], counts[0.0], len(points))]
+    return [
+        Rate(question, method, against, rate, interval, counts[1.0], counts[0.5], counts[0.0], len(points))
+    ]
 
 
 def report(votes: Sequence[Vote], key: Key) -> dict[str, object]:
-    """Returns everything as JSON has it."""
+    """Returns all results for the JSON file."""
     chosen = Counter(vote.answer for vote in votes)
     decided = chosen["first"] + chosen["second"]
     return {
@@ -85,7 +92,7 @@ def report(votes: Sequence[Vote], key: Key) -> dict[str, object]:
 
 
 def table(votes: Sequence[Vote], key: Key) -> str:
-    """Returns the rates for people to read."""
+    """Returns the rates as a text table."""
     rows: list[tuple[str, ...]] = [
         ("question", "method", "against", "win rate", "95 %", "won", "tied", "lost", "prompts")
     ]
@@ -103,21 +110,18 @@ def table(votes: Sequence[Vote], key: Key) -> str:
 
 
 def run(arguments: Sequence[str]) -> str:
-    """Counts votes as the command line says, and returns the table. Raises HyperAlignError."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hyperalign study results",
-        description="Counts votes of a study. Ties count as half. Intervals are Wilson's where every prompt "
-        "was judged once; otherwise they are bootstrapped over the prompts, and at least as wide.",
-    )
-    parser.add_argument("votes", nargs="+", type=Path, metavar="VOTES.json", help="what the page saved")
+    """Counts the votes of a command line and returns the table. Raises HyperAlignError."""
+    parser = command_parser("study results", DESCRIPTION)
+    parser.add_argument("votes", nargs="+", type=Path, metavar="VOTES.json", help="files that the page saved")
     parser.add_argument("--key", required=True, type=Path, metavar="FILE",
-        help="the study's .key.json, or the page it lies beside")  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the metrics go as JSON")
+        help="the study's .key.json, or the page beside it")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write the results to")
     options = parser.parse_args(arguments)
     key = read_key(options.key)
     votes = read_votes(options.votes, key)
     if options.out is not None:
         check_writable(options.out)
         text = json.dumps(report(votes, key), indent=2, ensure_ascii=False) + "\n"
-        write_whole(options.out, lambda partial: partial.write_text(text, encoding="utf-8"))
+        with cannot_write(options.out, "Free some space, or choose another --out."):
+            write_text(options.out, text)
     return table(votes, key)

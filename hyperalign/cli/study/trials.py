@@ -1,4 +1,4 @@
-"""What a study asks: pairs of methods on sides that a seed decides, and the key that tells them."""
+"""The trials of a study: pairs of methods on sides that a seed decides, and the key to the methods."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Trial:
     """One pair of images."""
 
     id: str
-    """Says nothing of what is compared."""
+    """Random, so that it does not reveal the methods."""
     name: str
-    """Of the images in their folders, without the ending."""
+    """Of the images in their folders, without the extension."""
     prompt: str
     first: str
     second: str
@@ -40,7 +40,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What the page does not say: which method drew which image."""
+    """Which method generated which image; the page does not contain it."""
 
     study: str
     title: str
@@ -63,8 +63,8 @@ def plan(
     Args:
         prompts: by the names of the images.
         methods: at least two.
-        seed: decides sides, order and ids. Each of two methods is the first one half of the time.
-        against_first: pairs of the first method with each other one alone, instead of all pairs.
+        seed: decides sides, order and ids. Each method of a pair is the first in half of its trials.
+        against_first: only pairs of the first method with each other one, instead of all pairs.
     """
     generator = random.Random(seed)
     pairs = [pair for pair in combinations(methods, 2) if pair[0] == methods[0] or not against_first]
@@ -84,21 +84,21 @@ def plan(
 
 
 def key_path(page: Path) -> Path:
-    """Returns where the key of a page lies."""
+    """Returns the path of a page's key."""
     return page.with_suffix(".key.json")
 
 
 def read_key(path: Path) -> Key:
-    """Reads a key file, also when its page is named.
+    """Reads a key file; the path may be that of its page.
 
-    Raises HyperAlignError when there is none, or it is something else.
+    Raises HyperAlignError if there is none, or on another kind of file.
     """
     if path.suffix.lower() in (".html", ".htm"):
         path = key_path(path)
     if not path.is_file():
         raise HyperAlignError(
-            f"There is no key {path}; it was written beside the page. If it is lost, make the study anew "
-            "with the same folders and --seed: that gives the same key."
+            f"There is no key {path}; it was written beside the page. If it is lost, make the study again "
+            "with the same folders and options: that gives the same key."
         )
     content = read_json(path)
     if content.get("format") != KEY_FORMAT or content.get("version") != VERSION:
@@ -113,18 +113,18 @@ def read_key(path: Path) -> Key:
         )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise HyperAlignError(
-            f"{path} is damaged ({error!r}); make the study anew to get its key."
+            f"{path} is damaged ({error!r}); make the study again to get its key."
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a file. Raises HyperAlignError when there is none."""
+    """Returns the object in a file. Raises HyperAlignError if there is none."""
     try:
         content: Any = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise HyperAlignError(f"{path} is not JSON ({error}); save or copy it again.") from error
     if not isinstance(content, dict):
         raise HyperAlignError(
-            f"{path} holds {type(content).__name__}, expected an object; is it another file?"
+            f"{path} contains a JSON {type(content).__name__}, expected an object; give the right file."
         )
     return cast("dict[str, Any]", content)

@@ -1,4 +1,4 @@
-"""Files of votes, read against the key of their study."""
+"""Files of votes, checked against the key of their study."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .trials import Key, Trial, read_json
 
 FORMAT, VERSION = "hyperalign-votes", 1
 POINTS = {"first": 1.0, "tie": 0.5, "second": 0.0}
-"""What an answer gives the first image; the second gets the rest of 1."""
+"""The points of the first image for an answer; the second has the rest of 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,10 @@ class Vote:
 def read_votes(paths: Sequence[Path], key: Key) -> list[Vote]:
     """Reads the votes of all raters.
 
-    A rater's older file may come along with a newer one; equal answers count once.
+    Files of one rater may overlap; equal answers count once.
 
-    Raises HyperAlignError on a file of something else or of another study, on unknown answers, on one rater
-    with two different answers, and where there is no vote at all.
+    Raises HyperAlignError on another kind of file or a file of another study, on unknown answers, on two
+    different answers of one rater, and if there is no vote at all.
     """
     found: dict[tuple[str, str, str], tuple[str, Path]] = {}
     trials = {trial.id: trial for trial in key.trials}
@@ -40,7 +40,8 @@ def read_votes(paths: Sequence[Path], key: Key) -> list[Vote]:
             before, where = found.setdefault((rater, trial, question), (answer, path))
             if before != answer:
                 raise HyperAlignError(
-                    f"{path} and {where} are of one rater ({rater}) and differ on the pair {trial}; keep one."
+                    f"{path} and {where} are of one rater ({rater}) and differ on the pair {trial}; keep one "
+                    "of them."
                 )
     if not found:
         raise HyperAlignError(f"There is no vote in {', '.join(map(str, paths))}; save votes from the page.")
@@ -49,13 +50,13 @@ def read_votes(paths: Sequence[Path], key: Key) -> list[Vote]:
 
 def _answers(path: Path, key: Key, trials: dict[str, Trial]) -> Iterator[tuple[str, str, str, str]]:
     if not path.is_file():
-        raise HyperAlignError(f"There is no file of votes {path}; give what the page saved.")
+        raise HyperAlignError(f"There is no file of votes {path}; give a file that the page saved.")
     content = read_json(path)
     if content.get("format") != FORMAT or content.get("version") != VERSION:
-        raise HyperAlignError(f"{path} is no file of votes; give what the page's Save wrote.")
+        raise HyperAlignError(f"{path} is no file of votes; give a file that the page's Save button wrote.")
     if content.get("study") != key.study:
         raise HyperAlignError(
-            f"{path} has votes of the study {content.get('study')}, and the key is of {key.study} "
+            f"{path} has votes of the study {content.get('study')}, but the key is of {key.study} "
             f"({key.title!r}); give the key of that study."
         )
     votes: Any = content.get("votes")

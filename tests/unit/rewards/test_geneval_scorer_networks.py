@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hyperalign.cli import geneval as command
+from hyperalign.cli.main import main
 from hyperalign.errors import HyperAlignError
 from hyperalign.geneval import colors, detector, scorer
 from hyperalign.geneval.detector import SWIN_SMALL, DetectorShape, FoundObject, objects
@@ -263,14 +264,14 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_command_writes_the_official_fields_and_goes_on(
+def test_the_command_writes_the_official_fields_and_resumes(
     images: Path, weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = [str(images), "--weights", str(weights), "--device", "cpu"]
     (images / "00001/samples/0001.png").write_bytes(b"no image")
-    assert command.main(arguments) == 0
+    assert main(["geneval", *arguments]) == 0
     said = capsys.readouterr()
-    assert "left out 00001/samples/0001.png" in said.err
+    assert "skipped 00001/samples/0001.png" in said.err
     assert "overall, mean of tasks" in said.out
     rows = [json.loads(line) for line in (images / "results.jsonl").read_text().splitlines()]
     assert [row["tag"] for row in rows] == ["colors", "colors", "counting"]
@@ -278,12 +279,12 @@ def test_the_command_writes_the_official_fields_and_goes_on(
     assert all(set(row) == fields for row in rows)
     assert json.loads(rows[0]["metadata"]) == RED_DOG
     Image.new("RGB", (64, 48)).save(images / "00001/samples/0001.png")
-    judged: list[str] = []
+    scored: list[str] = []
     monkeypatch.setattr(
-        command, "decode", lambda place, name: judged.append(name) or command.BadImage(name, "x")
+        command, "decode", lambda place, name: scored.append(name) or command.BadImage(name, "x")
     )
-    assert command.main(arguments) == 0
-    assert judged == ["00001/samples/0001.png"]
+    assert main(["geneval", *arguments]) == 0
+    assert scored == ["00001/samples/0001.png"]
 
 
 def test_the_metadata_of_a_folder_may_come_from_the_whole_file(images: Path, tmp_path: Path) -> None:
@@ -299,7 +300,7 @@ def test_the_metadata_of_a_folder_may_come_from_the_whole_file(images: Path, tmp
         command.list_samples(images, None)
 
 
-def test_what_cannot_work_is_one_sentence(
+def test_bad_inputs_are_one_sentence(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments, said in (
@@ -309,7 +310,7 @@ def test_what_cannot_work_is_one_sentence(
         ([str(images), "--device", "abacus"], "no device 'abacus'"),
         ([str(images), "--metadata", str(tmp_path / "none")], "cannot be read"),
     ):
-        assert command.main(arguments) == 2
+        assert main(["geneval", *arguments]) == 2
         error = capsys.readouterr().err
         assert said in error
         assert len(error.strip().splitlines()) == 1

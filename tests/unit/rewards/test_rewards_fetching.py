@@ -1,4 +1,4 @@
-"""The command lines' --download: the missing files come from a hub on this machine, and then all runs."""
+"""The commands' --download: missing files come from a hub on this machine, and then the command runs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from hyperalign.cli import geneval
-from hyperalign.cli.audit import command as audit
-from hyperalign.cli.score import command as score
+from hyperalign.cli.main import main
 from hyperalign.geneval import detector
 from hyperalign.geneval.detector import DetectorShape
 
@@ -73,15 +71,15 @@ def arrived(folder: Path) -> set[str]:
 def test_the_folder_scorer_fetches_what_is_missing_once(hub: Hub, images: Path, tmp_path: Path) -> None:
     weights = tmp_path / "new/weights"
     arguments = [str(images), "--reward", "clip", "--prompt", "a dog", "--device", "cpu", "--weights"]
-    assert score.main([*arguments, str(weights)]) == 2
+    assert main(["score", *arguments, str(weights)]) == 2
     assert hub.asked == []
-    assert score.main([*arguments, str(weights), "--download"]) == 0
+    assert main(["score", *arguments, str(weights), "--download"]) == 0
     assert arrived(weights) == CLIP_FILES
     assert len(hub.asked) == 3
-    assert score.main([*arguments, str(weights), "--download"]) == 0
+    assert main(["score", *arguments, str(weights), "--download"]) == 0
     assert len(hub.asked) == 3
     fetched = (images / "scores.csv").read_text()
-    assert score.main([*arguments, str(hub.folder), "--out", str(tmp_path / "own.csv")]) == 0
+    assert main(["score", *arguments, str(hub.folder), "--out", str(tmp_path / "own.csv")]) == 0
     assert (tmp_path / "own.csv").read_text() == fetched
 
 
@@ -89,10 +87,10 @@ def test_nothing_is_fetched_for_a_command_that_cannot_work(
     hub: Hub, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = [str(images), "--reward", "clip", "--download", "--weights", str(tmp_path / "new")]
-    assert score.main([*common, "--prompts", "txt"]) == 2
-    assert score.main([*common, "--prompt", "a \ud83d cat"]) == 2
-    assert score.main([*common, "--reward", "beauty", "--prompt", "a cat"]) == 2
-    assert audit.main([*common, "--template", "a {red|blue \udc00} cat"]) == 2
+    assert main(["score", *common, "--prompts", "txt"]) == 2
+    assert main(["score", *common, "--prompt", "a \ud83d cat"]) == 2
+    assert main(["score", *common, "--reward", "beauty", "--prompt", "a cat"]) == 2
+    assert main(["audit", *common, "--template", "a {red|blue \udc00} cat"]) == 2
     said = capsys.readouterr().err
     assert said.count("half a character") == 2
     assert hub.asked == []
@@ -102,7 +100,7 @@ def test_nothing_is_fetched_for_a_command_that_cannot_work(
 def test_the_audit_fetches_what_is_missing(hub: Hub, images: Path, tmp_path: Path) -> None:
     weights = tmp_path / "new"
     arguments = [str(images), "--reward", "clip", "--template", "a {red|blue} dog", "--device", "cpu"]
-    assert audit.main([*arguments, "--weights", str(weights), "--download"]) == 0
+    assert main(["audit", *arguments, "--weights", str(weights), "--download"]) == 0
     assert arrived(weights) == CLIP_FILES
 
 
@@ -120,7 +118,7 @@ def test_geneval_fetches_its_detector_too(hub: Hub, tmp_path: Path, monkeypatch:
     Image.new("RGB", (64, 64), "red").save(samples / "0000.png")
     (samples.parent / "metadata.jsonl").write_text(json.dumps(DOG))
     arguments = [str(tmp_path / "images"), "--weights", str(tmp_path / "new"), "--device", "cpu"]
-    assert geneval.main(arguments) == 2
-    assert geneval.main([*arguments, "--download"]) == 0
+    assert main(["geneval", *arguments]) == 2
+    assert main(["geneval", *arguments, "--download"]) == 0
     assert arrived(tmp_path / "new") == {*CLIP_FILES, detector.WEIGHTS.path}
     assert (tmp_path / "images/results.jsonl").read_text().count("\n") == 1

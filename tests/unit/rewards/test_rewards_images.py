@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from hyperalign.cli.score.images import decode
+from hyperalign.cli.common.images import decode
 from hyperalign.errors import HyperAlignError
 from hyperalign.rewards import images as P
 from hyperalign.rewards import loading

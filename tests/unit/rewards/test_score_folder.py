@@ -1,4 +1,4 @@
-"""The folder scorer, as a person runs it: whole, interrupted, again; and what it refuses."""
+"""The score command: complete, interrupted and repeated runs, and the inputs it refuses."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
+from scipy import stats
 
-from hyperalign.cli.score import command, progress, scoring
-from hyperalign.cli.score.files import Scored
-from hyperalign.cli.score.images import BadImage, decode, open_rgb
-from hyperalign.cli.score.scoring import batches_of_one_size
+from hyperalign.cli import main as command
+from hyperalign.cli.common import batches
+from hyperalign.cli.common.batches import batches_of_one_size
+from hyperalign.cli.common.images import BadImage, decode, open_rgb
+from hyperalign.cli.score.scoring import Scored
 from hyperalign.cli.score.sheet import contact_sheet
-from hyperalign.cli.score.tables import combined
+from hyperalign.cli.score.tables import ranking_scores
 from hyperalign.rewards import loading
 
-TINY, HELD_OUT = "tiny reward", "tiny validation reward"
+TINY, VALIDATION = "tiny reward", "tiny validation reward"
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black")
 
 
@@ -52,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
 def run(folder: Path, *more: str, reward: str = TINY, batch: str = "3") -> int:
     prompts = ["--prompts", f"{folder.parent}/prompts.csv"]
     common = ["--reward", reward, "--batch", batch, "--device", "cpu"]
-    return command.main([str(folder), *common, *prompts, *more])
+    return command.main(["score", str(folder), *common, *prompts, *more])
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -61,24 +63,24 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 def expected(folder: Path, rows: list[dict[str, str]], reward: str = TINY) -> list[float]:
-    """Each image on its own, without any of the scorer's code but the reward."""
-    judge = loading.load(reward, folder)
+    """The scores of each image alone, with none of the command's code but the reward."""
+    model = loading.load(reward, folder)
     scores: list[float] = []
     for row in rows:
         pixels_HWC = np.asarray(Image.open(folder / row["name"]).convert("RGB"), dtype=np.float32) / 255
         image_BCHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None]
         with torch.no_grad():
-            scores += judge.score(image_BCHW, [row["prompt"]]).tolist()
+            scores += model.score(image_BCHW, [row["prompt"]]).tolist()
     return scores
 
 
 def test_every_image_has_the_score_it_has_alone(folder: Path) -> None:
-    assert run(folder, "--reward", HELD_OUT) == 0
+    assert run(folder, "--reward", VALIDATION) == 0
     rows = table(folder / "scores.csv")
     assert [row["name"] for row in rows] == [f"{i}.{'jpg' if i == 4 else 'png'}" for i in range(9)] + [
         "more/9.png"
     ]
-    for reward in (TINY, HELD_OUT):
+    for reward in (TINY, VALIDATION):
         assert [float(row[reward]) for row in rows] == pytest.approx(expected(folder, rows, reward), abs=1e-4)
     assert sum(float(row["mean z-score"]) for row in rows) == pytest.approx(0.0, abs=1e-6)
 
@@ -97,13 +99,13 @@ def test_bad_images_are_counted_and_named(folder: Path, capsys: pytest.CaptureFi
     (folder / "5.png").write_bytes(whole[: len(whole) // 2])
     assert run(folder, "--sheet", str(folder / "sheet.html")) == 0
     said = capsys.readouterr()
-    assert "2 images were left out" in said.out
-    assert re.findall(r"left out (\S+):", said.err) == ["3.png", "5.png"]
+    assert "2 images were skipped" in said.out
+    assert re.findall(r"skipped (\S+):", said.err) == ["3.png", "5.png"]
     assert len(table(folder / "scores.csv")) == 8
-    assert "2 images were left out" in (folder / "sheet.html").read_text(encoding="utf-8")
+    assert "2 images were skipped" in (folder / "sheet.html").read_text(encoding="utf-8")
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
 
     def interrupted(place: Path, name: str) -> torch.Tensor | BadImage:
@@ -112,14 +114,14 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: 
             raise KeyboardInterrupt
         return decode(place, name)
 
-    monkeypatch.setattr(scoring, "decode", interrupted)
-    assert run(folder, "--threads", "1", "--batch", "1") == command.STOPPED
+    monkeypatch.setattr(batches, "decode", interrupted)
+    assert run(folder, "--threads", "1", "--batch", "1") == command.INTERRUPTED
     assert not (folder / "scores.csv").exists()
     log = folder / ".scores.csv.log.jsonl"
     kept = {json.loads(line)["name"] for line in log.read_text().splitlines()[1:]}
     assert 0 < len(kept) < 8
     with log.open("a") as stream:
-        stream.write('{"name": "7.png", "sco')  # the power failed here
+        stream.write('{"name": "7.png", "sco')  # as after a power failure
     assert run(folder) == 0
     assert not kept & set(decoded[8:])
     assert len(table(folder / "scores.csv")) == 10
@@ -140,7 +142,7 @@ def test_a_second_run_scores_only_what_changed(folder: Path, monkeypatch: pytest
         scored.append(name)
         return decode(place, name)
 
-    monkeypatch.setattr(scoring, "decode", noted)
+    monkeypatch.setattr(batches, "decode", noted)
     assert run(folder) == 0
     assert sorted(scored) == ["1.png", "2.png"]
     after = table(folder / "scores.csv")
@@ -148,25 +150,25 @@ def test_a_second_run_scores_only_what_changed(folder: Path, monkeypatch: pytest
 
 
 def test_a_killed_process_loses_no_finished_batch(folder: Path) -> None:
-    """The real command, ended the hard way once its log has an image."""
+    """The real command, whose process ends once its log has images."""
     code = (
-        "import os, sys; from hyperalign.cli.score import __main__ as c, scoring\n"
-        "append = scoring.Log.append\n"
+        "import os, sys; from hyperalign.cli import main as c; from hyperalign.cli.common.log import Log\n"
+        "append = Log.append\n"
         "def last(log, rows): append(log, rows); len(log.rows) >= 4 and os._exit(9)\n"
-        "scoring.Log.append = last; c.main(sys.argv[1:])"
+        "Log.append = last; c.main(['score', *sys.argv[1:]])"
     )
     arguments = [str(folder), "--reward", TINY, "--prompt", "a red circle", "--batch", "2", "--device", "cpu"]
     root = Path(__file__).resolve().parents[3]
     assert subprocess.run([sys.executable, "-c", code, *arguments], cwd=root, check=False).returncode == 9
     lines = (folder / ".scores.csv.log.jsonl").read_text().splitlines()
     assert len(lines) >= 5
-    assert command.main(arguments) == 0
+    assert command.main(["score", *arguments]) == 0
     assert (folder / ".scores.csv.log.jsonl").read_text().splitlines()[: len(lines)] == lines
 
 
 def test_scores_of_other_settings_are_not_mixed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(folder) == 0
-    assert run(folder, reward=HELD_OUT) == 2
+    assert run(folder, reward=VALIDATION) == 2
     assert "rewards ['tiny reward'] instead of ['tiny validation reward']" in capsys.readouterr().err
 
 
@@ -202,12 +204,12 @@ Refusal = Callable[[Path], list[str]]
         ),
     ],
 )
-def test_what_cannot_work_is_one_sentence_before_anything_is_written(
+def test_bad_inputs_are_one_sentence_before_anything_is_written(
     folder: Path, arguments: Refusal, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "empty").mkdir()
     before = sorted(folder.rglob("*"))
-    assert command.main(arguments(folder)) == 2
+    assert command.main(["score", *arguments(folder)]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert len(error.strip().splitlines()) == 1
@@ -218,13 +220,13 @@ def test_a_folder_of_nothing_but_bad_images_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.png").write_bytes(b"")
-    assert command.main([str(tmp_path), "--prompt", "a dog", "--reward", TINY, "--device", "cpu"]) == 2
+    assert (
+        command.main(["score", str(tmp_path), "--prompt", "a dog", "--reward", TINY, "--device", "cpu"]) == 2
+    )
     assert "None of the 1 images could be scored; a.png: it cannot be decoded" in capsys.readouterr().err
 
 
-def test_a_network_s_reward_reads_its_weights_from_the_folder(
-    folder: Path, published: Callable[[str], Path]
-) -> None:
+def test_a_network_reads_its_weights_from_the_folder(folder: Path, published: Callable[[str], Path]) -> None:
     assert run(folder, "--weights", str(published("clip")), reward="clip") == 0
     assert all(-1 <= float(row["clip"]) <= 1 for row in table(folder / "scores.csv"))
 
@@ -234,18 +236,18 @@ def test_images_are_read_as_a_viewer_shows_them(tmp_path: Path) -> None:
     Image.new("RGBA", (2, 1), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (2, 1), "red").save(tmp_path / "lying.jpg", exif=exif)
+    Image.new("RGB", (2, 1), "red").save(tmp_path / "rotated.jpg", exif=exif)
     assert open_rgb(tmp_path / "grey16.png").getpixel((0, 0)) == (127, 127, 127)
     assert open_rgb(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
-    assert open_rgb(tmp_path / "lying.jpg").size == (1, 2)
-    pixels = decode(tmp_path, "lying.jpg")
+    assert open_rgb(tmp_path / "rotated.jpg").size == (1, 2)
+    pixels = decode(tmp_path, "rotated.jpg")
     assert isinstance(pixels, torch.Tensor)
     assert pixels.shape == (3, 2, 1)
 
 
 @settings(max_examples=50)
 @given(st.lists(st.sampled_from([(2, 2), (2, 3), (3, 2), (9, 1), (1, 1)])), st.integers(1, 5))
-def test_batches_hold_every_image_once_and_one_size_each(sizes: list[tuple[int, int]], batch: int) -> None:
+def test_batches_have_every_image_once_and_one_size_each(sizes: list[tuple[int, int]], batch: int) -> None:
     images = [(str(i), torch.zeros(3, *size, dtype=torch.uint8)) for i, size in enumerate(sizes)]
     batches = list(batches_of_one_size(images, batch))
     assert sorted(int(name) for group in batches for name, _ in group) == list(range(len(sizes)))
@@ -262,11 +264,11 @@ def test_few_images_wait_even_if_no_two_have_one_size() -> None:
 
     first = next(iter(batches_of_one_size(images(), 4)))  # type: ignore[arg-type]
     assert len(first) == 1
-    assert taken <= 4 * scoring.WAITING_BATCHES
+    assert taken <= 4 * batches.WAITING_BATCHES
 
 
 def test_large_images_make_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "BATCH_PIXELS", 250)
+    monkeypatch.setattr(batches, "BATCH_PIXELS", 250)
     images = [(str(i), torch.zeros(3, 10, 10, dtype=torch.uint8)) for i in range(5)]
     assert [len(group) for group in batches_of_one_size(images, 16)] == [2, 2, 1]
     huge = [("huge", torch.zeros(3, 30, 30, dtype=torch.uint8))]
@@ -282,13 +284,13 @@ def test_the_ranking_of_several_rewards_does_not_depend_on_their_units(
     scores: list[float], scale: float, offset: float
 ) -> None:
     scores = [round(score, 2) for score in scores]
-    one = combined([scored("x", s, -s / 2 + i) for i, s in enumerate(scores)])
-    two = combined([scored("x", scale * s + offset, -s / 2 + i) for i, s in enumerate(scores)])
+    one = ranking_scores([scored("x", s, -s / 2 + i) for i, s in enumerate(scores)])
+    two = ranking_scores([scored("x", scale * s + offset, -s / 2 + i) for i, s in enumerate(scores)])
     assert one == pytest.approx(two, abs=1e-6)
 
 
 class Page(HTMLParser):
-    """What a browser would find: images, links to elsewhere, text."""
+    """The images, links and text of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -307,7 +309,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_sheet_shows_the_best_first_and_needs_nothing_else(folder: Path) -> None:
+def test_the_sheet_shows_the_best_first_and_loads_no_other_file(folder: Path) -> None:
     sheet = folder / "sheet.html"
     assert run(folder, "--sheet", str(sheet), "--sheet-images", "4") == 0
     page = Page(sheet.read_text(encoding="utf-8"))
@@ -317,7 +319,7 @@ def test_the_sheet_shows_the_best_first_and_needs_nothing_else(folder: Path) -> 
     assert "10 images scored; the best 4 of them" in page.text
 
 
-def test_prompts_and_names_cannot_write_html() -> None:
+def test_prompts_and_names_are_escaped_in_html() -> None:
     attack = '<script>alert(1)</script>"><img src=x onerror=alert(1)>'
     text = contact_sheet(attack, [scored(attack, 1.0, 2.0, prompt=attack)], {attack: "data:,"}, [])
     page = Page(text)
@@ -326,15 +328,23 @@ def test_prompts_and_names_cannot_write_html() -> None:
     assert page.text.count(attack) >= 3
 
 
-def test_without_tqdm_there_are_plain_lines(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@given(st.lists(st.lists(st.integers(-500, 500), min_size=3, max_size=3), min_size=2, max_size=8))
+def test_the_ranking_is_the_mean_of_scipys_z_scores(table: list[list[int]]) -> None:
+    """A reward that is equal for all images contributes nothing."""
+    scores_NR = np.array(table) / 100
+    varying = [column_N for column_N in scores_NR.T if len(set(column_N)) > 1]
+    expected = sum((stats.zscore(column_N) for column_N in varying), np.zeros(len(table))) / 3
+    found = ranking_scores([scored("x", *row) for row in scores_NR.tolist()])
+    assert found == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_the_progress_bar_counts_images_and_starts_where_the_log_ends(
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
-    shown = progress.bar(3, "scoring", 1)
-    shown.update(1)
-    shown.close()
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("scoring: 2 of 3 (")
-    assert lines[1] == "scoring: 2 of 3"
+    assert run(folder) == 0
+    Image.new("RGB", (64, 64), "black").save(folder / "2.png")
+    capsys.readouterr()
+    assert run(folder) == 0
+    shown = capsys.readouterr().err
+    assert "scoring:  90%" in shown
+    assert "10/10" in shown

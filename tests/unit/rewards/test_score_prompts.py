@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from hyperalign.cli.score.prompts import embedded, find_prompts, positive_prompt, read_table
+from hyperalign.cli.common.comfyui_metadata import embedded_prompt, positive_prompt
+from hyperalign.cli.common.prompts import find_prompts, read_prompts
 from hyperalign.errors import HyperAlignError
 
 NAMES = ["a.png", "b/a.png", "b/c.png"]
@@ -80,12 +81,12 @@ def test_the_graph_is_read_from_a_png(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=info)
     Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
     (tmp_path / "c.png").write_bytes(b"no image")
-    found = [embedded(tmp_path / name) for name in ("a.png", "b.png", "c.png")]
+    found = [embedded_prompt(tmp_path / name) for name in ("a.png", "b.png", "c.png")]
     assert found == ["a fox in snow", None, None]
 
 
 @given(st.dictionaries(st.sampled_from(NAMES), st.text(min_size=1), min_size=1))
-def test_both_kinds_of_table_give_back_any_text(
+def test_both_kinds_of_table_preserve_any_text(
     tmp_path_factory: pytest.TempPathFactory, table: dict[str, str]
 ) -> None:
     folder = tmp_path_factory.mktemp("tables")
@@ -93,10 +94,10 @@ def test_both_kinds_of_table_give_back_any_text(
         csv.writer(stream).writerows([("Name", "Prompt"), *table.items()])
     rows = [json.dumps({"file_name": name, "caption": text}) for name, text in table.items()]
     (folder / "t.jsonl").write_text("\n".join(rows) + "\n\n", encoding="utf-8")
-    assert read_table(folder / "t.csv") == read_table(folder / "t.jsonl") == table
+    assert read_prompts(folder / "t.csv") == read_prompts(folder / "t.jsonl") == table
 
 
-def test_a_table_may_leave_folders_out_where_that_is_clear(tmp_path: Path) -> None:
+def test_a_table_may_omit_folders_if_names_are_unique(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("name,prompt\na.png,first\n./b\\a.png,second\nc.png,third\n")
     assert find_prompts(tmp_path, NAMES, str(path)) == ["first", "second", "third"]
@@ -140,13 +141,13 @@ def test_unreadable_tables_are_refused_in_one_sentence(
 
 
 def test_a_table_that_is_not_there_is_named() -> None:
-    with pytest.raises(HyperAlignError, match=r"There is no table of prompts nowhere\.csv"):
+    with pytest.raises(HyperAlignError, match=r"--prompts: there is no file nowhere\.csv"):
         find_prompts(Path(), NAMES, "nowhere.csv")
 
 
 @pytest.mark.parametrize("half", ["\\ud83d", "\\udc31"])
 def test_half_an_emoji_is_refused_and_its_image_named(tmp_path: Path, half: str) -> None:
-    """As a tool leaves it that cuts UTF-16 in two; JSON carries it, no tokenizer reads it."""
+    """Cutting UTF-16 text can leave one; JSON accepts it, tokenizers do not."""
     lines = [{"name": "a.png", "prompt": "a \U0001f431"}, {"name": "b.png", "prompt": "a CUT cat"}]
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in lines).replace("CUT", half))

@@ -1,16 +1,14 @@
-"""Images in folders: which there are, and how they become tensors and thumbnails."""
+"""Images in folders: their names, their pixels as tensors, and small copies as data URIs."""
 
 from __future__ import annotations
 
 import base64
 import io
 import struct
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from PIL import Image, ImageOps
@@ -18,33 +16,36 @@ from torch import Tensor
 
 from ...errors import HyperAlignError
 
-In = TypeVar("In")
-Out = TypeVar("Out")
-
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-DAMAGED = (
+DECODING_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error,
     Image.DecompressionBombError,
 )  # fmt: skip
-"""What Pillow's decoders raise when they meet damaged files."""
+"""What Pillow's decoders raise on damaged files."""
 THUMBNAIL_QUALITY = 80
 
 
 @dataclass(frozen=True, slots=True)
 class BadImage:
-    """An image that was left out, and why."""
+    """An image that was skipped, and why."""
 
     name: str
     reason: str
 
 
+def print_skipped(images: Sequence[BadImage]) -> None:
+    """Lists skipped images on standard error."""
+    for image in images:
+        print(f"skipped {image.name}: {image.reason}", file=sys.stderr)
+
+
 def list_images(folder: Path) -> list[str]:
     """Returns the images below a folder, as sorted paths relative to it with forward slashes.
 
-    Raises HyperAlignError when there is no such folder, or no image in it.
+    Raises HyperAlignError if there is no such folder, or no image in it.
     """
     if not folder.is_dir():
-        raise HyperAlignError(f"There is no folder {folder}; give one that holds images.")
+        raise HyperAlignError(f"There is no folder {folder}; give a folder of images.")
     relative = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     names = [
         path.as_posix()
@@ -59,9 +60,9 @@ def list_images(folder: Path) -> list[str]:
 
 
 def open_rgb(path: Path) -> Image.Image:
-    """Returns an image as a viewer shows it: upright, in RGB, transparency laid on white.
+    """Returns an image as a viewer shows it: upright, in RGB, transparent parts on white.
 
-    Raises one of `DAMAGED` on a file that cannot be decoded.
+    Raises one of `DECODING_ERRORS` on a file that cannot be decoded.
     """
     with Image.open(path) as opened:
         image = ImageOps.exif_transpose(opened)
@@ -78,37 +79,24 @@ def decode(folder: Path, name: str) -> Tensor | BadImage:
     try:
         image = open_rgb(folder / name)
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    except DAMAGED as error:
+    except DECODING_ERRORS as error:
         return BadImage(name, f"it cannot be decoded ({type(error).__name__}: {error})")
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
 
 
 def thumbnail(folder: Path, name: str, side: int) -> str | BadImage:
-    """Returns an image of at most `side` pixels as the data URI of a JPEG."""
+    """Returns an image, scaled down to at most `side` pixels, as the data URI of a JPEG."""
     try:
         image = open_rgb(folder / name)
-    except DAMAGED as error:
+    except DECODING_ERRORS as error:
         return BadImage(name, f"it cannot be decoded ({type(error).__name__}: {error})")
+    return data_uri(image, "jpeg", THUMBNAIL_QUALITY, side)
+
+
+def data_uri(image: Image.Image, file_format: str, quality: int, side: int) -> str:
+    """Returns an image as a data URI, scaled down to at most `side` pixels, without its metadata."""
+    image.info = {key: value for key, value in image.info.items() if key == "icc_profile"}
     image.thumbnail((side, side))
     stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=THUMBNAIL_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
-
-
-def in_order(
-    pool: ThreadPoolExecutor, function: Callable[[In], Out], items: Iterable[In], ahead: int
-) -> Iterator[tuple[In, Out]]:
-    """Yields items with their results, in order; at most `ahead` of them are under way."""
-    waiting: deque[tuple[In, Future[Out]]] = deque()
-    try:
-        for item in items:
-            waiting.append((item, pool.submit(function, item)))
-            if len(waiting) > ahead:
-                item, future = waiting.popleft()
-                yield item, future.result()
-        while waiting:
-            item, future = waiting.popleft()
-            yield item, future.result()
-    finally:
-        for _, future in waiting:
-            future.cancel()
+    image.save(stream, file_format, quality=quality)
+    return f"data:image/{file_format};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"

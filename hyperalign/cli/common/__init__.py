@@ -1,0 +1,1 @@
+"""What several commands share. Its modules need Pillow, Jinja, SciPy or tqdm."""
