@@ -2,8 +2,6 @@
 
 python -m hyperalign card mine.safetensors                   prints it
 python -m hyperalign card mine.safetensors --out README.md   writes it, as the Hugging Face hub wants it
-python -m hyperalign card old.safetensors --record           writes licences and biases into the header of a
-                                                             file that was trained before headers had them
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..card import card, record, write
+from ..card import card, write
 from ..checkpoint import read_header
 from ..errors import HyperAlignError
 
@@ -28,11 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("file", type=Path, help="a hypernetwork (.safetensors)")
     add("--out", type=Path, metavar="CARD", help="where to write the card instead of printing it")
-    add("--record", action="store_true", help="write licences and biases into the file's header first")
     options = parser.parse_args(arguments)
     try:
-        header = record(options.file) if options.record else read_header(options.file)
-        text = card(header, options.file.stem)
+        text = card(read_header(options.file), options.file.stem)
         if options.out is not None:
             write(options.out, text)
     except HyperAlignError as error:
