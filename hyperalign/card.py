@@ -27,8 +27,8 @@ WARNINGS = (
     "**Reward hacking.** A reward is a proxy. Evaluate by what was not optimised: validation rewards, "
     "diversity over seeds, and people.",
     "**Misuse.** A model that follows prompts more closely also follows harmful, misleading and "
-    "identity-revealing ones more closely. Moderate prompts and images where others can use the model, mark images as "
-    "generated, and do not depict real people without their consent.",
+    "identity-revealing ones more closely. Moderate prompts and images where others can use the model, mark "
+    "images as generated, and do not depict real people without their consent.",
     "**Licences.** Those above apply to this file, too; some forbid commercial use, or certain uses.",
 )
 """The paper's section 9, and what this project adds."""
@@ -52,8 +52,8 @@ def card(header: Header, name: str) -> str:
         "## Training",
         _training(header),
         "## Use",
-        f"ComfyUI: put the file into `models/hyperalign` and connect HyperAlign Loader and Apply HyperAlign.\n\n"
-        f'diffusers: `hyperalign.attach(pipe, "{name}.safetensors")`.',
+        f"ComfyUI: put the file into `models/hyperalign` and connect HyperAlign Loader and Apply "
+        f'HyperAlign.\n\ndiffusers: `hyperalign.attach(pipe, "{name}.safetensors")`.',
         "## Before you use it",
         "\n".join(f"- {warning}" for warning in WARNINGS),
         f"The method is that of [HyperAlign]({PAPER}).",
@@ -128,8 +128,8 @@ def _metrics(training: dict[str, Any]) -> str:
     for name, value in numbers.items():
         rows.append(f"| {name}{' (optimised)' if name in optimised else ''} | {value:.4g} |")
     return "\n".join(rows) + (
-        "\n\nThe trainer's last evaluation. An optimised reward rises even where images get worse; compare the "
-        "others."
+        "\n\nThe trainer's last evaluation. An optimised reward rises even where images get worse; "
+        "compare the others."
     )
 
 

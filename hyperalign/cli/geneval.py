@@ -113,7 +113,7 @@ def judge_all(
             if isinstance(image_CHW, BadImage):
                 bad.append(image_CHW)
             else:
-                verdict, found = scorer.judge(image_CHW.float() / 255, parse_prompt(todo[name]))
+                verdict, found = scorer.evaluate(image_CHW.float() / 255, parse_prompt(todo[name]))
                 details = {kind: [[*one.box, one.score] for one in group] for kind, group in found.items()}
                 reason, state = "\n".join(verdict.reasons), file_state(folder / name)
                 log.append([Judged(name, todo[name], verdict.correct, reason, details, *state)])
@@ -169,11 +169,7 @@ def _metadata_of(place: Path, lines: Sequence[dict[str, Any]] | None) -> dict[st
 def check_weights(folder: Path, tokenizer: Path | None) -> None:
     """Raises HyperAlignError unless all weight files are there; reads none of them."""
     find(detector.WEIGHTS, folder)
-    recipe = loading.recipe_of(CLIP)
-    for file in recipe.files:
-        find(file, folder)
-    if recipe.vocabulary is not None:
-        recipe.vocabulary.load(folder, tokenizer)
+    loading.check_files(CLIP, folder, tokenizer)
 
 
 def is_judged(folder: Path, name: str, metadata: dict[str, Any], log: Log[Judged]) -> bool:

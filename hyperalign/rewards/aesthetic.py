@@ -44,4 +44,4 @@ def network() -> AestheticNetwork:
 
 def reward(name: str, module: AestheticNetwork) -> HeadReward:
     """Returns the reward."""
-    return HeadReward(name, module, clip.prepare)
+    return HeadReward(name, module, clip.preprocess)

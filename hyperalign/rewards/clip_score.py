@@ -23,4 +23,4 @@ def network() -> ClipNetwork:
 
 def reward(name: str, module: ClipNetwork, tokenize: Tokenizer) -> ClipReward:
     """Returns the reward: the cosine, without scale."""
-    return ClipReward(name, module, tokenize, clip.prepare)
+    return ClipReward(name, module, clip.preprocess, tokenize)

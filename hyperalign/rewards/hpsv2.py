@@ -1,4 +1,4 @@
-"""HPS v2.0 and v2.1 (arXiv 2306.09341): ViT-H-14 tuned on human choices; the cosine, about 0.2 to 0.4."""
+"""HPS v2.0 and v2.1 (arXiv 2306.09341): ViT-H-14 tuned on human preferences; the cosine, about 0.2 to 0.4."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def network() -> ClipNetwork:
     return ClipNetwork(clip.VIT_H_14)
 
 
-def prepare(images_BCHW: Tensor) -> Tensor:
-    """Returns what HPS reads: longest side to 224, black around, CLIP's mean and deviation."""
+def preprocess(images_BCHW: Tensor) -> Tensor:
+    """Returns the input of HPS: longest side to 224, padded with black, CLIP's mean and deviation."""
     return normalise(pad_to_square(images_BCHW, 224), CLIP_MEAN, CLIP_STD)
 
 
 def reward(name: str, module: ClipNetwork, tokenize: Tokenizer) -> ClipReward:
     """Returns the reward: the cosine without the logit scale."""
-    return ClipReward(name, module, tokenize, prepare)
+    return ClipReward(name, module, preprocess, tokenize)

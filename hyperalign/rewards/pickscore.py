@@ -23,4 +23,4 @@ def network() -> ClipNetwork:
 
 def reward(name: str, module: ClipNetwork, tokenize: Tokenizer) -> ClipReward:
     """Returns the reward: exp(logit_scale) times the cosine."""
-    return ClipReward(name, module, tokenize, clip.prepare, scaled=True)
+    return ClipReward(name, module, clip.preprocess, tokenize, scaled=True)

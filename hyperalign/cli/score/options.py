@@ -12,7 +12,6 @@ import torch
 from ...errors import HyperAlignError
 from ...rewards import Reward, download, loading, tiny
 from ...rewards.text import check_characters
-from ...rewards.weights import find
 from ...tiny.text_encoder import word_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,7 +46,7 @@ class ScoringOptions:
         if len(set(self.rewards)) != len(self.rewards):
             raise HyperAlignError(f"Found the rewards {', '.join(self.rewards)}; give each of them once.")
         for name in self.published:
-            loading.recipe_of(name)
+            loading.published_reward(name)
 
     def provide_files(self) -> None:
         """Fetches the rewards' files that are missing, if asked to; reads none that is large.
@@ -55,13 +54,9 @@ class ScoringOptions:
         Raises HyperAlignError unless all are there then.
         """
         for name in self.published:
-            recipe = loading.recipe_of(name)
             if self.download:
                 download.download(name, self.weights)
-            for file in recipe.files:
-                find(file, self.weights)
-            if recipe.vocabulary is not None:
-                recipe.vocabulary.load(self.weights, self.tokenizer)
+            loading.check_files(name, self.weights, self.tokenizer)
 
     def check_prompts(self, prompts: Iterable[str]) -> None:
         """Raises HyperAlignError where a prompt has half a character or words unknown to a reward."""

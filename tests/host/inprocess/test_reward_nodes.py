@@ -218,8 +218,8 @@ def test_a_changed_file_is_read_again(nodes, pack, folders, monkeypatch):
         found.module.bias = network.bias
         return found
 
-    recipe = loading.Recipe((file,), lambda: torch.nn.Linear(2, 1), reward)
-    monkeypatch.setitem(loading.RECIPES, "small", recipe)
+    published = loading.PublishedReward((file,), lambda: torch.nn.Linear(2, 1), reward)
+    monkeypatch.setitem(loading.PUBLISHED, "small", published)
     path = folders / "models" / "hyperalign_rewards" / file.path
     path.parent.mkdir(parents=True)
     biases = []

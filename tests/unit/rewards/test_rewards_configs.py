@@ -30,7 +30,7 @@ def small_architectures() -> None:
 
 def on_meta(name: str) -> Any:
     with torch.device("meta"):
-        return loading.RECIPES[name].network()
+        return loading.PUBLISHED[name].network()
 
 
 def only(values: Iterable[Any]) -> Any:

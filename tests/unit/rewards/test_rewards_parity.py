@@ -33,12 +33,13 @@ from hyperalign.rewards.images import CLIP_MEAN, CLIP_STD
 State = dict[str, Tensor]
 Pixels = NDArray[np.uint8]
 Network = Callable[[Tensor, str], float]
-"""Prepared pixels (3, H, W) and a prompt -> the official score."""
+"""Preprocessed pixels (3, H, W) and a prompt -> the official score."""
 
-PREPARE = {
-    "hpsv2": hpsv2.prepare, "hpsv2.1": hpsv2.prepare, "pickscore": clip.prepare, "clip": clip.prepare,
-    "aesthetic": clip.prepare, "imagereward": clip.prepare, "siglip-aesthetic": siglip_aesthetic.prepare,
-}  # fmt: skip
+PREPROCESS = dict.fromkeys(("pickscore", "clip", "aesthetic", "imagereward"), clip.preprocess) | {
+    "hpsv2": hpsv2.preprocess,
+    "hpsv2.1": hpsv2.preprocess,
+    "siglip-aesthetic": siglip_aesthetic.preprocess,
+}
 REAL_HEAD = Path(__file__).resolve().parents[4] / "shared/data/aesthetic/sac+logos+ava1-l14-linearMSE.pth"
 PROMPTS = ("a photograph of a cat, two red coffee", "the moon")
 
@@ -76,7 +77,7 @@ def official_siglip_pixels(image: Pixels) -> Tensor:
     return normalised(np.asarray(image), (0.5,) * 3, (0.5,) * 3)
 
 
-OFFICIAL_PIXELS = dict.fromkeys(PREPARE, official_clip_pixels) | {
+OFFICIAL_PIXELS = dict.fromkeys(PREPROCESS, official_clip_pixels) | {
     "hpsv2": official_hps_pixels,
     "hpsv2.1": official_hps_pixels,
     "siglip-aesthetic": official_siglip_pixels,
@@ -191,7 +192,7 @@ def reference(name: str, folder: Path, official: ModuleType, vocabularies: Path)
             return hps_network(folder / file.path, official)
         case "pickscore" | "clip":
             model = official.transformers_clip(official.SMALL_H if name == "pickscore" else official.SMALL_L)
-            path = folder / loading.RECIPES[name].files[0].path
+            path = folder / loading.PUBLISHED[name].files[0].path
             return transformers_network(path, model, vocabularies, scaled=name == "pickscore")
         case "aesthetic":
             model = official.transformers_clip(official.SMALL_L)
@@ -214,7 +215,7 @@ def batch_of(image: Pixels) -> Tensor:
     return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
 
 
-@pytest.fixture(params=loading.RECIPES)
+@pytest.fixture(params=loading.PUBLISHED)
 def paths(
     request: pytest.FixtureRequest, published: Callable[[str], Path], official: ModuleType, vocabularies: Path
 ) -> tuple[str, Reward, Network]:
@@ -231,7 +232,7 @@ def test_on_equal_pixels_the_network_is_the_official_one(
 ) -> None:
     name, reward, network = paths
     for image in images[:4]:
-        pixels = PREPARE[name](batch_of(image))[0]
+        pixels = PREPROCESS[name](batch_of(image))[0]
         for prompt in PROMPTS:
             score = float(reward.score(batch_of(image), [prompt]))
             assert score == pytest.approx(network(pixels, prompt), rel=1e-4, abs=1e-5)

@@ -53,7 +53,7 @@ def test_other_things_than_dense_numbers_are_refused(
 
 def test_a_safetensors_file_with_quarter_precision_is_refused(published: Published) -> None:
     folder = published("pickscore")
-    path = folder / loading.RECIPES["pickscore"].files[0].path
+    path = folder / loading.PUBLISHED["pickscore"].files[0].path
     save_file({key: value.to(torch.float8_e5m2) for key, value in load_file(path).items()}, path)
     with pytest.raises(HyperAlignError, match="of torch.float8_e5m2, torch.strided, on cpu; expected dense"):
         loading.load("pickscore", folder)
