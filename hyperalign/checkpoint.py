@@ -1,6 +1,6 @@
 """The hypernetwork file: one `.safetensors` with a versioned, validated JSON header.
 
-Header key `hyperalign` holds the JSON of `Header`. A loader refuses fields and versions it does not know.
+Header key `hyperalign` contains the JSON of `Header`. A loader refuses fields and versions it does not know.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_BYTES = 2 << 30
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Everything a host must know before it touches a tensor."""
+    """What a host needs before it reads a tensor."""
 
     base: dict[str, Any]
     """`BaseSpec.fingerprint()` of the base model."""
@@ -201,7 +201,7 @@ def _check_shapes(
     wrong = [name for name in expected if name in found and found[name] != expected[name]]
     if missing or extra:
         raise HyperAlignError(
-            f"{path.name} does not hold the tensors that its header states: {len(missing)} missing "
+            f"{path.name} does not contain the tensors that its header states: {len(missing)} missing "
             f"({', '.join(missing[:2]) or 'none'}), {len(extra)} unexpected "
             f"({', '.join(extra[:2]) or 'none'}). Download or export it again."
         )

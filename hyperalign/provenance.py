@@ -88,7 +88,7 @@ REWARDS = {
     "siglip-aesthetic": Source(
         "reward", "SigLIP aesthetic v2.5", "AGPL-3.0 (head), Apache-2.0 (SigLIP encoder)",
         "https://github.com/discus0434/aesthetic-predictor-v2-5",
-        "reads no prompt; its training data is not published and nobody has audited it: expect an "
+        "reads no prompt; its training data is not published and no audit of it is known: expect an "
         "illustrator's and photographer's taste",
     ),
     "tiny reward": Source(
@@ -182,7 +182,7 @@ def sources(family: str, rewards: Mapping[str, float], data: str, hub: str = "")
     Args:
         family: of the base model.
         rewards: weights by the names of `hyperalign.rewards.loading`, or others.
-        data: the preference dataset in words, as for `dataset_sources`.
+        data: description of the preference dataset, as for `dataset_sources`.
         hub: the base model's name on the Hugging Face hub, where it is known.
     """
     used = [reward_source(name, weight) for name, weight in rewards.items() if weight]

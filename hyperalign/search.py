@@ -150,7 +150,7 @@ def epsilon_greedy(
     """Returns the noise (1, ...) of one denoising step, searched as in arXiv 2506.03164.
 
     From a fresh pivot on, each of K rounds scores N candidates and moves to the best of them. A candidate is
-    fresh with probability epsilon, or else lies up to `radius` from the pivot. The paper adds to the pivot
+    fresh with probability epsilon, or else at most `radius` from the pivot. The paper adds to the pivot
     a vector of up to lambda sqrt(d); `near` also rescales the sum, so that noise keeps its variance
     over any number of rounds.
 

@@ -113,15 +113,13 @@ class ClipReward(NetworkReward[ClipNetwork]):
     """Whether the score is exp(logit_scale) * cosine."""
     _texts: PromptCache = field(default_factory=PromptCache)
 
-    def score_pixels(self, pixels_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns one score (B,) per preprocessed image."""
-        images_BD = self.embed_pixels(pixels_BCHW)
+    def _score(self, pixels_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        images_BD = self._embed(pixels_BCHW)
         texts_BD = self._texts.features(prompts, self.embed_prompts, images_BD.device)
         cosine_B = (images_BD * texts_BD).sum(dim=-1)
         return self.module.clip.logit_scale.exp() * cosine_B if self.scaled else cosine_B
 
-    def embed_pixels(self, pixels_BCHW: Tensor) -> Tensor:
-        """Returns unit embeddings (B, D) of preprocessed images."""
+    def _embed(self, pixels_BCHW: Tensor) -> Tensor:
         return self.module.embed_images(pixels_BCHW)
 
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:

@@ -52,10 +52,8 @@ class HeadNetwork(nn.Module):
 class HeadReward(NetworkReward[HeadNetwork]):
     """The head's score of an image, which does not depend on the prompt."""
 
-    def score_pixels(self, pixels_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns one score (B,) per preprocessed image."""
-        return self.module.head(self.embed_pixels(pixels_BCHW))
+    def _score(self, pixels_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.module.head(self._embed(pixels_BCHW))
 
-    def embed_pixels(self, pixels_BCHW: Tensor) -> Tensor:
-        """Returns unit embeddings (B, D) of preprocessed images."""
+    def _embed(self, pixels_BCHW: Tensor) -> Tensor:
         return self.module.embed_images(pixels_BCHW)

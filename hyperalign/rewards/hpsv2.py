@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import clip
-from .clip import ClipNetwork, ClipReward, from_open_clip
+from .clip import ClipNetwork, from_open_clip
 from .images import CLIP_MEAN, CLIP_STD, normalise, pad_to_square
-from .text import Tokenizer
 from .weights import WeightFile
 
 HUB = "https://huggingface.co/xswu/HPSv2/resolve/main"
@@ -23,8 +22,3 @@ def network() -> ClipNetwork:
 def preprocess(images_BCHW: Tensor) -> Tensor:
     """Returns the input of HPS: longest side to 224, padded with black, CLIP's mean and deviation."""
     return normalise(pad_to_square(images_BCHW, 224), CLIP_MEAN, CLIP_STD)
-
-
-def reward(name: str, module: ClipNetwork, tokenize: Tokenizer) -> ClipReward:
-    """Returns the reward: the cosine without the logit scale."""
-    return ClipReward(name, module, preprocess, tokenize)

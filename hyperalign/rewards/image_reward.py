@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import clip
 from .clip import Tower
 from .heads import ScoreHead
 from .network_reward import NetworkReward
@@ -85,28 +84,21 @@ class ImageRewardNetwork(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class ImageReward(NetworkReward[ImageRewardNetwork]):
-    """The score of an image encoded together with its prompt."""
+    """The score of an image encoded together with its prompt; embeddings are the image's [CLS] tokens."""
 
     tokenize: Tokenizer
 
-    def score_pixels(self, pixels_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns one score (B,) per preprocessed image."""
+    def _score(self, pixels_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         image_BNC = self.module.encode_images(pixels_BCHW)
         return self.module.score(image_BNC, self.tokenize(prompts).to(image_BNC.device))
 
-    def embed_pixels(self, pixels_BCHW: Tensor) -> Tensor:
-        """Returns the image encoder's unit [CLS] tokens (B, 1024)."""
+    def _embed(self, pixels_BCHW: Tensor) -> Tensor:
         return F.normalize(at_least_float32(self.module.encode_images(pixels_BCHW)[:, 0]), dim=-1)
 
 
 def network() -> ImageRewardNetwork:
     """Returns the architecture."""
     return ImageRewardNetwork(BLIP_LARGE)
-
-
-def reward(name: str, module: ImageRewardNetwork, tokenize: Tokenizer) -> ImageReward:
-    """Returns the reward."""
-    return ImageReward(name, module, clip.preprocess, tokenize)
 
 
 _NAMES = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,20 @@ import torch
 from torch import nn
 
 from ..errors import HyperAlignError
-from . import Reward, aesthetic, clip_score, hpsv2, image_reward, pickscore, siglip_aesthetic, text, tiny
+from . import (
+    Reward,
+    aesthetic,
+    clip,
+    clip_score,
+    heads,
+    hpsv2,
+    image_reward,
+    pickscore,
+    siglip_aesthetic,
+    text,
+    tiny,
+)
+from .images import Preprocess
 from .networks import fill, random_state
 from .text import Tokenizer, Vocabulary
 from .weights import WeightFile, find, load_state
@@ -23,28 +37,38 @@ class PublishedReward:
 
     files: tuple[WeightFile, ...]
     network: Callable[[], nn.Module]
+    preprocess: Preprocess
     reward: Callable[..., Reward]
-    """Makes it of its name, the network and, if there is a vocabulary, the tokenizer."""
+    """Makes it of its name, the network, `preprocess` and, if there is a vocabulary, the tokenizer."""
     vocabulary: Vocabulary | None = None
 
     def assemble(self, name: str, network: nn.Module, tokenizer: Tokenizer | None) -> Reward:
         """Returns the reward of a network with weights."""
-        return self.reward(name, network) if tokenizer is None else self.reward(name, network, tokenizer)
+        return self.reward(name, network, self.preprocess, *([] if tokenizer is None else [tokenizer]))
 
 
 PUBLISHED = {
-    "hpsv2.1": PublishedReward((hpsv2.V2_1,), hpsv2.network, hpsv2.reward, text.CLIP),
-    "hpsv2": PublishedReward((hpsv2.V2_0,), hpsv2.network, hpsv2.reward, text.CLIP),
-    "pickscore": PublishedReward((pickscore.WEIGHTS,), pickscore.network, pickscore.reward, text.CLIP),
+    "hpsv2.1": PublishedReward((hpsv2.V2_1,), hpsv2.network, hpsv2.preprocess, clip.ClipReward, text.CLIP),
+    "hpsv2": PublishedReward((hpsv2.V2_0,), hpsv2.network, hpsv2.preprocess, clip.ClipReward, text.CLIP),
+    "pickscore": PublishedReward(
+        (pickscore.WEIGHTS,), pickscore.network, clip.preprocess,
+        partial(clip.ClipReward, scaled=True), text.CLIP,
+    ),
     "imagereward": PublishedReward(
-        (image_reward.WEIGHTS,), image_reward.network, image_reward.reward, text.BERT
+        (image_reward.WEIGHTS,), image_reward.network, clip.preprocess,
+        image_reward.ImageReward, text.BERT,
     ),
-    "clip": PublishedReward((clip_score.WEIGHTS,), clip_score.network, clip_score.reward, text.CLIP),
-    "aesthetic": PublishedReward((aesthetic.ENCODER, aesthetic.HEAD), aesthetic.network, aesthetic.reward),
+    "clip": PublishedReward(
+        (clip_score.WEIGHTS,), clip_score.network, clip.preprocess, clip.ClipReward, text.CLIP
+    ),
+    "aesthetic": PublishedReward(
+        (aesthetic.ENCODER, aesthetic.HEAD), aesthetic.network, clip.preprocess, heads.HeadReward
+    ),
     "siglip-aesthetic": PublishedReward(
-        (siglip_aesthetic.ENCODER, siglip_aesthetic.HEAD), siglip_aesthetic.network, siglip_aesthetic.reward
+        (siglip_aesthetic.ENCODER, siglip_aesthetic.HEAD), siglip_aesthetic.network,
+        siglip_aesthetic.preprocess, heads.HeadReward,
     ),
-}
+}  # fmt: skip
 NAMES = (*tiny.NAMES, *PUBLISHED)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from .heads import HeadNetwork, HeadReward, ScoreHead
+from .heads import HeadNetwork, ScoreHead
 from .images import normalise, stretch_to_square
 from .networks import State, at_least_float32
 from .weights import WeightFile
@@ -68,11 +68,6 @@ def network() -> SiglipNetwork:
 def preprocess(images_BCHW: Tensor) -> Tensor:
     """Returns the input of SigLIP: 384 x 384 for images of any shape, in [-1, 1]."""
     return normalise(stretch_to_square(images_BCHW, SIDE), HALF, HALF)
-
-
-def reward(name: str, module: SiglipNetwork) -> HeadReward:
-    """Returns the reward."""
-    return HeadReward(name, module, preprocess)
 
 
 def vision_from_transformers(state: State) -> State:

@@ -24,12 +24,10 @@ NAMES = tuple(LOADERS)
 class TinyPreference(NetworkReward[TinyReward | TinyValidationReward]):
     """A tiny reward behind the `Reward` protocol; it also refuses prompts with unknown words."""
 
-    def score_pixels(self, pixels_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns one score (B,) per preprocessed image."""
+    def _score(self, pixels_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.module(pixels_BCHW, tokenize_batch(list(prompts)).to(pixels_BCHW.device))
 
-    def embed_pixels(self, pixels_BCHW: Tensor) -> Tensor:
-        """Returns unit embeddings (B, 128) of preprocessed images."""
+    def _embed(self, pixels_BCHW: Tensor) -> Tensor:
         return self.module.embed_images(pixels_BCHW)
 
 

@@ -1,4 +1,4 @@
-"""What a traced run remembers, without a host."""
+"""The recording of a traced run, without a host."""
 
 from __future__ import annotations
 

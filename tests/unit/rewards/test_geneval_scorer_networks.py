@@ -1,4 +1,4 @@
-"""GenEval's networks: true shapes on the meta device, small ones end to end, and the command."""
+"""GenEval's networks: full size on the meta device, small ones end to end, and the command."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_buffers_that_older_releases_saved_are_ignored(weights: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda state: state.pop("class_predictor.bias"), r"1 tensors are missing \(class_predictor.bias\)"),
         (lambda state: state.update(extra=torch.ones(1)), r"1 are unknown \(extra\)"),
@@ -101,13 +101,13 @@ def test_buffers_that_older_releases_saved_are_ignored(weights: Path) -> None:
     ],
 )
 def test_other_weights_are_refused(
-    weights: Path, change: Callable[[dict[str, Tensor]], None], said: str
+    weights: Path, change: Callable[[dict[str, Tensor]], None], message: str
 ) -> None:
     path = weights / detector.WEIGHTS.path
     state = {key: value.clone() for key, value in load_file(path).items()}
     change(state)
     save_file(state, path)
-    with pytest.raises(HyperAlignError, match=said):
+    with pytest.raises(HyperAlignError, match=message):
         detector.load(weights)
 
 
@@ -272,9 +272,9 @@ def test_the_command_writes_the_official_fields_and_resumes(
     arguments = [str(images), "--weights", str(weights), "--device", "cpu"]
     (images / "00001/samples/0001.png").write_bytes(b"no image")
     assert command.main(arguments) == 0
-    said = capsys.readouterr()
-    assert "left out 00001/samples/0001.png" in said.err
-    assert "overall, mean of tasks" in said.out
+    output = capsys.readouterr()
+    assert "left out 00001/samples/0001.png" in output.err
+    assert "overall, mean of tasks" in output.out
     rows = [json.loads(line) for line in (images / "results.jsonl").read_text().splitlines()]
     assert [row["tag"] for row in rows] == ["colors", "colors", "counting"]
     fields = {"filename", "tag", "prompt", "correct", "reason", "metadata", "details"}
@@ -305,7 +305,7 @@ def test_the_metadata_of_a_folder_may_come_from_the_whole_file(images: Path, tmp
 def test_wrong_arguments_are_one_sentence(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for arguments, said in (
+    for arguments, message in (
         ([str(tmp_path / "none")], "There is no folder"),
         ([str(tmp_path)], "There are no images in"),
         ([str(images), "--weights", str(tmp_path)], "There is no model.safetensors"),
@@ -314,7 +314,7 @@ def test_wrong_arguments_are_one_sentence(
     ):
         assert command.main(arguments) == 2
         error = capsys.readouterr().err
-        assert said in error
+        assert message in error
         assert len(error.strip().splitlines()) == 1
     assert not list(images.glob("*.jsonl"))
     assert not list(images.glob(".*"))

@@ -327,10 +327,10 @@ def test_other_metadata_are_refused(row: object, tmp_path: Path) -> None:
         read_metadata(tmp_path / "m.jsonl")
 
 
-@pytest.mark.parametrize(("text", "said"), [("", "is empty"), ("{", "cannot be read")])
-def test_a_damaged_file_of_metadata_is_refused(text: str, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("text", "message"), [("", "is empty"), ("{", "cannot be read")])
+def test_a_damaged_file_of_metadata_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text(text)
-    with pytest.raises(HyperAlignError, match=said):
+    with pytest.raises(HyperAlignError, match=message):
         read_metadata(tmp_path / "m.jsonl")
 
 

@@ -1,4 +1,4 @@
-"""What shapes of tensors do not show: heads, activations and epsilons, against what is published."""
+"""Heads, activations and epsilons, which do not affect shapes, against the published configurations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command lines' --download: the missing files come from a hub on this machine, and then all runs."""
+"""The commands' --download: the missing files come from a local hub, and then everything runs."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_the_folder_scorer_fetches_what_is_missing_once(hub: Hub, images: Path, 
     assert (tmp_path / "own.csv").read_text() == fetched
 
 
-def test_nothing_is_fetched_for_a_command_that_cannot_work(
+def test_nothing_is_downloaded_for_wrong_arguments(
     hub: Hub, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = [str(images), "--reward", "clip", "--download", "--weights", str(tmp_path / "new")]
@@ -93,8 +93,8 @@ def test_nothing_is_fetched_for_a_command_that_cannot_work(
     assert score.main([*common, "--prompt", "a \ud83d cat"]) == 2
     assert score.main([*common, "--reward", "beauty", "--prompt", "a cat"]) == 2
     assert audit.main([*common, "--template", "a {red|blue \udc00} cat"]) == 2
-    said = capsys.readouterr().err
-    assert said.count("half a character") == 2
+    errors = capsys.readouterr().err
+    assert errors.count("half a character") == 2
     assert hub.asked == []
     assert not (tmp_path / "new").exists()
 

@@ -142,7 +142,7 @@ def blip_network(state: State, official: ModuleType, vocabularies: Path) -> Netw
         weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
         return (weights @ v).transpose(0, 1).flatten(1)
 
-    def see(pixels: Tensor) -> Tensor:
+    def encode_image(pixels: Tensor) -> Tensor:
         name = "blip.visual_encoder"
         proj = f"{name}.patch_embed.proj"
         patches = F.conv2d(pixels[None], state[f"{proj}.weight"], state[f"{proj}.bias"], shape.patch)
@@ -158,7 +158,7 @@ def blip_network(state: State, official: ModuleType, vocabularies: Path) -> Netw
             x = x + linear(f"{block}.mlp.fc2", F.gelu(hidden))
         return norm(f"{name}.norm", x, 1e-6)
 
-    def read(tokens: list[int], seen: Tensor) -> Tensor:
+    def encode(tokens: list[int], image: Tensor) -> Tensor:
         name = "blip.text_encoder"
         embeddings = f"{name}.embeddings"
         x = state[f"{embeddings}.word_embeddings.weight"][tokens]
@@ -167,7 +167,7 @@ def blip_network(state: State, official: ModuleType, vocabularies: Path) -> Netw
         for i in range(shape.text.layers):
             layer = f"{name}.encoder.layer.{i}"
             for kind in ("attention", "crossattention"):
-                source = x if kind == "attention" else seen
+                source = x if kind == "attention" else image
                 q, k, v = (linear(f"{layer}.{kind}.self.{part}", t)
                            for part, t in (("query", x), ("key", source), ("value", source)))  # fmt: skip
                 out = linear(f"{layer}.{kind}.output.dense", attend(q, k, v, shape.text.heads))
@@ -177,7 +177,9 @@ def blip_network(state: State, official: ModuleType, vocabularies: Path) -> Netw
         return x
 
     def score(pixels: Tensor, prompt: str) -> float:
-        x = read(words.encode(prompt).ids, see(pixels))[0]  # unpadded: what follows [SEP] is masked
+        x = encode(words.encode(prompt).ids, encode_image(pixels))[
+            0
+        ]  # unpadded: what follows [SEP] is masked
         for place in (0, 2, 4, 6, 7):
             x = linear(f"mlp.layers.{place}", x)
         return (float(x) - 0.16717362830052426) / 1.0333394966054072
@@ -261,7 +263,7 @@ def test_a_batch_scores_as_its_images_alone(paths: tuple[str, Reward, Network]) 
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not REAL_HEAD.is_file(), reason="the real head does not lie in ../shared/data")
+@pytest.mark.skipif(not REAL_HEAD.is_file(), reason="the real head is not in ../shared/data")
 def test_the_real_aesthetic_head_is_read(published: Callable[[str], Path], official: ModuleType) -> None:
     folder = published("aesthetic")
     (folder / aesthetic.HEAD.path).write_bytes(REAL_HEAD.read_bytes())

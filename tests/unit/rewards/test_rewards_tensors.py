@@ -27,7 +27,7 @@ def quantised(value: Tensor) -> Tensor:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("key", [FUSED, PROJECTION])
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda value: value.to(torch.int32), "of torch.int32"),
         (lambda value: value.to(torch.int64), "of torch.int64"),
@@ -40,13 +40,13 @@ def quantised(value: Tensor) -> Tensor:
     ],
 )
 def test_other_things_than_dense_numbers_are_refused(
-    published: Published, key: str, change: Callable[[Tensor], Tensor], said: str
+    published: Published, key: str, change: Callable[[Tensor], Tensor], message: str
 ) -> None:
     folder = published("hpsv2.1")
     path = folder / hpsv2.V2_1.path
     state = torch.load(path, weights_only=True)["state_dict"]
     torch.save(state | {key: change(state[key])}, path)
-    with pytest.raises(HyperAlignError, match=f"{path.name}: {key} is .*{said}.*; expected dense"):
+    with pytest.raises(HyperAlignError, match=f"{path.name}: {key} is .*{message}.*; expected dense"):
         loading.load("hpsv2.1", folder)
     assert not path.with_suffix(".safetensors").exists()
 
