@@ -74,7 +74,7 @@ def test_names_that_are_no_strings_are_refused(published: Published, key: Any) -
     path = folder / hpsv2.V2_1.path
     state = torch.load(path, weights_only=True)["state_dict"]
     torch.save(state | {key: torch.ones(1)}, path)
-    with pytest.raises(HyperAlignError, match=r"holds a Tensor named .* among its tensors"):
+    with pytest.raises(HyperAlignError, match=r"contains a Tensor named .* among its tensors"):
         loading.load("hpsv2.1", folder)
 
 
