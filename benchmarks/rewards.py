@@ -1,10 +1,10 @@
-"""Scoring with the rewards at true shape with random weights: speed, memory, and what is not the network.
+"""Speed and memory of the rewards at full size with random weights, and the overhead outside the network.
 
     python -m benchmarks.rewards                                        # a GPU: 16 images of 1024 pixels
     python -m benchmarks.rewards --device cpu --gradient-batch 2 --repeats 1 --rewards hpsv2.1
 
 Per reward: images a second and the share of the time outside the reward's network (checks, resizing,
-normalisation; prompts are read once and kept), then images a second and memory of a score with its
+normalisation; prompts are encoded once and cached), then images a second and memory of a score with its
 gradient to the pixels, with and without recomputation of activations. Prints a table and writes
 benchmarks/results/rewards_<device>.json.
 """
@@ -28,18 +28,18 @@ from torch import nn
 from benchmarks.rounds import GIB, RESULTS, environment, save_json, slug, spread, timed
 from hyperalign.errors import HyperAlignError
 from hyperalign.rewards import Reward
-from hyperalign.rewards.loading import RECIPES, random_weights
+from hyperalign.rewards.loading import PUBLISHED, random_weights
 from hyperalign.rewards.networks import set_checkpointing
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PROMPT = "a photograph of an astronaut riding a horse"
 LIMIT = 0.2
-"""The share of the time that scoring may spend outside the network."""
+"""The greatest share of the time that scoring may spend outside the network."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Measures rewards of true shape with random weights."""
+    """Measures rewards of full size with random weights."""
 
     rewards: tuple[str, ...] = ("hpsv2.1", "imagereward", "clip")
     """By name; hpsv2 and pickscore have the network of hpsv2.1, aesthetic that of clip."""
@@ -54,13 +54,13 @@ class Options:
     pixels: int = 1024
     """Their side."""
     repeats: int = 5
-    """Measured runs, after one to warm up."""
+    """Measured runs, after one warm-up run."""
     out: Path = RESULTS
     """Folder of the JSON file."""
 
 
 def main(options: Options) -> dict[str, Any]:
-    """Measures, prints the table and returns the figures. Raises HyperAlignError on a value out of range."""
+    """Measures, prints the table and returns the metrics. Raises HyperAlignError on a value out of range."""
     _check(options)
     device = torch.device(options.device)
     results: dict[str, Any] = {
@@ -73,7 +73,7 @@ def main(options: Options) -> dict[str, Any]:
 
 
 def measure(name: str, options: Options, device: torch.device) -> dict[str, Any]:
-    """Returns the figures of one reward."""
+    """Returns the metrics of one reward."""
     reward = random_weights(name, device=device, dtype=DTYPES[options.dtype])
     images_BCHW = torch.rand(options.batch, 3, options.pixels, options.pixels, device=device)
     leaves_BCHW = images_BCHW[: options.gradient_batch].clone().requires_grad_()
@@ -149,14 +149,14 @@ def inside(network: nn.Module, device: torch.device) -> Iterator[Clock]:
 
 @dataclass(slots=True)
 class Memory:
-    """Greatest number of bytes in use, weights and all."""
+    """The peak number of bytes in use, weights included."""
 
     peak: float = 0.0
 
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Memory]:
-    """Measures the allocator's peak on a GPU, and the process's by looking every 20 ms on a CPU."""
+    """Measures the allocator's peak on a GPU, or that of the process, sampled every 20 ms, on a CPU."""
     memory, done = Memory(), threading.Event()
     gc.collect()
     if device.type == "cuda":
@@ -164,7 +164,7 @@ def peak_memory(device: torch.device) -> Iterator[Memory]:
         yield memory
         memory.peak = torch.cuda.max_memory_allocated(device)
         return
-    ctypes.CDLL(None).malloc_trim(0)  # glibc would keep what the last measurement freed
+    ctypes.CDLL(None).malloc_trim(0)  # glibc would keep the memory that the last measurement freed
 
     def watch() -> None:
         while not done.wait(0.02):
@@ -186,11 +186,11 @@ def resident() -> int:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Returns the figures as a Markdown table."""
+    """Returns the metrics as a Markdown table."""
     setting = results["setting"]
     lines = [
         f"{setting['device_name']}, {setting['dtype']}, {setting['pixels']} px, {setting['batch']} images "
-        f"({setting['gradient_batch']} with gradient); memory is all that is in use",
+        f"({setting['gradient_batch']} with gradient); memory is all memory in use",
         "",
         "| reward | images/s | outside the network | GiB "
         "| with gradient, recomputing | GiB | with gradient | GiB |",
@@ -217,8 +217,8 @@ def _now(device: torch.device) -> float:
 
 
 def _check(options: Options) -> None:
-    if unknown := [name for name in options.rewards if name not in RECIPES]:
-        raise HyperAlignError(f"There is no reward {unknown[0]!r}; expected some of {', '.join(RECIPES)}.")
+    if unknown := [name for name in options.rewards if name not in PUBLISHED]:
+        raise HyperAlignError(f"There is no reward {unknown[0]!r}; expected some of {', '.join(PUBLISHED)}.")
     if options.dtype not in DTYPES:
         raise HyperAlignError(f"dtype is {options.dtype!r}; expected one of {', '.join(DTYPES)}.")
     sizes = (options.batch, options.gradient_batch, options.pixels, options.repeats)

@@ -1,15 +1,13 @@
-"""The model card of a hypernetwork file: its sources, how it was made, what to beware of."""
+"""The model card of a hypernetwork file: its sources, metrics, training and risks."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from .checkpoint import Header, read_header, rewrite_header
-from .errors import HyperAlignError
+from .checkpoint import Header
 from .files import cannot_write, write_text
 from .provenance import HUB, Source
 
@@ -19,19 +17,19 @@ LICENCES = {
     "CreativeML Open RAIL-M": "license: creativeml-openrail-m",
     "CreativeML Open RAIL++-M": "license: openrail++",
 }
-"""The hub's identifiers of the base models' licences; other licences are named by link."""
+"""The hub's identifiers of the base models' licences; a card links to other licences."""
 
 WARNINGS = (
     "**Biases.** The base model, the reward and the preference dataset each carry preferences of the people "
     "and images they came from, and alignment can amplify them: who is shown, in which role, how dressed, in "
     "which style. Audit the reward (`python -m hyperalign audit`) and compare images of the groups "
     "that matter to you with and without HyperAlign before you rely on it.",
-    "**Reward hacking.** A reward is a proxy. Judge by what was not optimised: validation rewards, diversity "
-    "over seeds, and people.",
-    "**Misuse.** What follows prompts more closely follows harmful, misleading and identity-revealing ones "
-    "more closely too. Moderate prompts and images where others can use the model, mark images as "
-    "generated, and do not depict real people without their consent.",
-    "**Licences.** Those above go on to apply; some forbid commercial use, or certain uses.",
+    "**Reward hacking.** A reward is a proxy. Evaluate by what was not optimised: validation rewards, "
+    "diversity over seeds, and people.",
+    "**Misuse.** A model that follows prompts more closely also follows harmful, misleading and "
+    "identity-revealing ones more closely. Moderate prompts and images where others can use the model, mark "
+    "images as generated, and do not depict real people without their consent.",
+    "**Licences.** Those above apply to this file, too; some forbid commercial use, or certain uses.",
 )
 """The paper's section 9, and what this project adds."""
 
@@ -47,15 +45,15 @@ def card(header: Header, name: str) -> str:
         "\n".join(["---", *_front_matter(header), "---"]),
         f"# {name}",
         _summary(header),
-        "## What shaped it",
-        *_shaped(header.origins),
-        "## Figures",
-        _figures(header.training),
-        "## How it was made",
-        _making(header),
+        "## Sources",
+        _sources(header.sources),
+        "## Metrics",
+        _metrics(header.training),
+        "## Training",
+        _training(header),
         "## Use",
-        f"ComfyUI: put the file into `models/hyperalign` and wire HyperAlign Loader and Apply HyperAlign.\n\n"
-        f'diffusers: `hyperalign.attach(pipe, "{name}.safetensors")`.',
+        f"ComfyUI: put the file into `models/hyperalign` and connect HyperAlign Loader and Apply "
+        f'HyperAlign.\n\ndiffusers: `hyperalign.attach(pipe, "{name}.safetensors")`.',
         "## Before you use it",
         "\n".join(f"- {warning}" for warning in WARNINGS),
         f"The method is that of [HyperAlign]({PAPER}).",
@@ -64,7 +62,7 @@ def card(header: Header, name: str) -> str:
 
 
 def card_path(path: Path) -> Path:
-    """Returns where the card of a hypernetwork lies: beside it, with the ending .md."""
+    """Returns the path of a hypernetwork's card: beside the file, with the ending .md."""
     return path.with_suffix(".md")
 
 
@@ -74,26 +72,9 @@ def write_card(path: Path, header: Header) -> Path:
     return card_path(path)
 
 
-def record(path: Path) -> Header:
-    """Writes what the words of an older file's header tell into it as sources; no tensor's bytes change.
-
-    Raises:
-        HyperAlignError: not a hypernetwork, or its header names neither reward nor data.
-    """
-    header = read_header(path)
-    if not header.origins:
-        raise HyperAlignError(
-            f"The header of {path.name} does not say how it was trained; expected a reward or preference "
-            "data in it. Ask whoever trained it."
-        )
-    recorded = replace(header, sources=header.origins)
-    rewrite_header(path, recorded)
-    return recorded
-
-
 def _front_matter(header: Header) -> Iterator[str]:
     bases, _, data = (
-        _of_kind(header.origins, kind) for kind in ("base model", "reward", "preference dataset")
+        _of_kind(header.sources, kind) for kind in ("base model", "reward", "preference dataset")
     )
     for base in bases:
         yield LICENCES.get(base.licence, "license: other")
@@ -113,32 +94,31 @@ def _front_matter(header: Header) -> Iterator[str]:
 
 
 def _summary(header: Header) -> str:
-    bases = ", ".join(base.name for base in _of_kind(header.origins, "base model")) or header.family
+    bases = ", ".join(base.name for base in _of_kind(header.sources, "base model")) or header.family
     when = {
         "S": "at every model evaluation",
         "P": f"at {len(header.schedule.key_times)} key times and the start",
         "I": "once, at the start",
     }[header.schedule.variant]
     return (
-        f"A HyperAlign hypernetwork for **{bases}**: while the model samples, it looks at the noisy latent, "
-        f"the time and the prompt, and writes rank-{header.network.rank} weights into {len(header.targets)} "
-        f"attention projections, {when} (variant {header.schedule.variant})."
+        f"A HyperAlign hypernetwork for **{bases}**: while the model samples, it receives the noisy latent, "
+        f"the timestep and the prompt, and generates rank-{header.network.rank} weights for "
+        f"{len(header.targets)} attention projections, {when} (variant {header.schedule.variant})."
     )
 
 
-def _shaped(sources: Sequence[Source]) -> Iterator[str]:
+def _sources(sources: Sequence[Source]) -> str:
     if not sources:
-        yield "The file does not say. Ask whoever trained it, and treat licence and biases as unknown."
-        return
-    rows = ["| | what | licence | known biases |", "|---|---|---|---|"]
+        return "Not recorded in the file. Ask its author, and treat licence and biases as unknown."
+    rows = ["| | name | licence | known biases |", "|---|---|---|---|"]
     for source in sources:
         title = f"[{source.title}]({source.page})" if source.page else source.title
-        cells = (source.kind, title, source.licence, source.biases or "none known; nobody may have looked")
+        cells = (source.kind, title, source.licence, source.biases or "none recorded")
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    yield "\n".join(rows)
+    return "\n".join(rows)
 
 
-def _figures(training: dict[str, Any]) -> str:
+def _metrics(training: dict[str, Any]) -> str:
     metrics = cast("dict[str, Any]", training.get("metrics") or {})
     numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
     if not numbers:
@@ -148,12 +128,12 @@ def _figures(training: dict[str, Any]) -> str:
     for name, value in numbers.items():
         rows.append(f"| {name}{' (optimised)' if name in optimised else ''} | {value:.4g} |")
     return "\n".join(rows) + (
-        "\n\nThe trainer's last evaluation. What was optimised rises even where images get worse; read the "
-        "others."
+        "\n\nThe trainer's last evaluation. An optimised reward rises even where images get worse; "
+        "compare the others."
     )
 
 
-def _making(header: Header) -> str:
+def _training(header: Header) -> str:
     training = header.training
     steps = f"{training['steps']} training steps. " if "steps" in training else ""
     unsafe = f" Preference images: {training['unsafe']}." if training.get("unsafe") else ""

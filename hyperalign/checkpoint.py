@@ -1,12 +1,12 @@
 """The hypernetwork file: one `.safetensors` with a versioned, validated JSON header.
 
-Header key `hyperalign` holds the JSON of `Header`. A loader refuses whatever it does not know.
+Header key `hyperalign` contains the JSON of `Header`. A loader refuses fields and versions it does not know.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from .errors import HyperAlignError
 from .files import replacing
 from .hypernetwork import HyperNetwork, HyperNetworkConfig
-from .provenance import Source, remembered
+from .provenance import Source
 from .schedule import Schedule
 from .targets import BaseSpec, PerceptionMode, Target
 
 FORMAT_VERSION = 1
 HEADER_KEY = "hyperalign"
 MAX_BYTES = 2 << 30
-"""No hypernetwork comes near 2 GiB; a larger file is a base model in the wrong folder."""
+"""Hypernetworks are far smaller than 2 GiB; a larger file is a base model in the wrong folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Everything a host must know before it touches a tensor."""
+    """What a host needs before it reads a tensor."""
 
     base: dict[str, Any]
     """`BaseSpec.fingerprint()` of the base model."""
@@ -47,17 +47,12 @@ class Header:
     perception_blocks: int = 0
     """How many of a transformer's first blocks perceive; 0 for U-Nets, whose whole down path does."""
     sources: tuple[Source, ...] = ()
-    """Base model, rewards and preference dataset with their licences and biases; see `origins`."""
+    """Base model, rewards and preference dataset with their licences and known biases."""
 
     @property
     def family(self) -> str:
         """The base model family, as `BaseSpec.family`."""
         return str(self.base.get("family", "unknown"))
-
-    @property
-    def origins(self) -> tuple[Source, ...]:
-        """The sources, or what the words of an older file's `training` tell of them."""
-        return self.sources or remembered(self.family, self.training)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +77,6 @@ def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, 
         partial.chmod(0o644)  # safetensors makes it readable by its owner alone
 
 
-def rewrite_header(path: Path, header: Header) -> None:
-    """Gives a file another header and leaves every tensor's bytes as they are. Raises HyperAlignError."""
-    read_header(path)
-    with safe_open(str(path), framework="pt") as file:
-        tensors = {name: cast(Tensor, file.get_tensor(name)) for name in file.keys()}
-    save_atomically(tensors, path, {HEADER_KEY: json.dumps(asdict(header))})
-
-
 def read_header(path: Path) -> Header:
     """Returns the header without reading a tensor. Raises HyperAlignError."""
     return _parse_header(_open_metadata(path), path)
@@ -107,7 +94,7 @@ def load(path: Path, operations: ModuleType | Any = nn) -> HyperAlign:
             values that are not finite.
     """
     header = read_header(path)
-    with torch.device("meta"):  # a header that lies about sizes must not allocate them
+    with torch.device("meta"):  # wrong sizes in a header must not allocate memory
         network = HyperNetwork(header.network, header.targets, header.feature_channels, operations)
     expected = {_file_name(key, header.targets): key for key in network.state_dict()}
     with safe_open(str(path), framework="pt") as file:
@@ -214,22 +201,26 @@ def _check_shapes(
     wrong = [name for name in expected if name in found and found[name] != expected[name]]
     if missing or extra:
         raise HyperAlignError(
-            f"{path.name} does not hold the tensors its header promises: {len(missing)} missing "
+            f"{path.name} does not contain the tensors that its header states: {len(missing)} missing "
             f"({', '.join(missing[:2]) or 'none'}), {len(extra)} unexpected "
             f"({', '.join(extra[:2]) or 'none'}). Download or export it again."
         )
     if wrong:
         name = wrong[0]
         raise HyperAlignError(
-            f"{path.name}: {name} has shape {found[name]}, its header says {expected[name]} "
+            f"{path.name}: {name} has shape {found[name]}, its header states {expected[name]} "
             f"({len(wrong)} such tensors). Download or export it again."
         )
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Returns the names of the tensors that contain NaN or infinite values."""
+    return [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
+
+
 def _check_finite(path: Path, state: dict[str, Tensor]) -> None:
-    bad = [key for key, value in state.items() if not bool(torch.isfinite(value).all())]
-    if bad:
+    if bad := not_finite(state):
         raise HyperAlignError(
-            f"{path.name} holds NaN or infinite weights ({bad[0]}, {len(bad)} tensors). "
+            f"{path.name} contains NaN or infinite weights ({bad[0]}, {len(bad)} tensors). "
             "The training diverged or the file is damaged; use an earlier checkpoint."
         )

@@ -1,5 +1,5 @@
-"""The one exception type a user of the library has to know."""
+"""The exception of the library for wrong input."""
 
 
 class HyperAlignError(ValueError):
-    """Wrong input. The message says what was found, what was expected and how to fix it."""
+    """Wrong input. The message states what was found, what was expected and how to fix it."""

@@ -1,13 +1,13 @@
-"""Test-time search over starting noise: the sampling baselines that the paper compares with.
+"""Test-time search over initial noise: the sampling baselines of the paper.
 
-- `best-of-N`: N fresh noises; the best image wins (arXiv 2501.09732, random search).
+- `best-of-N`: N fresh noises; the best image is kept (arXiv 2501.09732, random search).
 - `zero-order`: rounds of candidates near the best noise so far (arXiv 2501.09732, zero-order search).
 - `epsilon-greedy`: the same, but each candidate is fresh with probability epsilon, which is the rule of
-  arXiv 2506.03164 applied to the starting noise, so that every sampler will do.
+  arXiv 2506.03164 applied to the initial noise, so that it works with every sampler.
 - `epsilon-greedy-steps`: arXiv 2506.03164 itself, the baseline that the paper calls epsilon-greedy: fresh
-  starting noises as in `best-of-N`, and `epsilon_greedy` for the noise of every denoising step.
+  initial noises as in `best-of-N`, and `epsilon_greedy` for the noise of every denoising step.
 
-Candidate i belongs to seed + i: the same settings give the same images.
+Candidate i has the seed `seed + i`, so the same settings give the same images.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Sample = TypeVar("Sample")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is searched.
+    """The settings of a search.
 
     Raises HyperAlignError on a value out of range.
     """
@@ -41,19 +41,19 @@ class Plan:
     seed: int = 0
     mode: SearchMode = "best-of-N"
     batch: int = 1
-    """Candidates drawn at once."""
+    """Candidates sampled at once."""
     keep: int = 1
-    """How many of the best are kept; nothing else is."""
+    """How many of the best samples are kept."""
     stop_at: float = math.inf
     """The search ends with the first score that reaches it."""
     round_size: int = 4
-    """Candidates around one noise, before the search moves on to the best."""
+    """Candidates near one noise, before the search moves to the best."""
     radius: float = 0.5
-    """How far candidates lie from it, as a part of fresh noise."""
+    """Distance of candidates from it, as a fraction of fresh noise."""
     epsilon: float = 0.4
-    """How often a candidate of `epsilon-greedy` and of `epsilon-greedy-steps` is fresh, as a fraction."""
+    """Probability that a candidate of `epsilon-greedy` or `epsilon-greedy-steps` is fresh."""
     iterations: int = 4
-    """Rounds of `round_size` candidates for each step's noise in `epsilon-greedy-steps`."""
+    """Rounds of `round_size` candidates for the noise of each step in `epsilon-greedy-steps`."""
 
     def __post_init__(self) -> None:
         for name in ("count", "batch", "keep", "round_size", "iterations"):
@@ -68,7 +68,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A starting noise (1, ...) and the seed it belongs to."""
+    """An initial noise (1, ...) and its seed."""
 
     seed: int
     noise: Tensor
@@ -76,7 +76,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Scored(Generic[Sample]):
-    """What was made of a candidate."""
+    """The sample of a candidate and its score."""
 
     score: float
     seed: int
@@ -84,10 +84,10 @@ class Scored(Generic[Sample]):
 
 
 class Search(Generic[Sample]):
-    """A search in progress; it may be left at any time, and holds no more than `keep` samples.
+    """A search in progress; it may be stopped at any time, and keeps at most `keep` samples.
 
     Args:
-        plan: what is searched.
+        plan: the settings.
         fresh: noise (1, ...) of a seed, standard normal.
     """
 
@@ -95,21 +95,21 @@ class Search(Generic[Sample]):
         self.kept: list[Scored[Sample]] = []
         """The best so far, best first."""
         self.tried: list[tuple[int, float]] = []
-        """Seed and score of every candidate so far; NaN or infinite where nothing came of one."""
+        """Seed and score of every candidate so far; NaN or infinite for those that failed."""
         self._plan = plan
         self._fresh = fresh
         self._pivot: Tensor | None = None
         self._leader: tuple[float, Tensor] | None = None
 
     def propose(self) -> list[Candidate]:
-        """Returns the candidates to draw next; none when the search is over."""
+        """Returns the candidates to sample next; none when the search is over."""
         plan, done = self._plan, len(self.tried)
         if done >= plan.count or (self.kept and self.kept[0].score >= plan.stop_at):
             return []
         count = min(plan.batch, plan.count - done)
-        if plan.mode == "epsilon-greedy-steps":  # each has its own search, whose batches are its candidates
+        if plan.mode == "epsilon-greedy-steps":  # the search inside each candidate uses the batch
             count = 1
-        elif plan.mode != "best-of-N":  # all candidates of a round are drawn around the same noise
+        elif plan.mode != "best-of-N":  # all candidates of a round are near the same noise
             count = min(count, plan.round_size - done % plan.round_size)
         seeds = [(plan.seed + done + index) % SEEDS for index in range(count)]
         return [Candidate(seed, self._noise(seed)) for seed in seeds]
@@ -117,9 +117,9 @@ class Search(Generic[Sample]):
     def record(
         self, candidates: Sequence[Candidate], scores: Sequence[float], samples: Sequence[Sample]
     ) -> None:
-        """Takes in what was made of proposed candidates.
+        """Adds the scores and samples of proposed candidates.
 
-        One whose score is NaN or infinite has failed: it is neither kept nor searched near.
+        A candidate whose score is NaN or infinite has failed: it is neither kept nor searched near.
         """
         for candidate, score, sample in zip(candidates, scores, samples, strict=True):
             self.tried.append((candidate.seed, score))
@@ -144,29 +144,29 @@ class Search(Generic[Sample]):
 def epsilon_greedy(
     plan: Plan,
     fresh: Callable[[], Tensor],
-    rate: Callable[[list[Tensor]], list[float]],
-    chance: random.Random,
+    score: Callable[[list[Tensor]], list[float]],
+    rng: random.Random,
 ) -> Tensor:
     """Returns the noise (1, ...) of one denoising step, searched as in arXiv 2506.03164.
 
-    From a fresh pivot on, each of K rounds rates N candidates and moves to the best of them. A candidate is
-    fresh with probability epsilon, or else lies up to `radius` from the pivot. The paper adds to the pivot
-    a vector of up to lambda sqrt(d); `near` also scales the sum back, so that noise keeps its variance
-    however many rounds there are.
+    From a fresh pivot on, each of K rounds scores N candidates and moves to the best of them. A candidate is
+    fresh with probability epsilon, or else at most `radius` from the pivot. The paper adds to the pivot
+    a vector of up to lambda sqrt(d); `near` also rescales the sum, so that noise keeps its variance
+    over any number of rounds.
 
     Args:
         plan: N = `round_size` (the paper has 4), K = `iterations` (20), `radius` (0.15), `epsilon` (0.4).
         fresh: standard normal noise (1, ...).
-        rate: scores of candidates, in their order; one that is NaN or infinite never wins.
-        chance: decides where candidates lie.
+        score: scores of candidates, in their order; one that is NaN or infinite is never the best.
+        rng: decides which candidates are fresh, and the distance of the others.
     """
     pivot = fresh()
     for _ in range(plan.iterations):
         candidates = [
-            fresh() if chance.random() < plan.epsilon else near(pivot, fresh(), plan.radius * chance.random())
+            fresh() if rng.random() < plan.epsilon else near(pivot, fresh(), plan.radius * rng.random())
             for _ in range(plan.round_size)
         ]
-        scores = [score if math.isfinite(score) else -math.inf for score in rate(candidates)]
+        scores = [value if math.isfinite(value) else -math.inf for value in score(candidates)]
         pivot = candidates[scores.index(max(scores))]
     return pivot
 

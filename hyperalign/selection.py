@@ -1,4 +1,4 @@
-"""Which of several scored images are kept."""
+"""Selection of images by their scores."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ SelectionMode = Literal["top-k", "threshold", "sort"]
 def select(
     scores: Sequence[float], mode: SelectionMode, k: int = 1, threshold: float = 0.0
 ) -> tuple[list[int], list[int]]:
-    """Returns the indices of the chosen and of the rejected, both best first, equals in their order.
+    """Returns the indices of the chosen and of the rejected, both best first, ties in their order.
 
     Args:
         scores: one per image; greater is better.
         mode: `top-k` keeps the k best, `threshold` those of at least the threshold, `sort` all.
-        k: how many `top-k` keeps; all of fewer.
-        threshold: what `threshold` asks for.
+        k: how many `top-k` keeps, at most.
+        threshold: the least score that `threshold` keeps.
 
     Raises:
-        HyperAlignError: no score, one that is no number, or k below 1.
+        HyperAlignError: no score, one that is not finite, or k below 1.
     """
     if not scores or not all(math.isfinite(score) for score in scores):
         raise HyperAlignError(

@@ -1,10 +1,10 @@
-"""What a hypernetwork wrote during one run, and how it changed: the paper's Fig 8.
+"""The weights that a hypernetwork generated during one run, and how they changed: the paper's Fig 8.
 
 The change of a layer is dW = B_aux K A_aux. Its inner products need no dW: with G_a = A_aux A_aux^T and
-G_b = B_aux^T B_aux, <dW, dW'> = tr(K^T G_b K' G_a), so G_b^(1/2) K G_a^(1/2) has the lengths and angles of dW
-in b x a numbers. All that is measured here is measured of those coordinates.
+G_b = B_aux^T B_aux, <dW, dW'> = tr(K^T G_b K' G_a), so the b x a coordinates G_b^(1/2) K G_a^(1/2) have the
+lengths and angles of dW. All measurements here use these coordinates.
 
-Shape letters: E evaluations, G generations, R rows, M targets, D = b, A = a, F = b a.
+Shape letters: E evaluations, G generations, R samples of the batch, M targets, D = b, A = a, F = b a.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ SHORT = {"down_blocks": "down", "up_blocks": "up", "mid_block": "mid", "transfor
 
 @dataclass(frozen=True, slots=True)
 class Track:
-    """The weights of one conditioning's rows over a run."""
+    """The weights of one conditioning over a run."""
 
     role: int
-    """The host's index of the prediction they served: 0 cond, 1 uncond."""
+    """The host's index of the conditioning: 0 cond, 1 uncond."""
     weights_GRMF: Tensor
-    """Generated weights in `coordinates`, before any strength."""
-    written: tuple[int, ...]
-    """The evaluation at which each generation was written, G."""
-    in_force: tuple[int, ...]
-    """The generation that served each evaluation, E; -1 where none acted."""
+    """Generated weights in `coordinates`, without any strength."""
+    generated_at: tuple[int, ...]
+    """The evaluation of each generation, G."""
+    generation_used: tuple[int, ...]
+    """The generation whose weights each evaluation used, E; -1 without weights."""
 
     @property
     def name(self) -> str:
@@ -47,7 +47,7 @@ class Track:
 
 @dataclass(frozen=True, slots=True)
 class Rewards:
-    """What a reward says of the one-step predictions."""
+    """A reward's scores of the one-step predictions."""
 
     name: str
     scores_EB: Tensor
@@ -66,22 +66,22 @@ class Trace:
     """The strength s of each target at each evaluation."""
     tracks: tuple[Track, ...]
     predictions_EBCHW: Tensor | None = None
-    """Guided one-step predictions in the latents of the host's VAE, where they were asked for."""
+    """Guided one-step predictions in the latents of the host's VAE, if they were recorded."""
 
     @property
     def shown(self) -> tuple[Track, ...]:
-        """The tracks that are drawn: the conditional ones, or all of the only role there is."""
+        """The tracks to plot: the conditional ones, or those of the only role."""
         first = min(track.role for track in self.tracks)
         return tuple(track for track in self.tracks if track.role == first)
 
 
 class Dynamics(NamedTuple):
-    """How the weights of a track move, each (E, R); NaN where no weights acted."""
+    """How the weights of a track change, each (E, R); NaN at evaluations without weights."""
 
     norms: Tensor
     """Length of s dW over all targets."""
     cosines: Tensor
-    """Of the generated weights with the first written ones (Fig 8, left axis)."""
+    """Of the generated weights with the first ones (Fig 8, left axis)."""
     changes: Tensor
     """|dW - dW_first| / |dW_first| of the generated weights (Fig 8, right axis)."""
 
@@ -118,13 +118,13 @@ def block_of(target: str) -> str:
 
 
 def strengths(trace: Trace, track: Track) -> Tensor:
-    """Returns the length |s| |dW| of each target's change (E, R, M); NaN where no weights acted."""
-    norms_ERM = _served(track, track.weights_GRMF.norm(dim=-1))
+    """Returns the length |s| |dW| of each target's change (E, R, M); NaN at evaluations without weights."""
+    norms_ERM = _at_evaluations(track, track.weights_GRMF.norm(dim=-1))
     return norms_ERM * trace.strengths_EM.abs()[:, None]
 
 
 def block_strengths(trace: Trace) -> tuple[list[str], Tensor]:
-    """Returns the blocks' names and the length of each one's change (E, blocks), the mean over shown rows."""
+    """Returns the blocks' names and the length of each block's change (E, blocks), a mean over samples."""
     every_ERM = torch.cat([strengths(trace, track) for track in trace.shown], dim=1)
     names = [block_of(target) for target in trace.targets]
     blocks = list(dict.fromkeys(names))
@@ -133,29 +133,31 @@ def block_strengths(trace: Trace) -> tuple[list[str], Tensor]:
 
 
 def dynamics(trace: Trace, track: Track) -> Dynamics:
-    """Returns how a track's weights move, over all targets together."""
+    """Returns how a track's weights change, over all targets together."""
     weights_GRF = track.weights_GRMF.flatten(2)
     lengths_GR, first_RF = weights_GRF.norm(dim=-1), weights_GRF[0]
     first_R = lengths_GR[0]
     cosines_GR = (weights_GRF * first_RF).sum(-1) / (lengths_GR * first_R)
     changes_GR = (weights_GRF - first_RF).norm(dim=-1) / first_R
     norms_ER = strengths(trace, track).square().sum(-1).sqrt()
-    return Dynamics(norms_ER, _served(track, cosines_GR.clamp(-1, 1)), _served(track, changes_GR))
+    return Dynamics(
+        norms_ER, _at_evaluations(track, cosines_GR.clamp(-1, 1)), _at_evaluations(track, changes_GR)
+    )
 
 
 def shown_dynamics(trace: Trace) -> Dynamics:
-    """Returns `dynamics` of all shown rows, each (E, rows)."""
+    """Returns `dynamics` of all shown samples, each (E, samples)."""
     every = [dynamics(trace, track) for track in trace.shown]
     return Dynamics(*(torch.cat(parts, dim=1) for parts in zip(*every, strict=True)))
 
 
-def written_at(trace: Trace) -> list[int]:
+def generated_at(trace: Trace) -> list[int]:
     """Returns the evaluations at which shown weights were generated."""
-    return sorted({evaluation for track in trace.shown for evaluation in track.written})
+    return sorted({evaluation for track in trace.shown for evaluation in track.generated_at})
 
 
 def as_json(trace: Trace, rewards: Rewards | None = None) -> dict[str, Any]:
-    """Returns all that is drawn and more as JSON types; null where no weights acted."""
+    """Returns all measurements as JSON types; null at evaluations without weights."""
     blocks, _ = block_strengths(trace)
     return {
         "variant": trace.variant,
@@ -170,27 +172,27 @@ def as_json(trace: Trace, rewards: Rewards | None = None) -> dict[str, Any]:
 
 
 def _track_json(trace: Trace, track: Track) -> dict[str, Any]:
-    """Returns one track; lists over rows hold one list over evaluations each."""
+    """Returns one track; lists over samples contain one list over evaluations each."""
     alone = Trace(
         trace.variant, trace.key_times, trace.targets, trace.times, trace.strengths_EM, tracks=(track,)
     )
-    moves = dynamics(trace, track)
+    changes = dynamics(trace, track)
     return {
         "name": track.name,
-        "rows": track.weights_GRMF.shape[1],
-        "written_at": [evaluation + 1 for evaluation in track.written],
+        "samples": track.weights_GRMF.shape[1],
+        "generated_at": [evaluation + 1 for evaluation in track.generated_at],
         "block_strength": _numbers(block_strengths(alone)[1].T),
-        "norm": _numbers(moves.norms.T),
-        "cosine": _numbers(moves.cosines.T),
-        "relative_change": _numbers(moves.changes.T),
+        "norm": _numbers(changes.norms.T),
+        "cosine": _numbers(changes.cosines.T),
+        "relative_change": _numbers(changes.changes.T),
     }
 
 
-def _served(track: Track, values_GR: Tensor) -> Tensor:
-    """Returns what served each evaluation (E, ...) of values by generation; NaN where nothing did."""
-    served = torch.tensor(track.in_force)
-    values_ER = values_GR[served.clamp_min(0)].clone()
-    values_ER[served < 0] = math.nan
+def _at_evaluations(track: Track, values_GR: Tensor) -> Tensor:
+    """Returns the value (E, ...) of the generation that each evaluation used; NaN without one."""
+    used = torch.tensor(track.generation_used)
+    values_ER = values_GR[used.clamp_min(0)].clone()
+    values_ER[used < 0] = math.nan
     return values_ER
 
 

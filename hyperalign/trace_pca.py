@@ -13,27 +13,27 @@ import torch
 from torch import Tensor
 
 from .errors import HyperAlignError
-from .trace import Trace, written_at
+from .trace import Trace, generated_at
 
 STEPS = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """The weights of several images in the plane of their two principal components."""
+    """The weights of several images in the plane of their first two principal components."""
 
     evaluations: tuple[int, ...]
-    """The steps that are shown, S, as indices."""
+    """Indices of the shown steps, S."""
     times: tuple[float, ...]
     """u of each step."""
     places_SN2: Tensor
-    """All steps in one plane, so that they can be compared."""
+    """Coordinates of each step and point; all steps share one plane."""
     traces: tuple[int, ...]
-    """The trace each point is of, N; rows of one batch are points of one trace."""
+    """The index of each point's trace, N; the samples of one batch are points of one trace."""
     explained: tuple[float, float]
-    """Part of the variance that each component explains."""
+    """Fraction of the variance that each component explains."""
     spreads: tuple[float, ...]
-    """Of each step: root mean square distance of the weights from their mean, as a part of their length."""
+    """Of each step: root mean square distance of the weights from their mean, relative to their length."""
 
     def as_json(self) -> dict[str, Any]:
         """Returns it as JSON types."""
@@ -50,17 +50,17 @@ class Spread:
 
 
 def spread_of(traces: Sequence[Trace], steps: int = STEPS) -> Spread:
-    """Returns where the shown rows of several runs lie at a few steps.
+    """Returns the points of the shown samples of several runs at a few steps.
 
     Args:
         traces: of one hypernetwork, with the same steps.
         steps: how many steps to show at most, spread evenly over those at which weights were generated.
 
     Raises:
-        HyperAlignError: traces that do not belong together, or fewer than 3 points.
+        HyperAlignError: traces of different hypernetworks or steps, or fewer than 3 points.
     """
     _check_alike(traces)
-    evaluations = _picked(written_at(traces[0]), steps)
+    evaluations = _evenly_spaced(generated_at(traces[0]), steps)
     parts = [_points(trace, evaluations) for trace in traces]
     points_SNF = torch.cat(parts, dim=1)
     places_PC, explained = pca(points_SNF.flatten(0, 1))
@@ -75,15 +75,17 @@ def spread_of(traces: Sequence[Trace], steps: int = STEPS) -> Spread:
 
 
 def pca(points_NF: Tensor, components: int = 2) -> tuple[Tensor, Tensor]:
-    """Returns the first principal coordinates (N, components) and the part of the variance each explains.
+    """Returns the first principal coordinates (N, components) and the fraction of variance of each.
 
-    From the N x N Gram matrix of the centred points, which is small where F is large. Each coordinate's
-    sign is such that its greatest value is positive. Raises HyperAlignError for fewer than 3 points.
+    They are computed from the N x N Gram matrix of the centred points, which is small even where F is large.
+    The sign of a coordinate makes its greatest absolute value positive.
+
+    Raises HyperAlignError for fewer than 3 points.
     """
     if len(points_NF) < 3:
         raise HyperAlignError(
-            f"Found {len(points_NF)} points; expected at least 3. Draw several images: a batch, or traces "
-            "of several prompts or seeds."
+            f"Found {len(points_NF)} points; expected at least 3. Generate several images: a batch, or "
+            "traces of several prompts or seeds."
         )
     centred_NF = points_NF.float() - points_NF.float().mean(dim=0)
     values_N, vectors_NN = torch.linalg.eigh((centred_NF @ centred_NF.T).double())
@@ -95,44 +97,44 @@ def pca(points_NF: Tensor, components: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def relative_spread(points_NF: Tensor) -> float:
-    """Returns the root mean square distance of points from their mean, over that from the origin."""
+    """Returns the root mean square distance of points from their mean, relative to that from the origin."""
     away = (points_NF - points_NF.mean(dim=0)).square().sum()
     return float((away / points_NF.square().sum().clamp_min(1e-30)).sqrt())
 
 
 def _points(trace: Trace, evaluations: Sequence[int]) -> Tensor:
-    """Returns the shown rows' weights at some evaluations (evaluations, rows, M F)."""
+    """Returns the shown samples' weights at some evaluations (evaluations, samples, M F)."""
     parts: list[Tensor] = []
     for track in trace.shown:
-        served = [track.in_force[evaluation] for evaluation in evaluations]
-        if -1 in served:
+        used = [track.generation_used[evaluation] for evaluation in evaluations]
+        if -1 in used:
             raise HyperAlignError(
-                "The regions of an image were not drawn at the same steps, so their weights cannot be "
+                "The regions of an image did not use weights at the same steps, so their weights cannot be "
                 "compared. Use one prompt for the whole image."
             )
-        parts.append(track.weights_GRMF[served].flatten(2))
+        parts.append(track.weights_GRMF[used].flatten(2))
     return torch.cat(parts, dim=1)
 
 
-def _picked(items: Sequence[int], count: int) -> list[int]:
-    """Returns at most `count` items, evenly spread, the first and last among them."""
+def _evenly_spaced(items: Sequence[int], count: int) -> list[int]:
+    """Returns at most `count` items at even distances, with the first and the last."""
     if len(items) <= count:
         return [*items]
-    return [items[round(place * (len(items) - 1) / (count - 1))] for place in range(count)]
+    return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
 
 
 def _check_alike(traces: Sequence[Trace]) -> None:
     first = traces[0]
-    for place, trace in enumerate(traces[1:], start=2):
+    for number, trace in enumerate(traces[1:], start=2):
         widths = [item.shown[0].weights_GRMF.shape[2:] for item in (first, trace)]
         if trace.targets != first.targets or widths[0] != widths[1]:
             raise HyperAlignError(
-                f"Trace {place} is of another hypernetwork than trace 1; their weights cannot be compared. "
+                f"Trace {number} is of another hypernetwork than trace 1; their weights cannot be compared. "
                 "Connect traces of one hypernetwork."
             )
-        if len(trace.times) != len(first.times) or written_at(trace) != written_at(first):
+        if len(trace.times) != len(first.times) or generated_at(trace) != generated_at(first):
             raise HyperAlignError(
-                f"Trace {place} has {len(trace.times)} evaluations and {len(written_at(trace))} generations, "
-                f"trace 1 has {len(first.times)} and {len(written_at(first))}, or at other steps. Draw all "
-                "with the same steps, sampler, scheduler and variant."
+                f"Trace {number} has {len(trace.times)} evaluations and {len(generated_at(trace))} "
+                f"generations, trace 1 has {len(first.times)} and {len(generated_at(first))}, or at "
+                "other steps. Generate all with the same steps, sampler, scheduler and variant."
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..hyperalign.trace import Rewards, Trace, block_strengths, shown_dynamics, written_at
+from ..hyperalign.trace import Rewards, Trace, block_strengths, generated_at, shown_dynamics
 from .drawing import DARK, LIGHT
 from .plotting import (
     BLUE,
@@ -71,7 +71,7 @@ class _Drawing:
         self._trace = trace
         self._count = len(trace.times)
         self._column = (RIGHT - LEFT) / self._count
-        self._written = written_at(trace)
+        self._written = generated_at(trace)
         self._stays = len(self._written) < sum(-1 not in at for at in _served(trace))
 
     def heading(self) -> None:
@@ -204,4 +204,4 @@ def _stretches(values_ER: Tensor) -> list[list[int]]:
 
 def _served(trace: Trace) -> list[tuple[int, ...]]:
     """Returns the generations that served each evaluation, one of each shown track."""
-    return list(zip(*(track.in_force for track in trace.shown), strict=True))
+    return list(zip(*(track.generation_used for track in trace.shown), strict=True))

@@ -20,6 +20,9 @@ TERMS = {
     "a picture": "an image",
     "picture": "image",
     '"figures"': '"metrics"',
+    '"preference data"': '"preference dataset"',
+    '"draws emoji only"': '"generates emoji only"',
+    '"drawn by rule: ': '"rendered by rule: ',
 }
 """Old word and new word, in the order in which they are replaced."""
 LENGTH_BYTES = 8

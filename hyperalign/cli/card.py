@@ -2,8 +2,6 @@
 
 python -m hyperalign card mine.safetensors                   prints it
 python -m hyperalign card mine.safetensors --out README.md   writes it, as the Hugging Face hub expects it
-python -m hyperalign card old.safetensors --record           records licences and biases in the header of a
-                                                             file that was trained before headers had them
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..card import card, record, write
+from ..card import card, write
 from ..checkpoint import read_header
 from .common.arguments import command_parser
 
@@ -22,10 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("file", type=Path, help="a hypernetwork (.safetensors)")
     add("--out", type=Path, metavar="CARD", help="file to write instead of printing the card")
-    add("--record", action="store_true", help="record licences and biases in the file's header first")
     options = parser.parse_args(arguments)
-    header = record(options.file) if options.record else read_header(options.file)
-    text = card(header, options.file.stem)
+    text = card(read_header(options.file), options.file.stem)
     if options.out is not None:
         write(options.out, text)
     print(text if options.out is None else f"Wrote {options.out}")

@@ -111,7 +111,7 @@ def score_all(
             if isinstance(image_CHW, BadImage):
                 bad.append(image_CHW)
             else:
-                verdict, found = scorer.judge(image_CHW.float() / 255, parse_prompt(todo[name]))
+                verdict, found = scorer.evaluate(image_CHW.float() / 255, parse_prompt(todo[name]))
                 details = {kind: [[*one.box, one.score] for one in group] for kind, group in found.items()}
                 reason, state = "\n".join(verdict.reasons), file_state(folder / name)
                 log.append([Scored(name, todo[name], verdict.correct, reason, details, *state)])

@@ -1,8 +1,8 @@
-"""Objects in an image: Mask2Former with a small Swin, trained on COCO's instances.
+"""Object detection: Mask2Former with a small Swin, trained on COCO's instances.
 
-The official GenEval runs mmdetection's own training of this architecture; transformers has Meta's, another
-run of it, so metrics may differ a little from published ones. Resizing, padding and the way from queries
-to boxes follow mmdetection's configuration.
+The official GenEval uses mmdetection's weights of this architecture, transformers has Meta's, from another
+training run; so metrics may differ slightly from published ones. Resizing, padding and postprocessing follow
+mmdetection's configuration.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from ..errors import HyperAlignError
 from ..rewards.images import check_images, normalise, rgb
-from ..rewards.networks import State, own_precision
-from ..rewards.weights import WeightFile, as_published, find, read
+from ..rewards.networks import State, without_autocast
+from ..rewards.weights import WeightFile, as_published, check_finite, check_names, find, read
 from .prompts import NAMES
 from .rules import THRESHOLD, Detection
 
@@ -34,9 +34,9 @@ WEIGHTS = WeightFile(
 SHORT_SIDE, LONG_SIDE, DIVISOR = 800, 1333, 32
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_DETECTIONS = 100
-"""In an image, of all classes."""
-REBUILT = ("relative_position_index", "criterion.empty_weight")
-"""What some releases of transformers save and others do not; none of it is learned."""
+"""Per image, over all classes."""
+NOT_LEARNED = ("relative_position_index", "criterion.empty_weight")
+"""The endings of buffers that only some releases of transformers save."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +58,18 @@ SWIN_SMALL = DetectorShape()
 
 
 @dataclass(frozen=True, slots=True)
-class FoundObject(Detection):
-    """A detection with its pixels."""
+class SegmentedObject(Detection):
+    """A detection with its mask."""
 
     mask_HW: Tensor | None = None
-    """Which pixels of the image are the object's."""
+    """Whether a pixel of the image belongs to the object."""
 
 
 def configuration(shape: DetectorShape) -> Any:
     """Returns transformers' configuration of a detector."""
     from transformers import Mask2FormerConfig, SwinConfig
 
-    stages = [f"stage{place}" for place in range(1, len(shape.depths) + 1)]
+    stages = [f"stage{number}" for number in range(1, len(shape.depths) + 1)]
     backbone: dict[str, Any] = {
         "embed_dim": shape.width,
         "depths": list(shape.depths),
@@ -77,7 +77,7 @@ def configuration(shape: DetectorShape) -> Any:
         "window_size": 7,
         "out_features": stages,
     }
-    whole: dict[str, Any] = {
+    sizes: dict[str, Any] = {
         "num_labels": len(NAMES),
         "feature_size": shape.features,
         "mask_feature_size": shape.features,
@@ -88,7 +88,7 @@ def configuration(shape: DetectorShape) -> Any:
         "decoder_layers": shape.decoder_layers,
         "num_queries": shape.queries,
     }
-    return Mask2FormerConfig(backbone_config=cast(Any, SwinConfig(**backbone)), **whole)
+    return Mask2FormerConfig(backbone_config=cast(Any, SwinConfig(**backbone)), **sizes)
 
 
 def network(shape: DetectorShape) -> nn.Module:
@@ -105,39 +105,35 @@ def load(folder: Path, device: torch.device | str = "cpu") -> nn.Module:
     """
     path = find(WEIGHTS, folder)
     with torch.inference_mode(False):
-        return _filled(path, read(path)).to(device, torch.float32).eval().requires_grad_(False)
+        return _with_weights(path, read(path)).to(device, torch.float32).eval().requires_grad_(False)
 
 
-def _filled(path: Path, state: State) -> nn.Module:
-    """Returns the network with the published tensors; transformers knows their names of every release."""
+def _with_weights(path: Path, state: State) -> nn.Module:
+    """Returns the network with the published tensors; transformers converts names of older releases."""
     from transformers import Mask2FormerForUniversalSegmentation
 
-    if bad := [key for key, value in state.items() if not bool(torch.isfinite(value).all())]:
-        raise HyperAlignError(f"{path.name}: {bad[0]} holds NaN or infinite values. Download it again.")
+    check_finite(path, state)
     try:
         with _without_progress_bar():
-            found: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
+            loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
                 cast(Any, None), config=configuration(SWIN_SMALL), state_dict=state, output_loading_info=True
             )
     except (RuntimeError, ValueError) as error:
         raise HyperAlignError(
             f"{path} does not fit Mask2Former with a small Swin for COCO's instances; get the published file."
         ) from error
-    detector, report = found
-    missing = sorted(key for key in report["missing_keys"] if not key.endswith(REBUILT))
-    extra = sorted(key for key in report["unexpected_keys"] if not key.endswith(REBUILT))
-    if missing or extra:
-        raise HyperAlignError(
-            f"{path} holds another model: {len(missing)} tensors are missing "
-            f"({', '.join(missing[:2]) or 'none'}) and {len(extra)} are unknown "
-            f"({', '.join(extra[:2]) or 'none'}). Get the published file again."
-        )
+    detector, report = loaded
+    missing, extra = (
+        [key for key in report[kind] if not key.endswith(NOT_LEARNED)]
+        for kind in ("missing_keys", "unexpected_keys")
+    )
+    check_names(path, missing, extra)
     return detector
 
 
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    """Spares the user transformers' bar over tensors that are in memory already; others keep theirs."""
+    """Hides transformers' progress bar, which here counts tensors that are in memory already."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -149,18 +145,18 @@ def _without_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def detect(detector: nn.Module, image_CHW: Tensor) -> list[FoundObject]:
-    """Returns what is in an image (1, 3 or 4, H, W) in [0, 1]: all that scores above `rules.THRESHOLD`.
+def detect(detector: nn.Module, image_CHW: Tensor) -> list[SegmentedObject]:
+    """Returns the objects in an image (1, 3 or 4, H, W) in [0, 1] that score above `rules.THRESHOLD`.
 
     Raises HyperAlignError on an image of another form.
     """
     check_images(image_CHW[None])
     device = next(detector.parameters()).device
     image_BCHW = rgb(image_CHW[None]).to(device, torch.float32).clamp(0.0, 1.0)
-    padded_BCHW, inner = prepare(image_BCHW)
-    with torch.no_grad(), own_precision(detector):
+    padded_BCHW, inner = preprocess(image_BCHW)
+    with torch.no_grad(), without_autocast(detector):
         output: Any = detector(pixel_values=padded_BCHW)
-    return objects(
+    return postprocess(
         output.class_queries_logits[0],
         output.masks_queries_logits[0],
         (padded_BCHW.shape[-2], padded_BCHW.shape[-1]),
@@ -169,11 +165,11 @@ def detect(detector: nn.Module, image_CHW: Tensor) -> list[FoundObject]:
     )
 
 
-def prepare(image_BCHW: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Returns what the detector reads, and how much of it from the top left is the image.
+def preprocess(image_BCHW: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Returns the input of the detector, and the height and width of the image at its top left.
 
-    The short side becomes 800, unless the long one would exceed 1333; then the mean colour pads to
-    multiples of 32.
+    The short side becomes 800, or the long side 1333 where it would be longer. The mean colour pads the
+    image to multiples of 32.
     """
     height, width = image_BCHW.shape[-2:]
     scale = min(SHORT_SIDE / min(height, width), LONG_SIDE / max(height, width))
@@ -183,30 +179,30 @@ def prepare(image_BCHW: Tensor) -> tuple[Tensor, tuple[int, int]]:
     return F.pad(normalise(resized_BCHW, IMAGENET_MEAN, IMAGENET_STD), (0, right, 0, below)), size
 
 
-def objects(
+def postprocess(
     classes_QK: Tensor,
     masks_Qhw: Tensor,
     padded: tuple[int, int],
     inner: tuple[int, int],
     original: tuple[int, int],
-) -> list[FoundObject]:
+) -> list[SegmentedObject]:
     """Returns detections from the network's logits.
 
-    An object's score is its class's probability times the mean certainty of its pixels; its box is that of
-    its mask. A query may speak for several classes.
+    The score of an object is the probability of its class times the mean probability of its pixels; its box
+    is that of its mask. A query may give objects of several classes.
 
     Args:
-        classes_QK: per query, for the classes and for no object.
-        masks_Qhw: per query, at a quarter of the padded size.
-        padded: height and width of what the network read.
+        classes_QK: logits per query, for the classes and for no object.
+        masks_Qhw: logits per query, at a quarter of the padded size.
+        padded: height and width of the network's input.
         inner: height and width of the resized image in it.
         original: height and width of the image.
     """
     probabilities_QK = classes_QK.float().softmax(dim=-1)[:, :-1]
     best = probabilities_QK.flatten().topk(min(MAX_DETECTIONS, probabilities_QK.numel()))
-    found: list[FoundObject] = []
+    found: list[SegmentedObject] = []
     for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-        if probability <= THRESHOLD:  # the pixels can only lower it
+        if probability <= THRESHOLD:  # the mask can only lower it
             break
         query, label = divmod(index, probabilities_QK.shape[1])
         logits_HW = _at_original_size(masks_Qhw[query].float(), padded, inner, original)
@@ -215,7 +211,7 @@ def objects(
             continue
         score = probability * float(logits_HW[mask_HW].sigmoid().mean())
         if score > THRESHOLD:
-            found.append(FoundObject(NAMES[label], score, box_of(mask_HW), mask_HW=mask_HW))
+            found.append(SegmentedObject(NAMES[label], score, box_of(mask_HW), mask_HW=mask_HW))
     return found
 
 
@@ -228,6 +224,6 @@ def _at_original_size(
 
 
 def box_of(mask_HW: Tensor) -> tuple[float, float, float, float]:
-    """Returns left, top, right and bottom of a mask; right and bottom lie just outside it."""
+    """Returns left, top, right and bottom of a mask; right and bottom are just outside it."""
     rows, columns = (mask_HW.any(dim=axis).nonzero().flatten().tolist() for axis in (1, 0))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)

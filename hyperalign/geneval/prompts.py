@@ -1,4 +1,4 @@
-"""GenEval's prompts: what each asks for, as its metadata says."""
+"""GenEval's prompts and their requirements, read from its metadata."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ NAMES = (
     "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book",
     "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
 )  # fmt: skip
-"""What GenEval calls COCO's 80 classes, in COCO's order, which is that of the detector's outputs."""
+"""GenEval's names of COCO's 80 classes, in COCO's order, which is that of the detector's outputs."""
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """`count` objects of a class; for what is asked for, perhaps in a colour or beside another."""
+    """`count` objects of a class, perhaps with a colour or a position relative to another."""
 
     name: str
     count: int
     color: str | None = None
     relation: Relation | None = None
     target: int = 0
-    """With a relation: which of the prompt's earlier requirements it is to."""
+    """With a relation: the index of the earlier requirement that it is relative to."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt and what an image of it must show, and must not."""
+    """A prompt with the requirements on its images."""
 
     text: str
     tag: str
     """The task, such as `counting`."""
     include: tuple[Requirement, ...]
-    """At least so many of each."""
+    """An image must show at least `count` of each."""
     exclude: tuple[Requirement, ...] = ()
-    """Fewer than so many of each."""
+    """An image must show fewer than `count` of each."""
 
 
 def parse_prompt(metadata: Any) -> Prompt:
@@ -59,11 +59,13 @@ def parse_prompt(metadata: Any) -> Prompt:
     """
     try:
         row = cast("Mapping[str, Any]", metadata)
-        include = tuple(_requirement(found) for found in row["include"])
-        exclude = tuple(_requirement(found) for found in row.get("exclude", ()))
-        for place, asked in enumerate(include):
-            if asked.relation is not None and not 0 <= asked.target < place:
-                raise ValueError(f"{asked.name} is placed by object {asked.target}, which is no earlier one")
+        include = tuple(_requirement(item) for item in row["include"])
+        exclude = tuple(_requirement(item) for item in row.get("exclude", ()))
+        for index, item in enumerate(include):
+            if item.relation is not None and not 0 <= item.target < index:
+                raise ValueError(
+                    f"{item.name} is {item.relation} object {item.target}, which is no earlier one"
+                )
         return Prompt(str(row["prompt"]), str(row["tag"]), include, exclude)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise HyperAlignError(
@@ -85,7 +87,7 @@ def _requirement(row: Mapping[str, Any]) -> Requirement:
 
 
 def read_metadata(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a file of metadata, each checked. Raises HyperAlignError."""
+    """Returns the checked lines of a metadata file. Raises HyperAlignError."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         rows = [cast("dict[str, Any]", json.loads(line)) for line in lines if line.strip()]

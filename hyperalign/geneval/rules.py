@@ -1,6 +1,6 @@
-"""GenEval's rules, as functions of what was detected in an image.
+"""GenEval's rules, as functions of the detections in an image.
 
-Thresholds and rules are those of the official evaluate_images.py (djghosh13/geneval), which suppresses no
+Thresholds and rules are those of the official evaluate_images.py (djghosh13/geneval), which does not suppress
 overlapping detections.
 """
 
@@ -20,7 +20,7 @@ COUNTING_THRESHOLD = 0.9
 MAX_OBJECTS = 16
 """Of one class in an image."""
 POSITION_SLACK = 0.1
-"""Share of the two objects' sizes by which centres must differ at least."""
+"""The least distance of the centres, as a fraction of the two objects' sizes."""
 NOT_MOVED = 1e-3
 """Pixels."""
 
@@ -37,79 +37,81 @@ class Detection:
     score: float
     box: Box
     color: str | None = None
-    """One of `prompts.COLORS`, where a prompt asks for it."""
+    """One of `prompts.COLORS`, where a prompt requires one."""
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """Whether an image shows its prompt, and what is wrong if not."""
+class Evaluation:
+    """Whether an image is correct for its prompt, and what is wrong if not."""
 
     correct: bool
     reasons: tuple[str, ...]
 
 
-Found = TypeVar("Found", bound=Detection)
+AnyDetection = TypeVar("AnyDetection", bound=Detection)
 
 
 def threshold(tag: str) -> float:
-    """Returns the score a detection must exceed; counting asks for more certainty."""
+    """Returns the score that a detection must exceed; it is higher for counting."""
     return COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
 
 
-def kept(detections: Iterable[Found], tag: str) -> dict[str, list[Found]]:
-    """Returns the detections that count for a task, by class, the most certain first."""
-    objects: dict[str, list[Found]] = {}
-    for found in sorted(detections, key=lambda found: -found.score):
-        if found.score > threshold(tag):
-            objects.setdefault(found.name, []).append(found)
+def select(detections: Iterable[AnyDetection], tag: str) -> dict[str, list[AnyDetection]]:
+    """Returns the detections that count for a task, by class, the highest scores first."""
+    objects: dict[str, list[AnyDetection]] = {}
+    for detection in sorted(detections, key=lambda detection: -detection.score):
+        if detection.score > threshold(tag):
+            objects.setdefault(detection.name, []).append(detection)
     return {name: group[:MAX_OBJECTS] for name, group in objects.items()}
 
 
-def judge(prompt: Prompt, objects: Mapping[str, Sequence[Detection]]) -> Verdict:
-    """Judges an image by its kept detections, with colours where the prompt asks for them.
+def evaluate(prompt: Prompt, objects: Mapping[str, Sequence[Detection]]) -> Evaluation:
+    """Evaluates an image by its selected detections, with colours where the prompt requires them.
 
-    Only the most certain `count` objects of a class are looked at for colour and position. A position
-    holds if it holds between all of them.
+    Colour and position are those of the `count` objects of a class with the highest scores. A position is
+    correct if it is correct between all of them.
     """
     reasons: list[str] = []
     groups: list[Sequence[Detection] | None] = []
-    for asked in prompt.include:
-        group = objects.get(asked.name, ())[: asked.count]
-        wrong = _complaint(asked, group, groups)
-        groups.append(None if wrong else group)
-        reasons += [wrong] if wrong else []
-    for asked in prompt.exclude:
-        if (count := len(objects.get(asked.name, ()))) >= asked.count:
-            reasons.append(f"expected {asked.name}<{asked.count}, found {count}")
-    return Verdict(not reasons, tuple(reasons))
+    for required in prompt.include:
+        group = objects.get(required.name, ())[: required.count]
+        reason = _failure(required, group, groups)
+        groups.append(None if reason else group)
+        reasons += [reason] if reason else []
+    for excluded in prompt.exclude:
+        if (count := len(objects.get(excluded.name, ()))) >= excluded.count:
+            reasons.append(f"expected {excluded.name}<{excluded.count}, found {count}")
+    return Evaluation(not reasons, tuple(reasons))
 
 
-def _complaint(
-    asked: Requirement, group: Sequence[Detection], earlier: Sequence[Sequence[Detection] | None]
+def _failure(
+    required: Requirement, group: Sequence[Detection], earlier: Sequence[Sequence[Detection] | None]
 ) -> str | None:
-    """Returns what is wrong with the objects of one requirement; `earlier` are those that were right."""
-    if len(group) < asked.count:
-        return f"expected {asked.name}>={asked.count}, found {len(group)}"
-    if asked.color is not None:
-        colors = [found.color for found in group]
-        if (count := colors.count(asked.color)) < asked.count:
+    """Returns what is wrong with the objects of one requirement; `earlier` are those of correct ones."""
+    if len(group) < required.count:
+        return f"expected {required.name}>={required.count}, found {len(group)}"
+    if required.color is not None:
+        colors = [detection.color for detection in group]
+        if (count := colors.count(required.color)) < required.count:
             others = ", ".join(f"{colors.count(color)} {color}" for color in COLORS if color in colors)
-            wanted = f"{asked.color} {asked.name}>={asked.count}"
-            return f"expected {wanted}, found {count} {asked.color}; and {others}"
-    if asked.relation is None:
+            wanted = f"{required.color} {required.name}>={required.count}"
+            return f"expected {wanted}, found {count} {required.color}; and {others}"
+    if required.relation is None:
         return None
-    targets = earlier[asked.target]
+    targets = earlier[required.target]
     if targets is None:
-        return f"no target for {asked.name} to be {asked.relation}"
-    for found in group:
+        return f"no target for {required.name} to be {required.relation}"
+    for detection in group:
         for target in targets:
-            if asked.relation not in (true := relations(found.box, target.box)):
-                return f"expected {asked.name} {asked.relation} target, found {' and '.join(true)} target"
+            if required.relation not in (true := relations(detection.box, target.box)):
+                return (
+                    f"expected {required.name} {required.relation} target, found {' and '.join(true)} target"
+                )
     return None
 
 
 def relations(box: Box, target: Box) -> tuple[Relation, ...]:
-    """Returns on which sides of a target a box lies: none, one or two.
+    """Returns the sides of a target on which a box is: none, one or two.
 
     The offset of the centres, less a tenth of the two sizes on each axis, must be more than half of the
     centres' distance along an axis.

@@ -1,4 +1,4 @@
-"""GenEval's scorer: detector, colours and rules together."""
+"""GenEval's scorer: detector, colours and rules combined."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from ..rewards.images import rgb
 from . import detector
 from .colors import ColorClassifier
 from .prompts import Prompt
-from .rules import Detection, Verdict, judge, kept
+from .rules import Detection, Evaluation, evaluate, select
 
 CLIP = "clip"
-"""The colours' CLIP is the CLIP score's."""
+"""The reward whose network classifies colours."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenEval:
-    """Judges images by what is in them."""
+    """Evaluates images by their detected objects."""
 
     detector: nn.Module
     classifier: ColorClassifier
 
-    def judge(self, image_CHW: Tensor, prompt: Prompt) -> tuple[Verdict, dict[str, list[Detection]]]:
-        """Returns the verdict on an image (1, 3 or 4, H, W) in [0, 1], and what counted, by class.
+    def evaluate(self, image_CHW: Tensor, prompt: Prompt) -> tuple[Evaluation, dict[str, list[Detection]]]:
+        """Evaluates an image (1, 3 or 4, H, W) in [0, 1]; also returns the selected detections by class.
 
         Raises HyperAlignError on an image of another form.
         """
-        found = kept(detector.detect(self.detector, image_CHW), prompt.tag)
+        selected = select(detector.detect(self.detector, image_CHW), prompt.tag)
         image_CHW = rgb(image_CHW[None])[0].float()
-        colored: dict[str, list[Detection]] = {name: list(group) for name, group in found.items()}
-        for asked in prompt.include:
-            group = found.get(asked.name, [])[: asked.count]
-            if asked.color is not None and len(group) == asked.count:
+        colored: dict[str, list[Detection]] = {name: list(group) for name, group in selected.items()}
+        for required in prompt.include:
+            group = selected.get(required.name, [])[: required.count]
+            if required.color is not None and len(group) == required.count:
                 colors = self.classifier.colors(image_CHW, group)
-                colored[asked.name][: asked.count] = [
-                    replace(one, color=color) for one, color in zip(group, colors, strict=True)
+                colored[required.name][: required.count] = [
+                    replace(item, color=color) for item, color in zip(group, colors, strict=True)
                 ]
-        return judge(prompt, colored), colored
+        return evaluate(prompt, colored), colored
 
 
 def load(
@@ -52,9 +52,9 @@ def load(
     """Loads both networks, frozen, in float32. Nothing is downloaded.
 
     Args:
-        folder: where the rewards' weights lie, as for `loading.load`.
-        device: where the networks go.
-        tokenizer_folder: where CLIP's vocabulary lies, if not with the weights.
+        folder: of the rewards' weights, as for `loading.load`.
+        device: of the networks.
+        tokenizer_folder: of CLIP's vocabulary, if not that of the weights.
 
     Raises:
         HyperAlignError: a file is missing, damaged or another model's.

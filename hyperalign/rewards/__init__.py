@@ -1,4 +1,4 @@
-"""Rewards: judges of how well images fit their prompts, one file per reward.
+"""Reward models, which score how well images fit their prompts; one file per reward.
 
 `loading.load` reads one from its weights, `loading.random_weights` makes one without.
 """
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 
 class Reward(Protocol):
-    """What a reward offers to training, evaluation and nodes.
+    """The interface of rewards for training, evaluation and nodes.
 
     Images are (B, 1, 3 or 4, H, W) of any size with values in [0, 1]; one channel is grey, a fourth
-    is alpha, laid on white. Both methods are differentiable to the pixels, also where a value left
-    [0, 1]; who wants no gradient says `torch.no_grad()`. Parameters are frozen.
+    is alpha, composited on white. Both methods are differentiable to the pixels, also where a value is
+    outside [0, 1], unless `torch.no_grad()` is active. Parameters are frozen.
     """
 
     @property
@@ -36,7 +36,7 @@ class Reward(Protocol):
 
         Raises:
             HyperAlignError: images of another form or with NaN, numbers of images and prompts differ,
-                or a prompt cannot be read.
+                or a prompt cannot be tokenized.
         """
         ...
 

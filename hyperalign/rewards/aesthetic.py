@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from . import clip, clip_score
-from .heads import HeadNetwork, HeadReward, ScoreHead
+from .heads import HeadNetwork, ScoreHead
 from .weights import WeightFile, as_published
 
 ENCODER = replace(clip_score.WEIGHTS, convert=clip.vision_from_transformers)
@@ -40,8 +40,3 @@ class AestheticNetwork(HeadNetwork):
 def network() -> AestheticNetwork:
     """Returns the architecture."""
     return AestheticNetwork(clip.VIT_L_14)
-
-
-def reward(name: str, module: AestheticNetwork) -> HeadReward:
-    """Returns the reward."""
-    return HeadReward(name, module, clip.prepare)

@@ -1,4 +1,4 @@
-"""What the CLIP-type rewards share: the encoders, their weights in two layouts, and their score."""
+"""What the CLIP rewards share: the encoders, their weights in two layouts, and their score."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .images import CLIP_MEAN, CLIP_STD, Preparation, check_images, crop_to_square, network_pixels, normalise
-from .networks import State, at_least_float32, encoder_weight, own_precision
-from .text import CLIP_LENGTH, PromptCache, Tokenizer, check_prompts
+from .images import CLIP_MEAN, CLIP_STD, crop_to_square, normalise
+from .network_reward import NetworkReward
+from .networks import State, at_least_float32, encoder_weight
+from .text import CLIP_LENGTH, PromptCache, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Tower:
     heads: int
 
     def config(self) -> dict[str, Any]:
-        """The sizes in transformers' words."""
+        """The sizes under transformers' names."""
         return {
             "hidden_size": self.width,
             "intermediate_size": 4 * self.width,
@@ -61,7 +62,7 @@ class ClipShape:
             "projection_dim": self.embedding,
             "vocab_size": self.vocabulary,
             "max_position_embeddings": CLIP_LENGTH,
-            # transformers' sign for pooling at the greatest token, the end of text, whatever pads after it
+            # makes transformers pool at the greatest token, the end of text, whatever the padding after it is
             "eos_token_id": 2,
         }
 
@@ -74,7 +75,7 @@ VIT_L_14 = ClipShape(Tower(1024, 24, 16), Tower(768, 12, 12), 768, "quick_gelu")
 
 
 class ClipNetwork(nn.Module):
-    """Both encoders of a CLIP model. A module of ours around transformers': a host may set attributes."""
+    """Both encoders of a CLIP model. It wraps transformers' module, because a host may set attributes."""
 
     def __init__(self, shape: ClipShape) -> None:
         super().__init__()
@@ -104,54 +105,42 @@ def embed_images(clip: Any, pixels_BCHW: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class ClipReward:
+class ClipReward(NetworkReward[ClipNetwork]):
     """Cosine of an image's and its prompt's embedding, scaled or not."""
 
-    name: str
-    module: ClipNetwork
     tokenize: Tokenizer
-    prepare: Preparation
     scaled: bool = False
     """Whether the score is exp(logit_scale) * cosine."""
     _texts: PromptCache = field(default_factory=PromptCache)
 
-    def score(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns one score (B,) per image, as `Reward.score`."""
-        check_images(images_BCHW)
-        check_prompts(prompts, images_BCHW.shape[0])
-        with own_precision(self.module):
-            images_BD = self._embed(images_BCHW)
-            texts_BD = self._texts.features(prompts, self._read, images_BD.device)
-            cosine_B = (images_BD * texts_BD).sum(dim=-1)
-            return self.module.clip.logit_scale.exp() * cosine_B if self.scaled else cosine_B
+    def _score(self, pixels_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        images_BD = self._embed(pixels_BCHW)
+        texts_BD = self._texts.features(prompts, self.embed_prompts, images_BD.device)
+        cosine_B = (images_BD * texts_BD).sum(dim=-1)
+        return self.module.clip.logit_scale.exp() * cosine_B if self.scaled else cosine_B
 
-    def embed_images(self, images_BCHW: Tensor) -> Tensor:
-        """Returns unit embeddings (B, D), as `Reward.embed_images`."""
-        check_images(images_BCHW)
-        with own_precision(self.module):
-            return self._embed(images_BCHW)
+    def _embed(self, pixels_BCHW: Tensor) -> Tensor:
+        return self.module.embed_images(pixels_BCHW)
 
-    def _embed(self, images_BCHW: Tensor) -> Tensor:
-        return self.module.embed_images(network_pixels(images_BCHW, self.module, self.prepare))
-
-    def _read(self, prompts: list[str]) -> Tensor:
+    def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Returns unit embeddings (B, D) of prompts."""
         return self.module.embed_texts(self.tokenize(prompts).to(encoder_weight(self.module).device))
 
 
-def prepare(images_BCHW: Tensor) -> Tensor:
-    """Returns what CLIP reads: shortest side to 224, centre crop, CLIP's mean and deviation."""
+def preprocess(images_BCHW: Tensor) -> Tensor:
+    """Returns the input of CLIP: shortest side to 224, centre crop, CLIP's mean and deviation."""
     return normalise(crop_to_square(images_BCHW, 224), CLIP_MEAN, CLIP_STD)
 
 
 def from_transformers(state: State) -> State:
-    """Returns a transformers CLIPModel's tensors without the positions that older releases saved."""
+    """Returns a transformers CLIPModel's tensors without the position ids that older releases saved."""
     return {key: value for key, value in state.items() if not key.endswith("position_ids")}
 
 
 def vision_from_transformers(state: State) -> State:
-    """Returns the image encoder's share of a transformers CLIPModel's tensors."""
-    foreign = ("text_model.", "text_projection.", "logit_scale")
-    return {key: value for key, value in from_transformers(state).items() if not key.startswith(foreign)}
+    """Returns the image encoder's tensors of a transformers CLIPModel."""
+    others = ("text_model.", "text_projection.", "logit_scale")
+    return {key: value for key, value in from_transformers(state).items() if not key.startswith(others)}
 
 
 _OPEN_CLIP_NAMES = (

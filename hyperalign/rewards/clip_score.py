@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from . import clip
-from .clip import ClipNetwork, ClipReward, from_transformers
-from .text import Tokenizer
+from .clip import ClipNetwork, from_transformers
 from .weights import WeightFile
 
 WEIGHTS = WeightFile(
@@ -19,8 +18,3 @@ WEIGHTS = WeightFile(
 def network() -> ClipNetwork:
     """Returns the architecture."""
     return ClipNetwork(clip.VIT_L_14)
-
-
-def reward(name: str, module: ClipNetwork, tokenize: Tokenizer) -> ClipReward:
-    """Returns the reward: the cosine, without scale."""
-    return ClipReward(name, module, tokenize, clip.prepare)

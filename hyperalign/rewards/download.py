@@ -1,4 +1,7 @@
-"""Fetches a reward's published files, when a person asks for it; nothing else in the pack downloads."""
+"""Downloads the published files of a reward on request; nothing else in the pack downloads.
+
+Own client, because huggingface_hub 2.4 deletes an interrupted download, and two files are on GitHub only.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from ..errors import HyperAlignError
-from ..files import check_writable, first_line
-from .loading import recipe_of
+from ..files import check_writable, first_line, write_text
+from .loading import published_reward
 from .weights import SUFFIX
 
 HUB = "https://huggingface.co"
@@ -23,81 +26,80 @@ TIMEOUT_SECONDS = 60
 RANGE_PAST_THE_END = 416
 
 Progress = Callable[[str, int, int], None]
-"""Told a file's name, how many bytes are here, and how many it has: a block more while that is unknown."""
+"""Called with a file's name, the bytes received, and its size: one block more while that is unknown."""
 
 
 def download(name: str, folder: Path, progress: Progress | None = None) -> list[Path]:
-    """Fetches what a reward still lacks into a folder, and returns where all of its files belong.
+    """Downloads the missing files of a reward into a folder, and returns the paths of all its files.
 
-    An interrupted download goes on where it stopped, also in another process. Beside each file a `.json`
-    keeps where it came from and its checksum. `HF_ENDPOINT` names a mirror of the hub, as for the hub's
-    own client, whose present release cannot resume.
+    An interrupted download resumes where it stopped, also in another process. Beside each file a `.json`
+    states its address and checksum. `HF_ENDPOINT` names a mirror of the hub, as for the hub's own client.
 
     Args:
-        name: one of `loading.RECIPES`.
+        name: one of `loading.PUBLISHED`.
         folder: the rewards' folder.
-        progress: told after every MiB; without it there is a bar in the terminal.
+        progress: called after every MiB; by default a bar in the terminal.
 
     Raises:
         HyperAlignError: another name, no network, or a folder that cannot be written to.
     """
-    recipe = recipe_of(name)
-    wanted = {folder / file.path: file.url for file in recipe.files}
-    if (vocabulary := recipe.vocabulary) is not None:
-        wanted |= {folder / "tokenizer" / file: f"{vocabulary.url}/{file}" for file in vocabulary.names}
-    for path, url in wanted.items():
+    published = published_reward(name)
+    files = {folder / file.path: file.url for file in published.files}
+    if (vocabulary := published.vocabulary) is not None:
+        files |= {folder / "tokenizer" / file: f"{vocabulary.url}/{file}" for file in vocabulary.file_names}
+    for path, url in files.items():
         download_file(url, path, progress)
-    return list(wanted)
+    return list(files)
 
 
 def download_file(url: str, path: Path, progress: Progress | None = None) -> None:
-    """Fetches one published file, as `download` does, unless it or its converted form is there.
+    """Downloads one file as `download` does, unless it or its converted form exists.
 
-    What has arrived of it waits in a `.partial` file beside it. Raises HyperAlignError as `download`.
+    The bytes received so far are kept in a `.partial` file beside it. Raises HyperAlignError as `download`.
     """
     if path.is_file() or path.with_suffix(SUFFIX).is_file():
         return
     check_writable(path)
     mirrored, partial = _mirrored(url), path.with_name(f"{path.name}.partial")
     try:
-        _continue(mirrored, partial, path.name, progress or _bar())
-        _record(partial, path, url)
+        _resume(mirrored, partial, path.name, progress or _bar())
+        _write_record(partial, path, url)
         partial.replace(path)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise HyperAlignError(
             f"{path.name} could not be downloaded from {mirrored} ({first_line(error)}). Check the network "
-            f"and try again: it goes on where it stopped. Or put the file into {path.parent} by hand."
+            f"and try again: it resumes where it stopped. Or put the file into {path.parent} by hand."
         ) from error
 
 
-def _continue(url: str, partial: Path, name: str, progress: Progress) -> None:
-    here = partial.stat().st_size if partial.is_file() else 0
+def _resume(url: str, partial: Path, name: str, progress: Progress) -> None:
+    received = partial.stat().st_size if partial.is_file() else 0
     try:
-        response = _open(url, here)
+        response = _open(url, received)
     except HTTPError as error:
         if error.code != RANGE_PAST_THE_END:
             raise
         error.close()
-        if error.headers["Content-Range"] == f"bytes */{here}":
-            progress(name, here, here)
-            return  # all of it is here: it was stopped before it got its name
-        response = _open(url, 0)  # it is another file by now
+        if error.headers["Content-Range"] == f"bytes */{received}":
+            progress(name, received, received)
+            return  # the file is complete: it was interrupted before it was renamed
+        response = _open(url, 0)  # the published file has changed
     with response, partial.open("ab" if response.status == http.HTTPStatus.PARTIAL_CONTENT else "wb") as out:
-        here = out.tell()
+        received = out.tell()
         length: str | None = response.headers["Content-Length"]
-        total = None if length is None else here + int(length)
+        total = None if length is None else received + int(length)
         while block := response.read(BLOCK):
             out.write(block)
-            here += len(block)
-            progress(name, here, here + BLOCK if total is None else total)
+            received += len(block)
+            progress(name, received, received + BLOCK if total is None else total)
     if total is None:
-        progress(name, here, here)
-    elif here != total:
-        raise OSError(f"the line broke after {here} of {total} bytes")
+        progress(name, received, received)
+    elif received != total:
+        raise OSError(f"the connection was lost after {received} of {total} bytes")
 
 
 def _open(url: str, start: int) -> Any:
-    """Returns a server's answer, from a byte on if the server can."""
+    """Returns a server's response, from the byte `start` on if the server supports it."""
     headers = {"Range": f"bytes={start}-"} if start else {}
     return urlopen(Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
 
@@ -112,10 +114,10 @@ def _bar() -> Progress:
 
     bar = tqdm(unit="B", unit_scale=True)
 
-    def show(name: str, here: int, total: int) -> None:
+    def show(name: str, received: int, total: int) -> None:
         bar.desc, bar.total = f"{name}: ", total
-        bar.update(here - bar.n)
-        if here == total:
+        bar.update(received - bar.n)
+        if received == total:
             bar.close()
 
     return show
@@ -130,9 +132,7 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _record(content: Path, path: Path, url: str) -> None:
-    """Writes, beside the path where some content belongs, what it is."""
+def _write_record(content: Path, path: Path, url: str) -> None:
+    """Writes origin and checksum of a downloaded file beside its final path."""
     record = {"file": path.name, "url": url, "bytes": content.stat().st_size, "sha256": checksum(content)}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.json")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path.with_name(f"{path.name}.json"))
+    write_text(path.with_name(f"{path.name}.json"), json.dumps(record, indent=1) + "\n")

@@ -28,12 +28,12 @@ class Calibration:
 
 
 class Ensemble:
-    """A reward made of rewards.
+    """A reward that combines several rewards.
 
     - `sum`: sum of w_i s_i. Rewards have very different ranges; the weights must allow for that.
     - `z-score`: sum of w_i (s_i - mean_i) / std_i.
     - `rank`: weighted mean of each image's rank within its batch, from 0 for the worst to 1 for the
-      best. It has no gradient and says nothing about an image alone.
+      best. It has no gradient, and for a single image it is always 0.5.
 
     Args:
         members: each reward with its weight.
@@ -41,8 +41,8 @@ class Ensemble:
         calibrations: by the rewards' names; needed for `z-score`.
 
     Raises:
-        HyperAlignError: no member, one twice, a weight that is no number, or a calibration that is missing
-            or flat.
+        HyperAlignError: no member, one twice, a weight that is not finite, or a calibration that is missing
+            or has no deviation.
     """
 
     def __init__(
@@ -65,15 +65,15 @@ class Ensemble:
         return self.combine(self.breakdown(images_BCHW, prompts))
 
     def breakdown(self, images_BCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Returns each member's own scores (B,) by its name. Raises as `score`."""
+        """Returns the scores (B,) of each member by its name. Raises as `score`."""
         if self._combination == "rank" and images_BCHW.requires_grad and torch.is_grad_enabled():
             raise HyperAlignError(
-                "Ranks have no gradient, but the images ask for one. Combine the rewards as sum or z-score."
+                "Ranks have no gradient, but the images require one. Combine the rewards as sum or z-score."
             )
         return {reward.name: reward.score(images_BCHW, prompts) for reward in self._rewards}
 
     def combine(self, scores: Mapping[str, Tensor]) -> Tensor:
-        """Returns the ensemble's scores (B,) of its members' scores, on the first member's device."""
+        """Returns the ensemble's scores (B,) from its members' scores, on the first member's device."""
         members = list(scores.values())
         columns = torch.stack([score.to(members[0].device) for score in members], dim=1)
         weights = columns.new_tensor(self._weights)
@@ -88,14 +88,14 @@ class Ensemble:
         return (columns * weights).sum(dim=1)
 
     def embed_images(self, images_BCHW: Tensor) -> Tensor:
-        """Returns the members' unit embeddings side by side, again of length 1, as `Reward.embed_images`."""
+        """Returns the members' embeddings concatenated to unit length, as `Reward.embed_images`."""
         parts = [reward.embed_images(images_BCHW) for reward in self._rewards]
         joined_BD = torch.cat([part.to(parts[0].device) for part in parts], dim=1)
         return joined_BD / math.sqrt(len(parts))
 
 
 def ranks(scores_BN: Tensor) -> Tensor:
-    """Returns ranks (B, N) down each column, 0 for the worst to 1 for the best; equals share their mean."""
+    """Returns ranks (B, N) down each column, 0 for the worst to 1 for the best; ties share their mean."""
     difference_BBN = scores_BN[:, None] - scores_BN[None]
     beaten_BN = (difference_BBN > 0).sum(dim=1) + ((difference_BBN == 0).sum(dim=1) - 1) / 2
     count = scores_BN.shape[0]
@@ -105,17 +105,17 @@ def ranks(scores_BN: Tensor) -> Tensor:
 def calibrate(scores: Tensor) -> Calibration:
     """Returns the calibration of a reward from its scores of reference images (at least 2).
 
-    Raises HyperAlignError on fewer, on scores that are all alike, or on NaN and infinite ones.
+    Raises HyperAlignError on fewer, on scores that are all equal, or on NaN and infinite ones.
     """
     std = float(scores.std()) if scores.numel() > 1 else 0.0
     if std == 0.0:
         raise HyperAlignError(
-            f"Found {scores.numel()} scores to calibrate with, all alike; expected some that differ. Score "
+            f"Found {scores.numel()} scores to calibrate with, all equal; expected some that differ. Score "
             "more images."
         )
     if not math.isfinite(std):
         raise HyperAlignError(
-            f"Found scores to calibrate with whose deviation is {std}; expected finite ones. Leave out the "
+            f"Found scores to calibrate with whose deviation is {std}; expected finite ones. Remove the "
             "images whose score is NaN or infinite."
         )
     return Calibration(float(scores.mean()), std)
@@ -128,7 +128,7 @@ def save_calibrations(path: Path, calibrations: Mapping[str, Calibration]) -> No
 
 
 def load_calibrations(path: Path) -> dict[str, Calibration]:
-    """Reads what `save_calibrations` wrote. Raises HyperAlignError on a missing or damaged file."""
+    """Reads a file of `save_calibrations`. Raises HyperAlignError if it is missing or damaged."""
     try:
         rows = cast("dict[str, dict[str, Any]]", json.loads(path.read_text(encoding="utf-8")))
         return {name: Calibration(float(row["mean"]), float(row["std"])) for name, row in rows.items()}

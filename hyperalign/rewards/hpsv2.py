@@ -1,13 +1,12 @@
-"""HPS v2.0 and v2.1 (arXiv 2306.09341): ViT-H-14 tuned on human choices; the cosine, about 0.2 to 0.4."""
+"""HPS v2.0 and v2.1 (arXiv 2306.09341): ViT-H-14 tuned on human preferences; the cosine, about 0.2 to 0.4."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from . import clip
-from .clip import ClipNetwork, ClipReward, from_open_clip
+from .clip import ClipNetwork, from_open_clip
 from .images import CLIP_MEAN, CLIP_STD, normalise, pad_to_square
-from .text import Tokenizer
 from .weights import WeightFile
 
 HUB = "https://huggingface.co/xswu/HPSv2/resolve/main"
@@ -20,11 +19,6 @@ def network() -> ClipNetwork:
     return ClipNetwork(clip.VIT_H_14)
 
 
-def prepare(images_BCHW: Tensor) -> Tensor:
-    """Returns what HPS reads: longest side to 224, black around, CLIP's mean and deviation."""
+def preprocess(images_BCHW: Tensor) -> Tensor:
+    """Returns the input of HPS: longest side to 224, padded with black, CLIP's mean and deviation."""
     return normalise(pad_to_square(images_BCHW, 224), CLIP_MEAN, CLIP_STD)
-
-
-def reward(name: str, module: ClipNetwork, tokenize: Tokenizer) -> ClipReward:
-    """Returns the reward: the cosine without the logit scale."""
-    return ClipReward(name, module, tokenize, prepare)

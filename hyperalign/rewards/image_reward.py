@@ -1,4 +1,4 @@
-"""ImageReward v1.0 (arXiv 2304.05977): BLIP's image-reading BERT tuned on human choices; about -2 to 2."""
+"""ImageReward v1.0 (arXiv 2304.05977): BLIP tuned on human preferences; about -2 to 2."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import clip
 from .clip import Tower
 from .heads import ScoreHead
-from .images import check_images, network_pixels
-from .networks import State, at_least_float32, own_precision
-from .text import BERT_PAD, Tokenizer, check_prompts
+from .network_reward import NetworkReward
+from .networks import State, at_least_float32
+from .text import BERT_PAD, Tokenizer
 from .weights import WeightFile
 
 MEAN = 0.16717362830052426
@@ -27,7 +26,7 @@ STD = 1.0333394966054072
 class BlipShape:
     """The sizes of both encoders."""
 
-    vision: Tower = Tower(1024, 24, 16)  # noqa: RUF009 - it is frozen
+    vision: Tower = Tower(1024, 24, 16)  # noqa: RUF009 - Tower is frozen
     text: Tower = Tower(768, 12, 12)  # noqa: RUF009
     side: int = 224
     patch: int = 16
@@ -58,7 +57,7 @@ class ImageRewardNetwork(nn.Module):
             encoder_hidden_size=shape.vision.width,
             vocab_size=shape.vocabulary,
             max_position_embeddings=512,
-            is_decoder=True,  # to transformers this means that there is cross-attention
+            is_decoder=True,  # makes transformers add cross-attention
             hidden_act="gelu",
             layer_norm_eps=1e-12,
             hidden_dropout_prob=0.0,
@@ -68,55 +67,38 @@ class ImageRewardNetwork(nn.Module):
         self.text: Any = BlipTextModel(text, add_pooling_layer=False)
         self.head = ScoreHead(shape.text.width)
 
-    def look(self, pixels_BCHW: Tensor) -> Tensor:
+    def encode_images(self, pixels_BCHW: Tensor) -> Tensor:
         """Returns the image's tokens (B, 197, 1024), [CLS] first."""
         return self.vision(pixel_values=pixels_BCHW).last_hidden_state
 
-    def judge(self, image_BNC: Tensor, tokens_BL: Tensor) -> Tensor:
-        """Returns standardised scores (B,) of images' tokens and prompts' tokens."""
-        read_BLC = self.text(
+    def score(self, image_BNC: Tensor, tokens_BL: Tensor) -> Tensor:
+        """Returns standardised scores (B,) of image tokens and prompt tokens."""
+        hidden_BLC = self.text(
             input_ids=tokens_BL,
             attention_mask=(tokens_BL != BERT_PAD).long(),
             encoder_hidden_states=image_BNC,
             is_decoder=False,
         ).last_hidden_state
-        return (self.head(read_BLC[:, 0]) - MEAN) / STD
+        return (self.head(hidden_BLC[:, 0]) - MEAN) / STD
 
 
 @dataclass(frozen=True, slots=True)
-class ImageReward:
-    """The score of an image read together with its prompt."""
+class ImageReward(NetworkReward[ImageRewardNetwork]):
+    """The score of an image encoded together with its prompt; embeddings are the image's [CLS] tokens."""
 
-    name: str
-    module: ImageRewardNetwork
     tokenize: Tokenizer
 
-    def score(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns one score (B,) per image, as `Reward.score`."""
-        check_images(images_BCHW)
-        check_prompts(prompts, images_BCHW.shape[0])
-        with own_precision(self.module):
-            image_BNC = self._look(images_BCHW)
-            return self.module.judge(image_BNC, self.tokenize(prompts).to(image_BNC.device))
+    def _score(self, pixels_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        image_BNC = self.module.encode_images(pixels_BCHW)
+        return self.module.score(image_BNC, self.tokenize(prompts).to(image_BNC.device))
 
-    def embed_images(self, images_BCHW: Tensor) -> Tensor:
-        """Returns the image encoder's unit [CLS] tokens (B, 1024), as `Reward.embed_images`."""
-        check_images(images_BCHW)
-        with own_precision(self.module):
-            return F.normalize(at_least_float32(self._look(images_BCHW)[:, 0]), dim=-1)
-
-    def _look(self, images_BCHW: Tensor) -> Tensor:
-        return self.module.look(network_pixels(images_BCHW, self.module, clip.prepare))
+    def _embed(self, pixels_BCHW: Tensor) -> Tensor:
+        return F.normalize(at_least_float32(self.module.encode_images(pixels_BCHW)[:, 0]), dim=-1)
 
 
 def network() -> ImageRewardNetwork:
     """Returns the architecture."""
     return ImageRewardNetwork(BLIP_LARGE)
-
-
-def reward(name: str, module: ImageRewardNetwork, tokenize: Tokenizer) -> ImageReward:
-    """Returns the reward."""
-    return ImageReward(name, module, tokenize)
 
 
 _NAMES = (
@@ -132,7 +114,7 @@ _NAMES = (
     (r"^mlp\.", "head."),
 )
 _UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
-"""BLIP's contrastive projections, which the score does not use, and a count of positions."""
+"""BLIP's contrastive projections, which the score does not use, and position ids."""
 
 
 def from_official(state: State) -> State:

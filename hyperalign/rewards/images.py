@@ -1,6 +1,6 @@
-"""Images on their way into a reward: checks, clamping, antialiased resizing, normalisation.
+"""Preprocessing of images for reward networks: checks, clamping, antialiased resizing, normalisation.
 
-All of it runs in float32 on the images' device and is differentiable to the pixels.
+It runs in float32 on the device of the images and is differentiable to the pixels.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from ..errors import HyperAlignError
 from .networks import encoder_weight
 
-Preparation = Callable[[Tensor], Tensor]
-"""RGB images (B, 3, H, W) in [0, 1] -> what a network reads."""
+Preprocess = Callable[[Tensor], Tensor]
+"""RGB images (B, 3, H, W) in [0, 1] -> the input of a network."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -40,19 +40,19 @@ def check_images(images_BCHW: Tensor) -> None:
     if not bool(torch.isfinite(images_BCHW).all()):
         raise HyperAlignError(
             "Found NaN or infinite pixels; expected numbers in [0, 1]. The sampler or the VAE diverged: "
-            "lower the guidance or decode in float32."
+            "lower the CFG scale or decode in float32."
         )
 
 
-def network_pixels(images_BCHW: Tensor, network: nn.Module, prepare: Preparation) -> Tensor:
-    """Returns images as a network reads them, on its device and in its precision."""
+def network_pixels(images_BCHW: Tensor, network: nn.Module, preprocess: Preprocess) -> Tensor:
+    """Returns the input of a network for images, on its device and in its precision."""
     weight = encoder_weight(network)
     images_BCHW = images_BCHW.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-    return prepare(clamp_straight_through(rgb(images_BCHW))).to(weight.dtype)
+    return preprocess(clamp_straight_through(rgb(images_BCHW))).to(weight.dtype)
 
 
 def rgb(images_BCHW: Tensor) -> Tensor:
-    """Returns three channels: grey is repeated, transparency laid on white, as a viewer shows it."""
+    """Returns three channels: grey is repeated, transparent pixels are composited on white."""
     match images_BCHW.shape[1]:
         case 1:
             return images_BCHW.expand(-1, 3, -1, -1)
@@ -74,7 +74,7 @@ class _ClampStraightThrough(torch.autograd.Function):
 
 
 def clamp_straight_through(x: Tensor) -> Tensor:
-    """Returns x clamped to [0, 1], with the gradient of the identity: saturated pixels can come back."""
+    """Returns x clamped to [0, 1], with the gradient of the identity, also for saturated pixels."""
     return _ClampStraightThrough.apply(x)
 
 
@@ -91,10 +91,10 @@ def crop_to_square(images_BCHW: Tensor, side: int) -> Tensor:
 
 
 def pad_to_square(images_BCHW: Tensor, side: int) -> Tensor:
-    """Returns images (B, C, side, side): longest side to `side`, black around.
+    """Returns images (B, C, side, side): longest side to `side`, padded with black.
 
-    This is the preprocessing of HPS v2. It resizes floating-point images, so it does not clamp what
-    the cubic overshoots.
+    This is the preprocessing of HPS v2. It resizes floating-point images, so it does not clamp the
+    overshoot of the cubic.
     """
     height, width = images_BCHW.shape[-2:]
     scale = side / max(height, width)
@@ -105,7 +105,7 @@ def pad_to_square(images_BCHW: Tensor, side: int) -> Tensor:
 
 
 def stretch_to_square(images_BCHW: Tensor, side: int) -> Tensor:
-    """Returns images (B, C, side, side), each axis scaled on its own: SigLIP's preprocessing."""
+    """Returns images (B, C, side, side), each axis scaled separately: SigLIP's preprocessing."""
     size = (side, side)
     return clamp_straight_through(resize_window(images_BCHW, size, (0, 0), size))
 
@@ -121,9 +121,9 @@ def resize_window(
 ) -> Tensor:
     """Returns a window of the antialiased bicubic resizing of images.
 
-    Each axis is a matrix product. Unlike with `F.interpolate` only the window is computed (a strip of
-    20,000 x 1 pixels costs no more than a photograph), gradients repeat exactly on a GPU, and images
-    that become 1 pixel wide are right. Values are those of Pillow on floating-point images.
+    Each axis is one matrix product. Unlike `F.interpolate`, this computes the window alone (a strip of
+    20,000 x 1 pixels costs no more than a photograph), its gradients are deterministic on a GPU, and it is
+    correct for images that become 1 pixel wide. The values are Pillow's for floating-point images.
 
     Args:
         images_BCHW: the images.
@@ -144,8 +144,8 @@ def resize_window(
 def bicubic_weights(length: int, resized: int, first: int, count: int) -> Tensor:
     """Returns rows `first` to `first + count` of the matrix (resized, length) that resizes a line of pixels.
 
-    Keys, "Cubic convolution interpolation" (1981); when it shrinks, the cubic is as many times wider.
-    Kept for the last two image sizes: the next batch most often has the same.
+    Keys, "Cubic convolution interpolation" (1981); the cubic is widened by the factor of a reduction.
+    The cache holds the last two image sizes, because most batches have the size of the one before.
     """
     scale = length / resized
     centres_K = (torch.arange(first, first + count, dtype=torch.float64) + 0.5) * scale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,39 +12,64 @@ import torch
 from torch import nn
 
 from ..errors import HyperAlignError
-from . import Reward, aesthetic, clip_score, hpsv2, image_reward, pickscore, siglip_aesthetic, text, tiny
+from . import (
+    Reward,
+    aesthetic,
+    clip,
+    clip_score,
+    heads,
+    hpsv2,
+    image_reward,
+    pickscore,
+    siglip_aesthetic,
+    text,
+    tiny,
+)
+from .images import Preprocess
 from .networks import fill, random_state
 from .text import Tokenizer, Vocabulary
 from .weights import WeightFile, find, load_state
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """What a reward is made of."""
+class PublishedReward:
+    """The parts of a reward whose weights are published."""
 
     files: tuple[WeightFile, ...]
     network: Callable[[], nn.Module]
+    preprocess: Preprocess
     reward: Callable[..., Reward]
-    """Of the name, the network and, where there is a vocabulary, the tokenizer."""
+    """Makes it of its name, the network, `preprocess` and, if there is a vocabulary, the tokenizer."""
     vocabulary: Vocabulary | None = None
 
     def assemble(self, name: str, network: nn.Module, tokenizer: Tokenizer | None) -> Reward:
-        """Returns the reward of a filled network."""
-        return self.reward(name, network) if tokenizer is None else self.reward(name, network, tokenizer)
+        """Returns the reward of a network with weights."""
+        return self.reward(name, network, self.preprocess, *([] if tokenizer is None else [tokenizer]))
 
 
-RECIPES = {
-    "hpsv2.1": Recipe((hpsv2.V2_1,), hpsv2.network, hpsv2.reward, text.CLIP),
-    "hpsv2": Recipe((hpsv2.V2_0,), hpsv2.network, hpsv2.reward, text.CLIP),
-    "pickscore": Recipe((pickscore.WEIGHTS,), pickscore.network, pickscore.reward, text.CLIP),
-    "imagereward": Recipe((image_reward.WEIGHTS,), image_reward.network, image_reward.reward, text.BERT),
-    "clip": Recipe((clip_score.WEIGHTS,), clip_score.network, clip_score.reward, text.CLIP),
-    "aesthetic": Recipe((aesthetic.ENCODER, aesthetic.HEAD), aesthetic.network, aesthetic.reward),
-    "siglip-aesthetic": Recipe(
-        (siglip_aesthetic.ENCODER, siglip_aesthetic.HEAD), siglip_aesthetic.network, siglip_aesthetic.reward
+PUBLISHED = {
+    "hpsv2.1": PublishedReward((hpsv2.V2_1,), hpsv2.network, hpsv2.preprocess, clip.ClipReward, text.CLIP),
+    "hpsv2": PublishedReward((hpsv2.V2_0,), hpsv2.network, hpsv2.preprocess, clip.ClipReward, text.CLIP),
+    "pickscore": PublishedReward(
+        (pickscore.WEIGHTS,), pickscore.network, clip.preprocess,
+        partial(clip.ClipReward, scaled=True), text.CLIP,
     ),
-}
-NAMES = (*tiny.NAMES, *RECIPES)
+    "imagereward": PublishedReward(
+        (image_reward.WEIGHTS,), image_reward.network, clip.preprocess,
+        image_reward.ImageReward, text.BERT,
+    ),
+    "clip": PublishedReward(
+        (clip_score.WEIGHTS,), clip_score.network, clip.preprocess, clip.ClipReward, text.CLIP
+    ),
+    "aesthetic": PublishedReward(
+        (aesthetic.ENCODER, aesthetic.HEAD), aesthetic.network, clip.preprocess, heads.HeadReward
+    ),
+    "siglip-aesthetic": PublishedReward(
+        (siglip_aesthetic.ENCODER, siglip_aesthetic.HEAD), siglip_aesthetic.network,
+        siglip_aesthetic.preprocess, heads.HeadReward,
+    ),
+}  # fmt: skip
+NAMES = (*tiny.NAMES, *PUBLISHED)
 
 
 def load(
@@ -58,26 +84,26 @@ def load(
 
     Args:
         name: one of `NAMES`.
-        folder: where the weight files lie, under their published names; the tiny rewards need none.
-        device: where the network goes.
+        folder: of the weight files, with their published names; the tiny rewards need none.
+        device: of the network.
         dtype: of the encoders; score heads stay float32.
-        tokenizer_folder: where the vocabulary lies, if not in `folder/tokenizer` or `folder`. CLIP's is
-            `vocab.json` and `merges.txt` (ComfyUI has it in `comfy/sd1_tokenizer`), BERT's `vocab.txt`.
+        tokenizer_folder: of the vocabulary, if not `folder/tokenizer` or `folder`. CLIP's is `vocab.json`
+            and `merges.txt` (ComfyUI has it in `comfy/sd1_tokenizer`), BERT's `vocab.txt`.
 
     Raises:
-        HyperAlignError: another name; a file is missing, damaged, of another model, or holds code.
+        HyperAlignError: another name; a file is missing, damaged, of another model, or contains code.
     """
     if name in tiny.NAMES:
         return tiny.load(name, device=device, dtype=dtype)
-    recipe = recipe_of(name)
-    files = {find(file, folder): file for file in recipe.files}
-    vocabulary = recipe.vocabulary
+    published = published_reward(name)
+    files = {find(file, folder): file for file in published.files}
+    vocabulary = published.vocabulary
     tokenizer = None if vocabulary is None else vocabulary.load(folder, tokenizer_folder)
-    # A host may run in inference mode; weights made there could never take part in a gradient.
+    # A host may run in inference mode; weights made there can never be part of a gradient.
     with torch.inference_mode(False):
-        network = _on_meta(recipe)
+        network = _on_meta(published)
         fill(network, load_state(network, files, torch.device(device), dtype))
-    return recipe.assemble(name, network, tokenizer)
+    return published.assemble(name, network, tokenizer)
 
 
 def random_weights(
@@ -90,31 +116,43 @@ def random_weights(
 ) -> Reward:
     """Returns a reward of the true architecture with random weights, for smoke runs and benchmarks.
 
-    Without a `tokenizer_folder` words become tokens by their checksums. The tiny rewards come with their
-    own weights. Raises HyperAlignError on another name or damaged tokenizer files.
+    Without a `tokenizer_folder` the tokens are checksums of words. The tiny rewards keep their own
+    weights. Raises HyperAlignError on another name or damaged tokenizer files.
     """
     if name in tiny.NAMES:
         return tiny.load(name, device=device, dtype=dtype)
-    recipe = recipe_of(name)
+    published = published_reward(name)
     tokenizer: Any = None
-    if (vocabulary := recipe.vocabulary) is not None:
-        tokenizer = vocabulary.stand_in
+    if (vocabulary := published.vocabulary) is not None:
+        tokenizer = vocabulary.hash_tokenizer
         if tokenizer_folder is not None:
             tokenizer = vocabulary.load(tokenizer_folder)
     with torch.inference_mode(False):
-        network = _on_meta(recipe)
+        network = _on_meta(published)
         fill(network, random_state(network, torch.device(device), dtype, seed))
-    return recipe.assemble(name, network, tokenizer)
+    return published.assemble(name, network, tokenizer)
 
 
-def recipe_of(name: str) -> Recipe:
-    """Returns what a reward is made of. Raises HyperAlignError on a name that is not in `RECIPES`."""
-    if name not in RECIPES:
+def check_files(name: str, folder: Path, tokenizer_folder: Path | None = None) -> list[Path]:
+    """Returns the weight files of one of `PUBLISHED`, without reading them; arguments as for `load`.
+
+    Raises HyperAlignError: another name, a file is missing, or the vocabulary is missing or damaged.
+    """
+    published = published_reward(name)
+    paths = [find(file, folder) for file in published.files]
+    if published.vocabulary is not None:
+        published.vocabulary.load(folder, tokenizer_folder)
+    return paths
+
+
+def published_reward(name: str) -> PublishedReward:
+    """Returns the parts of a reward. Raises HyperAlignError on a name that is not in `PUBLISHED`."""
+    if name not in PUBLISHED:
         raise HyperAlignError(f"There is no reward {name!r}; expected one of {', '.join(NAMES)}.")
-    return RECIPES[name]
+    return PUBLISHED[name]
 
 
-def _on_meta(recipe: Recipe) -> nn.Module:
-    """Returns the network without memory for its weights: initialising 986 M of them takes a minute."""
+def _on_meta(published: PublishedReward) -> nn.Module:
+    """Returns the network on the meta device: initialising 986 M weights would take a minute."""
     with torch.device("meta"):
-        return recipe.network()
+        return published.network()

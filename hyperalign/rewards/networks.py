@@ -1,4 +1,4 @@
-"""What the reward networks have in common: precision, checkpointing, building without initialisation."""
+"""What the reward networks share: precision, activation checkpointing, random weights on demand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 State = dict[str, Tensor]
 
 NOISE_LENGTH = 1_048_583
-"""A prime, so that no two rows of a matrix filled with repeated noise are alike."""
+"""A prime, so that no two rows of a matrix filled with repeated noise are equal."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def dtype_of(key: str, dtype: torch.dtype) -> torch.dtype:
-    """Returns a tensor's precision in a network of `dtype`: heads and the logit scale have float32 at least.
+    """Returns a tensor's dtype in a network of `dtype`: heads and the logit scale have float32 at least.
 
     In bfloat16 PickScore's factor of 100 would be 98.9.
     """
@@ -33,21 +33,21 @@ def dtype_of(key: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def encoder_weight(network: nn.Module) -> Tensor:
-    """Returns a weight that tells the encoder's device and precision; the logit scale has its own."""
+    """Returns a weight with the encoder's device and dtype; the logit scale may have another dtype."""
     return next(weight for weight in network.parameters() if weight.dim() > 0)
 
 
 @contextmanager
-def own_precision(network: nn.Module) -> Iterator[None]:
-    """Shuts autocast out: a reward computes in the precision of its weights."""
+def without_autocast(network: nn.Module) -> Iterator[None]:
+    """Disables autocast, so that a network computes in the precision of its weights."""
     with torch.autocast(encoder_weight(network).device.type, enabled=False):
         yield
 
 
 def set_checkpointing(network: nn.Module, enabled: bool) -> None:
-    """Makes every transformer layer recompute itself in the backward pass, which saves most of the memory.
+    """Makes every transformer layer recompute its activations in the backward pass, to save memory.
 
-    It does without transformers' own switch, which works in training mode only and changes its name.
+    transformers' own switch works in training mode only and has different names in different releases.
     """
     stacks = (module for module in network.modules() if isinstance(module, nn.ModuleList))
     for layer in (layer for stack in stacks for layer in stack):
@@ -57,22 +57,22 @@ def set_checkpointing(network: nn.Module, enabled: bool) -> None:
 
 
 def fill(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Gives a network built on the meta device its tensors, and freezes it."""
+    """Assigns tensors to a network built on the meta device, and freezes it."""
     network.load_state_dict(state, assign=True)
     device = next(iter(state.values())).device
     for module in network.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:  # the encoders' only buffers count positions, and no file holds them
+            if buffer.is_meta:  # the encoders' only buffers are position ids, which no file contains
                 positions = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
                 module.register_buffer(name, positions, persistent=False)
     network.eval().requires_grad_(False)
 
 
 def random_state(network: nn.Module, device: torch.device, dtype: torch.dtype, seed: int) -> State:
-    """Returns cheap random weights for a network on the meta device.
+    """Returns random weights for a network on the meta device.
 
-    Every tensor repeats one piece of noise from its own place, scaled to its fan-in: filling the 986 M
-    parameters of ViT-H costs little more than writing them.
+    Every tensor repeats one block of noise from an offset of its own, scaled to its fan-in. This is much
+    faster than sampling the 986 M parameters of ViT-H.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(NOISE_LENGTH, generator=generator).to(device)

@@ -1,10 +1,9 @@
-"""PickScore v1 (arXiv 2305.01569): ViT-H-14 tuned on Pick-a-Pic; about 17 to 24."""
+"""PickScore v1 (arXiv 2305.01569): ViT-H-14 tuned on Pick-a-Pic; exp(logit_scale) cosine, about 17 to 24."""
 
 from __future__ import annotations
 
 from . import clip
-from .clip import ClipNetwork, ClipReward, from_transformers
-from .text import Tokenizer
+from .clip import ClipNetwork, from_transformers
 from .weights import WeightFile
 
 WEIGHTS = WeightFile(
@@ -19,8 +18,3 @@ WEIGHTS = WeightFile(
 def network() -> ClipNetwork:
     """Returns the architecture."""
     return ClipNetwork(clip.VIT_H_14)
-
-
-def reward(name: str, module: ClipNetwork, tokenize: Tokenizer) -> ClipReward:
-    """Returns the reward: exp(logit_scale) times the cosine."""
-    return ClipReward(name, module, tokenize, clip.prepare, scaled=True)

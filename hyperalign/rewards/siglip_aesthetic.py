@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from .heads import HeadNetwork, HeadReward, ScoreHead
+from .heads import HeadNetwork, ScoreHead
 from .images import normalise, stretch_to_square
 from .networks import State, at_least_float32
 from .weights import WeightFile
 
 SIDE = 384
 HALF = (0.5, 0.5, 0.5)
-HEAD_PLACES = (0, 2, 4, 6, 8)
+HEAD_INDICES = (0, 2, 4, 6, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +48,11 @@ class SiglipNetwork(HeadNetwork):
             "image_size": shape.side,
             "patch_size": shape.patch,
         }
-        # The half of a whole model has the same names in every release; SiglipVisionModel has not.
+        # Unlike SiglipVisionModel, this part of SiglipModel has the same names in every release.
         text = {"num_hidden_layers": 1, "bos_token_id": 0, "eos_token_id": 1}
         config: Any = SiglipConfig(vision_config=vision, text_config=text)
         self.vision_model: Any = SiglipModel(config).vision_model
-        self.head = ScoreHead(shape.width, HEAD_PLACES)
+        self.head = ScoreHead(shape.width, HEAD_INDICES)
 
     def embed_images(self, pixels_BCHW: Tensor) -> Tensor:
         """Returns unit embeddings (B, 1152)."""
@@ -65,23 +65,18 @@ def network() -> SiglipNetwork:
     return SiglipNetwork(SO400M)
 
 
-def prepare(images_BCHW: Tensor) -> Tensor:
-    """Returns what SigLIP reads: 384 x 384 whatever the shape was, in [-1, 1]."""
+def preprocess(images_BCHW: Tensor) -> Tensor:
+    """Returns the input of SigLIP: 384 x 384 for images of any shape, in [-1, 1]."""
     return normalise(stretch_to_square(images_BCHW, SIDE), HALF, HALF)
 
 
-def reward(name: str, module: SiglipNetwork) -> HeadReward:
-    """Returns the reward."""
-    return HeadReward(name, module, prepare)
-
-
 def vision_from_transformers(state: State) -> State:
-    """Returns the image encoder's share of a transformers SiglipModel's tensors."""
-    foreign = ("text_model.", "logit_scale", "logit_bias")
+    """Returns the image encoder's tensors of a transformers SiglipModel."""
+    others = ("text_model.", "logit_scale", "logit_bias")
     return {
         key.removeprefix("vision_model."): value
         for key, value in state.items()
-        if not key.startswith(foreign) and not key.endswith("position_ids")
+        if not key.startswith(others) and not key.endswith("position_ids")
     }
 
 

@@ -1,4 +1,4 @@
-"""Prompts on their way into a reward: checks, tokens, and a memory of what was encoded."""
+"""Prompts of reward models: checks, tokenizers, and a cache of text features."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Tokenizer = Callable[[Sequence[str]], Tensor]
 CLIP_LENGTH = 77
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-"""What openai/CLIP takes for a word."""
+"""The words of openai/CLIP, as a regular expression."""
 BERT_LENGTH = 35
 BERT_PAD = 0
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
@@ -29,7 +29,7 @@ HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def page(url: str) -> str:
-    """Returns the page of the repository that a published file lies in."""
+    """Returns the page of the repository that contains a published file."""
     return re.split("/resolve/|/raw/", url)[0].removeprefix("https://")
 
 
@@ -51,60 +51,63 @@ def check_prompts(prompts: Sequence[object], images: int) -> None:
 
 
 def check_characters(prompt: str, owner: str = "") -> None:
-    """Raises HyperAlignError on half a character, which no tokenizer reads; `owner` follows the prompt."""
+    """Raises HyperAlignError on half a character, which no tokenizer accepts; `owner` follows the prompt."""
     if half := HALF_CHARACTER.search(prompt):
         raise HyperAlignError(
             f"Found half a character ({half[0]!r}) in the prompt {prompt!r}{owner}; expected whole ones. An "
-            "emoji was cut in two there: write it again, or leave it out."
+            "emoji was cut in two there: type it again, or remove it."
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Which files a tokenizer is made of, and where they come from."""
+    """The files of a tokenizer, and their source."""
 
-    names: tuple[str, ...]
+    file_names: tuple[str, ...]
     url: str
-    """Where all of them are published."""
-    read: Callable[[Path], Tokenizer]
-    stand_in: Tokenizer
+    """The address of the folder in which all of them are published."""
+    build: Callable[[Path], Tokenizer]
+    """Makes the tokenizer from a folder with the files."""
+    hash_tokenizer: Tokenizer
     """Tokens without the files, for networks with random weights."""
 
     def load(self, folder: Path, tokenizer_folder: Path | None = None) -> Tokenizer:
-        """Reads the first whole set of files in `tokenizer_folder`, `folder/tokenizer` or `folder`.
+        """Returns the tokenizer of the first folder that has all files.
+
+        The folders are `tokenizer_folder`, `folder/tokenizer` and `folder`.
 
         Raises HyperAlignError: none of them has the files, or they are damaged.
         """
-        places = [folder / "tokenizer", folder]
+        folders = [folder / "tokenizer", folder]
         if tokenizer_folder is not None:
-            places.insert(0, tokenizer_folder)
-        for place in places:
-            if all((place / name).is_file() for name in self.names):
-                return self._read(place)
+            folders.insert(0, tokenizer_folder)
+        for found in folders:
+            if all((found / name).is_file() for name in self.file_names):
+                return self._build_checked(found)
         raise HyperAlignError(
-            f"The tokenizer's {' and '.join(self.names)} (below 2 MB) are in none of "
-            f"{', '.join(map(str, places))}; get them from {page(self.url)} and put them into "
+            f"The tokenizer's {' and '.join(self.file_names)} (below 2 MB) are in none of "
+            f"{', '.join(map(str, folders))}; get them from {page(self.url)} and put them into "
             f"{folder / 'tokenizer'}."
         )
 
-    def _read(self, place: Path) -> Tokenizer:
+    def _build_checked(self, folder: Path) -> Tokenizer:
         try:
-            tokenize = self.read(place)
+            tokenize = self.build(folder)
             tokenize(["an image"])
         except Exception as error:
             raise HyperAlignError(
-                f"The tokenizer files in {place} cannot be read ({error}). Get {' and '.join(self.names)} "
-                f"again from {page(self.url)}."
+                f"The tokenizer files in {folder} cannot be read ({error}). Get "
+                f"{' and '.join(self.file_names)} again from {page(self.url)}."
             ) from error
         return tokenize
 
 
-def _read_clip(place: Path) -> Tokenizer:
-    """Builds CLIP's byte-pair encoding from its two files; transformers would read their neighbours too."""
+def _clip_tokenizer(folder: Path) -> Tokenizer:
+    """Builds CLIP's byte-pair encoding from two files; transformers would read others of the folder, too."""
     from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
     from tokenizers.models import BPE
 
-    files = (str(place / "vocab.json"), str(place / "merges.txt"))
+    files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
     encoder: Any = Tokenizer(BPE.from_file(*files, unk_token=CLIP_END, end_of_word_suffix="</w>"))
     encoder.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -121,16 +124,16 @@ def _read_clip(place: Path) -> Tokenizer:
         raise ValueError(f"vocab.json has no {CLIP_START} and {CLIP_END}")
 
     def tokenize(prompts: Sequence[str]) -> Tensor:
-        rows = (encoding.ids for encoding in encoder.encode_batch(list(prompts)))
-        return torch.tensor([_framed(start, row, end, CLIP_LENGTH) for row in rows])
+        encodings = encoder.encode_batch(list(prompts))
+        return torch.tensor([_padded(start, encoding.ids, end, CLIP_LENGTH) for encoding in encodings])
 
     return tokenize
 
 
-def _read_bert(place: Path) -> Tokenizer:
+def _bert_tokenizer(folder: Path) -> Tokenizer:
     from tokenizers import BertWordPieceTokenizer
 
-    tokenizer: Any = BertWordPieceTokenizer(str(place / "vocab.txt"), lowercase=True)
+    tokenizer: Any = BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=True)
     tokenizer.enable_truncation(BERT_LENGTH)
     tokenizer.enable_padding(length=BERT_LENGTH, pad_id=BERT_PAD)
 
@@ -140,14 +143,14 @@ def _read_bert(place: Path) -> Tokenizer:
     return tokenize
 
 
-def _framed(start: int, ids: list[int], end: int, length: int) -> list[int]:
-    """Returns start, ids, end, and zeros up to a length; what follows the end is never read."""
+def _padded(start: int, ids: list[int], end: int, length: int) -> list[int]:
+    """Returns start, ids, end, and zeros up to a length; the networks ignore what follows the end."""
     return [start, *ids, end] + [0] * (length - 2 - len(ids))
 
 
 @dataclass(frozen=True, slots=True)
 class HashTokenizer:
-    """Tokens without a vocabulary: a word's checksum. Good for speed and smoke runs, not for meaning."""
+    """Tokens without a vocabulary: checksums of words, for benchmarks and smoke runs."""
 
     length: int
     start: int
@@ -155,19 +158,19 @@ class HashTokenizer:
     words: range
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Returns ids (B, length), padded with 0; longer prompts are cut."""
+        """Returns ids (B, length), padded with 0; longer prompts are truncated."""
         return torch.tensor([self._row(prompt) for prompt in prompts])
 
     def _row(self, prompt: str) -> list[int]:
         checksums = [zlib.crc32(word.encode()) for word in prompt.lower().split()[: self.length - 2]]
         ids = [self.words[checksum % len(self.words)] for checksum in checksums]
-        return _framed(self.start, ids, self.end, self.length)
+        return _padded(self.start, ids, self.end, self.length)
 
 
 CLIP = Vocabulary(
     ("vocab.json", "merges.txt"),
     "https://huggingface.co/openai/clip-vit-large-patch14/resolve/main",
-    _read_clip,
+    _clip_tokenizer,
     HashTokenizer(CLIP_LENGTH, 49406, 49407, range(1, 49406)),
 )
 """The byte-pair vocabulary of every CLIP; ComfyUI ships it too."""
@@ -175,13 +178,13 @@ CLIP = Vocabulary(
 BERT = Vocabulary(
     ("vocab.txt",),
     "https://huggingface.co/google-bert/bert-base-uncased/resolve/main",
-    _read_bert,
+    _bert_tokenizer,
     HashTokenizer(BERT_LENGTH, 101, 102, range(1996, 30522)),
 )
 
 
 class PromptCache:
-    """Text features of the prompts used last: encoded once, without gradient, kept on the device in use."""
+    """Text features of recent prompts: computed once, without gradient, and kept on the device in use."""
 
     def __init__(self, size: int = 1024) -> None:
         self._size = size
@@ -190,13 +193,13 @@ class PromptCache:
     def features(
         self, prompts: Sequence[str], encode: Callable[[list[str]], Tensor], device: torch.device
     ) -> Tensor:
-        """Returns features (B, D) of the prompts on `device`; `encode` is asked for the unknown ones."""
-        # A host may run in inference mode, whose tensors could not take part in a gradient later.
+        """Returns features (B, D) of the prompts on `device`; `encode` computes those that are not cached."""
+        # A host may run in inference mode, whose tensors cannot be part of a gradient later.
         with torch.inference_mode(False), torch.no_grad():
-            unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._features]
-            if unknown:
-                rows = (row.clone() for row in encode(unknown))
-                self._features.update(zip(unknown, rows, strict=True))
+            missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._features]
+            if missing:
+                rows = (row.clone() for row in encode(missing))
+                self._features.update(zip(missing, rows, strict=True))
             for prompt in prompts:
                 self._features[prompt] = self._features[prompt].to(device)
                 self._features.move_to_end(prompt)

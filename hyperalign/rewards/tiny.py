@@ -1,4 +1,4 @@
-"""The embedded model's two rewards: the one its hypernetworks were trained with, and the validation one."""
+"""The tiny model's two rewards: the one its hypernetworks were trained with, and the validation reward."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from ..errors import HyperAlignError
 from ..tiny.evaluators import TinyReward, TinyValidationReward, load_reward, load_validation_reward
 from ..tiny.text_encoder import tokenize_batch
 from . import Reward
-from .images import check_images, network_pixels
-from .networks import own_precision
-from .text import check_prompts
+from .network_reward import NetworkReward
 
 PIXELS = 64
 LOADERS = {"tiny reward": load_reward, "tiny validation reward": load_validation_reward}
@@ -23,30 +21,18 @@ NAMES = tuple(LOADERS)
 
 
 @dataclass(frozen=True, slots=True)
-class TinyPreference:
-    """A tiny judge behind the `Reward` protocol."""
+class TinyPreference(NetworkReward[TinyReward | TinyValidationReward]):
+    """A tiny reward behind the `Reward` protocol; it also refuses prompts with unknown words."""
 
-    name: str
-    module: TinyReward | TinyValidationReward
+    def _score(self, pixels_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.module(pixels_BCHW, tokenize_batch(list(prompts)).to(pixels_BCHW.device))
 
-    def score(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Returns one score (B,) per image, as `Reward.score`; it also refuses unknown words."""
-        check_images(images_BCHW)
-        check_prompts(prompts, images_BCHW.shape[0])
-        with own_precision(self.module):
-            pixels_BCHW = network_pixels(images_BCHW, self.module, prepare)
-            tokens_BL = tokenize_batch(list(prompts)).to(pixels_BCHW.device)
-            return self.module(pixels_BCHW, tokens_BL)
-
-    def embed_images(self, images_BCHW: Tensor) -> Tensor:
-        """Returns unit embeddings (B, 128), as `Reward.embed_images`."""
-        check_images(images_BCHW)
-        with own_precision(self.module):
-            return self.module.embed_images(network_pixels(images_BCHW, self.module, prepare))
+    def _embed(self, pixels_BCHW: Tensor) -> Tensor:
+        return self.module.embed_images(pixels_BCHW)
 
 
-def prepare(images_BCHW: Tensor) -> Tensor:
-    """Returns what the tiny judges read: 64 x 64, averaged over areas."""
+def preprocess(images_BCHW: Tensor) -> Tensor:
+    """Returns the input of the tiny rewards: 64 x 64 pixels, averaged over areas."""
     if images_BCHW.shape[-2:] == (PIXELS, PIXELS):
         return images_BCHW
     return F.interpolate(images_BCHW, size=(PIXELS, PIXELS), mode="area")
@@ -57,4 +43,4 @@ def load(name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = 
     if name not in LOADERS:
         raise HyperAlignError(f"There is no reward {name!r}; expected one of {', '.join(NAMES)}.")
     with torch.inference_mode(False):
-        return TinyPreference(name, LOADERS[name]().to(device, dtype))
+        return TinyPreference(name, LOADERS[name]().to(device, dtype), preprocess)

@@ -1,6 +1,6 @@
-"""The rewards' published weights: where they lie, and how they are read without running code.
+"""The rewards' published weights: finding, reading without running code, checking, converting.
 
-Official `.pt` and `.pth` files are read by torch.load(weights_only=True), checked, and kept as
+Official `.pt` and `.pth` files are read by torch.load(weights_only=True), checked, and saved as
 `.safetensors` beside the original, in the same layout; from then on that file is read.
 """
 
@@ -10,7 +10,7 @@ import logging
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..checkpoint import save_atomically
+from ..checkpoint import not_finite, save_atomically
 from ..errors import HyperAlignError
 from ..files import first_line
 from .networks import State, dtype_of
@@ -31,10 +31,10 @@ UNREADABLE = (
     pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, OSError, EOFError,
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, struct.error,
 )  # fmt: skip
-"""What torch.load raises on files that are not whole, or not its own."""
+"""The errors of torch.load on files that are damaged or of another format."""
 PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-COUNTS = ("position_ids", "relative_position_index")
-"""How the only tensors end that some published files hold as integers: counts, which nobody learned."""
+INDICES = ("position_ids", "relative_position_index")
+"""The endings of the only integer tensors in published files: indices, which are not learned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +42,17 @@ class WeightFile:
     """One published file."""
 
     path: str
-    """Below the rewards' folder, under its published name."""
+    """Relative to the rewards' folder, with its published name."""
     url: str
     gigabytes: float
     part: str
-    """The submodule of the network it fills; empty for the whole."""
+    """The submodule whose weights it contains; empty for the whole network."""
     convert: Callable[[State], State]
-    """From the published tensor names to the submodule's."""
+    """From the published tensor names to those of the submodule."""
 
 
 def as_published(state: State) -> State:
-    """Returns the tensors under the names they have."""
+    """Returns the tensors unchanged."""
     return state
 
 
@@ -62,7 +62,7 @@ def load_state(
     """Reads, checks and casts the tensors of a network on the meta device.
 
     Raises:
-        HyperAlignError: a file is damaged, holds code, or does not fit the network.
+        HyperAlignError: a file is damaged, contains code, or does not fit the network.
     """
     state: State = {}
     for path, file in files.items():
@@ -70,14 +70,14 @@ def load_state(
         part = _converted(path, file, published)
         _check(path, part, network.get_submodule(file.part).state_dict())
         if path.suffix != SUFFIX:
-            _keep(published, path)
+            _save_converted(published, path)
         prefix = f"{file.part}." if file.part else ""
         state |= {prefix + key: value for key, value in part.items()}
     return {key: value.to(device, dtype_of(key, dtype)) for key, value in state.items()}
 
 
 def find(file: WeightFile, folder: Path) -> Path:
-    """Returns the converted file, or else the published one. Raises HyperAlignError with where to get it."""
+    """Returns the converted file, or else the published one. Raises HyperAlignError with its source."""
     published = folder / file.path
     converted = published.with_suffix(SUFFIX)
     for path in (converted, published):
@@ -90,28 +90,28 @@ def find(file: WeightFile, folder: Path) -> Path:
 
 
 def size_text(file: WeightFile) -> str:
-    """Returns a file's size in words."""
+    """Returns a file's size with its unit."""
     return f"{file.gigabytes:.1f} GB" if file.gigabytes >= 0.1 else f"{file.gigabytes * 1000:.0f} MB"
 
 
 def read(path: Path) -> State:
-    """Returns the tensors of a weight file on the CPU. Raises HyperAlignError, and never runs its code."""
+    """Returns the tensors of a weight file on the CPU; never runs its code. Raises HyperAlignError."""
     try:
         state = _read_safetensors(path) if path.suffix == SUFFIX else _read_pickle(path)
     except (SafetensorError, *UNREADABLE) as error:
         if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
             raise HyperAlignError(
-                f"{path.name} holds more than tensors, or is damaged, and was not read further. Get the "
+                f"{path.name} contains more than tensors, or is damaged, and was not read further. Get the "
                 "published file again, or a .safetensors."
-            ) from None  # torch's own text explains how to run the code in the file
+            ) from None  # torch's message explains how to run the code in the file
         raise HyperAlignError(
             f"{path.name} is not a whole weight file ({first_line(error)}). Download or copy it again."
         ) from error
     for key, value in state.items():
-        if not _holds_numbers(key, value):
+        if not _is_numeric(key, value):
             raise HyperAlignError(
                 f"{path.name}: {key} is of {value.dtype}, {value.layout}, on {value.device}; expected dense "
-                "floating-point numbers. It is another model's file, or a copy made smaller; get the "
+                "floating-point numbers. It is another model's file, or a quantised copy; get the "
                 "published one."
             )
     return state
@@ -123,23 +123,23 @@ def _read_safetensors(path: Path) -> State:
 
 
 def _read_pickle(path: Path) -> State:
-    mapped = zipfile.is_zipfile(path)  # only the newer of torch's two formats can be mapped into memory
+    mapped = zipfile.is_zipfile(path)  # only the newer of torch's two formats can be memory-mapped
     loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else None
     if not isinstance(state, Mapping):
-        raise TypeError(f"it holds a {type(loaded).__name__} instead of named tensors")
+        raise TypeError(f"it contains a {type(loaded).__name__} instead of named tensors")
     found = dict(cast("Mapping[Any, Any]", state))
     for key, value in found.items():
         if not (isinstance(key, str) and isinstance(value, Tensor)):
-            raise TypeError(f"it holds a {type(value).__name__} named {key!r} among its tensors")
+            raise TypeError(f"it contains a {type(value).__name__} named {key!r} among its tensors")
     return found
 
 
-def _holds_numbers(key: str, value: Tensor) -> bool:
-    """Whether a tensor is one that a network can take, or a count."""
+def _is_numeric(key: str, value: Tensor) -> bool:
+    """Whether a tensor is dense with a dtype that a network can take."""
     is_dense = value.layout == torch.strided and not (value.is_meta or value.is_nested)
-    is_count = key.endswith(COUNTS) and value.dtype in (torch.int64, torch.int32)
-    return is_dense and (is_count or value.dtype in PRECISIONS)
+    is_index = key.endswith(INDICES) and value.dtype in (torch.int64, torch.int32)
+    return is_dense and (is_index or value.dtype in PRECISIONS)
 
 
 def _converted(path: Path, file: WeightFile, published: State) -> State:
@@ -152,36 +152,48 @@ def _converted(path: Path, file: WeightFile, published: State) -> State:
         ) from error
 
 
-def _check(path: Path, found: State, expected: Mapping[str, Tensor]) -> None:
-    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+def check_names(path: Path, missing: Iterable[str], extra: Iterable[str]) -> None:
+    """Raises HyperAlignError if a file lacks tensors of a network or has others."""
+    missing, extra = sorted(missing), sorted(extra)
     if missing or extra:
         raise HyperAlignError(
-            f"{path.name} holds another model: {len(missing)} tensors are missing "
+            f"{path.name} contains another model: {len(missing)} tensors are missing "
             f"({', '.join(missing[:2]) or 'none'}) and {len(extra)} are unknown "
             f"({', '.join(extra[:2]) or 'none'}). Get the published file again."
         )
+
+
+def check_finite(path: Path, state: State) -> None:
+    """Raises HyperAlignError if a tensor contains NaN or infinite values."""
+    if bad := not_finite(state):
+        raise HyperAlignError(
+            f"{path.name}: {bad[0]} contains NaN or infinite values. Download or copy it again."
+        )
+
+
+def _check(path: Path, found: State, expected: Mapping[str, Tensor]) -> None:
+    check_names(path, set(expected) - set(found), set(found) - set(expected))
     for key, value in found.items():
         if value.shape != expected[key].shape:
             raise HyperAlignError(
                 f"{path.name}: {key} has shape {tuple(value.shape)}, expected {tuple(expected[key].shape)}. "
                 "It is another model's file; get the published one."
             )
-        if not bool(torch.isfinite(value).all()):
-            raise HyperAlignError(
-                f"{path.name}: {key} holds NaN or infinite values. Download or copy it again."
-            )
+    check_finite(path, found)
 
 
-def _keep(state: State, path: Path) -> None:
-    """Writes the published tensors as safetensors; a folder that cannot be written to is no obstacle."""
+def _save_converted(state: State, path: Path) -> None:
+    """Saves the published tensors as safetensors; only warns where the folder cannot be written to."""
     try:
-        tensors = {key: _alone(value) for key, value in state.items()}
+        tensors = {key: _unshared(value) for key, value in state.items()}
         save_atomically(tensors, path.with_suffix(SUFFIX), {"converted_from": path.name})
     except (OSError, SafetensorError) as error:
-        LOG.warning("%s was not converted to safetensors (%s); it is read as it is.", path.name, error)
+        LOG.warning(
+            "%s was not converted to safetensors (%s); the original is read instead.", path.name, error
+        )
 
 
-def _alone(value: Tensor) -> Tensor:
-    """Returns a tensor that shares its memory with no other, without a copy where it already is alone."""
+def _unshared(value: Tensor) -> Tensor:
+    """Returns a tensor that shares its memory with no other; copies it only where it does."""
     whole = value.untyped_storage().nbytes() == value.nbytes
     return value.contiguous() if whole else value.clone(memory_format=torch.contiguous_format)

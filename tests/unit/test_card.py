@@ -1,25 +1,23 @@
-"""What shaped a hypernetwork stands in its header and on its card, for old files too."""
+"""The sources of a hypernetwork are stated in its header and on its card."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors import safe_open
 
 from hyperalign import checkpoint, provenance
 from hyperalign.card import card, card_path, write_card
 from hyperalign.checkpoint import HEADER_KEY, read_header
 from hyperalign.cli.main import main
 from hyperalign.errors import HyperAlignError
-from hyperalign.provenance import Source, data_source, remembered, reward_source, sources
+from hyperalign.provenance import Source, dataset_sources, reward_source, sources
 from hyperalign.rewards.loading import NAMES
 from hyperalign.tiny.weights import HYPERNETWORKS
+from scripts.convert_headers import converted
 
 yaml = pytest.importorskip("yaml")
 
@@ -42,37 +40,32 @@ def front_matter(text: str) -> dict[str, Any]:
     return yaml.safe_load(text.split("---\n")[1])
 
 
-def tensor_bytes(path: Path) -> bytes:
-    data = path.read_bytes()
-    return data[8 + int.from_bytes(data[:8], "little") :]
-
-
 def test_every_reward_has_its_facts() -> None:
     assert provenance.REWARDS.keys() == set(NAMES)
-    for facts in (*provenance.REWARDS.values(), *provenance.DATA_SETS.values(), *provenance.BASES.values()):
+    for facts in (*provenance.REWARDS.values(), *provenance.DATASETS.values(), *provenance.BASES.values()):
         assert facts.licence and facts.biases
 
 
-def test_sources_name_rewards_with_weights_and_leave_unused_ones_out() -> None:
+def test_sources_name_rewards_with_weights_and_exclude_unused_ones() -> None:
     assert [source.title for source in FLUX] == [
         "FLUX.1 [dev]", "HPSv2.1", "0.5 x CLIP score (ViT-L/14)", "2 x mine", "Pick-a-Pic v2",
     ]  # fmt: skip
 
 
-def test_what_is_not_known_is_named_as_the_users_own() -> None:
+def test_an_unknown_source_is_taken_for_the_users_own() -> None:
     assert reward_source("mine", 1.0) == Source("reward", "mine", provenance.UNKNOWN_LICENCE, weight=1.0)
-    (mine,) = data_source("holiday images, CC0")
+    (mine,) = dataset_sources("holiday images, CC0")
     assert (mine.name, mine.page, mine.biases) == ("holiday images, CC0", "", "")
-    assert data_source("none") == []
+    assert dataset_sources("none") == []
 
 
 @pytest.mark.parametrize("text", ["Pick-a-Pic v2", "pickapic_v2 train split", "data/PickAPic-v2, SFW part"])
-def test_a_data_set_is_known_however_it_is_spelled(text: str) -> None:
-    assert data_source(text) == [provenance.DATA_SETS["pickapicv2"]]
+def test_a_dataset_is_known_however_it_is_spelled(text: str) -> None:
+    assert dataset_sources(text) == [provenance.DATASETS["pickapicv2"]]
 
 
 def test_another_version_is_not_taken_for_the_known_one() -> None:
-    assert data_source("HPDv3")[0].name == "HPDv3"
+    assert dataset_sources("HPDv3")[0].name == "HPDv3"
 
 
 def test_a_base_model_of_the_hub_is_not_taken_for_its_familys_usual_one() -> None:
@@ -80,14 +73,6 @@ def test_a_base_model_of_the_hub_is_not_taken_for_its_familys_usual_one() -> Non
     assert schnell.page == "https://huggingface.co/black-forest-labs/FLUX.1-schnell"
     assert schnell.licence != provenance.BASES["flux"].licence
     assert provenance.base_source("flux", "black-forest-labs/FLUX.1-dev") == provenance.BASES["flux"]
-
-
-def test_words_of_an_older_header_become_sources() -> None:
-    found = remembered("sd15", {"reward": "1 x hpsv2.1 + 0.5 x clip", "preference_data": "none"})
-    assert [source.title for source in found] == [
-        "Stable Diffusion 1.5", "HPSv2.1", "0.5 x CLIP score (ViT-L/14)",
-    ]  # fmt: skip
-    assert remembered("sd15", {}) == ()
 
 
 def test_sources_go_through_the_file(make_hyperalign: Any, header: checkpoint.Header, tmp_path: Path) -> None:
@@ -111,7 +96,7 @@ def test_a_header_with_broken_sources_is_refused(
         read_header(path)
 
 
-def test_the_card_says_what_shaped_the_file_and_what_to_beware_of(header: checkpoint.Header) -> None:
+def test_the_card_states_sources_metrics_and_risks(header: checkpoint.Header) -> None:
     text = card(header, "mine")
     assert front_matter(text) == {
         "license": "other",
@@ -123,16 +108,16 @@ def test_the_card_says_what_shaped_the_file_and_what_to_beware_of(header: checkp
         "pipeline_tag": "text-to-image",
         "tags": ["hyperalign", "hypernetwork", "alignment", "arxiv:2601.15968"],
     }
-    for said in (
+    for fact in (
         "# mine", "2604.13305", "| hpsv2.1 (optimised) | 0.3123 |", "| pickscore | 21.5 |", "2 x mine",
         "7 of 10 images left out as unsafe (nsfw > 0.2)", "**Misuse.**", "hyperalign audit",
     ):  # fmt: skip
-        assert said in text
+        assert fact in text
 
 
-def test_a_file_that_says_nothing_has_a_card_that_says_so(header: checkpoint.Header) -> None:
+def test_the_card_of_a_file_without_sources_says_so(header: checkpoint.Header) -> None:
     text = card(dataclasses.replace(header, training={}, sources=()), "mine")
-    assert "The file does not say." in text
+    assert "Not recorded in the file." in text
     assert "None recorded" in text
     assert "license" not in front_matter(text)
 
@@ -144,25 +129,24 @@ def test_the_committed_files_have_cards(name: str) -> None:
     assert "EmojiScenes" in text
 
 
-def test_recording_sources_keeps_every_tensors_bytes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "tiny_s.safetensors"
-    shutil.copy(HYPERNETWORKS / path.name, path)
-    with safe_open(str(path), framework="pt") as file:
-        before = {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}
-    old, digest = read_header(path), hashlib.sha256(tensor_bytes(path)).hexdigest()
-    # a file of before this field
-    checkpoint.rewrite_header(path, dataclasses.replace(old, sources=()))
-    assert main(["card", str(path), "--record", "--out", str(tmp_path / "README.md")]) == 0
-    assert hashlib.sha256(tensor_bytes(path)).hexdigest() == digest
-    with safe_open(str(path), framework="pt") as file:
-        assert {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()} == before
-    recorded = read_header(path)
-    assert [source.kind for source in recorded.sources] == ["base model", "reward", "preference dataset"]
-    assert dataclasses.replace(recorded, sources=()) == dataclasses.replace(old, sources=())
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == card(recorded, "tiny_s")
+def test_the_command_prints_the_card_or_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = HYPERNETWORKS / "tiny_s.safetensors", tmp_path / "README.md"
+    expected = card(read_header(path), "tiny_s")
+    assert main(["card", str(path)]) == 0
+    assert capsys.readouterr().out == expected + "\n"
+    assert main(["card", str(path), "--out", str(out)]) == 0
+    assert out.read_text(encoding="utf-8") == expected
     assert "Wrote" in capsys.readouterr().out
+
+
+def test_converting_a_header_keeps_the_bytes_of_every_tensor() -> None:
+    content = (HYPERNETWORKS / "tiny_s.safetensors").read_bytes()
+    older = content.replace(b"preference dataset", b"preference data")
+    older = (int.from_bytes(content[:8], "little") - len(content) + len(older)).to_bytes(8, "little") + older[
+        8:
+    ]
+    assert older != content
+    assert converted(older) == converted(content) == content
 
 
 def test_an_interrupted_card_leaves_the_old_one(

@@ -133,12 +133,12 @@ def test_unreadable_header(saved: Path, change: dict[str, Any]) -> None:
 
 def test_header_that_lies_about_shapes(saved: Path) -> None:
     network = json.loads(checkpoint._open_metadata(saved))["network"]
-    refused(rewritten(saved, {"network": network | {"a": 8}}), "its header says")
+    refused(rewritten(saved, {"network": network | {"a": 8}}), "its header states")
 
 
 def test_header_that_claims_enormous_widths_allocates_nothing(saved: Path) -> None:
     network = json.loads(checkpoint._open_metadata(saved))["network"]
-    refused(rewritten(saved, {"network": network | {"width": 8192}}), "its header says")
+    refused(rewritten(saved, {"network": network | {"width": 8192}}), "its header states")
     refused(rewritten(saved, {"network": network | {"width": 10**9}}), "width is 1000000000")
 
 

@@ -72,7 +72,7 @@ def test_every_layer_of_a_family_has_keys_of_its_own(spec: Any, first: str) -> N
 def test_more_than_one_row_and_an_overflow_are_refused() -> None:
     network = HyperNetwork(HyperNetworkConfig(conditioning="none"), [Target("x", 4, 4)], [4])
     torch.nn.init.normal_(network.b_aux[0], std=1e6)
-    with pytest.raises(HyperAlignError, match="weights of 2 rows; a LoRA file holds those of one"):
+    with pytest.raises(HyperAlignError, match="weights of 2 samples; a LoRA file holds those of one"):
         lora_tensors(network, LoraNames(""), network.factors([torch.zeros(2, 4, 1, 1)]))
     with pytest.raises(HyperAlignError, match=r"not finite in torch.float16. Lower the strength"):
         lora_tensors(network, LoraNames(""), network.factors([torch.zeros(1, 4, 1, 1)]))
@@ -188,7 +188,7 @@ def test_bad_requests_are_refused(sd15_pipe: Any, make_for: Any, tmp_path: Path)
         export_lora(sd15_pipe, made, out, prompt="a", time=0.5)
     with pytest.raises(HyperAlignError, match="strength is inf; expected a number"):
         export_lora(sd15_pipe, made, out, prompt="a", strength=float("inf"))
-    with pytest.raises(HyperAlignError, match="weights of 2 rows"):
+    with pytest.raises(HyperAlignError, match="weights of 2 samples"):
         export_lora(sd15_pipe, made, out, prompt="a", num_images_per_prompt=2)
     with (
         hyperalign.attach(sd15_pipe, made),

@@ -1,4 +1,4 @@
-"""The reward benchmark on the smallest true shape there is: every figure is measured and written."""
+"""The reward benchmark with the smallest reward: every metric is measured and written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a traced run remembers, without a host."""
+"""The recording of a traced run, without a host."""
 
 from __future__ import annotations
 
@@ -51,8 +51,9 @@ def test_conditionings_are_tracks_with_the_weights_in_force():
     sampled(run)
     recorder.keep(run, network(), 0.5, None)
     trace = recorder.select().trace()
-    assert {track.name: track.in_force for track in trace.tracks} == {"uncond": (0, 0, 1), "cond": (0, 0, 1)}
-    assert [track.written for track in trace.tracks] == [(0, 2), (0, 2)]
+    used = {track.name: track.generation_used for track in trace.tracks}
+    assert used == {"uncond": (0, 0, 1), "cond": (0, 0, 1)}
+    assert [track.generated_at for track in trace.tracks] == [(0, 2), (0, 2)]
     assert trace.times == tuple(torch.tensor(TIMES).tolist())
     assert torch.equal(trace.strengths_EM, torch.full((3, 2), 0.5))
 
@@ -62,7 +63,7 @@ def test_evaluations_without_weights_are_columns_too():
     run = recorder.open(Schedule("S"))
     sampled(run, active=(False, True, True))
     recorder.keep(run, network(), 1.0, None)
-    assert [track.in_force for track in recorder.select().trace().tracks] == [(-1, 0, 1)] * 2
+    assert [track.generation_used for track in recorder.select().trace().tracks] == [(-1, 0, 1)] * 2
 
 
 def test_undeclared_evaluations_have_their_time():

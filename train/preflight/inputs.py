@@ -22,7 +22,6 @@ from hyperalign.errors import HyperAlignError
 from hyperalign.files import first_line
 from hyperalign.hosts.diffusers.adapter import spec_of
 from hyperalign.rewards import loading, tiny
-from hyperalign.rewards.weights import find
 from train.config import EvalConfig, TrainConfig
 from train.data.embeddings import CachedTexts
 from train.data.prompts import load_prompts
@@ -209,16 +208,12 @@ def check_reward(config: TrainConfig, name: str) -> None:
     if name in tiny.NAMES:
         raise HyperAlignError(
             f"objective.rewards or eval.rewards names {name!r}, which knows the words of the embedded tiny "
-            f"model alone; expected one of {', '.join(loading.RECIPES)}."
+            f"model alone; expected one of {', '.join(loading.PUBLISHED)}."
         )
-    recipe = loading.recipe_of(name)
-    for file in recipe.files:
-        path = find(file, config.data.rewards)
+    own = config.model.path / "tokenizer"
+    for path in loading.check_files(name, config.data.rewards, own if own.is_dir() else None):
         if path.suffix == ".safetensors":
             check_opens(path)
-    if recipe.vocabulary is not None:
-        own = config.model.path / "tokenizer"
-        recipe.vocabulary.load(config.data.rewards, own if own.is_dir() else None)
 
 
 def uncached(config: TrainConfig, texts: Sequence[str]) -> list[int]:

@@ -146,15 +146,16 @@ def meta_rewards(config: TrainConfig) -> dict[str, Reward]:
 
 def meta_reward(name: str, dtype: torch.dtype) -> Reward:
     """Returns a reward without memory for its weights. Raises HyperAlignError on another name."""
-    recipe = loading.recipe_of(name)
+    published = loading.published_reward(name)
     with META:
-        network = recipe.network()
+        network = published.network()
         state = {
             key: torch.empty(value.shape, dtype=dtype_of(key, dtype))
             for key, value in network.state_dict().items()
         }
     fill(network, state)
-    return recipe.assemble(name, network, recipe.vocabulary.stand_in if recipe.vocabulary else None)
+    vocabulary = published.vocabulary
+    return published.assemble(name, network, vocabulary.hash_tokenizer if vocabulary else None)
 
 
 def judging(config: TrainConfig, rewards: Sequence[Reward]) -> Cost:
@@ -174,9 +175,9 @@ def look(reward: Reward, images_BCHW: Tensor) -> Tensor:
     """
     network, dtype = reward.module, encoder_weight(reward.module).dtype
     if isinstance(network, ImageRewardNetwork):
-        return network.look(clip.prepare(images_BCHW).to(dtype))
+        return network.encode_images(clip.preprocess(images_BCHW).to(dtype))
     if isinstance(reward, (ClipReward, HeadReward)):
-        return reward.module.embed_images(reward.prepare(images_BCHW).to(dtype))
+        return reward.module.embed_images(reward.preprocess(images_BCHW).to(dtype))
     raise TypeError(f"{type(reward).__name__} looks at images in a way that is not known here")
 
 

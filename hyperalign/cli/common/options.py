@@ -12,7 +12,6 @@ import torch
 from ...errors import HyperAlignError
 from ...rewards import Reward, download, loading, tiny
 from ...rewards.text import check_characters
-from ...rewards.weights import find
 from ...tiny.text_encoder import word_ids
 from .arguments import DTYPES, command_parser, positive
 
@@ -35,11 +34,7 @@ def provide_reward(name: str, weights: Path, tokenizer: Path | None, download_mi
     """
     if download_missing:
         download.download(name, weights)
-    recipe = loading.recipe_of(name)
-    for file in recipe.files:
-        find(file, weights)
-    if recipe.vocabulary is not None:
-        recipe.vocabulary.load(weights, tokenizer)
+    loading.check_files(name, weights, tokenizer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +64,7 @@ class ScoringOptions:
         if len(set(self.rewards)) != len(self.rewards):
             raise HyperAlignError(f"Found the rewards {', '.join(self.rewards)}; give each of them once.")
         for name in self.published:
-            loading.recipe_of(name)
+            loading.published_reward(name)
 
     def provide_files(self) -> None:
         """Downloads the rewards' missing files if asked to. Raises HyperAlignError if some stay missing."""

@@ -69,11 +69,11 @@ def describe(header: Header) -> str:
             f"perception: {header.mode}",
             f"layers: {len(header.targets)}, rank {network.rank}, a {network.a}, b {network.b}",
             *([f"trained: {steps} steps"] if steps else []),
-            *(_described(source) for source in header.origins),
+            *(_described(source) for source in header.sources),
             *([f"preference images: {unsafe}"] if unsafe else []),
             *(
                 []
-                if header.origins
+                if header.sources
                 else ["reward and preference dataset: not recorded; ask whoever trained it"]
             ),
         ]

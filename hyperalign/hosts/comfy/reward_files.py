@@ -18,7 +18,7 @@ from comfy.patcher_extension import CallbacksMP
 from ...errors import HyperAlignError
 from ...rewards import download, loading
 from ...rewards.ensemble import Calibration, calibrate, load_calibrations, save_calibrations
-from ...rewards.loading import RECIPES
+from ...rewards.loading import PUBLISHED
 from ...rewards.weights import find
 from .rewards import HostReward, Judgement, hosted
 
@@ -52,7 +52,7 @@ def load(name: str, *, fetch: bool = False) -> HostReward:
     Raises:
         HyperAlignError: a file is missing, damaged or holds code; or there is no network.
     """
-    if fetch and name in RECIPES and problem(name) is not None:
+    if fetch and name in PUBLISHED and problem(name) is not None:
         download.download(name, _folder(name), _progress())
     if name in _READ and _READ[name][0] == _state(name):
         return _READ[name][1]
@@ -67,14 +67,10 @@ def load(name: str, *, fetch: bool = False) -> HostReward:
 
 def problem(name: str) -> str | None:
     """Returns which file of a reward is missing, its size, source page and folder; or None."""
-    if name not in RECIPES:
+    if name not in PUBLISHED:
         return None
-    recipe, folder = RECIPES[name], _folder(name)
     try:
-        for file in recipe.files:
-            find(file, folder)
-        if recipe.vocabulary is not None:
-            recipe.vocabulary.load(folder, _host_vocabulary())
+        loading.check_files(name, _folder(name), _host_vocabulary())
     except HyperAlignError as error:
         return f"{error} Or switch on download in Reward Model Loader."
     return None
@@ -123,9 +119,9 @@ def _forget(name: str, patcher: ModelPatcher, *_: object) -> None:
 
 def _state(name: str) -> list[tuple[Path, int, int]]:
     """Returns the files of a reward with their times and sizes. Raises HyperAlignError if one is missing."""
-    if name not in RECIPES:
+    if name not in PUBLISHED:
         return []
-    paths = [find(file, _folder(name)) for file in RECIPES[name].files]
+    paths = [find(file, _folder(name)) for file in PUBLISHED[name].files]
     return [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
 
 
@@ -135,7 +131,7 @@ def _own_folder() -> Path:
 
 def _folder(name: str) -> Path:
     """Returns the first folder that has all of a reward's files, or else the first of all."""
-    files = RECIPES[name].files if name in RECIPES else ()
+    files = PUBLISHED[name].files if name in PUBLISHED else ()
     for folder in map(Path, folder_paths.get_folder_paths(FOLDER)):
         published = [folder / file.path for file in files]
         if all(path.is_file() or path.with_suffix(".safetensors").is_file() for path in published):

@@ -213,13 +213,13 @@ def test_a_changed_file_is_read_again(nodes, pack, folders, monkeypatch):
     )
     file = weights.WeightFile("small.safetensors", "", 0.0, "", dict)
 
-    def reward(name: str, network: torch.nn.Module) -> Any:
+    def reward(name: str, network: torch.nn.Module, preprocess: Any) -> Any:
         found = tiny.load(TINY)
         found.module.bias = network.bias
         return found
 
-    recipe = loading.Recipe((file,), lambda: torch.nn.Linear(2, 1), reward)
-    monkeypatch.setitem(loading.RECIPES, "small", recipe)
+    published = loading.PublishedReward((file,), lambda: torch.nn.Linear(2, 1), torch.Tensor, reward)
+    monkeypatch.setitem(loading.PUBLISHED, "small", published)
     path = folders / "models" / "hyperalign_rewards" / file.path
     path.parent.mkdir(parents=True)
     biases = []

@@ -14,7 +14,7 @@ from hyperalign.delta import merged_delta
 from hyperalign.errors import HyperAlignError
 from hyperalign.hosts.tracing import Recorder
 from hyperalign.strength import StrengthCurve
-from hyperalign.trace import as_json, block_strengths, dynamics, strengths, written_at
+from hyperalign.trace import as_json, block_strengths, dynamics, generated_at, strengths
 from hyperalign.trace_pca import spread_of
 
 MODES = ["prefix", "separate"]
@@ -76,7 +76,7 @@ def test_recording_changes_no_image(tiny, sample, traced, make_hyperalign, mode,
 @pytest.mark.parametrize(("variant", "written"), [("S", [0, 1, 2, 3]), ("P", [0, 1, 2]), ("I", [0])])
 def test_weights_are_written_when_the_variant_says(traced, variant, written):
     _, trace, _ = traced(variant=variant)
-    assert written_at(trace) == written
+    assert generated_at(trace) == written
     assert [track.name for track in trace.tracks] in (["cond", "uncond"], ["uncond", "cond"])
 
 
@@ -133,7 +133,7 @@ def test_steps_outside_the_window_are_off(traced):
 def test_every_evaluation_of_a_second_order_sampler_is_a_column(traced):
     _, trace, _ = traced(variant="S", sampling={"sampler": "heun"})
     assert len(trace.times) == 7
-    assert written_at(trace) == list(range(7))
+    assert generated_at(trace) == list(range(7))
 
 
 def test_predictions_are_the_images_foreseen(traced, tiny):

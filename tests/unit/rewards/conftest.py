@@ -58,9 +58,9 @@ def official() -> ModuleType:
 
 def open_clip_model(shape: ClipShape) -> CLIP:
     """open_clip's own model: the official HPS v2 is this."""
-    seen = shape.vision
+    tower = shape.vision
     vision = CLIPVisionCfg(
-        layers=seen.layers, width=seen.width, head_width=seen.width // seen.heads,
+        layers=tower.layers, width=tower.width, head_width=tower.width // tower.heads,
         patch_size=shape.patch, image_size=shape.side,
     )  # fmt: skip
     text = CLIPTextCfg(width=shape.text.width, heads=shape.text.heads, layers=shape.text.layers)
@@ -68,7 +68,7 @@ def open_clip_model(shape: ClipShape) -> CLIP:
 
 
 def transformers_clip(shape: ClipShape) -> Any:
-    """transformers' own model, configured in its own words."""
+    """transformers' own model, with its own configuration."""
     from transformers import CLIPConfig, CLIPModel
 
     towers = {
@@ -94,26 +94,26 @@ def image_reward_shapes(shape: BlipShape) -> dict[str, tuple[int, ...]]:
         shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (width,), (width,)
 
     wide, narrow = shape.vision.width, shape.text.width
-    see, read = "blip.visual_encoder", "blip.text_encoder"
-    shapes[f"{see}.cls_token"] = (1, 1, wide)
-    shapes[f"{see}.pos_embed"] = (1, (shape.side // shape.patch) ** 2 + 1, wide)
-    shapes[f"{see}.patch_embed.proj.weight"] = (wide, 3, shape.patch, shape.patch)
-    shapes[f"{see}.patch_embed.proj.bias"] = (wide,)
+    vision, text = "blip.visual_encoder", "blip.text_encoder"
+    shapes[f"{vision}.cls_token"] = (1, 1, wide)
+    shapes[f"{vision}.pos_embed"] = (1, (shape.side // shape.patch) ** 2 + 1, wide)
+    shapes[f"{vision}.patch_embed.proj.weight"] = (wide, 3, shape.patch, shape.patch)
+    shapes[f"{vision}.patch_embed.proj.bias"] = (wide,)
     for i in range(shape.vision.layers):
-        block = f"{see}.blocks.{i}"
+        block = f"{vision}.blocks.{i}"
         norm(f"{block}.norm1", wide)
         linear(f"{block}.attn.qkv", wide, 3 * wide)
         linear(f"{block}.attn.proj", wide, wide)
         norm(f"{block}.norm2", wide)
         linear(f"{block}.mlp.fc1", wide, 4 * wide)
         linear(f"{block}.mlp.fc2", 4 * wide, wide)
-    norm(f"{see}.norm", wide)
-    shapes[f"{read}.embeddings.position_ids"] = (1, 512)
-    shapes[f"{read}.embeddings.word_embeddings.weight"] = (shape.vocabulary, narrow)
-    shapes[f"{read}.embeddings.position_embeddings.weight"] = (512, narrow)
-    norm(f"{read}.embeddings.LayerNorm", narrow)
+    norm(f"{vision}.norm", wide)
+    shapes[f"{text}.embeddings.position_ids"] = (1, 512)
+    shapes[f"{text}.embeddings.word_embeddings.weight"] = (shape.vocabulary, narrow)
+    shapes[f"{text}.embeddings.position_embeddings.weight"] = (512, narrow)
+    norm(f"{text}.embeddings.LayerNorm", narrow)
     for i in range(shape.text.layers):
-        layer = f"{read}.encoder.layer.{i}"
+        layer = f"{text}.encoder.layer.{i}"
         for kind, width in (("attention", narrow), ("crossattention", wide)):
             linear(f"{layer}.{kind}.self.query", narrow, narrow)
             linear(f"{layer}.{kind}.self.key", width, narrow)
@@ -153,7 +153,7 @@ def _head(width: int, places: tuple[int, ...], prefix: str) -> State:
 
 
 def transformers_siglip(shape: SiglipShape) -> Any:
-    """transformers' own model, with a text half that matters to nobody."""
+    """transformers' own model, with a text encoder that is not used."""
     from transformers import SiglipConfig, SiglipModel
 
     text = {

@@ -1,4 +1,4 @@
-"""GenEval's networks: true shapes on the meta device, small ones end to end, and the command."""
+"""GenEval's networks: full size on the meta device, small ones end to end, and the command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hyperalign.cli import geneval as command
 from hyperalign.cli.main import main
 from hyperalign.errors import HyperAlignError
 from hyperalign.geneval import colors, detector, scorer
-from hyperalign.geneval.detector import SWIN_SMALL, DetectorShape, FoundObject, objects
+from hyperalign.geneval.detector import SWIN_SMALL, DetectorShape, SegmentedObject, postprocess
 from hyperalign.geneval.prompts import COLORS, NAMES, parse_prompt
 from hyperalign.geneval.rules import THRESHOLD
 
@@ -74,7 +74,7 @@ def test_the_published_layout_fills_the_whole_network(weights: Path) -> None:
         assert torch.equal(found[key], value), key
 
 
-def test_no_bar_of_another_library_shows_and_others_keep_theirs(
+def test_transformers_progress_bar_is_hidden_here_and_kept_elsewhere(
     weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers.utils import logging
@@ -85,7 +85,7 @@ def test_no_bar_of_another_library_shows_and_others_keep_theirs(
     assert logging.is_progress_bar_enabled() == shown
 
 
-def test_buffers_that_older_releases_saved_are_no_obstacle(weights: Path) -> None:
+def test_buffers_that_older_releases_saved_are_ignored(weights: Path) -> None:
     path = weights / detector.WEIGHTS.path
     block = "model.pixel_level_module.encoder.encoder.layers.0.blocks.0.attention.self"
     save_file({**load_file(path), f"{block}.relative_position_index": torch.zeros(49, 49)}, path)
@@ -93,7 +93,7 @@ def test_buffers_that_older_releases_saved_are_no_obstacle(weights: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda state: state.pop("class_predictor.bias"), r"1 tensors are missing \(class_predictor.bias\)"),
         (lambda state: state.update(extra=torch.ones(1)), r"1 are unknown \(extra\)"),
@@ -102,13 +102,13 @@ def test_buffers_that_older_releases_saved_are_no_obstacle(weights: Path) -> Non
     ],
 )
 def test_other_weights_are_refused(
-    weights: Path, change: Callable[[dict[str, Tensor]], None], said: str
+    weights: Path, change: Callable[[dict[str, Tensor]], None], message: str
 ) -> None:
     path = weights / detector.WEIGHTS.path
     state = {key: value.clone() for key, value in load_file(path).items()}
     change(state)
     save_file(state, path)
-    with pytest.raises(HyperAlignError, match=said):
+    with pytest.raises(HyperAlignError, match=message):
         detector.load(weights)
 
 
@@ -149,7 +149,7 @@ def test_scores_and_masks_are_those_of_transformers_own_postprocessing(seed: int
         output, threshold=THRESHOLD, return_binary_maps=True
     )
     side = (384, 384)
-    found = sorted(objects(classes_QK, masks_Qhw, side, side, side), key=lambda one: one.score)
+    found = sorted(postprocess(classes_QK, masks_Qhw, side, side, side), key=lambda one: one.score)
     masks = zip(expected["segments_info"], expected["segmentation"], strict=True)
     pairs = sorted(masks, key=lambda pair: pair[0]["score"])
     assert len(found) == len(pairs) > 5
@@ -172,7 +172,7 @@ def test_scores_and_masks_are_those_of_transformers_own_postprocessing(seed: int
 def test_images_are_resized_and_padded_as_mmdetection_does(
     size: tuple[int, int], inner: tuple[int, int], padded: tuple[int, int]
 ) -> None:
-    pixels_BCHW, found = detector.prepare(torch.ones(1, 3, *size))
+    pixels_BCHW, found = detector.preprocess(torch.ones(1, 3, *size))
     assert found == inner
     assert tuple(pixels_BCHW.shape[-2:]) == padded
     assert (
@@ -190,17 +190,17 @@ def test_boxes_and_scores_come_from_masks_and_classes() -> None:
     masks_Qhw[0, 4:8, 2:10] = 9.0
     masks_Qhw[1, 2:6, 8:12] = 1.0
     masks_Qhw[2] = 9.0
-    found = {one.name: one for one in objects(classes_QK, masks_Qhw, (64, 64), (64, 48), (128, 96))}
+    found = {one.name: one for one in postprocess(classes_QK, masks_Qhw, (64, 64), (64, 48), (128, 96))}
     assert set(found) == {"dog", "cat"}
     assert found["dog"].box == pytest.approx((16, 32, 80, 64), abs=2)
     assert found["dog"].score > 0.95
     assert 0.5 < found["cat"].score < 0.75, "sigmoid(1) = 0.73 at most"
 
 
-def test_a_query_without_pixels_is_nothing() -> None:
+def test_a_query_without_pixels_gives_no_object() -> None:
     classes_QK = torch.zeros(1, len(NAMES) + 1)
     classes_QK[0, 0] = 20.0
-    assert objects(classes_QK, torch.full((1, 8, 8), -1.0), (32, 32), (32, 32), (32, 32)) == []
+    assert postprocess(classes_QK, torch.full((1, 8, 8), -1.0), (32, 32), (32, 32), (32, 32)) == []
 
 
 def test_a_cutout_is_grey_around_the_object() -> None:
@@ -208,7 +208,9 @@ def test_a_cutout_is_grey_around_the_object() -> None:
     mask_HW = torch.zeros(20, 30, dtype=torch.bool)
     mask_HW[5:10, 6:20] = True
     mask_HW[5, 6] = False
-    crop_CHW = colors.cutout(image_CHW, FoundObject("dog", 0.9, detector.box_of(mask_HW), mask_HW=mask_HW))
+    crop_CHW = colors.cutout(
+        image_CHW, SegmentedObject("dog", 0.9, detector.box_of(mask_HW), mask_HW=mask_HW)
+    )
     assert crop_CHW.shape == (3, 5, 14)
     assert crop_CHW[:, 0, 0].tolist() == pytest.approx([0.6] * 3)
     assert torch.equal(crop_CHW[:, 1:], image_CHW[:, 6:10, 6:20])
@@ -217,15 +219,15 @@ def test_a_cutout_is_grey_around_the_object() -> None:
 def test_the_colour_is_the_nearest_of_the_ten(weights: Path) -> None:
     """Against the cosines worked out one prompt at a time by the CLIP score."""
     found = scorer.load(weights)
-    judge = scorer.loading.load("clip", weights)
+    reward = scorer.loading.load("clip", weights)
     image_CHW = torch.rand(3, 40, 40)
-    dog = FoundObject("dog", 0.9, (4.0, 4.0, 30.0, 36.0))
+    dog = SegmentedObject("dog", 0.9, (4.0, 4.0, 30.0, 36.0))
     crop = image_CHW[None, :, 4:36, 4:30]
     texts = [t.format(color=c, name="dog") for c in COLORS for t in colors.TEMPLATES]
     with torch.no_grad():
-        cosines_KT = judge.score(crop.expand(30, -1, -1, -1), texts).view(10, 3)
-        tokens_BL = judge.tokenize(texts)  # type: ignore[attr-defined]
-        lengths_K = judge.module.embed_texts(tokens_BL).view(10, 3, -1).mean(dim=1).norm(dim=-1)  # type: ignore[operator]
+        cosines_KT = reward.score(crop.expand(30, -1, -1, -1), texts).view(10, 3)
+        tokens_BL = reward.tokenize(texts)  # type: ignore[attr-defined]
+        lengths_K = reward.module.embed_texts(tokens_BL).view(10, 3, -1).mean(dim=1).norm(dim=-1)  # type: ignore[operator]
     expected = COLORS[int((cosines_KT.mean(dim=1) / lengths_K).argmax())]
     assert found.classifier.colors(image_CHW, [dog, dog]) == [expected] * 2
 
@@ -236,16 +238,17 @@ def test_the_scorer_runs_end_to_end_and_colours_only_what_is_asked(
     mask_HW = torch.zeros(64, 64, dtype=torch.bool)
     mask_HW[10:30, 10:30] = True
     dogs = [
-        FoundObject("dog", score, detector.box_of(mask_HW), mask_HW=mask_HW) for score in (0.95, 0.93, 0.5)
+        SegmentedObject("dog", score, detector.box_of(mask_HW), mask_HW=mask_HW)
+        for score in (0.95, 0.93, 0.5)
     ]
     found = scorer.load(weights)
-    found.judge(torch.rand(3, 64, 64), parse_prompt(RED_DOG))  # with whatever random weights see
+    found.evaluate(torch.rand(3, 64, 64), parse_prompt(RED_DOG))  # with the detections of random weights
     monkeypatch.setattr(detector, "detect", lambda network, image: dogs)
-    verdict, counted = found.judge(torch.rand(1, 64, 64), parse_prompt(RED_DOG))
+    evaluation, counted = found.evaluate(torch.rand(1, 64, 64), parse_prompt(RED_DOG))
     assert [one.color is not None for one in counted["dog"]] == [True, False, False]
-    assert verdict.correct is (counted["dog"][0].color == "red")
-    verdict, counted = found.judge(torch.rand(4, 64, 64), parse_prompt(TWO_DOGS))
-    assert verdict.correct
+    assert evaluation.correct is (counted["dog"][0].color == "red")
+    evaluation, counted = found.evaluate(torch.rand(4, 64, 64), parse_prompt(TWO_DOGS))
+    assert evaluation.correct
     assert len(counted["dog"]) == 2
 
 
@@ -303,7 +306,7 @@ def test_the_metadata_of_a_folder_may_come_from_the_whole_file(images: Path, tmp
 def test_bad_inputs_are_one_sentence(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for arguments, said in (
+    for arguments, message in (
         ([str(tmp_path / "none")], "There is no folder"),
         ([str(tmp_path)], "There are no images in"),
         ([str(images), "--weights", str(tmp_path)], "There is no model.safetensors"),
@@ -312,7 +315,7 @@ def test_bad_inputs_are_one_sentence(
     ):
         assert main(["geneval", *arguments]) == 2
         error = capsys.readouterr().err
-        assert said in error
+        assert message in error
         assert len(error.strip().splitlines()) == 1
     assert not list(images.glob("*.jsonl"))
     assert not list(images.glob(".*"))

@@ -14,29 +14,29 @@ from hypothesis import strategies as st
 
 from hyperalign.errors import HyperAlignError
 from hyperalign.geneval.prompts import COLORS, NAMES, Prompt, Requirement, parse_prompt, read_metadata
-from hyperalign.geneval.rules import Box, Detection, Verdict, judge, kept, relations
+from hyperalign.geneval.rules import Box, Detection, Evaluation, evaluate, relations, select
 from hyperalign.geneval.summary import summarise, table
 from hyperalign.tiny.geneval import Detection as TinyDetection
 from hyperalign.tiny.geneval import is_correct
 from hyperalign.tiny.prompts import FAMILIES, MIRRORED, Content, near_miss, sample_content
 
 GENEVAL = Path(__file__).resolve().parents[4] / "shared/data/geneval"
-OFFICIAL = pytest.mark.skipif(not GENEVAL.exists(), reason="GenEval's data do not lie in ../shared/data")
+OFFICIAL = pytest.mark.skipif(not GENEVAL.exists(), reason="GenEval's data are not in ../shared/data")
 
 
 def box(x: float, y: float, wide: float = 20, high: float = 20) -> Box:
     return (x - wide / 2, y - high / 2, x + wide / 2, y + high / 2)
 
 
-def seen(
+def detected(
     name: str, x: float = 50, y: float = 50, *, color: str | None = None, score: float = 0.95
 ) -> Detection:
     return Detection(name, score, box(x, y), color)
 
 
-def verdict(metadata: dict[str, Any], *detections: Detection) -> Verdict:
+def evaluated(metadata: dict[str, Any], *detections: Detection) -> Evaluation:
     prompt = parse_prompt({"prompt": "p", **metadata})
-    return judge(prompt, kept(detections, prompt.tag))
+    return evaluate(prompt, select(detections, prompt.tag))
 
 
 TWO_CLOCKS = {
@@ -64,43 +64,45 @@ DOG_RIGHT_OF_BEAR = {
     ],
 )
 def test_counting_is_exact(clocks: int, reasons: tuple[str, ...]) -> None:
-    found = [seen("clock", 30 * place) for place in range(clocks)]
-    assert verdict(TWO_CLOCKS, *found, seen("dog")).reasons == reasons
+    found = [detected("clock", 30 * place) for place in range(clocks)]
+    assert evaluated(TWO_CLOCKS, *found, detected("dog")).reasons == reasons
 
 
-def test_counting_asks_for_more_certainty_than_the_others() -> None:
-    unsure = [seen("clock", score=0.95), seen("clock", score=0.9), seen("clock", score=0.5)]
-    assert verdict(TWO_CLOCKS, *unsure).reasons == ("expected clock>=2, found 1",)
-    assert verdict({**TWO_CLOCKS, "tag": "single_object"}, *unsure).reasons == ("expected clock<3, found 3",)
+def test_counting_requires_higher_scores_than_the_others() -> None:
+    unsure = [detected("clock", score=0.95), detected("clock", score=0.9), detected("clock", score=0.5)]
+    assert evaluated(TWO_CLOCKS, *unsure).reasons == ("expected clock>=2, found 1",)
+    assert evaluated({**TWO_CLOCKS, "tag": "single_object"}, *unsure).reasons == (
+        "expected clock<3, found 3",
+    )
     single = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
-    assert verdict(single, seen("dog", score=0.31)).correct
-    assert not verdict(single, seen("dog", score=0.3)).correct
+    assert evaluated(single, detected("dog", score=0.31)).correct
+    assert not evaluated(single, detected("dog", score=0.3)).correct
 
 
 def test_no_more_than_sixteen_of_a_class_count() -> None:
-    crowd = [seen("dog", place, score=0.5 + place / 100) for place in range(30)]
-    found = kept([*crowd, seen("cat")], "two_object")
+    crowd = [detected("dog", place, score=0.5 + place / 100) for place in range(30)]
+    found = select([*crowd, detected("cat")], "two_object")
     assert [one.score for one in found["dog"]] == [0.5 + place / 100 for place in range(29, 13, -1)]
     assert len(found["cat"]) == 1
 
 
 def test_overlapping_detections_all_count() -> None:
     """The official script can suppress them, and does not."""
-    assert verdict(TWO_CLOCKS, seen("clock"), seen("clock")).correct
+    assert evaluated(TWO_CLOCKS, detected("clock"), detected("clock")).correct
 
 
 @pytest.mark.parametrize(
     ("found", "correct"),
     [
-        ([seen("dog", color="blue")], True),
-        ([seen("dog", color="red")], False),
-        ([seen("dog", color="red", score=0.9), seen("dog", color="blue", score=0.8)], False),
-        ([seen("dog", color="blue", score=0.9), seen("dog", color="red", score=0.8)], True),
-        ([seen("cat", color="blue")], False),
+        ([detected("dog", color="blue")], True),
+        ([detected("dog", color="red")], False),
+        ([detected("dog", color="red", score=0.9), detected("dog", color="blue", score=0.8)], False),
+        ([detected("dog", color="blue", score=0.9), detected("dog", color="red", score=0.8)], True),
+        ([detected("cat", color="blue")], False),
     ],
 )
 def test_the_colour_is_that_of_the_most_certain_object(found: list[Detection], correct: bool) -> None:
-    assert verdict(BLUE_DOG, *found).correct is correct
+    assert evaluated(BLUE_DOG, *found).correct is correct
 
 
 def test_two_colours_may_not_be_swapped() -> None:
@@ -111,9 +113,9 @@ def test_two_colours_may_not_be_swapped() -> None:
             {"class": "apple", "count": 1, "color": "black"},
         ],
     }
-    right = [seen("apple", color="black"), seen("wine glass", color="purple")]
-    assert verdict(metadata, *right).correct
-    wrong = verdict(metadata, seen("apple", color="purple"), seen("wine glass", color="black"))
+    right = [detected("apple", color="black"), detected("wine glass", color="purple")]
+    assert evaluated(metadata, *right).correct
+    wrong = evaluated(metadata, detected("apple", color="purple"), detected("wine glass", color="black"))
     assert wrong.reasons[0] == "expected purple wine glass>=1, found 0 purple; and 1 black"
     assert len(wrong.reasons) == 2
 
@@ -132,11 +134,11 @@ def test_two_colours_may_not_be_swapped() -> None:
 def test_a_position_is_that_of_the_centres(
     dog: tuple[float, float], bear: tuple[float, float], reasons: tuple[str, ...]
 ) -> None:
-    assert verdict(DOG_RIGHT_OF_BEAR, seen("dog", *dog), seen("bear", *bear)).reasons == reasons
+    assert evaluated(DOG_RIGHT_OF_BEAR, detected("dog", *dog), detected("bear", *bear)).reasons == reasons
 
 
 def test_a_position_needs_its_target() -> None:
-    assert verdict(DOG_RIGHT_OF_BEAR, seen("dog")).reasons == (
+    assert evaluated(DOG_RIGHT_OF_BEAR, detected("dog")).reasons == (
         "expected bear>=1, found 0",
         "no target for dog to be right of",
     )
@@ -201,7 +203,7 @@ def test_the_order_of_detections_does_not_matter(found: list[Detection], rng: ra
     found = list({one.score: one for one in found}.values())
     shuffled = rng.sample(found, len(found))
     for metadata in (TWO_CLOCKS, BLUE_DOG, DOG_RIGHT_OF_BEAR):
-        assert verdict(metadata, *found) == verdict(metadata, *shuffled)
+        assert evaluated(metadata, *found) == evaluated(metadata, *shuffled)
 
 
 @given(detections)
@@ -211,7 +213,7 @@ def test_what_a_prompt_does_not_name_never_matters(found: list[Detection]) -> No
         (BLUE_DOG, {"dog"}),
         (DOG_RIGHT_OF_BEAR, {"dog", "bear"}),
     ):
-        assert verdict(metadata, *found) == verdict(metadata, *(d for d in found if d.name in names))
+        assert evaluated(metadata, *found) == evaluated(metadata, *(d for d in found if d.name in names))
 
 
 @given(detections, st.integers(1, 16))
@@ -222,7 +224,7 @@ def test_a_count_and_one_more_excluded_is_exactly_that_count(found: list[Detecti
         "exclude": [{"class": "dog", "count": count + 1}],
     }
     dogs = min(16, sum(one.name == "dog" and one.score > 0.9 for one in found))
-    assert verdict(metadata, *found).correct is (dogs == count)
+    assert evaluated(metadata, *found).correct is (dogs == count)
 
 
 def scene(content: Content) -> list[Detection]:
@@ -240,8 +242,8 @@ def scene(content: Content) -> list[Detection]:
     ]
 
 
-def asked(content: Content) -> Prompt:
-    """A content of EmojiScenes as GenEval would ask for it: the second object is placed by the first."""
+def prompt_of(content: Content) -> Prompt:
+    """A content of EmojiScenes as a GenEval prompt: the second object is positioned by the first."""
     groups, relation = content.groups, content.relation
     if relation is not None:
         groups = groups[::-1]
@@ -262,8 +264,8 @@ def test_scenes_are_right_for_their_content_and_wrong_for_a_near_miss(seed: int,
         for d in found
     ]
     for wanted, right in ((content, True), (missed, False)):
-        assert judge(asked(wanted), kept(found, family)).correct is right
-        assert is_correct(wanted, tiny) is right, "the tiny world's own rules agree"
+        assert evaluate(prompt_of(wanted), select(found, family)).correct is right
+        assert is_correct(wanted, tiny) is right, "the tiny model's own rules agree"
 
 
 @OFFICIAL
@@ -293,12 +295,12 @@ def test_an_ideal_image_of_each_official_prompt_is_right_and_an_empty_one_wrong(
             side or "", (80, 50)
         )
         ideal = [
-            seen(one.name, *((50, 50) if place == 0 else second), color=one.color)
+            detected(one.name, *((50, 50) if place == 0 else second), color=one.color)
             for place, one in enumerate(prompt.include)
             for _ in range(one.count)
         ]
-        assert judge(prompt, kept(ideal, prompt.tag)) == Verdict(True, ()), row
-        assert not judge(prompt, {}).correct
+        assert evaluate(prompt, select(ideal, prompt.tag)) == Evaluation(True, ()), row
+        assert not evaluate(prompt, {}).correct
 
 
 @OFFICIAL
@@ -325,10 +327,10 @@ def test_other_metadata_are_refused(row: object, tmp_path: Path) -> None:
         read_metadata(tmp_path / "m.jsonl")
 
 
-@pytest.mark.parametrize(("text", "said"), [("", "is empty"), ("{", "cannot be read")])
-def test_a_damaged_file_of_metadata_is_refused(text: str, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("text", "message"), [("", "is empty"), ("{", "cannot be read")])
+def test_a_damaged_file_of_metadata_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text(text)
-    with pytest.raises(HyperAlignError, match=said):
+    with pytest.raises(HyperAlignError, match=message):
         read_metadata(tmp_path / "m.jsonl")
 
 

@@ -1,4 +1,4 @@
-"""What every reward promises: gradients, precision, devices' modes, checkpointing, clear refusals."""
+"""The properties of every reward: gradients, precision, inference mode, checkpointing, clear errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def load(published: Callable[[str], Path], tmp_path: Path) -> Load:
 
 
 every_reward = pytest.mark.parametrize("name", loading.NAMES)
-published_reward = pytest.mark.parametrize("name", loading.RECIPES)
+published_reward = pytest.mark.parametrize("name", loading.PUBLISHED)
 
 
 def gradient(reward: Reward, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def test_the_gradient_is_that_of_finite_differences(name: str, load: Load) -> No
     # away from black and white, where the straight-through clamp is not the score's true derivative
     images = torch.rand(2, 3, 40, 56, dtype=torch.float64) * 0.4 + 0.3
     _, grad = gradient(reward, images)
-    step = 1e-3 if name in tiny.NAMES else 1e-5  # the tiny judges end in float32
+    step = 1e-3 if name in tiny.NAMES else 1e-5  # the tiny rewards score in float32
     for pixel in [(0, 0, 20, 30), (1, 2, 5, 28), (1, 1, 39, 20)]:
         moved = torch.zeros_like(images)
         moved[pixel] = step
@@ -155,7 +155,7 @@ def test_prompts_that_do_not_fit_are_refused(name: str, prompts: list[str], mess
 
 
 @every_reward
-def test_odd_images_are_scored_or_refused_in_words(name: str, load: Load) -> None:
+def test_unusual_images_are_scored_or_refused_with_a_message(name: str, load: Load) -> None:
     reward = load(name)
     with torch.no_grad():
         for shape in [(1, 8, 8), (4, 8, 8), (3, 1, 1), (3, 1, 20_000), (3, 20_000, 2)]:
@@ -166,7 +166,7 @@ def test_odd_images_are_scored_or_refused_in_words(name: str, load: Load) -> Non
         reward.embed_images(torch.rand(2, 8, 8, 3))
 
 
-def test_a_prompt_is_encoded_once_and_the_oldest_is_forgotten() -> None:
+def test_a_prompt_is_encoded_once_and_the_oldest_is_dropped() -> None:
     asked: list[list[str]] = []
 
     def encode(prompts: list[str]) -> Tensor:
@@ -181,7 +181,7 @@ def test_a_prompt_is_encoded_once_and_the_oldest_is_forgotten() -> None:
     assert asked == [["a", "bb"], ["ccc"], ["bb"]]
 
 
-def test_more_prompts_than_the_memory_holds_are_all_scored() -> None:
+def test_more_prompts_than_the_cache_holds_are_all_scored() -> None:
     features = PromptCache(size=2).features(
         ["a", "b", "c", "d"], lambda prompts: torch.ones(len(prompts), 3), torch.device("cpu")
     )

@@ -1,4 +1,4 @@
-"""What shapes of tensors do not show: heads, activations and epsilons, against what is published."""
+"""Heads, activations and epsilons, which do not affect shapes, against the published configurations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def small_architectures() -> None:
 
 def on_meta(name: str) -> Any:
     with torch.device("meta"):
-        return loading.RECIPES[name].network()
+        return loading.PUBLISHED[name].network()
 
 
 def only(values: Iterable[Any]) -> Any:

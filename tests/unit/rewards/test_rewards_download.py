@@ -1,4 +1,4 @@
-"""Downloading from a hub on this machine: once, resumed, with checksum, and in words where it fails."""
+"""Downloading from a local hub: once, resumed, with checksum, and with a clear message on errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Hub(BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(206 if start else 200)
-        if server.tells_length:
+        if server.sends_length:
             self.send_header("Content-Length", str(len(CONTENT) - start))
         self.end_headers()
         self.wfile.write(CONTENT[start : HALF if server.breaks and not start else None])
@@ -47,10 +47,10 @@ class Hub(BaseHTTPRequestHandler):
 
 class Counting(ThreadingHTTPServer):
     asked: list[tuple[str, int]]
-    """Each path, and from which byte on."""
+    """Each path, and its first byte."""
     breaks = False
-    """Whether the line breaks in the middle of each file."""
-    tells_length = True
+    """Whether the connection is lost in the middle of each file."""
+    sends_length = True
     status = 200
 
 
@@ -66,8 +66,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
 
 
 def test_files_come_once_with_their_checksum_beside_them(hub: Counting, tmp_path: Path) -> None:
-    told: list[tuple[str, int, int]] = []
-    paths = download("hpsv2.1", tmp_path, lambda *facts: told.append(facts))
+    calls: list[tuple[str, int, int]] = []
+    paths = download("hpsv2.1", tmp_path, lambda *facts: calls.append(facts))
     assert paths == [tmp_path / WEIGHTS, tmp_path / "tokenizer/vocab.json", tmp_path / "tokenizer/merges.txt"]
     assert all(path.read_bytes() == CONTENT for path in paths)
     assert json.loads((tmp_path / f"{WEIGHTS}.json").read_text()) == {
@@ -76,14 +76,14 @@ def test_files_come_once_with_their_checksum_beside_them(hub: Counting, tmp_path
         "bytes": len(CONTENT),
         "sha256": hashlib.sha256(CONTENT).hexdigest(),
     }
-    assert (WEIGHTS, len(CONTENT), len(CONTENT)) in told
+    assert (WEIGHTS, len(CONTENT), len(CONTENT)) in calls
     assert hub.asked[0] == (f"/xswu/HPSv2/resolve/main/{WEIGHTS}", 0)
     hub.asked.clear()
     download("hpsv2.1", tmp_path)
     assert hub.asked == []
 
 
-def test_without_a_listener_a_bar_shows_the_size(
+def test_by_default_a_bar_shows_the_size(
     hub: Counting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     download("imagereward", tmp_path)
@@ -92,9 +92,9 @@ def test_without_a_listener_a_bar_shows_the_size(
     assert "5.12M/5.12M" in shown
 
 
-def test_a_broken_download_goes_on_where_it_stopped(hub: Counting, tmp_path: Path) -> None:
+def test_an_interrupted_download_resumes_where_it_stopped(hub: Counting, tmp_path: Path) -> None:
     hub.breaks = True
-    with pytest.raises(HyperAlignError, match=f"{WEIGHTS} could not be downloaded .* try again: it goes on"):
+    with pytest.raises(HyperAlignError, match=f"{WEIGHTS} could not be downloaded .* try again: it resumes"):
         download("hpsv2.1", tmp_path)
     assert not (tmp_path / WEIGHTS).exists()
     hub.breaks = False
@@ -104,35 +104,35 @@ def test_a_broken_download_goes_on_where_it_stopped(hub: Counting, tmp_path: Pat
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_a_remainder_of_a_longer_file_is_thrown_away(hub: Counting, tmp_path: Path) -> None:
+def test_a_partial_file_of_a_longer_file_is_discarded(hub: Counting, tmp_path: Path) -> None:
     (tmp_path / f"{WEIGHTS}.partial").write_bytes(CONTENT + b"more")
     download("hpsv2.1", tmp_path)
     assert (tmp_path / WEIGHTS).read_bytes() == CONTENT
     assert [start for path, start in hub.asked if path.endswith(WEIGHTS)] == [len(CONTENT) + 4, 0]
 
 
-def test_a_whole_file_that_was_stopped_before_it_got_its_name_is_kept(hub: Counting, tmp_path: Path) -> None:
+def test_a_complete_file_that_was_not_renamed_is_kept(hub: Counting, tmp_path: Path) -> None:
     (tmp_path / f"{WEIGHTS}.partial").write_bytes(CONTENT)
-    told: list[tuple[str, int, int]] = []
-    download("hpsv2.1", tmp_path, lambda *facts: told.append(facts))
+    calls: list[tuple[str, int, int]] = []
+    download("hpsv2.1", tmp_path, lambda *facts: calls.append(facts))
     assert (tmp_path / WEIGHTS).read_bytes() == CONTENT
     assert json.loads((tmp_path / f"{WEIGHTS}.json").read_text())["bytes"] == len(CONTENT)
     assert [start for path, start in hub.asked if path.endswith(WEIGHTS)] == [len(CONTENT)]
-    assert told[0] == (WEIGHTS, len(CONTENT), len(CONTENT))
+    assert calls[0] == (WEIGHTS, len(CONTENT), len(CONTENT))
 
 
-def test_a_server_that_does_not_tell_the_length_is_no_obstacle(hub: Counting, tmp_path: Path) -> None:
-    hub.tells_length = False
-    told: list[tuple[str, int, int]] = []
-    download("hpsv2.1", tmp_path, lambda *facts: told.append(facts))
+def test_a_server_may_omit_the_length(hub: Counting, tmp_path: Path) -> None:
+    hub.sends_length = False
+    calls: list[tuple[str, int, int]] = []
+    download("hpsv2.1", tmp_path, lambda *facts: calls.append(facts))
     assert (tmp_path / WEIGHTS).read_bytes() == CONTENT
-    own = [(here, total) for name, here, total in told if name == WEIGHTS]
+    own = [(here, total) for name, here, total in calls if name == WEIGHTS]
     assert all(here < total for here, total in own[:-1])
     assert own[-1] == (len(CONTENT), len(CONTENT))
 
 
 @pytest.mark.parametrize("place", ["file", "file/deeper"])
-def test_a_file_in_the_folder_s_place_is_told_in_a_sentence(
+def test_a_file_instead_of_the_folder_is_reported_in_a_sentence(
     hub: Counting, tmp_path: Path, place: str
 ) -> None:
     (tmp_path / "file").touch()
@@ -142,19 +142,19 @@ def test_a_file_in_the_folder_s_place_is_told_in_a_sentence(
 
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder_is_told_in_a_sentence(hub: Counting, tmp_path: Path) -> None:
+def test_a_read_only_folder_is_reported_in_a_sentence(hub: Counting, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(HyperAlignError, match=rf"{WEIGHTS} cannot be written"):
         download("hpsv2.1", tmp_path)
 
 
-def test_a_folder_in_the_file_s_place_is_told_in_a_sentence(hub: Counting, tmp_path: Path) -> None:
+def test_a_folder_instead_of_the_file_is_reported_in_a_sentence(hub: Counting, tmp_path: Path) -> None:
     (tmp_path / WEIGHTS).mkdir()
     with pytest.raises(HyperAlignError, match=rf"{WEIGHTS} is a folder"):
         download("hpsv2.1", tmp_path)
 
 
-def test_a_mirror_that_is_no_address_is_told_in_a_sentence(
+def test_a_mirror_without_an_address_is_reported_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "somewhere")
@@ -168,14 +168,14 @@ def test_weights_that_were_converted_are_not_fetched_again(hub: Counting, tmp_pa
     assert [path for path, _ in hub.asked if path.endswith(".pt")] == []
 
 
-def test_a_server_that_refuses_is_told_in_a_sentence(hub: Counting, tmp_path: Path) -> None:
+def test_a_server_that_refuses_is_reported_in_a_sentence(hub: Counting, tmp_path: Path) -> None:
     hub.status = 404
     with pytest.raises(HyperAlignError, match=r"could not be downloaded from http.*404.*by hand"):
         download("pickscore", tmp_path)
 
 
-def test_no_network_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+def test_no_network_is_reported_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # a closed port
     with pytest.raises(HyperAlignError, match="Check the network and try again"):
         download("pickscore", tmp_path)
 

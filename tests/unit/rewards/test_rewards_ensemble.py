@@ -127,7 +127,7 @@ def test_wrong_members_and_calibrations_are_refused() -> None:
         Ensemble([(RED, 1.0)], "z-score", {"red": Calibration(0, 0)})
     with pytest.raises(HyperAlignError, match="1 scores to calibrate with"):
         calibrate(torch.ones(1))
-    with pytest.raises(HyperAlignError, match="3 scores to calibrate with, all alike"):
+    with pytest.raises(HyperAlignError, match="3 scores to calibrate with, all equal"):
         calibrate(torch.ones(3))
     for value in ("nan", "inf", "-inf"):
         with pytest.raises(HyperAlignError, match="whose deviation is nan; expected finite"):

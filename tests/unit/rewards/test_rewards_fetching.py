@@ -83,7 +83,7 @@ def test_the_folder_scorer_fetches_what_is_missing_once(hub: Hub, images: Path, 
     assert (tmp_path / "own.csv").read_text() == fetched
 
 
-def test_nothing_is_fetched_for_a_command_that_cannot_work(
+def test_nothing_is_downloaded_for_wrong_arguments(
     hub: Hub, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = [str(images), "--reward", "clip", "--download", "--weights", str(tmp_path / "new")]

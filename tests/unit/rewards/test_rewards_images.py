@@ -56,8 +56,8 @@ def test_the_window_is_the_crop_of_the_whole(height: int, width: int, side: int)
 
 def test_pixels_are_pillow_s_to_the_rounding_of_bytes(images: list[Pixels]) -> None:
     for image in images:
-        image = Image.fromarray(image).resize((384, 384), Image.Resampling.BICUBIC)
-        error = (P.stretch_to_square(batch_of(image), 384) - batch_of(np.asarray(image))).abs()
+        resized = Image.fromarray(image).resize((384, 384), Image.Resampling.BICUBIC)
+        error = (P.stretch_to_square(batch_of(image), 384) - batch_of(np.asarray(resized))).abs()
         assert float(error.mean()) < 0.5 / 255
 
 

@@ -33,12 +33,13 @@ from hyperalign.rewards.images import CLIP_MEAN, CLIP_STD
 State = dict[str, Tensor]
 Pixels = NDArray[np.uint8]
 Network = Callable[[Tensor, str], float]
-"""Prepared pixels (3, H, W) and a prompt -> the official score."""
+"""Preprocessed pixels (3, H, W) and a prompt -> the official score."""
 
-PREPARE = {
-    "hpsv2": hpsv2.prepare, "hpsv2.1": hpsv2.prepare, "pickscore": clip.prepare, "clip": clip.prepare,
-    "aesthetic": clip.prepare, "imagereward": clip.prepare, "siglip-aesthetic": siglip_aesthetic.prepare,
-}  # fmt: skip
+PREPROCESS = dict.fromkeys(("pickscore", "clip", "aesthetic", "imagereward"), clip.preprocess) | {
+    "hpsv2": hpsv2.preprocess,
+    "hpsv2.1": hpsv2.preprocess,
+    "siglip-aesthetic": siglip_aesthetic.preprocess,
+}
 REAL_HEAD = Path(__file__).resolve().parents[4] / "shared/data/aesthetic/sac+logos+ava1-l14-linearMSE.pth"
 PROMPTS = ("a photograph of a cat, two red coffee", "the moon")
 
@@ -76,7 +77,7 @@ def official_siglip_pixels(image: Pixels) -> Tensor:
     return normalised(np.asarray(image), (0.5,) * 3, (0.5,) * 3)
 
 
-OFFICIAL_PIXELS = dict.fromkeys(PREPARE, official_clip_pixels) | {
+OFFICIAL_PIXELS = dict.fromkeys(PREPROCESS, official_clip_pixels) | {
     "hpsv2": official_hps_pixels,
     "hpsv2.1": official_hps_pixels,
     "siglip-aesthetic": official_siglip_pixels,
@@ -141,7 +142,7 @@ def blip_network(state: State, official: ModuleType, vocabularies: Path) -> Netw
         weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
         return (weights @ v).transpose(0, 1).flatten(1)
 
-    def see(pixels: Tensor) -> Tensor:
+    def encode_image(pixels: Tensor) -> Tensor:
         name = "blip.visual_encoder"
         proj = f"{name}.patch_embed.proj"
         patches = F.conv2d(pixels[None], state[f"{proj}.weight"], state[f"{proj}.bias"], shape.patch)
@@ -157,7 +158,7 @@ def blip_network(state: State, official: ModuleType, vocabularies: Path) -> Netw
             x = x + linear(f"{block}.mlp.fc2", F.gelu(hidden))
         return norm(f"{name}.norm", x, 1e-6)
 
-    def read(tokens: list[int], seen: Tensor) -> Tensor:
+    def encode(tokens: list[int], image: Tensor) -> Tensor:
         name = "blip.text_encoder"
         embeddings = f"{name}.embeddings"
         x = state[f"{embeddings}.word_embeddings.weight"][tokens]
@@ -166,7 +167,7 @@ def blip_network(state: State, official: ModuleType, vocabularies: Path) -> Netw
         for i in range(shape.text.layers):
             layer = f"{name}.encoder.layer.{i}"
             for kind in ("attention", "crossattention"):
-                source = x if kind == "attention" else seen
+                source = x if kind == "attention" else image
                 q, k, v = (linear(f"{layer}.{kind}.self.{part}", t)
                            for part, t in (("query", x), ("key", source), ("value", source)))  # fmt: skip
                 out = linear(f"{layer}.{kind}.output.dense", attend(q, k, v, shape.text.heads))
@@ -176,7 +177,9 @@ def blip_network(state: State, official: ModuleType, vocabularies: Path) -> Netw
         return x
 
     def score(pixels: Tensor, prompt: str) -> float:
-        x = read(words.encode(prompt).ids, see(pixels))[0]  # unpadded: what follows [SEP] is masked
+        x = encode(words.encode(prompt).ids, encode_image(pixels))[
+            0
+        ]  # unpadded: what follows [SEP] is masked
         for place in (0, 2, 4, 6, 7):
             x = linear(f"mlp.layers.{place}", x)
         return (float(x) - 0.16717362830052426) / 1.0333394966054072
@@ -191,7 +194,7 @@ def reference(name: str, folder: Path, official: ModuleType, vocabularies: Path)
             return hps_network(folder / file.path, official)
         case "pickscore" | "clip":
             model = official.transformers_clip(official.SMALL_H if name == "pickscore" else official.SMALL_L)
-            path = folder / loading.RECIPES[name].files[0].path
+            path = folder / loading.PUBLISHED[name].files[0].path
             return transformers_network(path, model, vocabularies, scaled=name == "pickscore")
         case "aesthetic":
             model = official.transformers_clip(official.SMALL_L)
@@ -214,7 +217,7 @@ def batch_of(image: Pixels) -> Tensor:
     return torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
 
 
-@pytest.fixture(params=loading.RECIPES)
+@pytest.fixture(params=loading.PUBLISHED)
 def paths(
     request: pytest.FixtureRequest, published: Callable[[str], Path], official: ModuleType, vocabularies: Path
 ) -> tuple[str, Reward, Network]:
@@ -231,7 +234,7 @@ def test_on_equal_pixels_the_network_is_the_official_one(
 ) -> None:
     name, reward, network = paths
     for image in images[:4]:
-        pixels = PREPARE[name](batch_of(image))[0]
+        pixels = PREPROCESS[name](batch_of(image))[0]
         for prompt in PROMPTS:
             score = float(reward.score(batch_of(image), [prompt]))
             assert score == pytest.approx(network(pixels, prompt), rel=1e-4, abs=1e-5)
@@ -260,7 +263,7 @@ def test_a_batch_scores_as_its_images_alone(paths: tuple[str, Reward, Network]) 
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not REAL_HEAD.is_file(), reason="the real head does not lie in ../shared/data")
+@pytest.mark.skipif(not REAL_HEAD.is_file(), reason="the real head is not in ../shared/data")
 def test_the_real_aesthetic_head_is_read(published: Callable[[str], Path], official: ModuleType) -> None:
     folder = published("aesthetic")
     (folder / aesthetic.HEAD.path).write_bytes(REAL_HEAD.read_bytes())

@@ -73,7 +73,7 @@ def test_siglip_has_the_published_size() -> None:
 )
 def test_parameters_are_as_many_as_published(name: str, millions: float) -> None:
     with torch.device("meta"):
-        network: nn.Module = loading.RECIPES[name].network()
+        network: nn.Module = loading.PUBLISHED[name].network()
     assert sum(weight.numel() for weight in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
 
 

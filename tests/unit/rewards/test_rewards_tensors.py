@@ -27,7 +27,7 @@ def quantised(value: Tensor) -> Tensor:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("key", [FUSED, PROJECTION])
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda value: value.to(torch.int32), "of torch.int32"),
         (lambda value: value.to(torch.int64), "of torch.int64"),
@@ -40,20 +40,20 @@ def quantised(value: Tensor) -> Tensor:
     ],
 )
 def test_other_things_than_dense_numbers_are_refused(
-    published: Published, key: str, change: Callable[[Tensor], Tensor], said: str
+    published: Published, key: str, change: Callable[[Tensor], Tensor], message: str
 ) -> None:
     folder = published("hpsv2.1")
     path = folder / hpsv2.V2_1.path
     state = torch.load(path, weights_only=True)["state_dict"]
     torch.save(state | {key: change(state[key])}, path)
-    with pytest.raises(HyperAlignError, match=f"{path.name}: {key} is .*{said}.*; expected dense"):
+    with pytest.raises(HyperAlignError, match=f"{path.name}: {key} is .*{message}.*; expected dense"):
         loading.load("hpsv2.1", folder)
     assert not path.with_suffix(".safetensors").exists()
 
 
 def test_a_safetensors_file_with_quarter_precision_is_refused(published: Published) -> None:
     folder = published("pickscore")
-    path = folder / loading.RECIPES["pickscore"].files[0].path
+    path = folder / loading.PUBLISHED["pickscore"].files[0].path
     save_file({key: value.to(torch.float8_e5m2) for key, value in load_file(path).items()}, path)
     with pytest.raises(HyperAlignError, match="of torch.float8_e5m2, torch.strided, on cpu; expected dense"):
         loading.load("pickscore", folder)
@@ -74,7 +74,7 @@ def test_names_that_are_no_strings_are_refused(published: Published, key: Any) -
     path = folder / hpsv2.V2_1.path
     state = torch.load(path, weights_only=True)["state_dict"]
     torch.save(state | {key: torch.ones(1)}, path)
-    with pytest.raises(HyperAlignError, match=r"holds a Tensor named .* among its tensors"):
+    with pytest.raises(HyperAlignError, match=r"contains a Tensor named .* among its tensors"):
         loading.load("hpsv2.1", folder)
 
 

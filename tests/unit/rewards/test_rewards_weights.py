@@ -47,12 +47,12 @@ def test_the_older_of_torch_s_two_formats_is_read_too(published: Published) -> N
     assert score(folder, "imagereward") == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_folder_that_cannot_be_written_to_is_no_obstacle(
+def test_weights_in_a_read_only_folder_are_read_without_conversion(
     published: Published, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = published("imagereward")
     converted = folder / "ImageReward.safetensors"
-    converted.mkdir()  # what lies there cannot be replaced by a file
+    converted.mkdir()  # a folder cannot be replaced by a file
     assert len(score(folder, "imagereward")) == 2
     assert "was not converted" in caplog.text
     assert not list(folder.glob(".*"))
@@ -76,7 +76,7 @@ def test_a_pickle_with_code_is_refused_and_never_run(
         torch.save({"state_dict": {"logit_scale": torch.ones(())}, "x": Malicious(trace)}, path)
     else:
         path.write_bytes(pickle.dumps(Malicious(trace)))
-    with pytest.raises(HyperAlignError, match="holds more than tensors, or is damaged") as caught:
+    with pytest.raises(HyperAlignError, match="contains more than tensors, or is damaged") as caught:
         loading.load("hpsv2.1", folder)
     assert "weights_only" not in "".join(traceback.format_exception(caught.value))
     assert not trace.exists()
@@ -92,7 +92,7 @@ def test_formats_with_code_are_refused_without_advice_to_run_it(tmp_path: Path, 
             tar.add(__file__, "storages")
     else:
         torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(2)).save(path)
-    with pytest.raises(HyperAlignError, match="holds more than tensors, or is damaged") as caught:
+    with pytest.raises(HyperAlignError, match="contains more than tensors, or is damaged") as caught:
         weights.read(path)
     assert "weights_only" not in "".join(traceback.format_exception(caught.value))
 
@@ -114,22 +114,22 @@ def test_any_other_bytes_are_refused(tmp_path: Path, name: str, start: bytes, re
 @pytest.mark.parametrize("name", ["hpsv2.1", "clip"])
 def test_a_cut_off_file_is_refused(published: Published, name: str) -> None:
     folder = published(name)
-    path = folder / loading.RECIPES[name].files[0].path
+    path = folder / loading.PUBLISHED[name].files[0].path
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(HyperAlignError, match="not a whole weight file"):
         loading.load(name, folder)
 
 
-def test_another_model_s_file_is_refused_and_not_kept(published: Published) -> None:
+def test_another_model_s_file_is_refused_and_not_converted(published: Published) -> None:
     folder = published("hpsv2.1")
     path = folder / hpsv2.V2_1.path
     torch.save({"weight": torch.ones(2)}, path)
     with pytest.raises(
-        HyperAlignError, match=r"holds another model: \d+ tensors are missing .* 1 are unknown"
+        HyperAlignError, match=r"contains another model: \d+ tensors are missing .* 1 are unknown"
     ):
         loading.load("hpsv2.1", folder)
     torch.save([torch.ones(2)], path)
-    with pytest.raises(HyperAlignError, match="it holds a list instead of named tensors"):
+    with pytest.raises(HyperAlignError, match="it contains a list instead of named tensors"):
         loading.load("hpsv2.1", folder)
     assert not path.with_suffix(".safetensors").exists()
 
@@ -145,16 +145,16 @@ def test_a_spoilt_tensor_is_refused(
     published: Published, spoil: Callable[[torch.Tensor], torch.Tensor], message: str
 ) -> None:
     folder = published("pickscore")
-    path = folder / loading.RECIPES["pickscore"].files[0].path
+    path = folder / loading.PUBLISHED["pickscore"].files[0].path
     state = load_file(path)
     save_file(state | {"visual_projection.weight": spoil(state["visual_projection.weight"])}, path)
     with pytest.raises(HyperAlignError, match=message):
         loading.load("pickscore", folder)
 
 
-@pytest.mark.parametrize("name", loading.RECIPES)
+@pytest.mark.parametrize("name", loading.PUBLISHED)
 def test_missing_weights_are_named_with_size_source_and_folder(name: str, tmp_path: Path) -> None:
-    file = loading.RECIPES[name].files[0]
+    file = loading.PUBLISHED[name].files[0]
     with pytest.raises(HyperAlignError) as caught:
         loading.load(name, tmp_path)
     for fact in (Path(file.path).name, " GB", page(file.url), str((tmp_path / file.path).parent)):
@@ -183,7 +183,7 @@ def test_the_tokenizer_is_found_in_three_places(published: Published, vocabulari
         loading.load("clip", folder)
     elsewhere = loading.load("clip", folder, tokenizer_folder=vocabularies)
     assert elsewhere.name == "clip"
-    for name in text.CLIP.names:
+    for name in text.CLIP.file_names:
         (folder / name).symlink_to(vocabularies / name)
     assert score(folder, "clip") == expected
 
@@ -192,7 +192,7 @@ def test_damaged_tokenizer_files_are_refused(published: Published) -> None:
     folder = published("clip")
     (folder / "tokenizer").unlink()
     (folder / "tokenizer").mkdir()
-    for name in text.CLIP.names:
+    for name in text.CLIP.file_names:
         (folder / "tokenizer" / name).write_text("<html>", encoding="utf-8")
     with pytest.raises(HyperAlignError, match="tokenizer files in .* cannot be read"):
         loading.load("clip", folder)
@@ -206,7 +206,7 @@ def test_clip_tokens_are_open_clip_s(vocabularies: Path) -> None:
     expected = open_clip.get_tokenizer("ViT-H-14")(prompts)
     ends = expected.argmax(dim=1)
     assert found.shape == expected.shape
-    for row, end in enumerate(ends):  # what pads behind the end differs, and is never read
+    for row, end in enumerate(ends):  # the padding after the end differs; the networks ignore it
         assert torch.equal(found[row, : end + 1], expected[row, : end + 1])
 
 
@@ -222,13 +222,13 @@ def test_bert_tokens_are_those_of_the_official_tokenizer(vocabularies: Path, tmp
     assert torch.equal((found != text.BERT_PAD).long(), expected.attention_mask)
 
 
-def test_stand_in_tokens_differ_by_word_and_fit_the_vocabulary() -> None:
+def test_hash_tokens_differ_by_word_and_fit_the_vocabulary() -> None:
     for vocabulary, length, size in ((text.CLIP, 77, 49408), (text.BERT, 35, 30524)):
-        tokens = vocabulary.stand_in(["a red cat", "a blue cat", "", "word " * 100])
+        tokens = vocabulary.hash_tokenizer(["a red cat", "a blue cat", "", "word " * 100])
         assert tokens.shape == (4, length)
         assert int(tokens.max()) < size
         assert not torch.equal(tokens[0], tokens[1])
-        assert torch.equal(tokens, vocabulary.stand_in(["a red cat", "a blue cat", "", "word " * 100]))
+        assert torch.equal(tokens, vocabulary.hash_tokenizer(["a red cat", "a blue cat", "", "word " * 100]))
 
 
 def test_precise_tensors_stay_in_float32(published: Published) -> None:
@@ -239,7 +239,7 @@ def test_precise_tensors_stay_in_float32(published: Published) -> None:
 
 def test_one_encoder_file_serves_two_rewards(published: Published) -> None:
     folder = published("aesthetic")
-    clip, judged = loading.load("clip", folder), loading.load("aesthetic", folder)
+    clip, aesthetic = loading.load("clip", folder), loading.load("aesthetic", folder)
     images = torch.rand(2, 3, 40, 30)
-    assert torch.allclose(clip.embed_images(images), judged.embed_images(images), atol=1e-6)
-    assert clip_score.WEIGHTS.path == loading.RECIPES["aesthetic"].files[0].path
+    assert torch.allclose(clip.embed_images(images), aesthetic.embed_images(images), atol=1e-6)
+    assert clip_score.WEIGHTS.path == loading.PUBLISHED["aesthetic"].files[0].path
