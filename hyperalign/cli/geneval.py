@@ -27,9 +27,10 @@ from ..geneval.scorer import CLIP, GenEval, load
 from ..geneval.summary import summarise, table
 from ..rewards import download, loading
 from ..rewards.weights import find
+from ..threads import in_order
 from .score.devices import device_of
 from .score.files import Log, check_writable, file_state, log_of, write_whole
-from .score.images import BadImage, decode, in_order
+from .score.images import BadImage, decode
 from .score.progress import bar
 
 STOPPED = 130

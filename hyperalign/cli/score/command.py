@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 from ...errors import HyperAlignError
+from ...threads import in_order
 from .devices import device_of
 from .files import Log, Scored, check_writable, log_of, write_whole
-from .images import BadImage, in_order, list_images, thumbnail
+from .images import BadImage, list_images, thumbnail
 from .options import STOPPED, ScoringOptions, positive, scoring_parser
 from .progress import bar
 from .prompts import find_prompts

@@ -5,21 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import struct
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from ...errors import HyperAlignError
-
-In = TypeVar("In")
-Out = TypeVar("Out")
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 DAMAGED = (
@@ -93,22 +86,3 @@ def thumbnail(folder: Path, name: str, side: int) -> str | BadImage:
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=THUMBNAIL_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
-
-
-def in_order(
-    pool: ThreadPoolExecutor, function: Callable[[In], Out], items: Iterable[In], ahead: int
-) -> Iterator[tuple[In, Out]]:
-    """Yields items with their results, in order; at most `ahead` of them are under way."""
-    waiting: deque[tuple[In, Future[Out]]] = deque()
-    try:
-        for item in items:
-            waiting.append((item, pool.submit(function, item)))
-            if len(waiting) > ahead:
-                item, future = waiting.popleft()
-                yield item, future.result()
-        while waiting:
-            item, future = waiting.popleft()
-            yield item, future.result()
-    finally:
-        for _, future in waiting:
-            future.cancel()

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ...rewards import Reward
+from ...threads import in_order
 from .files import Log, Row, Scored, file_state
-from .images import BadImage, decode, in_order
+from .images import BadImage, decode
 
 BATCH_PIXELS = 1 << 25
 """A batch has no more pixels than 32 images of 1024 x 1024: in float32 they take 400 MB."""

@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from ...errors import HyperAlignError
-from ..score.images import DAMAGED, in_order, list_images, open_rgb
+from ...threads import in_order
+from ..score.images import DAMAGED, list_images, open_rgb
 from ..score.prompts import beside, embedded, find_prompts, listed
 
 Format = Literal["webp", "jpeg"]
