@@ -18,31 +18,32 @@ from hyperalign.hypernetwork import HyperNetworkConfig
 from hyperalign.schedule import Schedule
 from hyperalign.targets import PerceptionMode
 from train.config import BaseName, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from train.models.architectures import (
+    FULL_SIZES,
+    ModelSize,
+    architecture,
+    autoencoder,
+    descending_sizes,
+    largest_within,
+    parameter_count,
+    with_random_weights,
+)
 from train.models.autoencoder import Autoencoder
 from train.models.base import Base, Conditions
 from train.models.flux import Flux, pack, places, unpack
 from train.models.image_encoder import image_encoder
-from train.models.load import KINDS, check_folder, load_base, make_base, text_fingerprint
-from train.models.true_shape import (
-    TRUE_SHAPES,
-    Shape,
-    architecture,
-    autoencoder,
-    largest_within,
-    parameters_of,
-    smaller,
-    with_random_weights,
-)
+from train.models.load import PIPELINES, check_folder, load_base, make_base
+from train.models.text_encoders import text_fingerprint
 from train.objective import Rewards, noised_states, preference_loss, reward_loss
 from train.preflight.smoke import TEXT, RandomTexts
 from train.setup import new_hyperalign
 
 NAMES: tuple[BaseName, ...] = ("sd15", "sdxl", "flux", "sd3")
 SMALL = {
-    "sd15": Shape(narrow=10),
-    "sdxl": Shape(narrow=10),
-    "flux": Shape(double_blocks=3, single_blocks=2, narrow=12),
-    "sd3": Shape(double_blocks=4, narrow=12),
+    "sd15": ModelSize(width_divisor=10),
+    "sdxl": ModelSize(width_divisor=10),
+    "flux": ModelSize(double_blocks=3, single_blocks=2, width_divisor=12),
+    "sd3": ModelSize(double_blocks=4, width_divisor=12),
 }
 CPU = torch.device("cpu")
 
@@ -160,24 +161,24 @@ def test_schnell_has_neither_shift_nor_guidance() -> None:
 def test_true_shapes_have_the_published_sizes(name: BaseName) -> None:
     places_of_sd3 = 384 * 384 * 1536  # in its file, but not learned
     published = {"sd15": 0.860e9, "sdxl": 2.567e9, "flux": 11.90e9, "sd3": 2.470e9 - places_of_sd3}
-    assert parameters_of(name, TRUE_SHAPES[name]) == pytest.approx(published[name], rel=0.01)
+    assert parameter_count(name, FULL_SIZES[name]) == pytest.approx(published[name], rel=0.01)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_smaller_shapes_shrink_until_they_fit(name: BaseName) -> None:
-    sizes = [parameters_of(name, shape) for shape in smaller(name)]
+    sizes = [parameter_count(name, shape) for shape in descending_sizes(name)]
     assert sizes == sorted(sizes, reverse=True)
-    assert largest_within(name, sizes[0]) == TRUE_SHAPES[name]
-    assert parameters_of(name, largest_within(name, sizes[1])) == sizes[1]
-    assert parameters_of(name, largest_within(name, 0)) == sizes[-1]
+    assert largest_within(name, sizes[0]) == FULL_SIZES[name]
+    assert parameter_count(name, largest_within(name, sizes[1])) == sizes[1]
+    assert parameter_count(name, largest_within(name, 0)) == sizes[-1]
 
 
 def saved(name: BaseName, folder: Path) -> TrainConfig:
     """Writes a small base model in diffusers' layout."""
-    kind = KINDS[name]
+    classes = PIPELINES[name]
     with torch.device("meta"):
         backbone: Any = architecture(name, SMALL[name])
-    with_random_weights(backbone, CPU, torch.float32).save_pretrained(folder / kind.folder)  # pyright: ignore
+    with_random_weights(backbone, CPU, torch.float32).save_pretrained(folder / classes.subfolder)  # pyright: ignore
     AutoencoderKL(
         block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, norm_num_groups=4,
         up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=autoencoder_channels(name),

@@ -1,4 +1,4 @@
-"""The base models' architectures with random weights: for smoke runs and benchmarks, without downloads."""
+"""Architectures of the base models with random weights: for smoke runs and benchmarks without downloads."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from train.config import BaseName
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """How much of a true architecture is built."""
+class ModelSize:
+    """The depth and width of an architecture."""
 
     double_blocks: int = 0
     """FLUX.1's double blocks, or SD 3.5's joint blocks."""
     single_blocks: int = 0
-    narrow: int = 1
+    width_divisor: int = 1
     """Divides the width of every layer."""
 
 
-TRUE_SHAPES: dict[BaseName, Shape] = {
-    "sd15": Shape(),
-    "sdxl": Shape(),
-    "flux": Shape(double_blocks=19, single_blocks=38),
-    "sd3": Shape(double_blocks=24),
+FULL_SIZES: dict[BaseName, ModelSize] = {
+    "sd15": ModelSize(),
+    "sdxl": ModelSize(),
+    "flux": ModelSize(double_blocks=19, single_blocks=38),
+    "sd3": ModelSize(double_blocks=24),
 }
-NARROW = (1, 2, 10)
-"""A U-Net's 320 channels can be divided by these: its norms want multiples of 32."""
-FEWEST_BLOCKS = 5
-"""The four that perceive, and one that is adapted."""
+UNET_DIVISORS = (2, 10)
+"""Divisors of a U-Net's 320 channels whose quotients are multiples of 32, as its norms require."""
+MIN_BLOCKS = 5
+"""The four perception blocks and one adapted block."""
 
 
-def architecture(base: BaseName, shape: Shape) -> nn.Module:
-    """Returns the backbone. Raises HyperAlignError if a width cannot be divided so."""
+def architecture(base: BaseName, size: ModelSize) -> nn.Module:
+    """Returns the backbone. Raises HyperAlignError if a width cannot be divided like this."""
     make = {"sd15": _sd15, "sdxl": _sdxl, "flux": _flux, "sd3": _sd3}[base]
-    return make(shape)
+    return make(size)
 
 
 def autoencoder(base: BaseName) -> nn.Module:
@@ -60,42 +60,42 @@ def autoencoder(base: BaseName) -> nn.Module:
     )  # fmt: skip
 
 
-def parameters_of(base: BaseName, shape: Shape) -> int:
-    """Returns the number of a backbone's parameters, without making them."""
+def parameter_count(base: BaseName, size: ModelSize) -> int:
+    """Returns the number of parameters of a backbone without allocating them."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in architecture(base, shape).parameters())
+        return sum(parameter.numel() for parameter in architecture(base, size).parameters())
 
 
-def smaller(base: BaseName) -> Iterator[Shape]:
-    """Yields the true shape and then ever smaller ones."""
-    shape = TRUE_SHAPES[base]
-    yield shape
+def descending_sizes(base: BaseName) -> Iterator[ModelSize]:
+    """Yields the full size and then smaller and smaller ones."""
+    size = FULL_SIZES[base]
+    yield size
     if base in ("sd15", "sdxl"):
-        yield from (Shape(narrow=narrow) for narrow in NARROW[1:])
+        yield from (ModelSize(width_divisor=divisor) for divisor in UNET_DIVISORS)
         return
-    while shape.double_blocks > FEWEST_BLOCKS or shape.single_blocks > 1:
-        double = max(FEWEST_BLOCKS, shape.double_blocks // 2)
-        shape = dataclasses.replace(shape, double_blocks=double, single_blocks=shape.single_blocks // 2)
-        yield shape
-    for narrow in (4, 12):
-        yield dataclasses.replace(shape, narrow=narrow)
+    while size.double_blocks > MIN_BLOCKS or size.single_blocks > 1:
+        double = max(MIN_BLOCKS, size.double_blocks // 2)
+        size = dataclasses.replace(size, double_blocks=double, single_blocks=size.single_blocks // 2)
+        yield size
+    for divisor in (4, 12):
+        yield dataclasses.replace(size, width_divisor=divisor)
 
 
-def largest_within(base: BaseName, parameters: int) -> Shape:
-    """Returns the largest shape with at most so many parameters; the smallest there is, if none."""
-    shape = TRUE_SHAPES[base]
-    for shape in smaller(base):
-        if parameters_of(base, shape) <= parameters:
-            return shape
-    return shape
+def largest_within(base: BaseName, parameters: int) -> ModelSize:
+    """Returns the largest size with at most this many parameters, or the smallest size."""
+    size = FULL_SIZES[base]
+    for size in descending_sizes(base):
+        if parameter_count(base, size) <= parameters:
+            return size
+    return size
 
 
 @torch.no_grad()
 def with_random_weights(
     model: nn.Module, device: torch.device, dtype: torch.dtype, seed: int = 0
 ) -> nn.Module:
-    """Returns a model made on the meta device with weights that keep the scale of activations."""
-    nn.Module.to(model, dtype)  # diffusers' own would warn of layers it has none of
+    """Fills a model from the meta device with weights that keep the scale of activations."""
+    nn.Module.to(model, dtype)  # diffusers' own `to` would warn about layers that it does not have
     model = model.to_empty(device=device).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(seed)
     for key, value in (*model.named_parameters(), *model.named_buffers()):
@@ -110,27 +110,27 @@ def _fill(key: str, value: Tensor, generator: torch.Generator) -> None:
         value.fill_(float(key.endswith("weight")))
 
 
-def _divided(number: int, narrow: int, unit: int = 1) -> int:
-    """Returns a narrower width, a multiple of `unit`."""
-    if narrow < 1 or number % (narrow * unit):
+def _divided(width: int, divisor: int, unit: int = 1) -> int:
+    """Returns a smaller width, a multiple of `unit`."""
+    if divisor < 1 or width % (divisor * unit):
         raise HyperAlignError(
-            f"narrow is {narrow}; expected a divisor of {number // unit} for this model. "
+            f"The width divisor is {divisor}; expected a divisor of {width // unit} for this model. "
             "Use 1, 2, 5 or 10 for U-Nets and 1, 2, 3, 4, 6 or 12 for transformers."
         )
-    return number // narrow
+    return width // divisor
 
 
-def _sd15(shape: Shape) -> nn.Module:
-    channels = tuple(_divided(c, shape.narrow, 32) for c in (320, 640, 1280, 1280))
+def _sd15(size: ModelSize) -> nn.Module:
+    channels = tuple(_divided(c, size.width_divisor, 32) for c in (320, 640, 1280, 1280))
     return UNet2DConditionModel(
         sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=channels
     )
 
 
-def _sdxl(shape: Shape) -> nn.Module:
-    channels = tuple(_divided(c, shape.narrow, 32) for c in (320, 640, 1280))
-    heads: Any = tuple(max(1, c // 64) for c in channels)  # diffusers' name for it is the head's width
-    layers: Any = (1, 2, 10)  # declared shorter than it is
+def _sdxl(size: ModelSize) -> nn.Module:
+    channels = tuple(_divided(c, size.width_divisor, 32) for c in (320, 640, 1280))
+    heads: Any = tuple(max(1, c // 64) for c in channels)  # diffusers names the width of a head so
+    layers: Any = (1, 2, 10)  # diffusers declares a shorter tuple
     return UNet2DConditionModel(
         sample_size=128, block_out_channels=channels, layers_per_block=2, cross_attention_dim=2048,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -141,18 +141,19 @@ def _sdxl(shape: Shape) -> nn.Module:
     )  # fmt: skip
 
 
-def _flux(shape: Shape) -> nn.Module:
+def _flux(size: ModelSize) -> nn.Module:
     return FluxTransformer2DModel(
-        num_layers=shape.double_blocks, num_single_layers=shape.single_blocks, guidance_embeds=True,
-        num_attention_heads=_divided(24, shape.narrow),
+        num_layers=size.double_blocks, num_single_layers=size.single_blocks, guidance_embeds=True,
+        num_attention_heads=_divided(24, size.width_divisor),
     )  # fmt: skip
 
 
-def _sd3(shape: Shape) -> nn.Module:
-    heads = _divided(24, shape.narrow)
-    dual = cast("tuple[()]", tuple(range(min(13, shape.double_blocks - 1))))  # so diffusers declares it
+def _sd3(size: ModelSize) -> nn.Module:
+    heads = _divided(24, size.width_divisor)
+    # diffusers declares an empty tuple
+    dual = cast("tuple[()]", tuple(range(min(13, size.double_blocks - 1))))
     return SD3Transformer2DModel(
-        num_layers=shape.double_blocks, num_attention_heads=heads, caption_projection_dim=64 * heads,
+        num_layers=size.double_blocks, num_attention_heads=heads, caption_projection_dim=64 * heads,
         in_channels=16, pos_embed_max_size=384, dual_attention_layers=dual, qk_norm="rms_norm",
         joint_attention_dim=4096, pooled_projection_dim=2048,
     )  # fmt: skip

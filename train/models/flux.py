@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hyperalign.hosts.diffusers.adapter import Call
 from train.models.autoencoder import Autoencoder
 from train.models.base import Conditions
-from train.models.latent import LatentModel
+from train.models.latent_model import LatentModel
 from train.noise import Flow, resolution_shift
 
 PATCH = 2

@@ -14,7 +14,7 @@ from train.noise import Diffusion
 
 
 class Tiny:
-    """The embedded model behind the `Base` and `Texts` protocols."""
+    """The embedded model behind the `Base` and `PromptEncoder` protocols."""
 
     cfg = True
     latent_shape = (4, 16, 16)
