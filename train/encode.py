@@ -1,6 +1,11 @@
 """Encodes preference images once, so that training reads latents instead of images.
 
+On one GPU:
+
 python train/encode.py --recipe train/recipes/sd15_s.toml --source data/pickapic_v2 --out data/pickapic-sd15
+
+On several GPUs:
+
 accelerate launch train/encode.py --recipe R --source data/HPDv2 --kind hpd --out data/hpd-sd15
 
 Stop it at any time; the same command resumes where it stopped, on any number of GPUs.

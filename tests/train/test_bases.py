@@ -1,4 +1,4 @@
-"""Base models behind one protocol: diffusers' pipelines' conventions; saving memory changes nothing."""
+"""Base models behind one protocol: the conventions of diffusers' pipelines; checkpointing changes nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from train.models.architectures import (
 )
 from train.models.autoencoder import Autoencoder
 from train.models.base import Base, Conditions
-from train.models.flux import Flux, pack, places, unpack
+from train.models.flux import Flux, pack, position_ids, unpack
 from train.models.image_encoder import image_encoder
 from train.models.load import PIPELINES, check_folder, load_base, make_base
 from train.models.text_encoders import text_fingerprint
@@ -142,9 +142,9 @@ def test_packing_is_flux_pipelines_own_and_can_be_undone(
     assert torch.equal(unpack(theirs, (2 * height, 2 * width)), x)
 
 
-def test_places_are_flux_pipelines_own() -> None:
+def test_position_ids_are_flux_pipelines_own() -> None:
     theirs = FluxPipeline._prepare_latent_image_ids(1, 3, 5, CPU, torch.float32)
-    assert torch.equal(places(6, 10, CPU), theirs)
+    assert torch.equal(position_ids(6, 10, CPU), theirs)
 
 
 def test_schnell_has_neither_shift_nor_guidance() -> None:
@@ -158,14 +158,19 @@ def test_schnell_has_neither_shift_nor_guidance() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_true_shapes_have_the_published_sizes(name: BaseName) -> None:
-    places_of_sd3 = 384 * 384 * 1536  # in its file, but not learned
-    published = {"sd15": 0.860e9, "sdxl": 2.567e9, "flux": 11.90e9, "sd3": 2.470e9 - places_of_sd3}
+def test_full_sizes_have_the_published_parameter_counts(name: BaseName) -> None:
+    positions_of_sd3 = 384 * 384 * 1536  # in its file, but not learned
+    published = {
+        "sd15": 0.860e9,
+        "sdxl": 2.567e9,
+        "flux": 11.90e9,
+        "sd3": 2.470e9 - positions_of_sd3,
+    }
     assert parameter_count(name, FULL_SIZES[name]) == pytest.approx(published[name], rel=0.01)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_smaller_shapes_shrink_until_they_fit(name: BaseName) -> None:
+def test_smaller_sizes_shrink_until_they_fit(name: BaseName) -> None:
     sizes = [parameter_count(name, shape) for shape in descending_sizes(name)]
     assert sizes == sorted(sizes, reverse=True)
     assert largest_within(name, sizes[0]) == FULL_SIZES[name]

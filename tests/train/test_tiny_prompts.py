@@ -19,6 +19,6 @@ def test_validation_prompts_are_distinct_and_never_trained_on() -> None:
 
 
 def test_asking_for_more_prompts_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.tiny.dataset.ENOUGH_DRAWS", 2)
+    monkeypatch.setattr("train.tiny.dataset.MAX_TRIES", 2)
     with pytest.raises(HyperAlignError, match="Ask for fewer"):
         validation_prompts(100_000, seed=0)

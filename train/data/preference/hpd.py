@@ -1,6 +1,6 @@
 """HPDv2: pairs of images of one prompt in train.json, images in train.tar or an unpacked folder.
 
-The data set's loading script is not run; only its two files are read.
+The loading script of the dataset is not run; only its two files are read.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _winner(row: object, where: str) -> tuple[str, str] | None:
     """Returns prompt and file of a pair's preference image; None for a tie."""
     prompt = entry_value(row, "prompt", str, where)
     choice: list[Any] = entry_value(row, "human_preference", list, where)
-    # the data set's card says file_path; its train.json has also been published with image_path
+    # the dataset card names file_path; train.json has also been published with image_path
     key = "image_path" if isinstance(row, dict) and "image_path" in row else "file_path"
     files: list[Any] = entry_value(row, key, list, where)
     if len(files) != len(choice) or not all(isinstance(file, str) for file in files):

@@ -49,7 +49,7 @@ class CaptionedFile:
     file: Path
     name: str
     unsafe: bool = False
-    """Whether the data set marks it as unsafe."""
+    """Whether the dataset marks it as unsafe."""
 
 
 def read_file(entry: CaptionedFile) -> DatasetItem:

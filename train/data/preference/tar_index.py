@@ -59,9 +59,9 @@ class TarIndex:
 
     def _load(self) -> dict[str, tuple[int, int]] | None:
         try:
-            kept = json.loads(self._cache.read_text(encoding="utf-8"))
-            if kept["tar"] == self._state():
-                return {str(name): (int(start), int(size)) for name, (start, size) in kept["files"].items()}
+            cached = json.loads(self._cache.read_text(encoding="utf-8"))
+            if cached["tar"] == self._state():
+                return {str(name): (int(start), int(size)) for name, (start, size) in cached["files"].items()}
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
