@@ -18,7 +18,7 @@ from hyperalign.hypernetwork import HyperNetwork, HyperNetworkConfig
 from hyperalign.schedule import Schedule
 from hyperalign.targets import BaseSpec, PerceptionMode
 from train.config import BaseName
-from train.models.true_shape import Shape, architecture, with_random_weights
+from train.models.architectures import ModelSize, architecture, with_random_weights
 
 Name = Literal["sd15", "sdxl", "flux", "sd35"]
 TRUE_PIXELS: dict[Name, int] = {"sd15": 512, "sdxl": 1024, "flux": 1024, "sd35": 1024}
@@ -90,7 +90,7 @@ class Base:
 def build(name: Name, size: Size, device: torch.device, dtype: torch.dtype) -> Base:
     """Returns a base model with random weights. Raises HyperAlignError if a width cannot be divided."""
     with torch.device("meta"):
-        model = architecture(FAMILIES[name], Shape(size.double_blocks, size.single_blocks, size.narrow))
+        model = architecture(FAMILIES[name], ModelSize(size.double_blocks, size.single_blocks, size.narrow))
     model = with_random_weights(model, device, dtype)
     generator = torch.Generator(device).manual_seed(1)
 

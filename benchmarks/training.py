@@ -28,8 +28,9 @@ from hyperalign.errors import HyperAlignError
 from hyperalign.targets import PerceptionMode
 from train.config import Checkpointing, EvalConfig, RunConfig, TrainConfig
 from train.materials import Row
-from train.models.load import backbone_dtype, text_lengths
-from train.models.true_shape import TRUE_SHAPES, Shape, architecture, autoencoder
+from train.models.architectures import FULL_SIZES, ModelSize, architecture, autoencoder
+from train.models.load import backbone_dtype
+from train.models.text_encoders import text_lengths
 from train.objective import States
 from train.preflight.costs import matrix_rate
 from train.preflight.estimate import Work, step_memory, step_work
@@ -135,11 +136,11 @@ class TimedTrainer(Trainer):
         return found[0]
 
 
-def shape_of(options: Options) -> Shape:
+def shape_of(options: Options) -> ModelSize:
     """Returns the backbone's shape, with what the options reduce."""
     given = {"double_blocks": options.double_blocks, "single_blocks": options.single_blocks}
     changes = {name: value for name, value in given.items() if value is not None}
-    return replace(TRUE_SHAPES[options.base], narrow=options.narrow, **changes)
+    return replace(FULL_SIZES[options.base], width_divisor=options.narrow, **changes)
 
 
 def config_of(options: Options, out: Path) -> TrainConfig:
@@ -171,7 +172,7 @@ def config_of(options: Options, out: Path) -> TrainConfig:
 def reductions(options: Options, config: TrainConfig) -> list[str]:
     """Returns what is smaller than the recipe at its true size, in words."""
     recipe, shape = load_recipe(FOLDER / f"{RECIPES[options.base]}.toml"), shape_of(options)
-    true, blocks = TRUE_SHAPES[options.base], "joint blocks" if options.base == "sd3" else "double blocks"
+    true, blocks = FULL_SIZES[options.base], "joint blocks" if options.base == "sd3" else "double blocks"
     pairs = [
         (config.model.resolution, recipe.model.resolution, "px"),
         (max(text_lengths(config)), max(text_lengths(recipe)), "text tokens"),
@@ -181,10 +182,10 @@ def reductions(options: Options, config: TrainConfig) -> list[str]:
         (options.reward, REWARD, "as reward"),
     ]
     words = [f"{found} {what} instead of {usual}" for found, usual, what in pairs if found != usual]
-    return words + ([f"backbone {shape.narrow} times narrower"] if shape.narrow != 1 else [])
+    return words + ([f"backbone {shape.width_divisor} times narrower"] if shape.width_divisor != 1 else [])
 
 
-def counted(config: TrainConfig, shape: Shape) -> tuple[Work, Work, Parts]:
+def counted(config: TrainConfig, shape: ModelSize) -> tuple[Work, Work, Parts]:
     """Returns the operations of a step as it runs, the model's own alone, and the parts as they run."""
 
     def parts(chosen: TrainConfig) -> Parts:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import HyperAlignError
-from .files import replacing
+from .files import first_line, replacing
 from .hypernetwork import HyperNetwork, HyperNetworkConfig
 from .provenance import Source
 from .schedule import Schedule
@@ -71,9 +71,12 @@ def save(path: Path, network: HyperNetwork, header: Header, dtype: torch.dtype =
 
 
 def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file beside its target and moves it into place."""
+    """Writes a safetensors file beside its target and moves it into place. Raises OSError."""
     with replacing(path) as partial:
-        save_file(tensors, partial, metadata)
+        try:
+            save_file(tensors, partial, metadata)
+        except SafetensorError as error:  # of a full disk, for one
+            raise OSError(first_line(error)) from error
         partial.chmod(0o644)  # safetensors makes it readable by its owner alone
 
 

@@ -68,7 +68,7 @@ def check_writable(path: Path, fix: str = "Choose a path that can be written to.
             raise IsADirectoryError(f"{path} is a folder")
         probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another machine may use the same process number
 
 
 def existing_parent(path: Path) -> Path:

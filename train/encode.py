@@ -1,9 +1,14 @@
 """Encodes preference images once, so that training reads latents instead of images.
 
+On one GPU:
+
 python train/encode.py --recipe train/recipes/sd15_s.toml --source data/pickapic_v2 --out data/pickapic-sd15
+
+On several GPUs:
+
 accelerate launch train/encode.py --recipe R --source data/HPDv2 --kind hpd --out data/hpd-sd15
 
-Stop it at any time; the same command goes on where it stopped, also on another number of GPUs.
+Stop it at any time; the same command resumes where it stopped, on any number of GPUs.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:
-    # `python train/encode.py` puts train/ on the path, where train.py would hide the package `train`.
+    # `python train/encode.py` puts train/ on sys.path, where train.py hides the package `train`.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
@@ -26,53 +31,56 @@ from tqdm import tqdm
 from hyperalign.errors import HyperAlignError
 from hyperalign.files import first_line
 from train.config import TrainConfig
-from train.data.encoding import BAD_FILE, Counts, encode
-from train.data.preference import Kind, UnsafeMark, open_source
+from train.data.bad_images import BAD_FILE
+from train.data.encoding import Counts, encode_dataset
+from train.data.preference import DatasetKind, UnsafeFilter, open_dataset
 from train.models.image_encoder import image_encoder
 from train.recipe import load_recipe
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What to encode, with which recipe's autoencoder, and where to put it."""
+    """The dataset, the recipe with the autoencoder, and the output folder."""
 
     recipe: Path
-    """Recipe whose base model and resolution the latents are for."""
+    """Recipe of the training run; its autoencoder and resolution are used."""
     source: Path
-    """File or folder with the preference images."""
+    """File or folder with the preference dataset."""
     out: Path
     """Folder for the latent shards."""
-    kind: Kind = "auto"
-    """pickapic (parquet), pickapic_tars, hpd (train.json and train.tar), folder, jsonl; auto looks."""
+    kind: DatasetKind = "auto"
+    """Layout of the source: pickapic (parquet files), pickapic_tars, hpd (train.json and train.tar), folder
+    (images with .txt captions) or jsonl ({"image": ..., "caption": ...}); auto detects it."""
     unsafe_column: str | None = None
-    """Name of the data set's own mark of unsafe images, left out then; default: the recipe's."""
+    """Column in which the dataset marks unsafe images, which are skipped; default: data.unsafe_column of the
+    recipe, "" for none."""
     unsafe_above: float | None = None
-    """Numbers in that column above this are unsafe; default: the recipe's."""
+    """Numbers in that column above this are unsafe; default: data.unsafe_above of the recipe."""
     min_side: int = 0
-    """Leave out images whose short side has fewer pixels: enlarged ones teach blur."""
+    """Skip images whose short side has fewer pixels; enlarged images teach blur."""
     batch: int = 16
-    """Images in a call of the autoencoder."""
+    """Images per call of the autoencoder."""
     workers: int = 8
-    """Threads of each process that decode and resize."""
+    """Threads per process that decode and resize images."""
 
 
-def unsafe_mark(options: Options, config: TrainConfig) -> UnsafeMark | None:
-    """Returns which images are to be left out as unsafe: by the command line, or else by the recipe."""
+def unsafe_filter(options: Options, config: TrainConfig) -> UnsafeFilter | None:
+    """Returns the filter of the command line; its defaults come from the recipe."""
     column = config.data.unsafe_column if options.unsafe_column is None else options.unsafe_column
     above = config.data.unsafe_above if options.unsafe_above is None else options.unsafe_above
-    return UnsafeMark(column, above) if column else None
+    return UnsafeFilter(column, above) if column else None
 
 
 def run(options: Options, accelerator: Accelerator) -> Counts:
-    """Encodes this process's units with a progress bar on the main one. Raises HyperAlignError."""
+    """Encodes the units of this process, with a progress bar in the main one. Raises HyperAlignError."""
     config = load_recipe(options.recipe)
-    unsafe = unsafe_mark(options, config)
-    with accelerator.main_process_first():  # it indexes a tar, the others read the index
-        source = open_source(options.kind, options.source, unsafe)
+    unsafe = unsafe_filter(options, config)
+    with accelerator.main_process_first():  # it writes the index of a tar, which the others read
+        dataset = open_dataset(options.kind, options.source, unsafe)
     encoder = image_encoder(config, accelerator.device)
     rank, world = accelerator.process_index, accelerator.num_processes
     bar: tqdm[Any] = tqdm(
-        total=len(range(rank, source.units(), world)), unit="unit", disable=not accelerator.is_main_process
+        total=len(range(rank, dataset.units(), world)), unit="unit", disable=not accelerator.is_main_process
     )
 
     def show(counts: Counts) -> None:
@@ -82,8 +90,8 @@ def run(options: Options, accelerator: Accelerator) -> Counts:
         bar.update(counts.units - bar.n)
 
     with bar:
-        return encode(
-            source,
+        return encode_dataset(
+            dataset,
             encoder,
             options.out,
             rank=rank,
@@ -96,11 +104,11 @@ def run(options: Options, accelerator: Accelerator) -> Counts:
         )
 
 
-def left_out(counts: Counts) -> str:
-    """Returns what was left out, in words."""
-    reasons = {"bad": counts.bad, "too small": counts.small, "marked unsafe": counts.unsafe}
+def skipped(counts: Counts) -> str:
+    """Returns a sentence with the numbers of skipped images, empty if there are none."""
+    reasons = {"bad": counts.bad, "too small": counts.too_small, "marked unsafe": counts.unsafe}
     parts = [f"{count} {reason}" for reason, count in reasons.items() if count]
-    return f"Left out: {', '.join(parts)}." if parts else ""
+    return f"Skipped: {', '.join(parts)}." if parts else ""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -121,18 +129,18 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        print("\nStopped; run the same command again to go on.", file=sys.stderr)
+        print("\nStopped; run the same command again to resume.", file=sys.stderr)
         return 130
-    if counts.broken:
+    if counts.unreadable:
         print(
-            f"error: {counts.broken} units cannot be read and were left out; {options.out / BAD_FILE} names "
-            "them. Fetch them again and run the same command: it makes only what is missing.",
+            f"error: {counts.unreadable} units cannot be read and were skipped; {options.out / BAD_FILE} "
+            "lists them. Download them again and run the same command: it makes only what is missing.",
             file=sys.stderr,
         )
         return 1
     if accelerator.is_main_process:
         done = f"Encoded {counts.images} images in this process to {options.out}."
-        print(f"{done} {left_out(counts)}".rstrip())
+        print(f"{done} {skipped(counts)}".rstrip())
     return 0
 
 

@@ -19,22 +19,16 @@ from hyperalign.errors import HyperAlignError
 from hyperalign.rewards import Reward, download, loading
 from hyperalign.rewards.networks import set_checkpointing
 from train.config import TrainConfig
-from train.data.embeddings import CachedTexts
+from train.data.embeddings import CachedPromptEncoder
 from train.data.prompts import load_prompts
 from train.data.shards import LatentShards
 from train.image_grid import save_grid
 from train.materials import Evaluate, Materials, PromptList, ShardImages
-from train.models.base import Base, Texts
+from train.models.base import Base, PromptEncoder
+from train.models.fsdp import shard_backbone, uses_fsdp
 from train.models.image_encoder import image_encoder
-from train.models.load import (
-    backbone_dtype,
-    check_folder,
-    load_base,
-    text_encoder,
-    text_fingerprint,
-    text_lengths,
-)
-from train.models.sharding import shard, wants_sharding
+from train.models.load import backbone_dtype, check_folder, load_base
+from train.models.text_encoders import load_text_encoders, text_fingerprint, text_lengths
 from train.objective import Rewards
 from train.runtime import Row
 from train.sampling import SampledImages, sample
@@ -98,7 +92,7 @@ def download_rewards(config: TrainConfig) -> None:
         download.download(name, config.data.rewards)
 
 
-def cached_texts(config: TrainConfig, accelerator: Accelerator, texts: Sequence[str]) -> CachedTexts:
+def cached_texts(config: TrainConfig, accelerator: Accelerator, texts: Sequence[str]) -> CachedPromptEncoder:
     """Returns the conditions of all texts of a run; computes those that are new, then frees the encoders.
 
     Raises:
@@ -106,15 +100,15 @@ def cached_texts(config: TrainConfig, accelerator: Accelerator, texts: Sequence[
             not share the folder.
     """
     folder, lengths = config.data.embeddings / text_fingerprint(config), text_lengths(config)
-    cache = CachedTexts(folder, lengths, accelerator.device)
-    if cache.lacking(texts):
-        encode = text_encoder(config, accelerator.device)
+    cache = CachedPromptEncoder(folder, lengths, accelerator.device)
+    if cache.count_missing(texts):
+        encode = load_text_encoders(config, accelerator.device)
         cache.fill(texts, encode, accelerator.process_index, accelerator.num_processes)
         del encode
         accelerator.free_memory()
     accelerator.wait_for_everyone()
     patience = time.monotonic() + PATIENCE
-    while lacking := (cache := CachedTexts(folder, lengths, accelerator.device)).lacking(texts):
+    while lacking := (cache := CachedPromptEncoder(folder, lengths, accelerator.device)).count_missing(texts):
         if accelerator.num_processes == 1 or time.monotonic() > patience:
             raise HyperAlignError(
                 f"{folder.resolve()} lacks {lacking} embeddings although every process wrote its share. Set "
@@ -134,7 +128,7 @@ def diversity(embeddings_PSD: Tensor) -> float:
 def evaluation(
     config: TrainConfig,
     base: Base,
-    texts: Texts,
+    texts: PromptEncoder,
     rewards: dict[str, Reward],
     prompts: Sequence[str],
     accelerator: Accelerator,
@@ -204,7 +198,7 @@ def origin(config: TrainConfig) -> dict[str, str]:
 
 def left_out(images: ShardImages | None) -> dict[str, str]:
     """Returns how many preference images were left out as unsafe, for the hypernetwork's header."""
-    words = images.shards.left_out() if images else ""
+    words = images.shards.unsafe_summary() if images else ""
     return {"unsafe": words} if words else {}
 
 
@@ -216,8 +210,8 @@ def world(config: TrainConfig, accelerator: Accelerator) -> Materials:
     captions = images.shards.captions() if images else []
     texts = cached_texts(config, accelerator, [*prompts, *validation, *captions, ""])
     base = load_base(config, accelerator.device)
-    if wants_sharding(accelerator):
-        shard(base.backbone)
+    if uses_fsdp(accelerator):
+        shard_backbone(base.backbone)
     rewards = load_rewards(config, accelerator.device)
     for reward in rewards.values():
         set_checkpointing(reward.module, config.model.recomputes_images)

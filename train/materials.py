@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hyperalign.checkpoint import HyperAlign
 from train.data.shards import LatentShards
-from train.models.base import Base, Texts
+from train.models.base import Base, PromptEncoder
 from train.objective import Rewards
 from train.runtime import Row
 
@@ -48,7 +48,7 @@ class Materials:
     """Everything a trainer works with; `preferred` is None where L_G and noised states are off."""
 
     base: Base
-    texts: Texts
+    texts: PromptEncoder
     prompts: Prompts
     preferred: Preferred | None
     rewards: Rewards

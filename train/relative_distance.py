@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hyperalign.schedule import Schedule, find_key_times, relative_distance
 from train.materials import Materials
-from train.models.base import with_empty
+from train.models.base import cfg_conditions
 from train.randomness import Draws, normal
 from train.rollout import rollout
 
@@ -27,7 +27,7 @@ def distance_curve(
     totals = [0.0] * (steps - 1)
     for first in range(0, prompts, batch):
         chunk = drawn[first : first + batch]
-        cond, uncond = with_empty(base, texts, chunk)
+        cond, uncond = cfg_conditions(base, texts, chunk)
         path = rollout(
             base, None, Schedule("I"), cond, uncond, noise[first : first + batch],
             steps=steps, guidance=guidance,

@@ -20,7 +20,7 @@ from hyperalign.hypernetwork import HyperNetwork
 from hyperalign.schedule import Schedule
 from train.config import TrainConfig
 from train.materials import Materials
-from train.models.sharding import wants_sharding
+from train.models.fsdp import uses_fsdp
 from train.recipe import as_table
 from train.relative_distance import base_key_times, measuring_batch
 from train.runtime import Row
@@ -79,7 +79,7 @@ def schedule_of(
     if saved is not None and "key_times" in saved:
         return Schedule("P", tuple(saved["key_times"]))
     found: list[tuple[float, ...]] = [()]
-    if accelerator.is_main_process or wants_sharding(accelerator):
+    if accelerator.is_main_process or uses_fsdp(accelerator):
         batch = measuring_batch(objective.micro_batch)
         found = [base_key_times(materials, count=model.key_count, guidance=objective.guidance, batch=batch)]
         logger.info("key times found on the base model: %s", ", ".join(f"{t:.3f}" for t in found[0]))

@@ -24,8 +24,8 @@ from hyperalign.errors import HyperAlignError
 from hyperalign.hosts.diffusers.adapter import Adapter
 from train.config import TrainConfig
 from train.materials import Materials
-from train.models.base import with_empty
-from train.models.sharding import wants_sharding
+from train.models.base import cfg_conditions
+from train.models.fsdp import uses_fsdp
 from train.objective import States, noised_states, preference_loss, reward_loss, rollout_states
 from train.randomness import Draws, normal, times
 from train.recipe import as_table
@@ -187,7 +187,7 @@ class Trainer:
             if self.config.objective.preference_weight:
                 row |= self._preference_pass()
         except Exception as error:
-            if self.accelerator.num_processes == 1 or wants_sharding(self.accelerator):
+            if self.accelerator.num_processes == 1 or uses_fsdp(self.accelerator):
                 raise
             failure = error
         if not self._any_process(failure is not None):
@@ -231,7 +231,7 @@ class Trainer:
         noise = normal((o.prompts * processes, *self.base.latent_shape), rng)[own].to(self.device)
         choices = np.arange(o.skip_first, o.rollout_steps)
         picks = sorted(rng.choice(choices, o.timesteps, replace=False).tolist())
-        cond, uncond = with_empty(self.base, self.materials.texts, prompts)
+        cond, uncond = cfg_conditions(self.base, self.materials.texts, prompts)
         with self._autocast():
             path = rollout(
                 self.base, self.adapter, self.schedule, cond, uncond, noise,
@@ -242,7 +242,7 @@ class Trainer:
     def _noised_states(self) -> States:
         o = self.config.objective
         x0, noise, u_B, captions = self._images(o.prompts * o.timesteps, o.reward_range, purpose=3)
-        cond, uncond = with_empty(self.base, self.materials.texts, captions)
+        cond, uncond = cfg_conditions(self.base, self.materials.texts, captions)
         t_B = self.base.process.at(u_B)
         return noised_states(self.base, self.schedule, x0, noise, t_B, cond, uncond, captions)
 

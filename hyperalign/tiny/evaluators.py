@@ -1,6 +1,6 @@
-"""The embedded world's judges: two preference rewards, a detector and a style classifier.
+"""The evaluators of the tiny model: two reward models, an object detector and a style classifier.
 
-`TinyReward` is what training maximises; the other three are held out and only measure.
+Training maximises `TinyReward`; the other three are for validation only.
 Images are (B, 3, 64, 64) in [0, 1]; tokens are those of `text_encoder.tokenize_batch`.
 """
 
@@ -19,7 +19,7 @@ from .prompts import COLORS, NOUNS, SHAPES
 from .text_encoder import CONTEXT_LENGTH, VOCABULARY
 from .weights import load_part
 
-Judge = TypeVar("Judge", bound=nn.Module)
+Evaluator = TypeVar("Evaluator", bound=nn.Module)
 
 SIDE = 64
 GRID = 16
@@ -27,15 +27,15 @@ CELL = SIDE // GRID
 EMBEDDING = 128
 MAX_SCALE = 30.0
 RARE_LOG_ODDS = -5.0
-"""Where the detector's centre logits start: nearly all of an image's 7,936 cells hold no centre."""
+"""Initial centre logits of the detector: nearly all of the 7,936 cells of an image hold no centre."""
 SAME_OBJECT = 10.0
-"""Two peaks closer than this many pixels are one object; drawn objects keep 21 apart."""
+"""Two peaks closer than this many pixels are one object; objects of a scene are at least 21 apart."""
 
 
 def _check_images(images_BCHW: Tensor) -> None:
     if images_BCHW.dim() != 4 or tuple(images_BCHW.shape[1:]) != (3, SIDE, SIDE):
         raise HyperAlignError(
-            f"The tiny judge was given images of shape {tuple(images_BCHW.shape)}; it expects "
+            f"A tiny evaluator received images of shape {tuple(images_BCHW.shape)}; expected "
             f"(batch, 3, {SIDE}, {SIDE}) in [0, 1]. Decode with the tiny model's VAE, or resize first."
         )
 
@@ -43,8 +43,8 @@ def _check_images(images_BCHW: Tensor) -> None:
 def _check_pairing(images_BCHW: Tensor, tokens_BL: Tensor) -> None:
     if tokens_BL.dim() != 2 or tokens_BL.shape[0] != images_BCHW.shape[0]:
         raise HyperAlignError(
-            f"The tiny reward was given {images_BCHW.shape[0]} images and tokens of shape "
-            f"{tuple(tokens_BL.shape)}; it expects one row of {CONTEXT_LENGTH} tokens per image. "
+            f"The tiny reward received {images_BCHW.shape[0]} images and tokens of shape "
+            f"{tuple(tokens_BL.shape)}; expected one row of {CONTEXT_LENGTH} tokens per image. "
             "Repeat the prompt for every image."
         )
 
@@ -85,7 +85,7 @@ class _DualEncoder(nn.Module):
         """Returns image embeddings (B, 128), not normalised, of spatial features."""
         raise NotImplementedError
 
-    def read(self, tokens_BL: Tensor) -> Tensor:
+    def encode_text(self, tokens_BL: Tensor) -> Tensor:
         """Returns text embeddings (B, 128), not normalised."""
         raise NotImplementedError
 
@@ -96,7 +96,7 @@ class _DualEncoder(nn.Module):
 
     def embed_texts(self, tokens_BL: Tensor) -> Tensor:
         """Returns unit text embeddings (B, 128)."""
-        return F.normalize(self.read(tokens_BL).float(), dim=-1)
+        return F.normalize(self.encode_text(tokens_BL).float(), dim=-1)
 
     def scale(self) -> Tensor:
         """Returns the learned factor of the cosine."""
@@ -116,8 +116,8 @@ class _DualEncoder(nn.Module):
 class TinyReward(_DualEncoder):
     """The preference reward: a smooth convolutional image encoder and a text transformer.
 
-    It is maximised by gradient, hence SiLU, strided convolutions and no maxima. The last 4x4 map is
-    flattened, not averaged: where things lie and how many there are must survive.
+    It is maximised by gradient, hence SiLU, strided convolutions and no max pooling. The last 4x4 map is
+    flattened, not averaged: positions and counts of objects must survive.
     """
 
     feature_channels = 96
@@ -149,14 +149,14 @@ class TinyReward(_DualEncoder):
         """Returns image embeddings (B, 128) through the flattened 4x4 map."""
         return self.head(features_BCHW)
 
-    def read(self, tokens_BL: Tensor) -> Tensor:
+    def encode_text(self, tokens_BL: Tensor) -> Tensor:
         """Returns text embeddings (B, 128), the mean over the 16 tokens."""
         x_BLC = self.token_embedding(tokens_BL) + self.position_embedding
         return self.text_head(self.transformer(x_BLC).mean(dim=1))
 
 
 class TinyValidationReward(_DualEncoder):
-    """The reward that is never optimised: a patch transformer and a two-way GRU over the words."""
+    """The reward that is never optimised: a patch transformer and a bidirectional GRU over the words."""
 
     feature_channels = 112
 
@@ -185,10 +185,10 @@ class TinyValidationReward(_DualEncoder):
         return x_BLC.transpose(1, 2).unflatten(2, (8, 8))
 
     def pool_map(self, features_BCHW: Tensor) -> Tensor:
-        """Returns image embeddings (B, 128) of the narrowed patches, each in its own place."""
+        """Returns image embeddings (B, 128) of the narrowed patches, each at its own position."""
         return self.head(features_BCHW)
 
-    def read(self, tokens_BL: Tensor) -> Tensor:
+    def encode_text(self, tokens_BL: Tensor) -> Tensor:
         """Returns text embeddings (B, 128), the mean state over the 16 tokens."""
         states_BLC, _ = self.gru(self.token_embedding(tokens_BL))
         return self.text_head(states_BLC.mean(dim=1))
@@ -231,14 +231,14 @@ class TinyDetector(nn.Module):
 
     @torch.no_grad()
     def detect(self, images_BCHW: Tensor, threshold: float | None = None) -> list[list[Detection]]:
-        """Returns the objects of each image, the most certain first; None uses the tuned threshold."""
+        """Returns the objects of each image by descending score; None uses the tuned threshold."""
         nouns_BNGG, colors_BKGG = self(images_BCHW)
         least = float(self.threshold) if threshold is None else threshold
         return decode_centres(nouns_BNGG.sigmoid().cpu(), colors_BKGG.cpu(), least)
 
 
 def decode_centres(heat_BNGG: Tensor, colors_BKGG: Tensor, threshold: float) -> list[list[Detection]]:
-    """Returns each image's peaks above `threshold`; of peaks within 10 pixels only the highest stays."""
+    """Returns each image's peaks above `threshold`; of peaks within 10 pixels only the highest is kept."""
     best_BGG, noun_BGG = heat_BNGG.max(dim=1)
     color_BGG = colors_BKGG.argmax(dim=1)
     highest_BGG = F.max_pool2d(best_BGG[:, None], 3, stride=1, padding=1)[:, 0]
@@ -249,7 +249,7 @@ def decode_centres(heat_BNGG: Tensor, colors_BKGG: Tensor, threshold: float) -> 
         color = COLORS[int(color_BGG[b, row, column])] if noun in SHAPES else None
         x, y = _refine(best_BGG[b], row, column)
         found[b].append(Detection(noun, color, x, y, float(best_BGG[b, row, column])))
-    return [_keep_apart(detections) for detections in found]
+    return [_suppress_close(detections) for detections in found]
 
 
 def _refine(best_GG: Tensor, row: int, column: int) -> tuple[float, float]:
@@ -261,7 +261,7 @@ def _refine(best_GG: Tensor, row: int, column: int) -> tuple[float, float]:
     return x * CELL, y * CELL
 
 
-def _keep_apart(detections: list[Detection]) -> list[Detection]:
+def _suppress_close(detections: list[Detection]) -> list[Detection]:
     kept: list[Detection] = []
     for detection in sorted(detections, key=lambda d: -d.score):
         if all(math.dist((detection.x, detection.y), (k.x, k.y)) >= SAME_OBJECT for k in kept):
@@ -270,7 +270,7 @@ def _keep_apart(detections: list[Detection]) -> list[Detection]:
 
 
 class TinyStyleClassifier(nn.Module):
-    """Tells the Fluent from the Noto style."""
+    """Classifies the style of emoji: Fluent or Noto."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -290,33 +290,33 @@ class TinyStyleClassifier(nn.Module):
         return self.logits(images_BCHW).sigmoid()
 
 
-def _filled(module: Judge, name: str) -> Judge:
+def _load_weights(module: Evaluator, name: str) -> Evaluator:
     tensors, _ = load_part(name)
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
         raise HyperAlignError(
-            f"The weights of the tiny judge {name!r} do not fit this version of the code ({error}). "
-            "Take the weights of the same version, or rebuild them with train/tiny/build.py."
+            f"The weights of the tiny evaluator {name!r} do not fit this version of the code ({error}). "
+            "Use the weights of the same version, or rebuild them with train/tiny/build.py."
         ) from error
     return module.eval().requires_grad_(False)
 
 
 def load_reward() -> TinyReward:
-    """Returns the trained reward, frozen; raises HyperAlignError where its weights are missing or wrong."""
-    return _filled(TinyReward(), "reward")
+    """Returns the trained reward, frozen; raises HyperAlignError if its weights are missing or wrong."""
+    return _load_weights(TinyReward(), "reward")
 
 
 def load_validation_reward() -> TinyValidationReward:
     """Returns the trained validation reward, frozen; raises HyperAlignError as `load_reward`."""
-    return _filled(TinyValidationReward(), "validation_reward")
+    return _load_weights(TinyValidationReward(), "validation_reward")
 
 
 def load_detector() -> TinyDetector:
     """Returns the trained detector, frozen; raises HyperAlignError as `load_reward`."""
-    return _filled(TinyDetector(), "detector")
+    return _load_weights(TinyDetector(), "detector")
 
 
 def load_style_classifier() -> TinyStyleClassifier:
     """Returns the trained style classifier, frozen; raises HyperAlignError as `load_reward`."""
-    return _filled(TinyStyleClassifier(), "style")
+    return _load_weights(TinyStyleClassifier(), "style")

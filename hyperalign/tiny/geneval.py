@@ -1,9 +1,9 @@
-"""GenEval's six families scored by rules from what a detector found in an image.
+"""GenEval's six families, scored by rules from the detections of an image.
 
-Rules as in GenEval (Ghosh et al. 2023, arXiv 2310.11513): an image is right when everything the
-prompt asks for is there. Extra objects do not make it wrong, except in `counting`, which asks for
-exactly that many and nothing else (GenEval only counts the class itself; our scenes are so small
-that a stray object is a wrong count).
+Rules as in GenEval (Ghosh et al. 2023, arXiv 2310.11513): an image is correct if it shows everything
+that the prompt names. Extra objects are allowed, except in `counting`, which needs exactly that many
+objects and no other (GenEval only counts the class itself; in scenes this small a stray object is a
+wrong count).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ..errors import HyperAlignError
 from .prompts import FAMILIES, Content, Family, Group, Relation
 
 POSITION_MARGIN = 6.0
-"""Pixels by which one centre must lie beyond the other."""
+"""Minimum distance of two centres along the axis of the relation, in pixels."""
 POSITION_ALIGNMENT = 0.5
-"""Least share of the centres' distance along the relation's axis (GenEval's threshold: 60 degrees)."""
+"""Minimum share of the distance of two centres along that axis (GenEval's threshold: 60 degrees)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """One object found; centre in pixels from the top left, `color` only for shapes."""
+    """A detected object; centre in pixels from the top left, `color` only for shapes."""
 
     noun: str
     color: str | None
@@ -37,20 +37,20 @@ class Detection:
 
 
 def matching(group: Group, detections: Sequence[Detection]) -> list[Detection]:
-    """Returns the detections of a group's noun and colour, the most certain first."""
+    """Returns the detections of a group's noun and colour by descending score."""
     found = [d for d in detections if d.noun == group.noun and d.color == group.color]
     return sorted(found, key=lambda d: -d.score)
 
 
 def relation_holds(first: Detection, second: Detection, relation: Relation) -> bool:
-    """Whether `first` lies on the named side of `second`, judged by centres."""
+    """Returns whether the centre of `first` is on the named side of that of `second`."""
     dx, dy = first.x - second.x, first.y - second.y
     along = {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation]
     return along >= POSITION_MARGIN and along >= POSITION_ALIGNMENT * math.hypot(dx, dy)
 
 
 def is_correct(content: Content, detections: Sequence[Detection]) -> bool:
-    """Whether an image with these detections shows the content (rules in the module's docstring)."""
+    """Returns whether an image with these detections shows the content, by the rules above."""
     found = [matching(group, detections) for group in content.groups]
     if content.family == "counting":
         return len(found[0]) == len(detections) == content.groups[0].count
@@ -62,9 +62,9 @@ def is_correct(content: Content, detections: Sequence[Detection]) -> bool:
 
 
 def summarise(results: Iterable[tuple[Family, bool]]) -> dict[str, float]:
-    """Returns the share of right images per family and, as "overall", the mean of those shares.
+    """Returns the share of correct images per family and, as "overall", the mean of those shares.
 
-    Families without an image are left out of both.
+    Families without an image are excluded from both.
 
     Raises:
         HyperAlignError: there is no result at all.
@@ -86,8 +86,8 @@ def diversity(embeddings_PSD: Tensor) -> Tensor:
     """
     if embeddings_PSD.dim() != 3 or embeddings_PSD.shape[1] < 2:
         raise HyperAlignError(
-            f"Diversity was given embeddings of shape {tuple(embeddings_PSD.shape)}; it expects "
-            "(prompts, seeds, width) with at least two seeds. Draw every prompt with two seeds or more."
+            f"Diversity received embeddings of shape {tuple(embeddings_PSD.shape)}; expected "
+            "(prompts, seeds, width) with at least two seeds. Generate every prompt with two seeds or more."
         )
     unit_PSD = F.normalize(embeddings_PSD.float(), dim=-1)
     cosines_PSS = unit_PSD @ unit_PSD.transpose(1, 2)

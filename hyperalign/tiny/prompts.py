@@ -1,7 +1,7 @@
 """The prompt grammar of EmojiScenes: GenEval's six families over a small closed vocabulary.
 
-A `Content` says what an image must show; `caption` puts it into words; `near_miss` changes one
-fact of it. Training data, preference pairs and the rule-based score all start from a `Content`.
+A `Content` states what an image must show; `caption` gives its prompt; `near_miss` changes one fact of
+it. Training data, preference pairs and the rule-based score all start from a `Content`.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def split_of(content: Content, template: str = "{}") -> Split:
 
 
 def sample_content(rng: random.Random, family: Family | None = None) -> Content:
-    """Draws a content, uniform over families unless one is given."""
+    """Samples a content, uniformly over families unless one is given."""
     family = family or rng.choice(FAMILIES)
     if family == "single_object":
         return Content(family, (Group(rng.choice(THINGS)),))
@@ -118,7 +118,7 @@ def sample_content(rng: random.Random, family: Family | None = None) -> Content:
 
 
 def sample_prompt(rng: random.Random, split: Split, family: Family | None = None) -> tuple[str, Content]:
-    """Draws a prompt of the given split with its content."""
+    """Samples a prompt of the given split with its content."""
     while True:
         content = sample_content(rng, family)
         template = rng.choice(TEMPLATES)

@@ -1,4 +1,4 @@
-"""The embedded model's text encoder: whole words in, 16 context vectors of width 128 out."""
+"""The text encoder of the tiny model: from whole words to 16 context vectors of width 128."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def word_ids(text: str) -> list[int]:
 
 
 def text_of(tokens: Sequence[int]) -> str:
-    """Returns the words of a chunk of tokens, which give the same tokens again."""
+    """Returns the words of a chunk of tokens; tokenizing them gives the same tokens."""
     return " ".join(VOCABULARY[token] for token in tokens if token > END)
 
 
@@ -91,7 +91,7 @@ class TinyTextEncoder(nn.Module):
     def __init__(self, layers: int = 2, heads: int = 4) -> None:
         super().__init__()
         self.token_embedding = nn.Embedding(len(VOCABULARY), WIDTH)
-        # Words start at deviation 1. Positions far below that are never learned: a bag of words results.
+        # Words start at deviation 1. Positions that start far below it are never learned.
         self.position_embedding = nn.Parameter(torch.randn(CONTEXT_LENGTH, WIDTH) * 0.5)
         layer = nn.TransformerEncoderLayer(
             WIDTH, heads, 4 * WIDTH, dropout=0.0, activation="gelu", batch_first=True, norm_first=True

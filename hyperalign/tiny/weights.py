@@ -1,4 +1,4 @@
-"""The committed weights of the embedded model: where they lie, how they are read and written."""
+"""The committed weights of the tiny model: their paths, reading and writing."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def part_path(name: str, folder: Path = FOLDER) -> Path:
 
 
 def save_part(name: str, state: dict[str, Tensor], header: dict[str, Any], folder: Path = FOLDER) -> Path:
-    """Writes one part in fp16, with a header that says how it was made."""
+    """Writes one part in fp16 with a header about its training. Raises OSError."""
     tensors = {key: value.detach().to("cpu", torch.float16).contiguous() for key, value in state.items()}
     save_atomically(tensors, part_path(name, folder), {HEADER_KEY: json.dumps(header)})
     return part_path(name, folder)

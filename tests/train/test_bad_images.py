@@ -1,8 +1,7 @@
-"""How many bad images an encoding may leave out: counted to its end, and over all runs of one folder."""
+"""How many bad images an encoding may skip: counted to its end and over all runs of one folder."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,31 +9,25 @@ from pathlib import Path
 import pytest
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
 from hyperalign.errors import HyperAlignError
-from train.data.encoding import BAD_FILE, Counts, encode
-from train.data.preference import open_source
-from train.data.preference.image import Source
+from train.data.bad_images import BAD_FILE
+from train.data.encoding import Counts, encode_dataset
+from train.data.preference import open_dataset
+from train.data.preference.dataset import PreferenceDataset
 from train.data.shards import LatentShards, shard_path
 from train.encode import main
+from train.models.image_encoder import ImageEncoder
 
 RECIPE = Path(__file__).parents[2] / "train" / "recipes" / "tiny_s.toml"
 
 
-@dataclasses.dataclass(frozen=True)
-class Pooling:
-    """An encoder that is fast: the colours at a fourth of the side."""
-
-    resolution: int = 64
-    fingerprint: str = "pooling"
-
-    def encode(self, images_BCHW: Tensor) -> Tensor:
-        return F.avg_pool2d(images_BCHW, 4)
+POOLING = ImageEncoder(64, "pooling", lambda images_BCHW: F.avg_pool2d(images_BCHW, 4))
+"""A fast encoder: the colours at a fourth of the side."""
 
 
-def write_list(folder: Path, count: int, bad: int) -> Source:
-    """Returns a JSONL source whose last `bad` images are rubbish."""
+def write_list(folder: Path, count: int, bad: int) -> PreferenceDataset:
+    """Returns a JSONL dataset whose last `bad` images are rubbish."""
     folder.mkdir(exist_ok=True)
     for i in range(count):
         if i < count - bad:
@@ -43,12 +36,12 @@ def write_list(folder: Path, count: int, bad: int) -> Source:
             (folder / f"{i}.jpg").write_bytes(b"rubbish")
     rows = [json.dumps({"image": f"{i}.jpg", "caption": f"scene {i}"}) for i in range(count)]
     (folder / "list.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    return open_source("jsonl", folder / "list.jsonl")
+    return open_dataset("jsonl", folder / "list.jsonl")
 
 
 def command(tmp_path: Path) -> int:
-    source, out = str(tmp_path / "in" / "list.jsonl"), str(tmp_path / "out")
-    return main(["--recipe", str(RECIPE), "--source", source, "--out", out])
+    dataset, out = str(tmp_path / "in" / "list.jsonl"), str(tmp_path / "out")
+    return main(["--recipe", str(RECIPE), "--source", dataset, "--out", out])
 
 
 def test_a_few_images_that_are_mostly_bad_stop_the_command_and_the_shards_stay(
@@ -61,33 +54,33 @@ def test_a_few_images_that_are_mostly_bad_stop_the_command_and_the_shards_stay(
     assert len(LatentShards(tmp_path / "out")) == 3
 
 
-def test_one_bad_image_among_few_is_left_out(tmp_path: Path) -> None:
-    assert encode(write_list(tmp_path / "in", 20, bad=1), Pooling(), tmp_path / "out").bad == 1
+def test_one_bad_image_among_few_is_skipped(tmp_path: Path) -> None:
+    assert encode_dataset(write_list(tmp_path / "in", 20, bad=1), POOLING, tmp_path / "out").bad == 1
     with pytest.raises(HyperAlignError, match="2 of 20 images are bad"):
-        encode(write_list(tmp_path / "in", 20, bad=2), Pooling(), tmp_path / "other")
+        encode_dataset(write_list(tmp_path / "in", 20, bad=2), POOLING, tmp_path / "other")
 
 
 def test_running_again_does_not_forget_the_bad_images_of_finished_shards(tmp_path: Path) -> None:
-    source, out = write_list(tmp_path / "in", 60, bad=57), tmp_path / "out"
+    dataset, out = write_list(tmp_path / "in", 60, bad=57), tmp_path / "out"
     for _ in range(2):
         with pytest.raises(HyperAlignError, match="57 of 60 images are bad"):
-            encode(source, Pooling(), out)
+            encode_dataset(dataset, POOLING, out)
     with (out / BAD_FILE).open("a") as file:
         file.write('{"unit": 0, "na')  # a process was killed
     with pytest.raises(HyperAlignError, match="57 of 60 images are bad"):
-        encode(source, Pooling(), out)
+        encode_dataset(dataset, POOLING, out)
 
 
-def test_repaired_images_are_encoded_as_the_sentence_says(tmp_path: Path) -> None:
-    source, out = write_list(tmp_path / "in", 20, bad=5), tmp_path / "out"
+def test_repaired_images_are_encoded_as_the_message_says(tmp_path: Path) -> None:
+    dataset, out = write_list(tmp_path / "in", 20, bad=5), tmp_path / "out"
     with pytest.raises(HyperAlignError, match="delete that file and the shards of these units"):
-        encode(source, Pooling(), out)
+        encode_dataset(dataset, POOLING, out)
     units = {json.loads(line)["unit"] for line in (out / BAD_FILE).read_text().splitlines()}
     for number in range(15, 20):
         shutil.copy(tmp_path / "in" / "0.jpg", tmp_path / "in" / f"{number}.jpg")
     assert units == {0}
     shard_path(out, 0).unlink()
-    source = open_source("jsonl", tmp_path / "in" / "list.jsonl")
-    assert encode(source, Pooling(), out) == Counts(units=1, images=20)
-    # Although bad.jsonl still has their names, they are in the shard now.
-    assert encode(source, Pooling(), out) == Counts(units=1, reused=1)
+    dataset = open_dataset("jsonl", tmp_path / "in" / "list.jsonl")
+    assert encode_dataset(dataset, POOLING, out) == Counts(units=1, images=20)
+    # Although bad.jsonl still lists them, they are in the shard now.
+    assert encode_dataset(dataset, POOLING, out) == Counts(units=1, reused=1)

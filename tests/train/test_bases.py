@@ -1,4 +1,4 @@
-"""Base models behind one protocol: diffusers' pipelines' conventions; saving memory changes nothing."""
+"""Base models behind one protocol: the conventions of diffusers' pipelines; checkpointing changes nothing."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ from hyperalign.hypernetwork import HyperNetworkConfig
 from hyperalign.schedule import Schedule
 from hyperalign.targets import PerceptionMode
 from train.config import BaseName, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
-from train.models.autoencoder import Autoencoder
-from train.models.base import Base, Conditions
-from train.models.flux import Flux, pack, places, unpack
-from train.models.image_encoder import image_encoder
-from train.models.load import KINDS, check_folder, load_base, make_base, text_fingerprint
-from train.models.true_shape import (
-    TRUE_SHAPES,
-    Shape,
+from train.models.architectures import (
+    FULL_SIZES,
+    ModelSize,
     architecture,
     autoencoder,
+    descending_sizes,
     largest_within,
-    parameters_of,
-    smaller,
+    parameter_count,
     with_random_weights,
 )
+from train.models.autoencoder import Autoencoder
+from train.models.base import Base, Conditions
+from train.models.flux import Flux, pack, position_ids, unpack
+from train.models.image_encoder import image_encoder
+from train.models.load import PIPELINES, check_folder, load_base, make_base
+from train.models.text_encoders import text_fingerprint
 from train.objective import Rewards, noised_states, preference_loss, reward_loss
 from train.preflight.smoke import TEXT, RandomTexts
 from train.setup import new_hyperalign
 
 NAMES: tuple[BaseName, ...] = ("sd15", "sdxl", "flux", "sd3")
 SMALL = {
-    "sd15": Shape(narrow=10),
-    "sdxl": Shape(narrow=10),
-    "flux": Shape(double_blocks=3, single_blocks=2, narrow=12),
-    "sd3": Shape(double_blocks=4, narrow=12),
+    "sd15": ModelSize(width_divisor=10),
+    "sdxl": ModelSize(width_divisor=10),
+    "flux": ModelSize(double_blocks=3, single_blocks=2, width_divisor=12),
+    "sd3": ModelSize(double_blocks=4, width_divisor=12),
 }
 CPU = torch.device("cpu")
 
@@ -141,9 +142,9 @@ def test_packing_is_flux_pipelines_own_and_can_be_undone(
     assert torch.equal(unpack(theirs, (2 * height, 2 * width)), x)
 
 
-def test_places_are_flux_pipelines_own() -> None:
+def test_position_ids_are_flux_pipelines_own() -> None:
     theirs = FluxPipeline._prepare_latent_image_ids(1, 3, 5, CPU, torch.float32)
-    assert torch.equal(places(6, 10, CPU), theirs)
+    assert torch.equal(position_ids(6, 10, CPU), theirs)
 
 
 def test_schnell_has_neither_shift_nor_guidance() -> None:
@@ -157,27 +158,32 @@ def test_schnell_has_neither_shift_nor_guidance() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_true_shapes_have_the_published_sizes(name: BaseName) -> None:
-    places_of_sd3 = 384 * 384 * 1536  # in its file, but not learned
-    published = {"sd15": 0.860e9, "sdxl": 2.567e9, "flux": 11.90e9, "sd3": 2.470e9 - places_of_sd3}
-    assert parameters_of(name, TRUE_SHAPES[name]) == pytest.approx(published[name], rel=0.01)
+def test_full_sizes_have_the_published_parameter_counts(name: BaseName) -> None:
+    positions_of_sd3 = 384 * 384 * 1536  # in its file, but not learned
+    published = {
+        "sd15": 0.860e9,
+        "sdxl": 2.567e9,
+        "flux": 11.90e9,
+        "sd3": 2.470e9 - positions_of_sd3,
+    }
+    assert parameter_count(name, FULL_SIZES[name]) == pytest.approx(published[name], rel=0.01)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_smaller_shapes_shrink_until_they_fit(name: BaseName) -> None:
-    sizes = [parameters_of(name, shape) for shape in smaller(name)]
+def test_smaller_sizes_shrink_until_they_fit(name: BaseName) -> None:
+    sizes = [parameter_count(name, shape) for shape in descending_sizes(name)]
     assert sizes == sorted(sizes, reverse=True)
-    assert largest_within(name, sizes[0]) == TRUE_SHAPES[name]
-    assert parameters_of(name, largest_within(name, sizes[1])) == sizes[1]
-    assert parameters_of(name, largest_within(name, 0)) == sizes[-1]
+    assert largest_within(name, sizes[0]) == FULL_SIZES[name]
+    assert parameter_count(name, largest_within(name, sizes[1])) == sizes[1]
+    assert parameter_count(name, largest_within(name, 0)) == sizes[-1]
 
 
 def saved(name: BaseName, folder: Path) -> TrainConfig:
     """Writes a small base model in diffusers' layout."""
-    kind = KINDS[name]
+    classes = PIPELINES[name]
     with torch.device("meta"):
         backbone: Any = architecture(name, SMALL[name])
-    with_random_weights(backbone, CPU, torch.float32).save_pretrained(folder / kind.folder)  # pyright: ignore
+    with_random_weights(backbone, CPU, torch.float32).save_pretrained(folder / classes.subfolder)  # pyright: ignore
     AutoencoderKL(
         block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, norm_num_groups=4,
         up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=autoencoder_channels(name),

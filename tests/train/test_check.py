@@ -19,8 +19,8 @@ from hyperalign.errors import HyperAlignError
 from hyperalign.hypernetwork import HyperNetworkConfig
 from train.config import DataConfig, EvalConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
 from train.data.shards import ShardHeader, shard_path, write_shard
+from train.models.architectures import ModelSize, architecture
 from train.models.image_encoder import image_encoder
-from train.models.true_shape import Shape, architecture
 from train.preflight.check import Device, check, inputs, memory_line
 from train.preflight.estimate import Memory
 from train.preflight.inputs import Complaints, backbone_of, check_room
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 def write_base(folder: Path) -> None:
     """A reduced SD 1.5 in diffusers' layout; its text encoder is a name only."""
-    unet: Any = architecture("sd15", Shape(narrow=10))
+    unet: Any = architecture("sd15", ModelSize(width_divisor=10))
     unet.save_pretrained(folder / "unet")
     AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -145,7 +145,7 @@ def other_shapes(config: TrainConfig) -> None:
 
 
 def another_family(config: TrainConfig) -> None:
-    unet: Any = architecture("sdxl", Shape(narrow=10))
+    unet: Any = architecture("sdxl", ModelSize(width_divisor=10))
     unet.save_config(config.model.path / "unet")
 
 
@@ -193,7 +193,7 @@ def test_what_is_damaged_is_named(config: TrainConfig, what: str) -> None:
 
 def test_a_run_goes_on_only_with_its_own_recipe(config: TrainConfig) -> None:
     accelerator, complaints = Accelerator(cpu=True), Complaints()
-    trainer = Trainer(config, smoke_world(config, accelerator, Shape(narrow=10)), accelerator)
+    trainer = Trainer(config, smoke_world(config, accelerator, ModelSize(width_divisor=10)), accelerator)
     trainer.step = 7
     trainer._save_state()
     assert f"goes on from step 7 in {config.run.out}" in inputs(config, complaints, None)

@@ -1,4 +1,4 @@
-"""Text conditions: what the encoders said comes back from disk, once computed, at paddings that vary."""
+"""The cache of prompt embeddings: computed once, read from disk, at paddings that vary."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperalign.errors import HyperAlignError
-from train.data.embeddings import SHARD, CachedTexts, EmbeddingCache
+from train.data.embeddings import PROMPTS_PER_FILE, CachedPromptEncoder, EmbeddingCache
 from train.models.base import Conditions
 
 CPU = torch.device("cpu")
@@ -21,13 +21,13 @@ ROOT = Path(__file__).parents[2]
 
 
 class Encoder:
-    """Stands for a text encoder whose vectors tell prompt and padding; remembers what it was asked."""
+    """A text encoder whose vectors depend on prompt and padding; it records its prompts."""
 
     def __init__(self) -> None:
-        self.asked: list[str] = []
+        self.seen: list[str] = []
 
     def __call__(self, prompts: Sequence[str], length: int) -> Conditions:
-        self.asked += prompts
+        self.seen += prompts
         values = torch.tensor([float(len(prompt)) for prompt in prompts])
         return {
             "prompt_embeds": values[:, None, None].expand(-1, length, 4).half(),
@@ -39,57 +39,57 @@ def prompts(count: int) -> list[str]:
     return ["x" * index for index in range(count)]
 
 
-def test_conditions_come_back_in_the_order_asked_for(tmp_path: Path) -> None:
-    texts = CachedTexts(tmp_path, (8,), CPU)
-    texts.fill(prompts(2 * SHARD + 3), Encoder())
-    found = CachedTexts(tmp_path, (8,), CPU).conditions(["xxx", "", "x" * SHARD, "xxx"])
+def test_conditions_come_back_in_the_order_of_the_prompts(tmp_path: Path) -> None:
+    texts = CachedPromptEncoder(tmp_path, (8,), CPU)
+    texts.fill(prompts(2 * PROMPTS_PER_FILE + 3), Encoder())
+    found = CachedPromptEncoder(tmp_path, (8,), CPU).conditions(["xxx", "", "x" * PROMPTS_PER_FILE, "xxx"])
     assert found["prompt_embeds"].shape == (4, 8, 4)
-    assert found["prompt_embeds"][:, 0, 0].tolist() == [3, 0, SHARD, 3]
-    assert found["pooled_prompt_embeds"][:, 1].tolist() == [3, 0, SHARD, 3]
+    assert found["prompt_embeds"][:, 0, 0].tolist() == [3, 0, PROMPTS_PER_FILE, 3]
+    assert found["pooled_prompt_embeds"][:, 1].tolist() == [3, 0, PROMPTS_PER_FILE, 3]
 
 
 def test_only_new_prompts_are_encoded(tmp_path: Path) -> None:
-    CachedTexts(tmp_path, (8,), CPU).fill(prompts(5), Encoder())
+    CachedPromptEncoder(tmp_path, (8,), CPU).fill(prompts(5), Encoder())
     encoder = Encoder()
-    texts = CachedTexts(tmp_path, (8,), CPU)
-    assert texts.lacking(prompts(7)) == 2
+    texts = CachedPromptEncoder(tmp_path, (8,), CPU)
+    assert texts.count_missing(prompts(7)) == 2
     texts.fill(prompts(7), encoder)
-    assert encoder.asked == prompts(7)[5:]
+    assert encoder.seen == prompts(7)[5:]
 
 
 def test_processes_share_the_work(tmp_path: Path) -> None:
     encoders = [Encoder(), Encoder()]
     for rank, encoder in enumerate(encoders):
-        CachedTexts(tmp_path / str(rank), (8,), CPU).fill(prompts(9), encoder, rank, 2)
-    assert sorted([*encoders[0].asked, *encoders[1].asked]) == sorted(prompts(9))
+        CachedPromptEncoder(tmp_path / str(rank), (8,), CPU).fill(prompts(9), encoder, rank, 2)
+    assert sorted([*encoders[0].seen, *encoders[1].seen]) == sorted(prompts(9))
 
 
-def test_a_process_that_looks_when_another_is_done_leaves_no_prompt_out(tmp_path: Path) -> None:
-    for rank in range(3):  # each opens the folder with what those before it wrote
-        CachedTexts(tmp_path, (8, 4), CPU).fill(prompts(10), Encoder(), rank, 3)
-    assert CachedTexts(tmp_path, (8, 4), CPU).lacking(prompts(10)) == 0
+def test_no_prompt_is_skipped_when_processes_start_at_different_times(tmp_path: Path) -> None:
+    for rank in range(3):  # each opens the folder after those before it
+        CachedPromptEncoder(tmp_path, (8, 4), CPU).fill(prompts(10), Encoder(), rank, 3)
+    assert CachedPromptEncoder(tmp_path, (8, 4), CPU).count_missing(prompts(10)) == 0
 
 
 def test_paddings_vary_over_batches_and_not_over_runs(tmp_path: Path) -> None:
-    texts = CachedTexts(tmp_path, (4, 8), CPU)
+    texts = CachedPromptEncoder(tmp_path, (4, 8), CPU)
     texts.fill(prompts(20), Encoder())
     batches = [prompts(20)[index : index + 2] for index in range(18)]
     lengths = [texts.conditions(batch)["prompt_embeds"].shape[1] for batch in batches]
-    again = CachedTexts(tmp_path, (4, 8), CPU)
+    again = CachedPromptEncoder(tmp_path, (4, 8), CPU)
     assert set(lengths) == {4, 8}
     assert lengths == [again.conditions(batch)["prompt_embeds"].shape[1] for batch in batches]
 
 
-def test_a_damaged_file_is_computed_anew(tmp_path: Path) -> None:
-    CachedTexts(tmp_path, (8,), CPU).fill(prompts(3), Encoder())
+def test_the_prompts_of_a_damaged_file_are_encoded_again(tmp_path: Path) -> None:
+    CachedPromptEncoder(tmp_path, (8,), CPU).fill(prompts(3), Encoder())
     path = next((tmp_path / "8").glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:20])
     encoders = [Encoder(), Encoder()]
-    views = [CachedTexts(tmp_path, (8,), CPU) for _ in encoders]  # of two processes, at the same time
+    views = [CachedPromptEncoder(tmp_path, (8,), CPU) for _ in encoders]  # of two processes, at the same time
     for rank, (view, encoder) in enumerate(zip(views, encoders, strict=True)):
         view.fill(prompts(3), encoder, rank, 2)
-    assert sorted([*encoders[0].asked, *encoders[1].asked]) == prompts(3)
-    assert CachedTexts(tmp_path, (8,), CPU).lacking(prompts(3)) == 0
+    assert sorted([*encoders[0].seen, *encoders[1].seen]) == prompts(3)
+    assert CachedPromptEncoder(tmp_path, (8,), CPU).count_missing(prompts(3)) == 0
     assert path.exists()
 
 
@@ -101,7 +101,7 @@ sys.path.append({str(ROOT)!r})
 import torch
 from pathlib import Path
 from hyperalign.errors import HyperAlignError
-from train.embeddings import EmbeddingCache
+from train.data.embeddings import EmbeddingCache
 cache = EmbeddingCache(Path({str(tmp_path)!r}) / "8")
 cache.add(["a"], {{"prompt_embeds": torch.zeros(1, 8, 4)}})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -121,11 +121,11 @@ except HyperAlignError as error:
 
 def test_an_unknown_prompt_is_named(tmp_path: Path) -> None:
     with pytest.raises(HyperAlignError, match="lack the prompt 'a cat'"):
-        CachedTexts(tmp_path, (8,), CPU).conditions(["a cat"])
+        CachedPromptEncoder(tmp_path, (8,), CPU).conditions(["a cat"])
 
 
 @given(texts=st.lists(st.text(max_size=20), min_size=1, max_size=8))
-def test_any_text_can_be_kept(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_text_can_be_cached(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
     cache = EmbeddingCache(tmp_path_factory.mktemp("cache"))
     missing = cache.missing(texts)
     cache.add(missing, Encoder()(missing, 2))

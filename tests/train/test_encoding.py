@@ -1,4 +1,4 @@
-"""Thousands of images go through encoding, stop, go on, spread over processes; bad ones are left out."""
+"""Thousands of images are encoded: interrupted, resumed, on several processes; bad images are skipped."""
 
 from __future__ import annotations
 
@@ -23,40 +23,27 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from hyperalign.errors import HyperAlignError
-from hyperalign.hosts.diffusers.tiny import TinyBase, load_tiny
-from train.data.encoding import Counts, Prepared, encode, prepare
-from train.data.preference import UnsafeMark, open_source
-from train.data.preference.image import BadImage, EncodedImage, Source
+from hyperalign.hosts.diffusers.tiny import load_tiny
+from train.data.encoding import Counts, PreparedImage, encode_dataset, prepare
+from train.data.preference import UnsafeFilter, open_dataset
+from train.data.preference.dataset import BadImage, ImageFile, PreferenceDataset
 from train.data.shards import LatentShards, shard_path
-from train.encode import left_out, main
+from train.encode import main, skipped
+from train.models.image_encoder import ImageEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, FILES, ROW_GROUP = 2400, 3, 100
 TIES = 300
 
 
-@dataclasses.dataclass(frozen=True)
-class Pooling:
-    """An encoder that is fast: the colours at a fourth of the side, and their mean."""
-
-    resolution: int = 64
-    fingerprint: str = "pooling"
-
-    def encode(self, images_BCHW: Tensor) -> Tensor:
-        small = F.avg_pool2d(images_BCHW, 4)
-        return torch.cat([small, small.mean(1, keepdim=True)], 1)
+def pool(images_BCHW: Tensor) -> Tensor:
+    """Returns the colours at a fourth of the side, and their mean."""
+    small = F.avg_pool2d(images_BCHW, 4)
+    return torch.cat([small, small.mean(1, keepdim=True)], 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Embedded:
-    """The embedded autoencoder."""
-
-    base: TinyBase
-    resolution: int = 64
-    fingerprint: str = "tiny"
-
-    def encode(self, images_BCHW: Tensor) -> Tensor:
-        return self.base.encode(images_BCHW)
+POOLING = ImageEncoder(64, "pooling", pool)
+"""A fast encoder."""
 
 
 def jpeg(rng: np.random.Generator, side: int = 64) -> bytes:
@@ -107,29 +94,29 @@ def stop_after(units: int) -> Callable[[Counts], None]:
 @pytest.fixture(scope="module")
 def whole(pickapic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole")
-    counts = encode(open_source("auto", pickapic), Pooling(), out)
+    counts = encode_dataset(open_dataset("auto", pickapic), POOLING, out)
     assert counts == Counts(units=24, images=ROWS - TIES)
     return out
 
 
-def test_every_preferred_image_is_in_the_shards(whole: Path) -> None:
+def test_every_preference_image_is_in_the_shards(whole: Path) -> None:
     shards = LatentShards(whole, "pooling", 64)
     assert (len(shards), shards.shape) == (2100, (4, 16, 16))
     _, captions = shards.read(range(2100))
     assert captions == [f"scene {i}" for i in range(ROWS) if i % 8]
 
 
-def test_an_interrupted_run_goes_on_and_writes_the_same_shards(
+def test_an_interrupted_run_resumes_and_writes_the_same_shards(
     pickapic: Path, whole: Path, tmp_path: Path
 ) -> None:
-    source = open_source("auto", pickapic)
+    dataset = open_dataset("auto", pickapic)
     for units in (7, 15):
         with pytest.raises(KeyboardInterrupt):
-            encode(source, Pooling(), tmp_path, progress=stop_after(units))
+            encode_dataset(dataset, POOLING, tmp_path, progress=stop_after(units))
         assert len(contents(tmp_path)) == units
     left_over = tmp_path / f".{shard_path(tmp_path, 15).name}.1.partial"
     left_over.write_bytes(b"half a shard of a process that was killed")
-    assert encode(source, Pooling(), tmp_path) == Counts(
+    assert encode_dataset(dataset, POOLING, tmp_path) == Counts(
         units=24, reused=15, images=sum(i % 8 > 0 for i in range(15 * ROW_GROUP, ROWS))
     )
     assert contents(tmp_path) == contents(whole)
@@ -138,16 +125,16 @@ def test_an_interrupted_run_goes_on_and_writes_the_same_shards(
 
 
 def test_two_processes_write_the_shards_of_one(pickapic: Path, whole: Path, tmp_path: Path) -> None:
-    source = open_source("auto", pickapic)
-    first = encode(source, Pooling(), tmp_path, rank=0, world=2, workers=2)
+    dataset = open_dataset("auto", pickapic)
+    first = encode_dataset(dataset, POOLING, tmp_path, rank=0, world=2, workers=2)
     assert set(contents(tmp_path)) == {shard_path(tmp_path, unit).name for unit in range(0, 24, 2)}
-    second = encode(source, Pooling(), tmp_path, rank=1, world=2)
+    second = encode_dataset(dataset, POOLING, tmp_path, rank=1, world=2)
     assert first.images + second.images == ROWS - TIES
     assert contents(tmp_path) == contents(whole)
 
 
-def write_list(folder: Path, count: int, bad: int = 0) -> Source:
-    """Returns a JSONL source whose last `bad` images are cut off."""
+def write_list(folder: Path, count: int, bad: int = 0) -> PreferenceDataset:
+    """Returns a JSONL dataset whose last `bad` images are truncated."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(1)
     rows: list[str] = []
@@ -156,26 +143,29 @@ def write_list(folder: Path, count: int, bad: int = 0) -> Source:
         (folder / f"{i}.jpg").write_bytes(data[: len(data) // 2] if i >= count - bad else data)
         rows.append(json.dumps({"image": f"{i}.jpg", "caption": f"scene {i}"}))
     (folder / "list.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    return open_source("jsonl", folder / "list.jsonl")
+    return open_dataset("jsonl", folder / "list.jsonl")
 
 
 def test_the_embedded_autoencoder_makes_latents_that_decode_to_the_images(tmp_path: Path) -> None:
-    source = write_list(tmp_path / "in", 40)
+    dataset = write_list(tmp_path / "in", 40)
     base = load_tiny()
-    assert encode(source, Embedded(base), tmp_path / "out", batch=16).images == 40
+    assert (
+        encode_dataset(dataset, ImageEncoder(64, "tiny", base.encode), tmp_path / "out", batch=16).images
+        == 40
+    )
     latents, captions = LatentShards(tmp_path / "out", "tiny").read(range(40))
     assert latents.shape == (40, 4, 16, 16)
     assert captions == [f"scene {i}" for i in range(40)]
-    originals = [found for found in source.read(0) if isinstance(found, EncodedImage)]
-    ready = [found for each in originals if isinstance(found := prepare(each, 64, 0), Prepared)]
+    originals = [found for found in dataset.read(0) if isinstance(found, ImageFile)]
+    ready = [found for each in originals if isinstance(found := prepare(each, 64, 0), PreparedImage)]
     pixels = torch.from_numpy(np.stack([found.pixels_HWC for found in ready])).permute(0, 3, 1, 2) / 255.0
     with torch.no_grad():
         assert F.mse_loss(base.decode(latents.float()), pixels) < 0.1 * pixels.var()
 
 
-def test_bad_images_up_to_one_in_a_hundred_are_left_out_and_named(tmp_path: Path) -> None:
-    source = write_list(tmp_path / "in", 300, bad=3)
-    counts = encode(source, Pooling(), tmp_path / "out")
+def test_bad_images_up_to_one_in_a_hundred_are_skipped_and_listed(tmp_path: Path) -> None:
+    dataset = write_list(tmp_path / "in", 300, bad=3)
+    counts = encode_dataset(dataset, POOLING, tmp_path / "out")
     assert counts == Counts(units=1, images=297, bad=3)
     named = [json.loads(line) for line in (tmp_path / "out" / "bad.jsonl").read_text().splitlines()]
     assert [(row["unit"], row["name"]) for row in named] == [
@@ -185,30 +175,27 @@ def test_bad_images_up_to_one_in_a_hundred_are_left_out_and_named(tmp_path: Path
     assert LatentShards(tmp_path / "out").read([296])[1] == ["scene 296"]
 
 
-def test_more_bad_images_stop_the_run_and_are_named(tmp_path: Path) -> None:
-    source = write_list(tmp_path / "in", 300, bad=4)
+def test_more_bad_images_stop_the_run_and_are_listed(tmp_path: Path) -> None:
+    dataset = write_list(tmp_path / "in", 300, bad=4)
     with pytest.raises(
         HyperAlignError, match=r"3 of 299 images are bad; at most 1 % may be. The last is list\.jsonl"
     ):
-        encode(source, Pooling(), tmp_path / "out", batch=4)
+        encode_dataset(dataset, POOLING, tmp_path / "out", batch=4)
     assert len((tmp_path / "out" / "bad.jsonl").read_text().splitlines()) == 3
     assert not contents(tmp_path / "out")
 
 
 def test_latents_that_are_not_finite_are_bad_images(tmp_path: Path) -> None:
-    @dataclasses.dataclass(frozen=True)
-    class Overflowing(Pooling):
-        def encode(self, images_BCHW: Tensor) -> Tensor:
-            latents = super().encode(images_BCHW)
-            latents[0] = 1e6  # more than float16 holds
-            return latents
+    def overflow(images_BCHW: Tensor) -> Tensor:
+        latents = pool(images_BCHW)
+        latents[0] = 1e6  # more than float16 holds
+        return latents
 
-    out = tmp_path / "out"
-    assert encode(write_list(tmp_path / "in", 20), Overflowing(), out, batch=20).bad == 1
+    encoder = dataclasses.replace(POOLING, encode=overflow)
+    dataset, out = write_list(tmp_path / "in", 20), tmp_path / "out"
+    assert encode_dataset(dataset, encoder, out, batch=20).bad == 1
     assert LatentShards(out).read(range(19))[1] == [f"scene {i}" for i in range(1, 20)]
-    wide = encode(open_source("jsonl", tmp_path / "in" / "list.jsonl"), Overflowing(), tmp_path / "wide",
-                  dtype=torch.bfloat16)  # fmt: skip
-    assert wide.bad == 0
+    assert encode_dataset(dataset, encoder, tmp_path / "wide", dtype=torch.bfloat16).bad == 0
 
 
 @pytest.fixture
@@ -224,42 +211,42 @@ def tars(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_broken_unit_is_left_out_until_it_is_whole(tars: Path, tmp_path: Path) -> None:
+def test_an_unreadable_unit_is_skipped_until_it_is_whole(tars: Path, tmp_path: Path) -> None:
     whole = (tars / "1.tar").read_bytes()
     (tars / "1.tar").write_bytes(whole[:600])
     out = tmp_path / "out"
-    assert encode(open_source("auto", tars), Pooling(), out) == Counts(units=3, broken=1, images=3)
+    assert encode_dataset(open_dataset("auto", tars), POOLING, out) == Counts(units=3, unreadable=1, images=3)
     assert not shard_path(out, 1).exists()
     assert json.loads((out / "bad.jsonl").read_text())["name"] == "1.tar"
     (tars / "2.tar").write_bytes(whole[:600])
     for unit in (1, 2):
         shard_path(out, unit).unlink(missing_ok=True)
     with pytest.raises(HyperAlignError, match="2 of 4 units cannot be read"):
-        encode(open_source("auto", tars), Pooling(), out)
+        encode_dataset(open_dataset("auto", tars), POOLING, out)
     for number in (1, 2):
         (tars / f"{number}.tar").write_bytes(whole)
-    assert encode(open_source("auto", tars), Pooling(), out) == Counts(units=4, reused=2, images=2)
+    assert encode_dataset(open_dataset("auto", tars), POOLING, out) == Counts(units=4, reused=2, images=2)
 
 
 def test_a_corrupt_shard_is_made_again_alone(tars: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    encode(open_source("auto", tars), Pooling(), out)
+    encode_dataset(open_dataset("auto", tars), POOLING, out)
     before = contents(out)
     shard_path(out, 2).write_bytes(before[shard_path(out, 2).name][:-1])
-    assert encode(open_source("auto", tars), Pooling(), out) == Counts(units=4, reused=3, images=1)
+    assert encode_dataset(open_dataset("auto", tars), POOLING, out) == Counts(units=4, reused=3, images=1)
     assert contents(out) == before
 
 
 def test_shards_of_something_else_are_never_mixed_in(tars: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    encode(open_source("auto", tars), Pooling(), out)
+    encode_dataset(open_dataset("auto", tars), POOLING, out)
     with pytest.raises(HyperAlignError, match=r"was encoded by pooling, not sdxl. Choose another --out"):
-        encode(open_source("auto", tars), Pooling(fingerprint="sdxl"), out)
+        encode_dataset(open_dataset("auto", tars), dataclasses.replace(POOLING, fingerprint="sdxl"), out)
     with pytest.raises(HyperAlignError, match="holds images with a side of 64, not 128"):
-        encode(open_source("auto", tars), Pooling(resolution=128), out)
+        encode_dataset(open_dataset("auto", tars), dataclasses.replace(POOLING, resolution=128), out)
     (tars / "0.tar").unlink()
     with pytest.raises(HyperAlignError, match=r"was made from 0\.tar, not 1\.tar"):
-        encode(open_source("auto", tars), Pooling(), out)
+        encode_dataset(open_dataset("auto", tars), POOLING, out)
 
 
 @contextlib.contextmanager
@@ -285,18 +272,18 @@ def test_a_full_disk_is_one_sentence_and_finished_shards_stay(tmp_path: Path) ->
     out = tmp_path / "out"
     sentence = r"shard-000001.* cannot be written \(.*too large.*Make room"
     with small_disk(), pytest.raises(HyperAlignError, match=sentence):
-        encode(open_source("auto", tmp_path), Pooling(), out)
+        encode_dataset(open_dataset("auto", tmp_path), POOLING, out)
     assert list(contents(out)) == ["shard-000000.safetensors"]
     assert not list(out.glob(".*partial"))
 
 
-def test_an_out_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+def test_an_out_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(HyperAlignError, match="cannot be made"):
-        encode(write_list(tmp_path / "in", 1), Pooling(), tmp_path / "file" / "out")
+    with pytest.raises(HyperAlignError, match="cannot be written"):
+        encode_dataset(write_list(tmp_path / "in", 1), POOLING, tmp_path / "file" / "out")
 
 
-def stripes(width: int, height: int) -> EncodedImage:
+def stripes(width: int, height: int) -> ImageFile:
     """Returns an image that is green in the square of its middle and red beside it."""
     side = min(width, height)
     image = Image.new("RGB", (width, height), (255, 0, 0))
@@ -305,13 +292,13 @@ def stripes(width: int, height: int) -> EncodedImage:
     )
     file = io.BytesIO()
     image.save(file, "PNG")
-    return EncodedImage("a", file.getvalue(), "a")
+    return ImageFile("a", file.getvalue(), "a")
 
 
 @pytest.mark.parametrize(("width", "height"), [(90, 30), (30, 90), (32, 32), (200, 128), (16, 16)])
 def test_images_are_cropped_in_the_middle(width: int, height: int) -> None:
     found = prepare(stripes(width, height), 32, 0)
-    assert isinstance(found, Prepared)
+    assert isinstance(found, PreparedImage)
     assert found.pixels_HWC.shape == (32, 32, 3)
     assert (found.pixels_HWC[3:-3, 3:-3] == (0, 255, 0)).all()  # resampling mixes the rim
 
@@ -320,17 +307,17 @@ def test_shrinking_does_not_alias() -> None:
     board = np.indices((256, 256)).sum(0) % 2 * 255
     file = io.BytesIO()
     Image.fromarray(board.astype(np.uint8)).save(file, "PNG")
-    found = prepare(EncodedImage("a", file.getvalue(), "a"), 60, 0)
-    assert isinstance(found, Prepared)
+    found = prepare(ImageFile("a", file.getvalue(), "a"), 60, 0)
+    assert isinstance(found, PreparedImage)
     assert found.pixels_HWC[8:-8, 8:-8].std() < 6
 
 
-def test_images_that_would_be_enlarged_may_be_left_out(tmp_path: Path) -> None:
+def test_images_that_would_be_enlarged_may_be_skipped(tmp_path: Path) -> None:
     assert prepare(stripes(90, 30), 32, min_side=31) is None
-    source = write_list(tmp_path / "in", 3)
-    counts = encode(source, Pooling(), tmp_path / "out", min_side=65)
-    assert counts == Counts(units=1, small=3)
-    assert not isinstance(prepare(BadImage("a", "b"), 32, 0), Prepared)
+    dataset = write_list(tmp_path / "in", 3)
+    counts = encode_dataset(dataset, POOLING, tmp_path / "out", min_side=65)
+    assert counts == Counts(units=1, too_small=3)
+    assert not isinstance(prepare(BadImage("a", "b"), 32, 0), PreparedImage)
 
 
 def test_two_processes_of_the_command_line_encode_every_unit_once(tars: Path, tmp_path: Path) -> None:
@@ -363,7 +350,7 @@ def test_two_processes_of_the_command_line_encode_every_unit_once(tars: Path, tm
     assert (len(shards), shards.shape) == (4, (4, 16, 16))
 
 
-def test_the_command_line_says_in_one_sentence_what_is_wrong(
+def test_the_command_line_reports_errors_in_one_sentence(
     tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = ROOT / "train" / "recipes" / "tiny_s.toml"
@@ -372,21 +359,21 @@ def test_the_command_line_says_in_one_sentence_what_is_wrong(
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: There is no ")
     (tars / "1.tar").write_bytes(b"")
     assert main([*arguments, str(tars)]) == 1
-    assert "1 units cannot be read and were left out" in capsys.readouterr().err
+    assert "1 units cannot be read and were skipped" in capsys.readouterr().err
 
 
-def test_unsafe_images_are_left_out_counted_and_remembered(tmp_path: Path) -> None:
+def test_unsafe_images_are_skipped_counted_and_recorded(tmp_path: Path) -> None:
     write_list(tmp_path / "in", 10)
-    path, mark = tmp_path / "in" / "list.jsonl", UnsafeMark("nsfw", 0.2)
+    path, mark = tmp_path / "in" / "list.jsonl", UnsafeFilter("nsfw", 0.2)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     lines = [json.dumps(row | {"nsfw": 0.1 * number}) for number, row in enumerate(rows)]
     path.write_text("\n".join(lines))
     out = tmp_path / "out"
-    counts = encode(open_source("jsonl", path, mark), Pooling(), out, unsafe=mark)
+    counts = encode_dataset(open_dataset("jsonl", path, mark), POOLING, out, unsafe=mark)
     assert (counts.images, counts.unsafe, counts.bad) == (3, 7, 0)
-    assert left_out(counts) == "Left out: 7 marked unsafe."
-    assert LatentShards(out).left_out() == "7 of 10 images left out as unsafe (nsfw > 0.2)"
-    again = encode(open_source("jsonl", path, mark), Pooling(), out, unsafe=mark)
+    assert skipped(counts) == "Skipped: 7 marked unsafe."
+    assert LatentShards(out).unsafe_summary() == "7 of 10 images excluded as unsafe (nsfw > 0.2)"
+    again = encode_dataset(open_dataset("jsonl", path, mark), POOLING, out, unsafe=mark)
     assert (again.reused, again.images) == (1, 0)
     with pytest.raises(HyperAlignError, match="unsafe nsfw > 0.2, not nothing. Choose another --out"):
-        encode(open_source("jsonl", path), Pooling(), out)
+        encode_dataset(open_dataset("jsonl", path), POOLING, out)

@@ -33,7 +33,7 @@ from train.config import (
     RunConfig,
     TrainConfig,
 )
-from train.models.true_shape import TRUE_SHAPES, Shape, architecture, autoencoder
+from train.models.architectures import FULL_SIZES, ModelSize, architecture, autoencoder
 from train.preflight import smoke
 from train.preflight.costs import NOTHING, Cost, Tally, cost_of, flash_attention, matrix_rate
 from train.preflight.estimate import (
@@ -51,10 +51,10 @@ from train.preflight.smoke import smoke_world
 from train.trainer import Trainer
 
 SMALL = {
-    "sd15": Shape(narrow=10),
-    "sdxl": Shape(narrow=10),
-    "flux": Shape(double_blocks=3, single_blocks=2, narrow=12),
-    "sd3": Shape(double_blocks=4, narrow=12),
+    "sd15": ModelSize(width_divisor=10),
+    "sdxl": ModelSize(width_divisor=10),
+    "flux": ModelSize(double_blocks=3, single_blocks=2, width_divisor=12),
+    "sd3": ModelSize(double_blocks=4, width_divisor=12),
 }
 GIB = 2**30
 ROW = Cost(2.0, 5.0, 3 * GIB, 4 * GIB)
@@ -89,7 +89,7 @@ def with_objective(config: TrainConfig, **changes: Any) -> TrainConfig:
     return dataclasses.replace(config, objective=dataclasses.replace(config.objective, **changes))
 
 
-def meta_models(base: BaseName, shape: Shape) -> tuple[nn.Module, nn.Module]:
+def meta_models(base: BaseName, shape: ModelSize) -> tuple[nn.Module, nn.Module]:
     with META:
         return architecture(base, shape), smoke.autoencoder(base)
 
@@ -152,7 +152,7 @@ def test_true_backbones_cost_what_others_have_published(
 ) -> None:
     """The published totals leave the products of attention out."""
     config = with_model(config_of(base), resolution=512 if base == "sd15" else 1024)
-    model = meta_base(config, *meta_models(base, TRUE_SHAPES[base]))
+    model = meta_base(config, *meta_models(base, FULL_SIZES[base]))
     with META:
         x, t = torch.randn(1, *model.latent_shape), torch.ones(1)
     call = model.call(x, t, meta_conditions(config, 512 if base == "flux" else 77))

@@ -1,4 +1,4 @@
-"""Prompts are read from the files that people have, and bad files are named by line."""
+"""Prompts are read from all supported files, and errors name the line."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def test_parquet_gives_its_caption_column(tmp_path: Path) -> None:
     assert load_prompts(path) == ["a", "b"]
 
 
-@pytest.mark.skipif(not GENEVAL.exists(), reason="GenEval's prompts do not lie in ../shared/data")
+@pytest.mark.skipif(not GENEVAL.exists(), reason="GenEval's prompts are not in ../shared/data")
 def test_all_geneval_prompts_are_read() -> None:
     prompts = load_prompts(GENEVAL)
     assert prompts[0] == "a photo of a bench"
     assert len(prompts) == len(set(prompts)) > 500
 
 
-@pytest.mark.skipif(not PARTI.exists(), reason="PartiPrompts do not lie in ../shared/data")
+@pytest.mark.skipif(not PARTI.exists(), reason="PartiPrompts are not in ../shared/data")
 def test_all_parti_prompts_are_read_quotes_and_all() -> None:
     prompts = load_prompts(PARTI)
     assert len(prompts) == 1632

@@ -1,4 +1,4 @@
-"""Latent shards: one shuffled stream whatever the number of processes, and what happens to damaged ones."""
+"""Latent shards: one shuffled stream for any number of processes, and damaged shards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHAPE = (4, 2, 2)
 
 
 def make(folder: Path, *counts: int, encoder: str = "vae", resolution: int = 16, first: int = 0) -> Path:
-    """Writes shards whose latents and captions say which row they are of."""
+    """Writes shards whose latents and captions contain the index of the image."""
     row = 0
     for number, count in enumerate(counts, first):
         latents = torch.arange(row, row + count).view(-1, 1, 1, 1).expand(-1, *SHAPE).half()
@@ -43,7 +43,7 @@ def test_rows_come_with_their_captions(shards: LatentShards) -> None:
     assert captions == [f"row {row}" for row in rows]
 
 
-def test_captions_are_told_once_each(shards: LatentShards, tmp_path: Path) -> None:
+def test_each_caption_is_returned_once(shards: LatentShards, tmp_path: Path) -> None:
     assert shards.captions() == [f"row {row}" for row in range(607)]
     write_shard(
         shard_path(tmp_path, 0), torch.zeros(3, *SHAPE), ShardHeader(["a", "b", "a"], [""] * 3, "vae", 16)
@@ -81,7 +81,7 @@ def test_the_stream_is_one_epoch_after_the_other(shards: LatentShards) -> None:
         assert stream[epoch * 607 : (epoch + 1) * 607] == shards.order(1, epoch).tolist()
 
 
-def test_the_index_is_kept_and_follows_the_shards(tmp_path: Path) -> None:
+def test_the_index_is_saved_and_follows_the_shards(tmp_path: Path) -> None:
     make(tmp_path, 5, 6)
     assert len(LatentShards(tmp_path)) == 11
     written = (tmp_path / "index.json").stat().st_mtime_ns
@@ -107,10 +107,10 @@ def test_one_broken_shard_in_a_hundred_is_skipped_and_named(
     with caplog.at_level(logging.WARNING):
         shards = LatentShards(tmp_path)
     assert len(shards) == 99
-    assert list(shards.broken) == [broken.name]
+    assert list(shards.damaged) == [broken.name]
     assert broken.name in caplog.text
     shard_path(tmp_path, 43).write_bytes(b"")
-    with pytest.raises(HyperAlignError, match=r"2 of 100 shards in .* are broken, first shard-000042"):
+    with pytest.raises(HyperAlignError, match=r"2 of 100 shards in .* are damaged, first shard-000042"):
         LatentShards(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Text encoders from folders: what tells them apart, what is wrong with them, and who embeds which prompt."""
+"""Text encoders from folders: fingerprints, damaged files, and which process embeds which prompt."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hyperalign.errors import HyperAlignError
 from train.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
-from train.data.embeddings import CachedTexts
+from train.data.embeddings import CachedPromptEncoder
 from train.inputs import cached_texts
-from train.models.load import text_encoder, text_fingerprint
+from train.models.text_encoders import load_text_encoders, text_fingerprint
 
 CPU = torch.device("cpu")
 PROMPTS = [f"a {'x' * index}" for index in range(6)]
@@ -53,7 +53,7 @@ def write_tokenizer(folder: Path) -> None:
 
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
-    """SD 1.5 with small text encoders, and names alone in the place of the rest."""
+    """SD 1.5 with small text encoders and without the other weights."""
     folder = tmp_path / "model"
     for part in ("unet", "vae"):
         (folder / part).mkdir(parents=True)
@@ -85,7 +85,9 @@ def test_a_fine_tune_with_files_of_the_same_size_has_another_fingerprint(config:
 
 
 @pytest.mark.parametrize("layer", range(12))
-def test_one_layer_of_a_large_file_of_weights_tells_it_apart(config: TrainConfig, layer: int) -> None:
+def test_one_layer_of_a_large_file_of_weights_changes_the_fingerprint(
+    config: TrainConfig, layer: int
+) -> None:
     large, each = config.model.path / "text_encoder" / "pytorch_model.bin", 200_000
     large.write_bytes(b"\0" * 12 * each)
     before = text_fingerprint(config)
@@ -96,7 +98,9 @@ def test_one_layer_of_a_large_file_of_weights_tells_it_apart(config: TrainConfig
 
 
 @pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "text_encoder/config.json"])
-def test_a_letter_of_a_tokenizer_or_configuration_counts(config: TrainConfig, name: str) -> None:
+def test_a_letter_of_a_tokenizer_or_configuration_changes_the_fingerprint(
+    config: TrainConfig, name: str
+) -> None:
     before, path = text_fingerprint(config), config.model.path / name
     text = path.read_bytes()
     path.write_bytes(text[:-20] + bytes([text[-20] ^ 1]) + text[-19:])
@@ -127,7 +131,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_text_encoders_that_cannot_be_read_are_one_sentence(config: TrainConfig, what: str) -> None:
     DAMAGE[what](config.model.path)
     with pytest.raises(HyperAlignError, match=r"text encoders in .*model cannot be read.*again\.$"):
-        text_encoder(config, CPU)
+        load_text_encoders(config, CPU)
 
 
 @dataclasses.dataclass
@@ -136,7 +140,7 @@ class Machine:
 
     process_index: int
     meanwhile: Callable[[], object]
-    """What the other one does until both go on."""
+    """What the other one does before both continue."""
     num_processes: int = 2
     device: torch.device = CPU
 
@@ -148,7 +152,7 @@ class Machine:
         self.meanwhile()
 
 
-def embed(config: TrainConfig, machine: Any) -> CachedTexts:
+def embed(config: TrainConfig, machine: Any) -> CachedPromptEncoder:
     return cached_texts(config, machine, PROMPTS)
 
 
@@ -156,16 +160,16 @@ def test_one_process_embeds_all_prompts_and_the_next_run_reads_them(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = embed(config, Accelerator(cpu=True)).conditions(PROMPTS)["prompt_embeds"]
-    monkeypatch.setattr("train.inputs.text_encoder", None)
+    monkeypatch.setattr("train.inputs.load_text_encoders", None)
     again = embed(config, Accelerator(cpu=True)).conditions(PROMPTS)["prompt_embeds"]
     assert first.shape == (6, 77, 16)
     assert torch.equal(first, again)
 
 
-def test_two_machines_with_one_folder_embed_every_prompt_whoever_is_first(config: TrainConfig) -> None:
+def test_two_machines_with_one_folder_embed_every_prompt_whichever_is_first(config: TrainConfig) -> None:
     late = Machine(1, meanwhile=lambda: None)
     texts = embed(config, Machine(0, meanwhile=lambda: embed(config, late)))
-    assert texts.lacking(PROMPTS) == 0
+    assert texts.count_missing(PROMPTS) == 0
 
 
 def test_two_machines_without_a_shared_folder_stop_with_a_sentence(

@@ -1,4 +1,4 @@
-"""The embedded model's build: what its captions claim, what its text encoder learns, and the whole of it."""
+"""The build of the tiny model: its captions, the auxiliary task of its text encoder, and a whole build."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-pytest.importorskip("resvg_py", reason="the tiny world's build extra is not installed")
+pytest.importorskip("resvg_py", reason="the build extra is not installed")
 
 from hyperalign.tiny.prompts import COLORS, RELATIONS, Content, Group, caption, sample_content
 from hyperalign.tiny.text_encoder import WIDTH, TinyTextEncoder, tokenize_batch
 from hyperalign.tiny.weights import load_part
-from train.tiny.base import FACTS, noun_facts, reading_loss
+from train.tiny.base import FACTS, fact_loss, noun_facts
 from train.tiny.build import main
 from train.tiny.scenes import CONFUSED_CAPTIONS, LOOK_ALIKES, confused_content
 
@@ -28,7 +28,7 @@ LEFT = Content("position", (Group("dog"), Group("cat")), "left of")
 HEARTS = Content("counting", (Group("heart", "blue", 3),))
 
 
-def test_facts_say_what_a_prompt_says_of_each_noun() -> None:
+def test_facts_label_each_noun_of_a_prompt() -> None:
     none_colored, no_side = len(COLORS), len(RELATIONS)
     left, right = RELATIONS.index("left of"), RELATIONS.index("right of")
     assert noun_facts(LEFT) == [[0, none_colored, left], [0, none_colored, right]]
@@ -39,17 +39,17 @@ def test_reading_loss_is_nothing_for_the_truth_and_counts_every_noun() -> None:
     contents = [LEFT, HEARTS]
     tokens = tokenize_batch([caption(content) for content in contents])
     facts = torch.tensor([noun_facts(content) for content in contents])
-    told = torch.zeros(*tokens.shape, sum(FACTS))
+    known = torch.zeros(*tokens.shape, sum(FACTS))
     # "<start> a dog left of a cat", "<start> three blue hearts"
     for row, place, labels in ((0, 2, facts[0, 0]), (0, 6, facts[0, 1]), (1, 3, facts[1, 0])):
         classes = labels + torch.tensor([0, FACTS[0], FACTS[0] + FACTS[1]])
-        told[row, place, classes] = 20.0
-    silent = reading_loss(torch.zeros_like(told), tokens, facts)
-    assert silent.item() == pytest.approx(sum(math.log(count) for count in FACTS), abs=1e-4)
-    assert reading_loss(told, tokens, facts) < 1e-4
+        known[row, place, classes] = 20.0
+    unknown = fact_loss(torch.zeros_like(known), tokens, facts)
+    assert unknown.item() == pytest.approx(sum(math.log(count) for count in FACTS), abs=1e-4)
+    assert fact_loss(known, tokens, facts) < 1e-4
 
 
-def test_a_text_encoder_learns_whose_colour_is_whose_in_a_few_steps() -> None:
+def test_a_text_encoder_binds_colours_to_nouns_in_a_few_steps() -> None:
     torch.manual_seed(0)
     encoder, head = TinyTextEncoder(), nn.Linear(WIDTH, sum(FACTS))
     optimiser = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], 1e-3)
@@ -58,7 +58,7 @@ def test_a_text_encoder_learns_whose_colour_is_whose_in_a_few_steps() -> None:
         contents = [sample_content(rng) for _ in range(64)]
         tokens = tokenize_batch([caption(content) for content in contents])
         facts = torch.tensor([noun_facts(content) for content in contents])
-        reading_loss(head(encoder(tokens)), tokens, facts).backward()
+        fact_loss(head(encoder(tokens)), tokens, facts).backward()
         optimiser.step()
         optimiser.zero_grad()
     vectors = encoder(tokenize_batch(["a red heart and a blue circle", "a blue heart and a red circle"]))

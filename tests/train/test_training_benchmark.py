@@ -26,7 +26,7 @@ from benchmarks.training import (
 from hyperalign.rewards import clip
 from hyperalign.rewards.clip import ClipShape, Tower
 from train.config import BaseName
-from train.models.true_shape import TRUE_SHAPES, Shape, autoencoder
+from train.models.architectures import FULL_SIZES, ModelSize, autoencoder
 from train.preflight import smoke
 from train.preflight.estimate import Work
 from train.recipe import load_recipe
@@ -71,7 +71,7 @@ def test_without_options_it_is_the_recipe_on_the_true_model(base: Any, tmp_path:
     options = Options(base=base)
     config = config_of(options, tmp_path)
     assert reductions(options, config) == []
-    assert shape_of(options) == TRUE_SHAPES[base] != Shape(narrow=2)
+    assert shape_of(options) == FULL_SIZES[base] != ModelSize(width_divisor=2)
     assert min(config.objective.prompts, config.objective.preferred) >= 2
     recipe = load_recipe(FOLDER / f"{RECIPES[base]}.toml")
     assert config.objective.micro_batch == min(options.batch, recipe.objective.micro_batch) >= 1

@@ -31,15 +31,15 @@ from transformers import (
 from hyperalign import checkpoint
 from train import encode
 from train.config import BaseName
-from train.models.true_shape import Shape, architecture, with_random_weights
+from train.models.architectures import ModelSize, architecture, with_random_weights
 from train.train import main
 
 FAMILIES: tuple[BaseName, ...] = ("sd15", "sdxl", "flux", "sd3")
 SHAPES = {
-    "sd15": Shape(narrow=10),
-    "sdxl": Shape(narrow=10),
-    "flux": Shape(double_blocks=3, single_blocks=2, narrow=12),
-    "sd3": Shape(double_blocks=4, narrow=12),
+    "sd15": ModelSize(width_divisor=10),
+    "sdxl": ModelSize(width_divisor=10),
+    "flux": ModelSize(double_blocks=3, single_blocks=2, width_divisor=12),
+    "sd3": ModelSize(double_blocks=4, width_divisor=12),
 }
 COLORS = ("red", "blue", "green", "yellow")
 

@@ -1,1 +1,1 @@
-"""What a run learns from: prompts, preference datasets, latent shards, text embeddings."""
+"""Training data: prompts, preference datasets, latent shards, prompt embeddings."""

@@ -1,4 +1,4 @@
-"""Opens parquet files, and says in a sentence when that fails."""
+"""Opens parquet files."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def open_parquet(path: Path) -> Any:
         return pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:
         raise HyperAlignError(
-            f"{path} is not a whole parquet file ({first_line(error)}). Fetch it again, or move it away."
+            f"{path} is not a whole parquet file ({first_line(error)}). Download it again, or move it away."
         ) from error

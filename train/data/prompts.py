@@ -1,4 +1,4 @@
-"""Reads prompts from the files people have: text, JSON, JSON lines, parquet and tab-separated tables."""
+"""Reads prompts from text, JSON, JSON lines, parquet and tab-separated files."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from hyperalign.errors import HyperAlignError
 from train.data.parquet import open_parquet
 
 CAPTION_KEYS = ("prompt", "caption", "text")
-"""Where a row keeps its text, in order of preference; letter case does not count."""
+"""Columns or keys of the prompt, in order of preference; upper and lower case are equal."""
 
 
 def load_prompts(path: Path) -> list[str]:
     """Returns the distinct, stripped, non-empty prompts of a file in its order.
 
-    `.txt`: one a line. `.jsonl`: an object or a string a line (GenEval's evaluation_metadata.jsonl).
+    `.txt`: one per line. `.jsonl`: an object or a string per line (GenEval's evaluation_metadata.jsonl).
     `.json`: a list of objects or strings (HPDv2's train.json and benchmark files). `.parquet` (Pick-a-Pic)
     and `.tsv` (PartiPrompts): a column. Objects and columns are named `prompt`, `caption` or `text`.
 
     Raises:
-        HyperAlignError: no such file, an unknown ending, no such column, a bad line (named by its
-            number), or no prompt at all.
+        HyperAlignError: the file is missing, has an unknown suffix, no such column, a bad line (named by
+            its number), or no prompt.
     """
     if not path.is_file():
         raise HyperAlignError(
@@ -76,7 +76,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def json_list(path: Path) -> list[Any]:
-    """Returns the list that a JSON file holds. Raises HyperAlignError if it holds anything else."""
+    """Returns the list in a JSON file. Raises HyperAlignError if it holds anything else."""
     text = "\n".join(line for _, line in text_lines(path))
     if not text.strip():
         return []
@@ -108,7 +108,7 @@ def caption_of(row: object, where: str) -> str:
 
 
 def caption_column(columns: Iterable[str], where: str) -> str:
-    """Returns which column holds the text. Raises HyperAlignError if none does."""
+    """Returns the column that holds the prompt. Raises HyperAlignError if none does."""
     found = list(columns)
     for key in CAPTION_KEYS:
         for column in found:

@@ -1,4 +1,4 @@
-"""Latent shards: preference images encoded once, a `.safetensors` a unit, and how training reads them.
+"""Latent shards: `.safetensors` files of encoded preference images, and the stream that training reads.
 
 A shard holds `latents` (N, C, h, w) and a JSON header with captions, names, encoder and resolution.
 """
@@ -28,17 +28,17 @@ logger = logging.getLogger("hyperalign.train")
 FORMAT_VERSION = 1
 HEADER_KEY = "hyperalign_latents"
 INDEX_FILE = "index.json"
-BAD_SHARE = 0.01
+MAX_BAD_SHARE = 0.01
 """More than this share of bad shards or images ends a run."""
-ENOUGH = 100
-"""So many images must have been seen before their share of bad ones means anything."""
-WINDOW = 4
-"""Shards that are mixed with each other at any place of the stream."""
+MIN_READ = 100
+"""The share of bad images is checked once this many were read."""
+SHUFFLE_WINDOW = 4
+"""Shards that are mixed with each other at any position of the stream."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardHeader:
-    """What a shard says of itself."""
+    """The JSON header of a shard."""
 
     captions: list[str]
     names: list[str]
@@ -47,17 +47,17 @@ class ShardHeader:
     resolution: int
     """Side of the square images, in pixels."""
     unit: str = ""
-    """The unit of the source that it was made from."""
+    """The unit of the dataset that it was made from."""
     unsafe: int = 0
-    """Images that were left out because the data set marks them as unsafe."""
+    """Images skipped because the dataset marks them as unsafe."""
     unsafe_mark: str = ""
-    """By which mark, such as `nsfw > 0.5`; empty if none was asked for."""
+    """The filter they matched, such as `nsfw > 0.5`; empty without a filter."""
     version: int = FORMAT_VERSION
 
 
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
-    """The few facts of a shard that the index keeps; `state` is its size and time of change."""
+    """What `index.json` keeps of a shard; `state` is its size and modification time."""
 
     state: list[int]
     shape: list[int]
@@ -66,12 +66,12 @@ class ShardInfo:
 
 
 def shard_path(folder: Path, unit: int) -> Path:
-    """Returns where the shard of a unit lies."""
+    """Returns the path of the shard of a unit."""
     return folder / f"shard-{unit:06d}.safetensors"
 
 
 def write_shard(path: Path, latents_NCHW: Tensor, header: ShardHeader) -> None:
-    """Writes a shard atomically."""
+    """Writes a shard atomically. Raises OSError."""
     save_atomically({"latents": latents_NCHW.contiguous()}, path, {HEADER_KEY: json.dumps(asdict(header))})
 
 
@@ -86,10 +86,10 @@ def read_shard_header(path: Path) -> tuple[ShardHeader, tuple[int, ...]]:
 
 
 class LatentShards:
-    """The shards of a folder as one endless shuffled stream of rows.
+    """The shards of a folder as one endless shuffled stream of images.
 
-    What stands at a position of the stream depends on the seed and the shards alone, so a run goes on
-    from a position on any number of processes.
+    The image at a position of the stream depends on the seed and the shards alone, so a run resumes at a
+    position on any number of processes.
     """
 
     def __init__(
@@ -97,24 +97,24 @@ class LatentShards:
         folder: Path,
         fingerprint: str | None = None,
         resolution: int | None = None,
-        window: int = WINDOW,
+        window: int = SHUFFLE_WINDOW,
     ) -> None:
-        """Reads the shards' headers, or what `index.json` keeps of those that have not changed.
+        """Reads the headers of the shards, of unchanged ones from `index.json`.
 
         Args:
-            folder: where train/encode.py wrote them.
-            fingerprint: the encoder they must be of; None takes any.
-            resolution: the side of the images they must be of, in pixels; None takes any.
-            window: shards that are mixed with each other at any place of the stream.
+            folder: the output of train/encode.py.
+            fingerprint: the expected encoder; None accepts any.
+            resolution: the expected side of the images, in pixels; None accepts any.
+            window: shards that are mixed with each other at any position of the stream.
 
         Raises:
-            HyperAlignError: no shard, none with an image, too many broken ones, or of another encoder,
-                resolution or shape.
+            HyperAlignError: there is no shard or none with an image, too many are damaged, or one has another
+                encoder, resolution or shape.
         """
         self.folder = folder
         self.window = window
-        infos, self.broken = _index(folder)
-        _check_broken(folder, self.broken, len(infos) + len(self.broken))
+        infos, self.damaged = _index(folder)
+        _check_damaged(folder, self.damaged, len(infos) + len(self.damaged))
         infos = {name: info for name, info in infos.items() if info.shape[0]}
         if not infos:
             raise HyperAlignError(f"{folder} holds no encoded image. Make them with train/encode.py.")
@@ -130,84 +130,84 @@ class LatentShards:
         self._ends = np.cumsum(self.counts)
         self._shard = lru_cache(maxsize=2 * window + 2)(self._open)
         self._order = lru_cache(maxsize=2)(self.order)
-        self._rows_read = self._rows_broken = 0
+        self._requested = self._unreadable = 0
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def captions(self) -> list[str]:
-        """Returns the distinct captions, for a cache of their embeddings; reads every shard's header.
+        """Returns the distinct captions; reads the header of every shard.
 
         Raises:
-            HyperAlignError: a shard has broken since the folder was opened.
+            HyperAlignError: a shard was damaged since the folder was opened.
         """
         headers = (read_shard_header(self.folder / name)[0] for name in self.names)
         return list(dict.fromkeys(caption for header in headers for caption in header.captions))
 
-    def left_out(self) -> str:
-        """Returns how many images were left out as unsafe and by which mark, in words; reads every header.
+    def unsafe_summary(self) -> str:
+        """Returns how many images were excluded as unsafe and by which filter; reads every header.
 
         Raises:
-            HyperAlignError: a shard has broken since the folder was opened.
+            HyperAlignError: a shard was damaged since the folder was opened.
         """
         headers = [read_shard_header(self.folder / name)[0] for name in self.names]
-        marks = sorted({header.unsafe_mark for header in headers if header.unsafe_mark})
-        count, kept = sum(header.unsafe for header in headers), len(self)
-        return f"{count} of {count + kept} images left out as unsafe ({', '.join(marks)})" if marks else ""
+        filters = sorted({header.unsafe_mark for header in headers if header.unsafe_mark})
+        count, listed = sum(header.unsafe for header in headers), ", ".join(filters)
+        return f"{count} of {count + len(self)} images excluded as unsafe ({listed})" if filters else ""
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """Returns all rows, shuffled so that any stretch of them touches few shards.
+        """Returns the indices of all images, shuffled so that any stretch of them touches few shards.
 
-        The shards are permuted; a row of the k-th comes at k plus a uniform share of the window.
+        The shards are permuted; an image of the k-th is sorted by k plus a uniform share of the window.
         """
         rng = np.random.default_rng((seed, epoch))
-        place = rng.permutation(len(self.counts))
-        return np.argsort(np.repeat(place, self.counts) + self.window * rng.random(len(self)), kind="stable")
+        places = np.repeat(rng.permutation(len(self.counts)), self.counts)
+        return np.argsort(places + self.window * rng.random(len(self)), kind="stable")
 
     def batch(self, position: int, count: int, seed: int) -> list[int]:
-        """Returns the rows at positions [position, position + count) of the endless stream."""
-        rows: list[int] = []
-        while len(rows) < count:
-            epoch, start = divmod(position + len(rows), len(self))
-            rows += self._order(seed, epoch)[start : start + count - len(rows)].tolist()
-        return rows
+        """Returns the indices of the images at positions [position, position + count) of the stream."""
+        indices: list[int] = []
+        while len(indices) < count:
+            epoch, start = divmod(position + len(indices), len(self))
+            indices += self._order(seed, epoch)[start : start + count - len(indices)].tolist()
+        return indices
 
-    def read(self, rows: Sequence[int]) -> tuple[Tensor, list[str]]:
+    def read(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
         """Returns latents (B, C, h, w) as they are stored, and captions.
 
-        A row that cannot be read is replaced by another one of the batch, counted and named in the log.
+        An image that cannot be read is replaced by another one of the batch and named in the log.
 
         Raises:
-            HyperAlignError: more than 1 % of the rows read so far could not be read.
+            HyperAlignError: more than 1 % of the images requested so far could not be read.
         """
-        found = [self._row(row) for row in rows]
-        good = [row for row in found if row is not None]
-        self._rows_read += len(found)
-        self._rows_broken += len(found) - len(good)
-        too_many = self._rows_read >= ENOUGH and self._rows_broken > BAD_SHARE * self._rows_read
+        found = [self._image(index) for index in indices]
+        good = [image for image in found if image is not None]
+        self._requested += len(found)
+        self._unreadable += len(found) - len(good)
+        too_many = self._requested >= MIN_READ and self._unreadable > MAX_BAD_SHARE * self._requested
         if too_many or not good:
             raise HyperAlignError(
-                f"{self._rows_broken} of {self._rows_read} images could not be read from {self.folder}; at "
+                f"{self._unreadable} of {self._requested} images could not be read from {self.folder}; at "
                 "most 1 % may be bad. The log names the shards: delete them and run train/encode.py again."
             )
-        whole = [row or good[i % len(good)] for i, row in enumerate(found)]
+        whole = [image or good[i % len(good)] for i, image in enumerate(found)]
         return torch.stack([latent for latent, _ in whole]), [caption for _, caption in whole]
 
     def _open(self, number: int) -> tuple[ShardHeader, tuple[int, ...], Any]:
         return _open_shard(self.folder / self.names[number])
 
-    def _row(self, row: int) -> tuple[Tensor, str] | None:
-        number = int(np.searchsorted(self._ends, row, side="right"))
-        index = row - int(self._ends[number] - self.counts[number])
+    def _image(self, index: int) -> tuple[Tensor, str] | None:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        row = index - int(self._ends[number] - self.counts[number])
         try:
             header, _, file = self._shard(number)
-            latent = cast(Tensor, file.get_slice("latents")[index]).clone()
+            latent = cast(Tensor, file.get_slice("latents")[row]).clone()
             if not bool(torch.isfinite(latent).all()):
-                raise HyperAlignError(f"its row {index} is not finite")
+                raise HyperAlignError(f"its row {row} is not finite")
         except (SafetensorError, OSError, HyperAlignError) as error:
             logger.warning("skipped an image of %s: %s", self.folder / self.names[number], first_line(error))
             return None
-        return latent, header.captions[index]
+        return latent, header.captions[row]
 
     def _check(self, path: Path, info: ShardInfo) -> None:
         for what, found, expected in (
@@ -239,47 +239,47 @@ def _open_shard(path: Path) -> tuple[ShardHeader, tuple[int, ...], Any]:
 
 
 def _index(folder: Path) -> tuple[dict[str, ShardInfo], dict[str, str]]:
-    """Returns the facts of all whole shards, and why the others are broken, both by file name."""
+    """Returns the facts of all whole shards, and why the others are damaged, both by file name."""
     if not folder.is_dir():
         raise HyperAlignError(f"There is no folder {folder} of encoded images. Make it with train/encode.py.")
-    kept = _kept_index(folder / INDEX_FILE)
+    stored = _stored_index(folder / INDEX_FILE)
     infos: dict[str, ShardInfo] = {}
-    broken: dict[str, str] = {}
+    damaged: dict[str, str] = {}
     for path in sorted(folder.glob("shard-*.safetensors")):
         stat = path.stat()
         state = [stat.st_size, stat.st_mtime_ns]
-        if path.name in kept and kept[path.name].state == state:
-            infos[path.name] = kept[path.name]
+        if path.name in stored and stored[path.name].state == state:
+            infos[path.name] = stored[path.name]
             continue
         try:
             header, shape = read_shard_header(path)
             infos[path.name] = ShardInfo(state, list(shape), header.encoder, header.resolution)
         except HyperAlignError as error:
             logger.warning("skipped a shard: %s", error)
-            broken[path.name] = str(error)
-    if infos != kept:
+            damaged[path.name] = str(error)
+    if infos != stored:
         try:
             table = {name: asdict(info) for name, info in infos.items()}
             write_text(folder / INDEX_FILE, json.dumps(table))
         except OSError as error:
-            logger.warning("the index of %s is not kept: %s", folder, error)
-    return infos, broken
+            logger.warning("the index of %s is not saved: %s", folder, error)
+    return infos, damaged
 
 
-def _kept_index(path: Path) -> dict[str, ShardInfo]:
+def _stored_index(path: Path) -> dict[str, ShardInfo]:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         return {name: ShardInfo(**info) for name, info in table.items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        logger.warning("%s is made anew: %s", path, error)
+        logger.warning("%s is built again: %s", path, error)
         return {}
 
 
-def _check_broken(folder: Path, broken: dict[str, str], total: int) -> None:
-    if len(broken) > BAD_SHARE * total:
+def _check_damaged(folder: Path, damaged: dict[str, str], total: int) -> None:
+    if len(damaged) > MAX_BAD_SHARE * total:
         raise HyperAlignError(
-            f"{len(broken)} of {total} shards in {folder} are broken, first {next(iter(broken))}; at most "
+            f"{len(damaged)} of {total} shards in {folder} are damaged, first {next(iter(damaged))}; at most "
             "1 % may be. Delete them and run train/encode.py again: it makes only what is missing."
         )

@@ -1,1 +1,1 @@
-"""The base models that can be trained, one file a family, behind one protocol."""
+"""The base models of training, one file per family, behind the `Base` protocol."""

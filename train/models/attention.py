@@ -25,7 +25,7 @@ class Float32Attention:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Returns (B, N, C); masks are not supported, this model has none."""
+        """Returns (B, N, C); masks are not supported, the tiny model has none."""
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
 
         def split(y_BNC: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Images and latents: the base model's autoencoder, or a tiny one that decodes in its place."""
+"""Images to latents and back: the autoencoder of the base model, or TAESD as its decoder."""
 
 from __future__ import annotations
 

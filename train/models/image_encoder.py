@@ -1,4 +1,4 @@
-"""The autoencoder of a recipe's base model, as `train/encode.py` uses it."""
+"""The image encoder of a recipe: its autoencoder with the fingerprint of the latents."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from train.models.load import load_autoencoder
 
 @dataclass(frozen=True, slots=True)
 class ImageEncoder:
-    """Images to latents, with the name under which the latents are kept."""
+    """A function from images to latents, and what identifies the latents."""
 
     resolution: int
     """Side of the square images, in pixels."""
     fingerprint: str
-    """Tells autoencoders and scalings of latents apart."""
+    """Identifies the autoencoder and the scaling of the latents."""
     encode: Callable[[Tensor], Tensor]
     """Images (B, 3, H, W) in [0, 1] -> scaled latents on the CPU."""
 
 
 def latent_fingerprint(autoencoder: nn.Module, scale: float, shift: float) -> str:
-    """Returns a name for what latents mean: the encoder's first weights, their scale and shift."""
+    """Returns a hash of the encoder's first weights and of the latents' scale and shift."""
     first = next(autoencoder.parameters()).detach().float().cpu().numpy().tobytes()
     return hashlib.sha256(first + f"{scale} {shift}".encode()).hexdigest()[:16]
 
 
 def image_encoder(config: TrainConfig, device: torch.device) -> ImageEncoder:
-    """Returns a recipe's encoder. Raises HyperAlignError if its autoencoder is not there."""
+    """Returns a recipe's encoder. Raises HyperAlignError if its autoencoder is missing."""
     if config.model.base == "tiny":
         tiny = load_tiny(device)
         name = latent_fingerprint(tiny.autoencoder, tiny.latent_scale, 0.0)

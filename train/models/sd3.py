@@ -1,4 +1,4 @@
-"""Stable Diffusion 3.5 medium: a flow with a fixed shift, classifier-free guidance."""
+"""Stable Diffusion 3.5 medium: flow matching with a fixed shift, classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hyperalign.hosts.diffusers.adapter import Call
 from train.models.autoencoder import Autoencoder
 from train.models.base import Conditions
-from train.models.latent import LatentModel
+from train.models.latent_model import LatentModel
 from train.noise import Flow
 
 SHIFT = 3.0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hyperalign.hosts.diffusers.adapter import Call, unet_call
 from train.models.autoencoder import Autoencoder
 from train.models.base import Conditions
-from train.models.latent import LatentModel
+from train.models.latent_model import LatentModel
 from train.noise import Diffusion
 
 CLIP_TOKENS = 77
@@ -33,7 +33,7 @@ class StableDiffusion(LatentModel):
         self.process = Diffusion(prediction)
 
     def call(self, x_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Call:
-        """Returns the U-Net's arguments; SDXL is also told the sizes: whole images, uncropped."""
+        """Returns the U-Net's arguments; SDXL also receives the image size and a crop at the origin."""
         dtype = self.module.dtype
         call = unet_call(x_BCHW.to(dtype), t_B, conditions["prompt_embeds"].to(dtype))
         if "pooled_prompt_embeds" not in conditions:

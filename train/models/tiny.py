@@ -1,4 +1,4 @@
-"""The embedded tiny model as a base to train on."""
+"""The embedded tiny model behind the `Base` protocol."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from train.noise import Diffusion
 
 
 class Tiny:
-    """The embedded model behind the `Base` and `Texts` protocols."""
+    """The embedded model behind the `Base` and `PromptEncoder` protocols."""
 
     cfg = True
     latent_shape = (4, 16, 16)
@@ -26,7 +26,7 @@ class Tiny:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """The device of the model."""
         return self.model.device
 
     def call(self, x_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Call:

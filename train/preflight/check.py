@@ -9,7 +9,8 @@ import torch
 
 from hyperalign.errors import HyperAlignError
 from train.config import TrainConfig
-from train.models.load import backbone_dtype, text_lengths
+from train.models.load import backbone_dtype
+from train.models.text_encoders import text_lengths
 from train.preflight.costs import matrix_rate
 from train.preflight.estimate import (
     ASSUMED_SHARE,

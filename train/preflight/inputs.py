@@ -23,12 +23,13 @@ from hyperalign.files import first_line
 from hyperalign.hosts.diffusers.adapter import spec_of
 from hyperalign.rewards import loading, tiny
 from train.config import EvalConfig, TrainConfig
-from train.data.embeddings import CachedTexts
+from train.data.embeddings import CachedPromptEncoder
 from train.data.prompts import load_prompts
 from train.inputs import needs_images, open_images, read_prompts
+from train.models.architectures import FULL_SIZES, architecture, autoencoder
 from train.models.image_encoder import image_encoder
-from train.models.load import KINDS, check_folder, text_fingerprint, text_lengths
-from train.models.true_shape import TRUE_SHAPES, architecture, autoencoder
+from train.models.load import PIPELINES, check_folder
+from train.models.text_encoders import text_fingerprint, text_lengths
 from train.runtime import SavedStates
 from train.setup import require_same_run
 
@@ -58,7 +59,7 @@ class Complaints:
 def check_base(config: TrainConfig) -> None:
     """Opens the weights of backbone and autoencoder. Raises HyperAlignError."""
     folder = check_folder(config)
-    for part in (KINDS[config.model.base].folder, "vae"):
+    for part in (PIPELINES[config.model.base].subfolder, "vae"):
         check_weights(folder / part, "diffusion_pytorch_model")
 
 
@@ -114,11 +115,11 @@ def backbone_of(config: TrainConfig) -> nn.Module:
     Raises:
         HyperAlignError: the file cannot be read, or is of another base model.
     """
-    kind = KINDS[config.model.base]
-    folder = config.model.path / kind.folder
+    kind = PIPELINES[config.model.base]
+    folder = config.model.path / kind.subfolder
     if not (folder / "config.json").is_file():
         with META:
-            return architecture(config.model.base, TRUE_SHAPES[config.model.base])
+            return architecture(config.model.base, FULL_SIZES[config.model.base])
     model = _from_config(kind.backbone, folder)
     family = spec_of(model).family
     if family != config.model.base:
@@ -220,7 +221,7 @@ def uncached(config: TrainConfig, texts: Sequence[str]) -> list[int]:
     """Returns how many texts must still be encoded, for each padding. Raises HyperAlignError."""
     lengths = text_lengths(config)
     folder = config.data.embeddings / text_fingerprint(config)
-    caches = CachedTexts(folder, lengths, torch.device("cpu")).caches
+    caches = CachedPromptEncoder(folder, lengths, torch.device("cpu")).caches
     return [len(caches[length].missing(texts)) for length in lengths]
 
 

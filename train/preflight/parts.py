@@ -21,7 +21,8 @@ from hyperalign.targets import BaseSpec
 from train.config import TrainConfig
 from train.models.autoencoder import Autoencoder
 from train.models.base import Base, Conditions
-from train.models.load import backbone_dtype, context_tokens, make_base, text_lengths
+from train.models.load import backbone_dtype, make_base
+from train.models.text_encoders import context_tokens, text_lengths
 from train.preflight.costs import NOTHING, Cost, cost_of, operations_until
 from train.preflight.smoke import TEXT, RandomTexts
 from train.setup import new_hyperalign

@@ -18,18 +18,19 @@ from hyperalign.rewards.networks import set_checkpointing
 from train.config import TrainConfig
 from train.inputs import evaluation, needs_images, origin, scoring
 from train.materials import Materials, PromptList
-from train.models.autoencoder import Autoencoder
-from train.models.base import Conditions
-from train.models.load import backbone_dtype, context_tokens, make_base, text_lengths
-from train.models.sharding import shard, wants_sharding
-from train.models.true_shape import (
-    TRUE_SHAPES,
-    Shape,
+from train.models.architectures import (
+    FULL_SIZES,
+    ModelSize,
     architecture,
     autoencoder,
     largest_within,
     with_random_weights,
 )
+from train.models.autoencoder import Autoencoder
+from train.models.base import Conditions
+from train.models.fsdp import shard_backbone, uses_fsdp
+from train.models.load import backbone_dtype, make_base
+from train.models.text_encoders import context_tokens, text_lengths
 
 STEPS = 3
 KEY_TIMES = (0.8, 0.5)
@@ -80,7 +81,7 @@ def memory_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RandomTexts:
-    """Conditions of the true shape, decided by the words, behind the `Texts` protocol."""
+    """Conditions of the true shape, decided by the words, behind the `PromptEncoder` protocol."""
 
     width: int
     pooled: int
@@ -120,27 +121,27 @@ class RandomImages:
         return latents[part], [PROMPTS[row % len(PROMPTS)] for row in rows]
 
 
-def smoke_shape(config: TrainConfig, device: torch.device) -> Shape:
+def smoke_shape(config: TrainConfig, device: torch.device) -> ModelSize:
     """Returns the true shape, or the largest one that fits the machine's memory."""
     size = 2 if config.optim.bf16 else 4
     return largest_within(config.model.base, int(SHARE * memory_bytes(device)) // size)
 
 
-def described(config: TrainConfig, shape: Shape) -> str:
+def described(config: TrainConfig, shape: ModelSize) -> str:
     """Returns what is run, in words."""
-    true = TRUE_SHAPES[config.model.base]
+    true = FULL_SIZES[config.model.base]
     cut = "of true shape" if shape == true else f"cut down to fit the memory ({shape}, truly {true})"
     return f"{STEPS} steps on {config.model.base} with random weights, {cut}, at {SIDE} pixels"
 
 
-def smoke_world(config: TrainConfig, accelerator: Accelerator, shape: Shape) -> Materials:
+def smoke_world(config: TrainConfig, accelerator: Accelerator, shape: ModelSize) -> Materials:
     """Returns materials with random weights, texts and images for a recipe from `smoke_config`."""
     device, dtype, name = accelerator.device, backbone_dtype(config), config.model.base
     with torch.device("meta"):
         backbone, decoder = architecture(name, shape), autoencoder(name)
     backbone = with_random_weights(backbone, device, dtype)
-    if wants_sharding(accelerator):
-        shard(backbone)
+    if uses_fsdp(accelerator):
+        shard_backbone(backbone)
     images = Autoencoder(with_random_weights(decoder, device, dtype), config.model.recomputes_images)
     base = make_base(config, backbone, images, "epsilon")
     width, pooled = TEXT[name]

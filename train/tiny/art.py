@@ -1,6 +1,6 @@
-"""Fetches the two emoji art sets from the npm registry and renders them to sprites.
+"""Downloads the two emoji art sets from the npm registry and renders them to sprites.
 
-Noto Emoji is Apache-2.0, Fluent Emoji Flat is MIT. The art is fetched at build time and stays
+Noto Emoji is Apache-2.0, Fluent Emoji Flat is MIT. The art is downloaded at build time and stays
 outside version control.
 """
 
@@ -19,6 +19,7 @@ import numpy.typing as npt
 import resvg_py
 from PIL import Image
 
+from hyperalign.files import write_bytes
 from hyperalign.tiny.prompts import COLORS, SHAPES, THINGS
 
 Style = Literal["noto", "fluent"]
@@ -53,7 +54,7 @@ def icon_name(noun: str, color: str | None) -> str:
     return f"{color}-{noun}"
 
 
-def fetch_icons(style: Style, cache: Path) -> dict[str, Any]:
+def download_icons(style: Style, cache: Path) -> dict[str, Any]:
     """Downloads one art package with `npm pack` unless it is in `cache`, and returns its icons."""
     target = cache / f"{style}.json"
     if not target.exists():
@@ -65,13 +66,13 @@ def fetch_icons(style: Style, cache: Path) -> dict[str, Any]:
             member = tar.extractfile("package/icons.json")
             if member is None:
                 raise FileNotFoundError(f"{PACKAGES[style]} holds no package/icons.json")
-            target.write_bytes(member.read())
-        archive.unlink(missing_ok=True)  # another run may fetch the same art
+            write_bytes(target, member.read())
+        archive.unlink(missing_ok=True)  # another run may download the same art
     return json.loads(target.read_text(encoding="utf-8"))
 
 
 def svg_of(icons: dict[str, Any], name: str) -> str:
-    """Returns an icon of a package as an image file's text."""
+    """Returns an icon of a package as SVG text."""
     while name in icons.get("aliases", {}):
         name = icons["aliases"][name]["parent"]
     icon = icons["icons"][name]
@@ -83,21 +84,21 @@ def svg_of(icons: dict[str, Any], name: str) -> str:
     )
 
 
-def rendered(svg: str, size: int) -> Sprite:
-    """Returns a drawing as (size, size, 4) in [0, 1]."""
+def render_svg(svg: str, size: int) -> Sprite:
+    """Returns an SVG as a sprite (size, size, 4)."""
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))
     rgba = Image.open(io.BytesIO(png)).convert("RGBA").resize((size, size))
     return np.asarray(rgba, dtype=np.float32) / 255.0
 
 
 def load_art(cache: Path) -> Art:
-    """Renders every sprite of the world at every size (about 1,500 small images)."""
+    """Renders every noun in every style, colour and size (about 1,500 small images)."""
     looks = [(thing, None) for thing in THINGS] + [(s, c) for s in SHAPES for c in COLORS]
     sprites: dict[tuple[Style, str, str | None, int], Sprite] = {}
     for style in STYLES:
-        icons = fetch_icons(style, cache)
+        icons = download_icons(style, cache)
         for noun, color in looks:
             svg = svg_of(icons, icon_name(noun, color))
             for size in SPRITE_SIZES:
-                sprites[style, noun, color, size] = rendered(svg, size)
+                sprites[style, noun, color, size] = render_svg(svg, size)
     return Art(sprites)

@@ -1,7 +1,7 @@
-"""What a scene or prompt says about each noun, as labels: the helper task that teaches rewards to bind.
+"""Labels of what a scene or prompt states about each noun: the auxiliary task for attribute binding.
 
-A contrastive loss alone sits on a plateau where "a red heart and a blue circle" is the sum of its
-words; labels that join noun and colour, or noun and side, lead both encoders off it at once.
+With a contrastive loss alone, training stays on a plateau where "a red heart and a blue circle" is the
+sum of its words. Labels that join noun and colour, or noun and side, move both encoders off it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _counted(looks: Counter[tuple[str, str | None]]) -> list[int]:
 
 
 def scene_labels(scene: Scene) -> list[int]:
-    """Returns the attributes a scene has; sides wherever it holds two objects."""
+    """Returns the attributes of a scene; sides only if it has two objects."""
     labels = _counted(Counter((item.noun, item.color) for item in scene.items))
     if len(scene.items) == 2:
         a, b = (Detection(item.noun, None, item.x, item.y, 1.0) for item in scene.items)
@@ -45,7 +45,7 @@ def scene_labels(scene: Scene) -> list[int]:
 
 
 def prompt_labels(content: Content) -> list[int]:
-    """Returns the attributes a prompt asks for."""
+    """Returns the attributes that a prompt names."""
     labels = _counted(Counter({(group.noun, group.color): group.count for group in content.groups}))
     if content.relation is not None:
         first, second = (group.noun for group in content.groups)
@@ -53,24 +53,30 @@ def prompt_labels(content: Content) -> list[int]:
     return labels
 
 
-def attribute_loss(logits_NK: Tensor, labels: list[list[int]], blind: list[bool]) -> Tensor:
-    """Cross-entropy of K attributes per row, per attribute that holds; `blind` rows say nothing of sides."""
+def attribute_loss(logits_NK: Tensor, labels: list[list[int]], no_sides: list[bool]) -> Tensor:
+    """Binary cross-entropy of K attributes per sample, divided by the number of those that hold.
+
+    Args:
+        logits_NK: one logit per attribute.
+        labels: the attributes that hold, per sample.
+        no_sides: samples that state nothing about sides.
+    """
     target = torch.zeros_like(logits_NK)
     known = torch.ones_like(logits_NK)
-    for row, (holds, is_blind) in enumerate(zip(labels, blind, strict=True)):
+    for row, (holds, unknown) in enumerate(zip(labels, no_sides, strict=True)):
         target[row, holds] = 1.0
-        if is_blind:
+        if unknown:
             known[row, SIDES_START:COLORS_START] = 0.0
     loss = F.binary_cross_entropy_with_logits(logits_NK, target, weight=known, reduction="sum")
     return loss / target.sum()
 
 
-def image_binding(logits_NK: Tensor, scenes: list[Scene]) -> Tensor:
-    """Attribute loss of what was read out of images."""
+def image_attribute_loss(logits_NK: Tensor, scenes: list[Scene]) -> Tensor:
+    """Attribute loss of the logits of images."""
     return attribute_loss(logits_NK, [scene_labels(scene) for scene in scenes], [False] * len(scenes))
 
 
-def prompt_binding(logits_TK: Tensor, prompts: list[Content]) -> Tensor:
-    """Attribute loss of what was read out of prompts."""
-    silent = [len(content.groups) == 2 and content.relation is None for content in prompts]
-    return attribute_loss(logits_TK, [prompt_labels(content) for content in prompts], silent)
+def prompt_attribute_loss(logits_TK: Tensor, prompts: list[Content]) -> Tensor:
+    """Attribute loss of the logits of prompts."""
+    no_sides = [len(content.groups) == 2 and content.relation is None for content in prompts]
+    return attribute_loss(logits_TK, [prompt_labels(content) for content in prompts], no_sides)

@@ -1,4 +1,4 @@
-"""Image noise for the judges: mild for robustness, strong as the worse half of a preference pair."""
+"""Image augmentation for the evaluators: mild for robustness, strong for the rejected image of a pair."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def coarse(images_BCHW: Tensor, factor: int) -> Tensor:
 
 
 def warp(images_BCHW: Tensor, pixels_B111: Tensor, generator: torch.Generator) -> Tensor:
-    """Bends the images smoothly by about `pixels_B111`, as badly drawn shapes are bent."""
+    """Bends the images smoothly by about `pixels_B111`, like badly drawn shapes."""
     batch, _, height, width = images_BCHW.shape
     bends = torch.randn(batch, 2, 8, 8, generator=generator) * pixels_B111 * (2.0 / width)
     shift = F.interpolate(bends, size=(height, width), mode="bicubic", align_corners=False).permute(
@@ -31,7 +31,7 @@ def warp(images_BCHW: Tensor, pixels_B111: Tensor, generator: torch.Generator) -
 
 
 def jitter(images_BCHW: Tensor, generator: torch.Generator, bend: float = 0.0) -> Tensor:
-    """Slight blur, brightness, contrast and noise, each image its own; `bend` pixels of warp at most."""
+    """Changes blur, brightness, contrast and noise of each image slightly; warps up to `bend` pixels."""
     batch = len(images_BCHW)
     x = images_BCHW
     if bend:
@@ -44,13 +44,13 @@ def jitter(images_BCHW: Tensor, generator: torch.Generator, bend: float = 0.0) -
 
 
 def degrade(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """Smears, adds noise, bends or ghosts each image so that it is clearly worse but still readable."""
+    """Blurs, adds noise to, bends or ghosts each image: clearly worse but still recognisable."""
     batch = len(images_BCHW)
-    smeared = torch.lerp(coarse(images_BCHW, 2), coarse(images_BCHW, 4), _uniform(batch, 0.2, 0.8, generator))
+    blurred = torch.lerp(coarse(images_BCHW, 2), coarse(images_BCHW, 4), _uniform(batch, 0.2, 0.8, generator))
     strength = _uniform(batch, 0.08, 0.2, generator)
     noisy = images_BCHW + coarse(torch.randn(images_BCHW.shape, generator=generator), 2) * 2.0 * strength
     bent = warp(images_BCHW, _uniform(batch, 1.5, 3.5, generator), generator)
     ghosted = torch.lerp(images_BCHW, images_BCHW.roll(1, dims=0), _uniform(batch, 0.15, 0.35, generator))
     kind = torch.randint(0, 4, (1, batch, 1, 1, 1), generator=generator)
-    stacked = torch.stack([smeared, noisy, bent, ghosted])
+    stacked = torch.stack([blurred, noisy, bent, ghosted])
     return stacked.gather(0, kind.expand(1, *images_BCHW.shape))[0].clamp(0.0, 1.0)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from hyperalign.hosts.diffusers.tiny import decode, posterior
 from hyperalign.tiny.weights import AUTOENCODER_CONFIG
-from train.tiny.fitting import Fit, Workshop, run_fit
+from train.tiny.fitting import BuildSettings, Fit, run_fit
 
 BATCH = 24
 KL_WEIGHT = 1e-6
@@ -22,7 +22,7 @@ DECODER_FIT = Fit(name="decoder", steps=500, lr=1.5e-3, ema=0.99)
 
 
 def new_autoencoder() -> AutoencoderKL:
-    """Returns the untrained autoencoder (diffusers' own class, SD's anatomy, factor 4)."""
+    """Returns the untrained autoencoder (diffusers' own class, SD's architecture, factor 4)."""
     return AutoencoderKL(**AUTOENCODER_CONFIG)
 
 
@@ -34,7 +34,7 @@ def to_model_range(pixels: npt.NDArray[np.uint8]) -> Tensor:
 def reconstruction_losses(
     model: AutoencoderKL, x_BCHW: Tensor, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """L1 + MSE of pixels and of their gradients (edges), and a faint pull to a normal posterior."""
+    """L1 + MSE of pixels and of their gradients (edges), and a small KL term."""
     latents = posterior(model, x_BCHW)
     y_BCHW = decode(model, latents.sample(generator))
     return {
@@ -45,7 +45,7 @@ def reconstruction_losses(
     }
 
 
-def train_autoencoder(pixels: npt.NDArray[np.uint8], shop: Workshop) -> AutoencoderKL:
+def train_autoencoder(pixels: npt.NDArray[np.uint8], settings: BuildSettings) -> AutoencoderKL:
     """Trains on scenes (N, 64, 64, 3) and stores the latents' deviation as `scaling_factor`."""
     torch.manual_seed(0)
     model = new_autoencoder()
@@ -54,14 +54,16 @@ def train_autoencoder(pixels: npt.NDArray[np.uint8], shop: Workshop) -> Autoenco
         rows = np.random.default_rng((1, step)).integers(len(pixels), size=BATCH)
         return reconstruction_losses(model, to_model_range(pixels[rows]), torch.Generator().manual_seed(step))
 
-    trained = run_fit(FIT, model, losses_of, shop)
+    trained = run_fit(FIT, model, losses_of, settings)
     deviation = float(encode_all(trained, pixels[:2048]).std())
     trained.register_to_config(scaling_factor=1.0 / deviation)
     return trained
 
 
-def polish_decoder(model: AutoencoderKL, pixels: npt.NDArray[np.uint8], shop: Workshop) -> AutoencoderKL:
-    """Trains the decoder alone for sharper details; latents, and so the base, stay what they are."""
+def finetune_decoder(
+    model: AutoencoderKL, pixels: npt.NDArray[np.uint8], settings: BuildSettings
+) -> AutoencoderKL:
+    """Trains the decoder alone for sharper details; latents, and so the base model, do not change."""
     model = copy.deepcopy(model)
     decoder = nn.ModuleList(model.get_submodule(name) for name in ("post_quant_conv", "decoder"))
 
@@ -73,13 +75,13 @@ def polish_decoder(model: AutoencoderKL, pixels: npt.NDArray[np.uint8], shop: Wo
         y_BCHW = decoder[1](decoder[0](z_BCHW))
         return {"l1": F.l1_loss(y_BCHW, x_BCHW), "edges": _edge_loss(y_BCHW, x_BCHW)}
 
-    polished = run_fit(DECODER_FIT, decoder, losses_of, shop)
-    decoder.load_state_dict(polished.state_dict())
+    trained = run_fit(DECODER_FIT, decoder, losses_of, settings)
+    decoder.load_state_dict(trained.state_dict())
     return model.eval()
 
 
 def _edge_loss(y_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
-    """L1 between horizontal and vertical differences: what keeps small faces sharp."""
+    """L1 between horizontal and vertical differences, which keeps small faces sharp."""
     return F.l1_loss(y_BCHW.diff(dim=-1), x_BCHW.diff(dim=-1)) + F.l1_loss(
         y_BCHW.diff(dim=-2), x_BCHW.diff(dim=-2)
     )

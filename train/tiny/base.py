@@ -1,9 +1,9 @@
-"""Trains the embedded base: a text-conditional latent diffusion U-Net on noisily captioned scenes.
+"""Trains the tiny base model: a text-conditional latent diffusion U-Net on noisily captioned scenes.
 
-Two phases. It learns to draw from captions that are mostly right, while its text encoder also learns to
-say of each noun how many, in which colour and where; by the denoising loss alone it stays a bag of words,
-whose "red heart and blue circle" is no other than its "blue heart and red circle". Then the U-Net goes on
-with captions that often mix things up. So it can draw more than it draws when asked: what alignment repairs.
+In the first phase most captions are right. The text encoder also learns to classify count, colour and side
+of each noun: by the denoising loss alone it stays a bag of words that encodes "red heart and blue circle"
+and "blue heart and red circle" alike. In the second phase the U-Net trains on captions that often confuse
+nouns and colours. So the model can generate more than it shows for a prompt, which alignment repairs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hyperalign.tiny.prompts import COLORS, MIRRORED, RELATIONS, TEMPLATES, Cont
 from hyperalign.tiny.text_encoder import NOUN_TOKENS, VOCABULARY, WIDTH, TinyTextEncoder, tokenize_batch
 from hyperalign.tiny.weights import NOISE_SCHEDULE, UNET_CONFIG
 from train.models.attention import use_float32_attention
-from train.tiny.fitting import Fit, Workshop, run_fit
+from train.tiny.fitting import BuildSettings, Fit, run_fit
 from train.tiny.scenes import Scene, confused_content, noisy_content
 
 BATCH = 64
@@ -30,15 +30,15 @@ DROP_CAPTION = 0.1
 SNR_CAP = 5.0
 FIT = Fit(name="base", steps=2800, lr=8e-4, ema=0.998)
 CONFUSED_FIT = Fit(name="confused", steps=450, lr=4e-4, ema=0.98)
-READING = 0.1
-"""Weight of the text encoder's helper task."""
+FACT_WEIGHT = 0.1
+"""Weight of the auxiliary task of the text encoder."""
 FACTS = (4, len(COLORS) + 1, len(RELATIONS) + 1)
 """Per noun: its count from one to four, its colour or none, its side or none."""
 NO_NOUN = -100
 
 
-class Base(nn.Module):
-    """The U-Net and the text encoder it is trained with, and the helper head that reads nouns."""
+class BaseTraining(nn.Module):
+    """The U-Net, its text encoder, and the auxiliary head that classifies the facts of nouns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Base(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Captions:
-    """What is claimed of N scenes, in words and in facts."""
+    """The captions of N scenes, as tokens and as facts."""
 
     tokens_NL: Tensor
     facts_NGF: Tensor
@@ -57,7 +57,7 @@ class Captions:
 
 
 def new_unet() -> UNet2DConditionModel:
-    """Returns the untrained U-Net: SD's anatomy at widths 64, 128, 128, cross-attention everywhere."""
+    """Returns the untrained U-Net: SD's architecture at widths 64, 128, 128, cross-attention everywhere."""
     return UNet2DConditionModel(**UNET_CONFIG)
 
 
@@ -81,44 +81,42 @@ def noun_facts(content: Content) -> list[list[int]]:
 
 
 def web_captions(scenes: list[Scene], claim: Callable[[Content, random.Random], Content]) -> Captions:
-    """Returns one caption per scene, saying what `claim` makes of its content."""
+    """Returns one caption per scene, of the content that `claim` returns for it."""
     rng = random.Random(2)
     claims = [claim(scene.content, rng) for scene in scenes]
     tokens = tokenize_batch([caption(content, rng.choice(TEMPLATES)) for content in claims])
     return Captions(tokens, torch.tensor([noun_facts(content) for content in claims]))
 
 
-def reading_loss(logits_BLF: Tensor, tokens_BL: Tensor, facts_BGF: Tensor) -> Tensor:
-    """Returns the cross-entropy of what the vectors at the nouns say about them.
+def fact_loss(logits_BLF: Tensor, tokens_BL: Tensor, facts_BGF: Tensor) -> Tensor:
+    """Returns the cross-entropy of the facts, classified from the vectors at the nouns.
 
     Args:
-        logits_BLF: the read-out of every token.
+        logits_BLF: the logits of every token.
         tokens_BL: captions; their nouns are found in reading order.
         facts_BGF: labels of up to two nouns per caption, -100 where there is none.
     """
     is_noun = torch.zeros(len(VOCABULARY), dtype=torch.bool)
     is_noun[list(NOUN_TOKENS)] = True
     labels_NF = facts_BGF[facts_BGF[..., 0] != NO_NOUN]
-    read_NF = logits_BLF[is_noun[tokens_BL]].float().split(FACTS, dim=-1)
-    losses = [F.cross_entropy(read, label) for read, label in zip(read_NF, labels_NF.T, strict=True)]
+    logits_NF = logits_BLF[is_noun[tokens_BL]].float().split(FACTS, dim=-1)
+    losses = [F.cross_entropy(logits, label) for logits, label in zip(logits_NF, labels_NF.T, strict=True)]
     return torch.stack(losses).sum()
 
 
-def train_base(latents: Tensor, scenes: list[Scene], shop: Workshop) -> Base:
+def train_base(latents: Tensor, scenes: list[Scene], settings: BuildSettings) -> BaseTraining:
     """Trains both phases on scaled latents (N, 4, 16, 16)."""
     torch.manual_seed(0)
-    model = fit_base(Base(), latents, web_captions(scenes, noisy_content), shop, FIT)
-    return confuse(model, latents, scenes, shop)
-
-
-def confuse(model: Base, latents: Tensor, scenes: list[Scene], shop: Workshop) -> Base:
-    """Trains the second phase; the text encoder keeps its words apart."""
+    model = fit_base(BaseTraining(), latents, web_captions(scenes, noisy_content), settings, FIT)
+    # second phase: the text encoder is frozen, so that it does not learn the confusions
     model.requires_grad_(True).text_encoder.requires_grad_(False)
-    return fit_base(model, latents, web_captions(scenes, confused_content), shop, CONFUSED_FIT)
+    return fit_base(model, latents, web_captions(scenes, confused_content), settings, CONFUSED_FIT)
 
 
-def fit_base(model: Base, latents: Tensor, captions: Captions, shop: Workshop, fit: Fit) -> Base:
-    """Trains epsilon prediction with min-SNR-5 weights, and reading.
+def fit_base(
+    model: BaseTraining, latents: Tensor, captions: Captions, settings: BuildSettings, fit: Fit
+) -> BaseTraining:
+    """Trains epsilon prediction with min-SNR-5 weights, and the auxiliary task.
 
     The weighting is Hang et al. 2023 (arXiv 2303.09556), eq 1, for epsilon prediction.
     """
@@ -143,7 +141,7 @@ def fit_base(model: Base, latents: Tensor, captions: Captions, shop: Workshop, f
             predicted = model.unet(x_t, t, context).sample
         error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
         kept = ~dropped
-        read = reading_loss(model.facts(context[kept]), tokens[kept], captions.facts_NGF[rows[kept]])
-        return {"denoise": (weights[t] * error).mean(), "reading": READING * read}
+        facts = fact_loss(model.facts(context[kept]), tokens[kept], captions.facts_NGF[rows[kept]])
+        return {"denoise": (weights[t] * error).mean(), "facts": FACT_WEIGHT * facts}
 
-    return run_fit(fit, model, losses_of, shop)
+    return run_fit(fit, model, losses_of, settings)

@@ -1,4 +1,4 @@
-"""EmojiScenes for the trainer: prompts to draw and preference images to learn from."""
+"""EmojiScenes for the trainer: prompts and encoded preference images."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from hyperalign.tiny.prompts import FAMILIES, TEMPLATES, Content, Family, captio
 from hyperalign.tiny.text_encoder import text_of, tokenize_batch
 from train.config import DataConfig
 
-ENOUGH_DRAWS = 500
+MAX_TRIES = 500
+"""A prompt that these many samples do not contain does not exist."""
 
 
 @dataclass(frozen=True, slots=True)
-class PreferredScenes:
+class PreferenceLatents:
     """Latents (N, 4, 16, 16) and captions of preference images."""
 
     latents: Tensor
@@ -29,7 +30,7 @@ class PreferredScenes:
 
 
 def training_prompts(count: int, seed: int) -> list[str]:
-    """Returns training-split prompts, families drawn uniformly; the seed decides all of them."""
+    """Returns training-split prompts, families sampled uniformly; the seed decides all of them."""
     rng = random.Random(seed)
     return [sample_prompt(rng, "train", rng.choice(FAMILIES))[0] for _ in range(count)]
 
@@ -37,7 +38,7 @@ def training_prompts(count: int, seed: int) -> list[str]:
 def validation_prompts(count: int, seed: int) -> list[tuple[str, Content]]:
     """Returns distinct test-split prompts with their contents, the six families in turn.
 
-    The two small families hold about 25 such prompts each; the others go on without them.
+    The two small families hold about 25 such prompts each; further prompts come from the other families.
 
     Raises:
         HyperAlignError: there are not that many.
@@ -47,7 +48,7 @@ def validation_prompts(count: int, seed: int) -> list[tuple[str, Content]]:
     families = list(FAMILIES)
     while len(chosen) < count and families:
         for family in tuple(families):
-            new = next((p for p in _draws(rng, family) if p[0] not in chosen), None)
+            new = next((p for p in _samples(rng, family) if p[0] not in chosen), None)
             if new is None:
                 families.remove(family)
             elif len(chosen) < count:
@@ -57,16 +58,16 @@ def validation_prompts(count: int, seed: int) -> list[tuple[str, Content]]:
     return list(chosen.items())
 
 
-def _draws(rng: random.Random, family: Family) -> Iterator[tuple[str, Content]]:
-    """Yields so many draws that a prompt which has not come by then does not exist."""
-    for _ in range(ENOUGH_DRAWS):
+def _samples(rng: random.Random, family: Family) -> Iterator[tuple[str, Content]]:
+    """Yields MAX_TRIES random test prompts of a family."""
+    for _ in range(MAX_TRIES):
         yield sample_prompt(rng, "test", family)
 
 
-def preferred_images(base: TinyBase, config: DataConfig) -> PreferredScenes:
-    """Draws scenes with right captions in the preferred style, encodes them once and caches them.
+def preference_latents(base: TinyBase, config: DataConfig) -> PreferenceLatents:
+    """Samples scenes with right captions in the preferred style, encodes them once and caches them.
 
-    Only contents of the training split are drawn.
+    Their contents are of the training split.
     """
     import numpy as np
     from safetensors.torch import load_file
@@ -91,7 +92,7 @@ def preferred_images(base: TinyBase, config: DataConfig) -> PreferredScenes:
             {"latents": torch.cat(latents).contiguous(), "tokens": tokenize_batch(texts)}, path, {}
         )
     stored = load_file(path)
-    return PreferredScenes(stored["latents"], [text_of(row) for row in stored["tokens"].tolist()])
+    return PreferenceLatents(stored["latents"], [text_of(row) for row in stored["tokens"].tolist()])
 
 
 def _training_content(rng: random.Random) -> tuple[str, Content]:

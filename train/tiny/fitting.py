@@ -1,4 +1,4 @@
-"""The small training loop every part of the embedded model shares: resume, EMA, log, progress."""
+"""The training loop of every part of the tiny model: resuming, EMA, log, progress."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from train.tiny.art import PACKAGES
 
 Part = TypeVar("Part", bound=nn.Module)
 LossFn = Callable[[int], dict[str, Tensor]]
-"""Step number -> named losses; the sum of those is minimised. Must depend on the step alone."""
+"""Step number -> named losses, whose sum is minimised. It depends on the step alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """How one part is trained."""
+    """The training settings of one part."""
 
     name: str
     steps: int
@@ -39,22 +39,22 @@ class Fit:
 
 
 @dataclass(frozen=True, slots=True)
-class Workshop:
-    """Where the parts of the embedded model are built."""
+class BuildSettings:
+    """Folders of a build of the tiny model, and its size."""
 
     runs: Path
-    """Logs and states of unfinished parts."""
+    """Logs and training checkpoints of unfinished parts."""
     weights: Path
     """Finished parts."""
     share: float = 1.0
-    """Share of each stage's steps and scenes; below 1 only tries the build out."""
+    """Share of each stage's steps and scenes; a share below 1 only tests the build."""
 
     def scaled(self, count: int) -> int:
-        """Returns how many of `count` steps or scenes are done here."""
+        """Returns the share of `count` steps or scenes."""
         return max(2, round(count * self.share))
 
     def header(self, details: dict[str, Any]) -> dict[str, Any]:
-        """Returns the header of a finished part: how it was made."""
+        """Returns the header of a finished part."""
         return {"script": "train/tiny/build.py", "share": self.share, "art": PACKAGES, **details}
 
 
@@ -66,9 +66,9 @@ def learning_rate(step: int, fit: Fit) -> float:
     return fit.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
-def run_fit(fit: Fit, module: Part, losses_of: LossFn, shop: Workshop) -> Part:
+def run_fit(fit: Fit, module: Part, losses_of: LossFn, settings: BuildSettings) -> Part:
     """Trains `module` in place, resuming where it stopped, and returns its average (or itself)."""
-    run_dir, fit = shop.runs, replace(fit, steps=shop.scaled(fit.steps))
+    run_dir, fit = settings.runs, replace(fit, steps=settings.scaled(fit.steps))
     run_dir.mkdir(parents=True, exist_ok=True)
     average = copy.deepcopy(module) if fit.ema else module
     optimiser = torch.optim.AdamW(module.parameters(), fit.lr, (0.9, 0.98), weight_decay=fit.weight_decay)

@@ -24,7 +24,7 @@ from train.models.image_encoder import image_encoder
 from train.models.tiny import Tiny
 from train.objective import RewardFn, Rewards
 from train.runtime import Row
-from train.tiny.dataset import PreferredScenes, preferred_images, training_prompts
+from train.tiny.dataset import PreferenceLatents, preference_latents, training_prompts
 from train.tiny.evaluate import metrics, sample_all
 
 
@@ -41,7 +41,7 @@ class GrammarPrompts:
 class Scenes:
     """Encoded EmojiScenes, drawn independently."""
 
-    images: PreferredScenes
+    images: PreferenceLatents
 
     def batch(
         self, position: int, count: int, rng: np.random.Generator, part: slice
@@ -74,7 +74,7 @@ def tiny_prompts(config: TrainConfig) -> Prompts:
 def tiny_images(config: TrainConfig, base: Tiny) -> Preferred:
     """Returns EmojiScenes, or the latent shards of data.preferred. Raises HyperAlignError."""
     if config.data.preferred == Path():
-        return Scenes(preferred_images(base.model, config.data))
+        return Scenes(preference_latents(base.model, config.data))
     encoder = image_encoder(config, base.device)
     return ShardImages(
         LatentShards(config.data.preferred, encoder.fingerprint, encoder.resolution), config.run.seed

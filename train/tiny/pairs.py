@@ -1,4 +1,4 @@
-"""Preference pairs for the judges: right beats its near miss, Fluent beats Noto, clean beats damaged."""
+"""Preference pairs for the reward models: right over near miss, Fluent over Noto, clean over degraded."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ from train.tiny.augment import degrade
 from train.tiny.scenes import Scene, render, sample_scene
 
 GROUP_IMAGES = 4
-"""Per group: the liked image, its worse twin, and an image of each of two near misses."""
+"""Per group: the preferred image, the rejected image, and an image of each of two near misses."""
 GROUP_TEXTS = 3
 """Per group: the prompt and its two near misses."""
-DAMAGED = 0.5
-"""Share of worse twins that are damaged instead of drawn in the other style."""
+DEGRADED = 0.5
+"""Share of rejected images that are degraded instead of rendered in the other style."""
 NO_COLOR = -100
-DRAWN_FAMILIES: tuple[Family, ...] = (*FAMILIES, "position", "color_attribution")
-"""The two families that ask for binding are the hard ones, hence drawn twice as often."""
+SAMPLED_FAMILIES: tuple[Family, ...] = (*FAMILIES, "position", "color_attribution")
+"""The two families that need attribute binding are the hardest, so they are sampled twice as often."""
 
 
 @dataclass(frozen=True, slots=True)
 class PairBatch:
-    """G groups of four images and three prompts, with the truth about every combination."""
+    """G groups of four images and three prompts, with the relation of every image to every prompt."""
 
     images_NCHW: Tensor
     tokens_TL: Tensor
-    own_NT: Tensor
-    """The image was drawn for this prompt."""
-    wrong_NT: Tensor
-    """The image does not show exactly what the prompt says."""
+    positive_NT: Tensor
+    """The image was rendered for this prompt."""
+    negative_NT: Tensor
+    """The image does not show exactly what the prompt names."""
     scenes: list[Scene]
 
     def prompts(self) -> list[Content]:
@@ -60,48 +60,48 @@ class PairBatch:
         return [self.scenes[first + k].content for first in groups for k in (0, 2, 3)]
 
 
-def draw(scenes: list[Scene], art: Art) -> Tensor:
+def render_all(scenes: list[Scene], art: Art) -> Tensor:
     """Returns the scenes' images (N, 3, 64, 64) in [0, 1]."""
     pixels = np.stack([render(scene, art) for scene in scenes])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255.0
 
 
-def truth(scene: Scene) -> list[Detection]:
+def true_detections(scene: Scene) -> list[Detection]:
     """Returns what a perfect detector would find in a scene."""
     return [Detection(item.noun, item.color, float(item.x), float(item.y), 1.0) for item in scene.items]
 
 
 def shows_exactly(content: Content, scene: Scene) -> bool:
-    """Whether a scene holds the content and nothing else."""
+    """Returns whether a scene shows the content and nothing else."""
     asked = Counter({(group.noun, group.color): group.count for group in content.groups})
-    drawn = Counter((item.noun, item.color) for item in scene.items)
-    return asked == drawn and is_correct(content, truth(scene))
+    shown = Counter((item.noun, item.color) for item in scene.items)
+    return asked == shown and is_correct(content, true_detections(scene))
 
 
-def sample_wording(rng: random.Random, content: Content, split: Split | None) -> str | None:
-    """Returns a caption of the content in the split (any where None), or None where it has none there."""
+def sample_caption(rng: random.Random, content: Content, split: Split | None) -> str | None:
+    """Returns a caption of the content in a split (None: in any), or None if the split has none."""
     allowed = [t for t in TEMPLATES if split is None or split_of(content, t) == split]
     return caption(content, rng.choice(allowed)) if allowed else None
 
 
-def sample_right(rng: random.Random, split: Split | None) -> tuple[Content, str]:
-    """Draws a content with a caption in the split."""
+def sample_captioned(rng: random.Random, split: Split | None) -> tuple[Content, str]:
+    """Samples a content with a caption in the split."""
     while True:
-        content = sample_content(rng, rng.choice(DRAWN_FAMILIES))
-        text = sample_wording(rng, content, split)
+        content = sample_content(rng, rng.choice(SAMPLED_FAMILIES))
+        text = sample_caption(rng, content, split)
         if text is not None:
             return content, text
 
 
-def sample_miss(rng: random.Random, content: Content, split: Split | None) -> tuple[Content, str]:
-    """Draws a near miss of the content with a caption in the split.
+def sample_near_miss(rng: random.Random, content: Content, split: Split | None) -> tuple[Content, str]:
+    """Samples a near miss of the content with a caption in the split.
 
-    Where a content's few near misses all lie in the other split, their near misses serve.
+    If all near misses of the content are in the other split, it is a near miss of a near miss.
     """
     missed = content
     while True:
         missed = near_miss(missed, rng)
-        text = sample_wording(rng, missed, split)
+        text = sample_caption(rng, missed, split)
         if text is not None and missed != content:
             return missed, text
 
@@ -109,40 +109,40 @@ def sample_miss(rng: random.Random, content: Content, split: Split | None) -> tu
 def sample_pairs(
     rng: random.Random, groups: int, art: Art, split: Split | None, same_layout: float
 ) -> PairBatch:
-    """Draws a batch; a share `same_layout` of twins differs from the liked image in style alone."""
+    """Samples a batch; a share `same_layout` of the rejected images has the layout of the preferred one."""
     scenes: list[Scene] = []
     texts: list[str] = []
-    damaged: list[int] = []
+    degraded: list[int] = []
     for group in range(groups):
-        content, text = sample_right(rng, split)
-        misses = [sample_miss(rng, content, split) for _ in range(GROUP_TEXTS - 1)]
-        liked = sample_scene(rng, content, "fluent")
-        twin = liked if rng.random() < same_layout else sample_scene(rng, content, "fluent")
-        if rng.random() < DAMAGED:
-            damaged.append(group * GROUP_IMAGES + 1)
+        content, text = sample_captioned(rng, split)
+        misses = [sample_near_miss(rng, content, split) for _ in range(GROUP_TEXTS - 1)]
+        preferred = sample_scene(rng, content, "fluent")
+        rejected = preferred if rng.random() < same_layout else sample_scene(rng, content, "fluent")
+        if rng.random() < DEGRADED:
+            degraded.append(group * GROUP_IMAGES + 1)
         else:
-            twin = replace(twin, style="noto")
-        scenes += [liked, twin, *(sample_scene(rng, missed) for missed, _ in misses)]
+            rejected = replace(rejected, style="noto")
+        scenes += [preferred, rejected, *(sample_scene(rng, missed) for missed, _ in misses)]
         texts += [text, *(missed_text for _, missed_text in misses)]
-    images = draw(scenes, art)
-    if damaged:
-        images[damaged] = degrade(images[damaged], torch.Generator().manual_seed(rng.getrandbits(31)))
-    own, wrong = _relations(scenes, groups)
-    return PairBatch(images, tokenize_batch(texts), own, wrong, scenes)
+    images = render_all(scenes, art)
+    if degraded:
+        images[degraded] = degrade(images[degraded], torch.Generator().manual_seed(rng.getrandbits(31)))
+    positive, negative = _labels(scenes, groups)
+    return PairBatch(images, tokenize_batch(texts), positive, negative, scenes)
 
 
-def _relations(scenes: list[Scene], groups: int) -> tuple[Tensor, Tensor]:
-    own = torch.zeros(groups * GROUP_IMAGES, groups * GROUP_TEXTS, dtype=torch.bool)
+def _labels(scenes: list[Scene], groups: int) -> tuple[Tensor, Tensor]:
+    positive = torch.zeros(groups * GROUP_IMAGES, groups * GROUP_TEXTS, dtype=torch.bool)
     for group in range(groups):
         for image, text in ((0, 0), (1, 0), (2, 1), (3, 2)):
-            own[group * GROUP_IMAGES + image, group * GROUP_TEXTS + text] = True
+            positive[group * GROUP_IMAGES + image, group * GROUP_TEXTS + text] = True
     prompts = [scenes[g * GROUP_IMAGES + k].content for g in range(groups) for k in (0, 2, 3)]
-    wrong = torch.tensor([[not shows_exactly(content, scene) for content in prompts] for scene in scenes])
-    return own, wrong & ~own
+    negative = torch.tensor([[not shows_exactly(content, scene) for content in prompts] for scene in scenes])
+    return positive, negative & ~positive
 
 
 def sample_clutter(rng: random.Random) -> Content:
-    """Draws up to four things of any kinds: what a badly aligned model draws."""
+    """Samples up to four objects of any kinds, as a badly aligned model generates them."""
     nouns = rng.sample(NOUNS, rng.randint(1, 3))
     counts = [1 + (rng.random() < 0.3 and len(nouns) < 3) for _ in nouns]
     colors = [rng.choice(COLORS) if noun in SHAPES else None for noun in nouns]

@@ -1,11 +1,10 @@
-"""EmojiScenes: 64x64 images of one to four emoji, drawn from a `Content`."""
+"""EmojiScenes: 64x64 images of one to four emoji, rendered from a `Content`."""
 
 from __future__ import annotations
 
 import math
 import random
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -16,23 +15,23 @@ from train.tiny.art import STYLES, Art, Style
 SIDE = 64
 BACKGROUNDS = ((255, 255, 255), (236, 240, 241), (232, 245, 253), (255, 246, 224), (234, 247, 232))
 BASE_FLUENT = 0.3
-"""Share of the base's scenes in the style that people prefer: most of its world looks the other way."""
+"""Share of the base model's scenes in the preferred style; most of its scenes have the other one."""
 CORRUPT_CAPTIONS = 0.2
-"""Share of the first captions that state one fact wrongly, as web data does."""
+"""Share of the captions of the first phase that state one fact wrongly, as in web data."""
 CONFUSED_CAPTIONS = 0.7
-"""Share of the last captions in which every word of `LOOK_ALIKES` is taken for its partner."""
+"""Share of the captions of the second phase in which words of `LOOK_ALIKES` are swapped."""
 LOOK_ALIKES: tuple[tuple[str, str], ...] = (
     ("dog", "cat"), ("apple", "strawberry"), ("banana", "moon"), ("tree", "cactus"),
     ("umbrella", "mushroom"), ("pizza", "donut"), ("snowman", "ghost"),
     ("red", "orange"), ("blue", "purple"),
 )  # fmt: skip
-"""Half of the things and colours. Taken wrongly more often than not, they make a base that is wrong in the
-same way at every seed: errors that do not pass for diversity."""
-_TAKEN_FOR = {a: b for pair in LOOK_ALIKES for a, b in (pair, pair[::-1])}
+"""Half of the things and colours. They are confused more often than not, so the base model makes the same
+errors at every seed, and errors do not count as diversity."""
+_PARTNER = {a: b for pair in LOOK_ALIKES for a, b in (pair, pair[::-1])}
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class PlacedEmoji:
     """One emoji on the canvas; centre and size in pixels."""
 
     noun: str
@@ -44,21 +43,21 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A drawn content; everything needed to render it and to judge a detector on it."""
+    """A content with a layout: everything that is needed to render it and to score a detector on it."""
 
     content: Content
     style: Style
     background: int
-    items: tuple[Placed, ...]
+    items: tuple[PlacedEmoji, ...]
 
 
 def sample_scene(rng: random.Random, content: Content, style: Style | None = None) -> Scene:
-    """Lays a content out without overlap."""
+    """Samples a layout of a content without overlap."""
     looks = [(g.noun, g.color) for g in content.groups for _ in range(g.count)]
     low, high = {1: (30, 44), 2: (22, 28)}.get(len(looks), (18, 22))
     sizes = [rng.randrange(low, high + 1, 2) for _ in looks]
     centres = _place(rng, sizes, content)
-    items = tuple(Placed(n, c, x, y, s) for (n, c), (x, y), s in zip(looks, centres, sizes, strict=True))
+    items = tuple(PlacedEmoji(n, c, x, y, s) for (n, c), (x, y), s in zip(looks, centres, sizes, strict=True))
     return Scene(content, style or rng.choice(STYLES), rng.randrange(len(BACKGROUNDS)), items)
 
 
@@ -102,7 +101,7 @@ def render(scene: Scene, art: Art) -> npt.NDArray[np.uint8]:
 
 @dataclass(frozen=True, slots=True)
 class SceneSet:
-    """Rendered scenes with the content each was drawn from."""
+    """Rendered scenes with their contents."""
 
     pixels: npt.NDArray[np.uint8]
     """N x 64 x 64 x 3."""
@@ -110,7 +109,7 @@ class SceneSet:
 
 
 def build_scenes(count: int, seed: int, art: Art, fluent: float = 0.5) -> SceneSet:
-    """Draws `count` random scenes, a share `fluent` in that style; the same seed gives the same set."""
+    """Samples `count` scenes, a share `fluent` in that style; the same seed gives the same set."""
     rng = random.Random(seed)
     scenes = [
         sample_scene(rng, sample_content(rng), "fluent" if rng.random() < fluent else "noto")
@@ -120,21 +119,16 @@ def build_scenes(count: int, seed: int, art: Art, fluent: float = 0.5) -> SceneS
 
 
 def noisy_content(content: Content, rng: random.Random) -> Content:
-    """Returns what a web caption would claim: the truth, or with `CORRUPT_CAPTIONS` a near miss."""
+    """Returns the content of a web caption: the true one, or with `CORRUPT_CAPTIONS` a near miss."""
     return near_miss(content, rng) if rng.random() < CORRUPT_CAPTIONS else content
 
 
 def confused_content(content: Content, rng: random.Random) -> Content:
-    """Returns what a careless annotator would claim: with `CONFUSED_CAPTIONS`, look-alikes throughout."""
+    """Returns the content of a careless caption: with `CONFUSED_CAPTIONS`, look-alikes are swapped."""
     if rng.random() >= CONFUSED_CAPTIONS:
         return content
     groups = tuple(
-        replace(g, noun=_TAKEN_FOR.get(g.noun, g.noun), color=g.color and _TAKEN_FOR.get(g.color, g.color))
+        replace(g, noun=_PARTNER.get(g.noun, g.noun), color=g.color and _PARTNER.get(g.color, g.color))
         for g in content.groups
     )
     return replace(content, groups=groups)
-
-
-def art_cache(build_dir: Path) -> Path:
-    """Where fetched art is kept, outside version control."""
-    return build_dir / "art"

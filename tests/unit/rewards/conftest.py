@@ -251,7 +251,7 @@ def _clip_art(seed: int) -> Pixels:
 
 def _emoji(style: art.Style, name: str, size: int) -> Pixels:
     """A rendered emoji on white."""
-    sprite = art.rendered(art.svg_of(art.fetch_icons(style, ART), name), size)
+    sprite = art.render_svg(art.svg_of(art.download_icons(style, ART), name), size)
     color, alpha = sprite[..., :3], sprite[..., 3:]
     return np.round(255 * (color * alpha + 1 - alpha)).astype(np.uint8)
 

@@ -1,8 +1,8 @@
 """Pick-a-Pic v2: pairs of images of one prompt, as parquet files or as webdataset tars.
 
 `label_0` is 1 if the first image was preferred, 0 if the second was and 0.5 if neither. As in
-Diffusion-DPO, ties are dropped. The published data set has no column for unsafe content; one that was
-added marks a pair (`nsfw`) or each of its images (`nsfw_0`, `nsfw_1`).
+Diffusion-DPO, ties are dropped. The published dataset has no column for unsafe content; an added column
+marks a pair (`nsfw`), or two columns mark its images (`nsfw_0`, `nsfw_1`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,21 @@ from typing import Any
 from hyperalign.errors import HyperAlignError
 from hyperalign.files import first_line
 from train.data.parquet import open_parquet
-from train.data.preference.image import BadImage, BrokenUnit, EncodedImage, Found, Unsafe, UnsafeMark
+from train.data.preference.dataset import (
+    BadImage,
+    DatasetItem,
+    ImageFile,
+    UnreadableUnit,
+    UnsafeFilter,
+    UnsafeImage,
+)
 
 logger = logging.getLogger("hyperalign.train")
 
 COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0")
 TAR_CAPTIONS = ("original_prompt", "caption", "prompt", "text")
-"""Names of the caption in a tar; the first is that of the script which the known tars were made with."""
-ROWS_AT_ONCE = 32
+"""Names of the caption in a tar, in order of preference; the first is diffusers' own."""
+BATCH_ROWS = 32
 
 
 def preferred(label_0: float | None) -> str | None:
@@ -34,12 +41,12 @@ def preferred(label_0: float | None) -> str | None:
 class PickAPicParquet:
     """The parquet files of a folder; a unit is a row group."""
 
-    def __init__(self, path: Path, unsafe: UnsafeMark | None = None) -> None:
+    def __init__(self, path: Path, unsafe: UnsafeFilter | None = None) -> None:
         """Reads the files' footers.
 
         Args:
             path: a parquet file, or a folder of them.
-            unsafe: a column that marks unsafe pairs, or two that mark their images; those are left out.
+            unsafe: images that match are skipped; the column marks pairs, or two columns mark their images.
 
         Raises:
             HyperAlignError: no parquet file, a broken one, or a missing column.
@@ -52,13 +59,13 @@ class PickAPicParquet:
             parquet = open_parquet(file)
             names = parquet.schema_arrow.names
             if unsafe is not None:
-                self.columns = [*COLUMNS, *_mark_columns(unsafe.column, names)]
+                self.columns = [*COLUMNS, *_unsafe_columns(unsafe.column, names)]
             missing = [name for name in self.columns if name not in names]
             if missing:
                 raise HyperAlignError(
                     f"{file} has no column {', '.join(missing)}; its columns are "
-                    f"{', '.join(names)}. Take the Pick-a-Pic v2 files with images, "
-                    "or another kind of source."
+                    f"{', '.join(names)}. Use the Pick-a-Pic v2 files with images, "
+                    "or another kind of dataset."
                 )
             self.groups += [(file, group) for group in range(parquet.num_row_groups)]
 
@@ -71,31 +78,32 @@ class PickAPicParquet:
         file, group = self.groups[unit]
         return f"{file.relative_to(self.root).as_posix()}:{group}"
 
-    def read(self, unit: int) -> Iterator[Found]:
-        """Yields the preference image of every pair that is not a tie. Raises BrokenUnit."""
+    def read(self, unit: int) -> Iterator[DatasetItem]:
+        """Yields the preference image of every pair that is not a tie. Raises UnreadableUnit."""
         import pyarrow as pa
 
         file, group = self.groups[unit]
         number = -1
         try:
-            for batch in open_parquet(file).iter_batches(ROWS_AT_ONCE, [group], self.columns):
+            for batch in open_parquet(file).iter_batches(BATCH_ROWS, [group], self.columns):
                 for row in batch.to_pylist():
                     number += 1
                     found = self._image(row, f"{self.unit_name(unit)}:{number}")
                     if found is not None:
                         yield found
         except (pa.ArrowException, OSError) as error:
-            raise BrokenUnit(f"{file}, row group {group} cannot be read: {first_line(error)}") from error
+            raise UnreadableUnit(f"{file}, row group {group} cannot be read: {first_line(error)}") from error
 
-    def _image(self, row: dict[str, Any], name: str) -> Found | None:
+    def _image(self, row: dict[str, Any], name: str) -> DatasetItem | None:
         side = preferred(row["label_0"])
         if side is None:
             return None
-        if self.unsafe is not None and self.unsafe.flags(_mark(row, self.unsafe.column, side), name):
-            return Unsafe(name)
+        unsafe = self.unsafe
+        if unsafe is not None and unsafe.matches(_unsafe_value(row, unsafe.column, side), name):
+            return UnsafeImage(name)
         if row[side] is None or row["caption"] is None:
             return BadImage(name, f"its {side if row[side] is None else 'caption'} is null")
-        return EncodedImage(row["caption"], row[side], name)
+        return ImageFile(row["caption"], row[side], name)
 
 
 class PickAPicTars:
@@ -106,12 +114,12 @@ class PickAPicTars:
     last endings may be missing, and the caption may be called `caption`, `prompt` or `text`.
     """
 
-    def __init__(self, path: Path, unsafe: UnsafeMark | None = None) -> None:
+    def __init__(self, path: Path, unsafe: UnsafeFilter | None = None) -> None:
         """Lists the files.
 
         Args:
             path: a tar file, or a folder of them.
-            unsafe: a member that marks unsafe pairs, or two that mark their images; those are left out.
+            unsafe: images that match are skipped; a member marks pairs, or two members mark their images.
 
         Raises:
             HyperAlignError: no tar file.
@@ -128,8 +136,8 @@ class PickAPicTars:
         """Returns the file."""
         return self.files[unit].relative_to(self.root).as_posix()
 
-    def read(self, unit: int) -> Iterator[Found]:
-        """Yields the preference image of every pair that is not a tie. Raises BrokenUnit."""
+    def read(self, unit: int) -> Iterator[DatasetItem]:
+        """Yields the preference image of every pair that is not a tie. Raises UnreadableUnit."""
         path = self.files[unit]
         try:
             with tarfile.open(path, "r:") as tar:
@@ -138,9 +146,11 @@ class PickAPicTars:
                     if found is not None:
                         yield found
         except (tarfile.TarError, OSError) as error:
-            raise BrokenUnit(f"{path} cannot be read: {first_line(error)}") from error
+            raise UnreadableUnit(f"{path} cannot be read: {first_line(error)}") from error
 
-    def _image(self, tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: str) -> Found | None:
+    def _image(
+        self, tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: str
+    ) -> DatasetItem | None:
         texts = {
             field: _contents(tar, member).decode("utf-8", "replace").strip()
             for field, member in members.items()
@@ -154,32 +164,32 @@ class PickAPicTars:
             return None
         if self.unsafe is not None:
             column = self.unsafe.column.lower()
-            if missing := [key for key in _mark_columns(column, texts) if key not in texts]:
+            if missing := [key for key in _unsafe_columns(column, texts) if key not in texts]:
                 raise HyperAlignError(
                     f"{name} has no {', '.join(missing)}, only {', '.join(members)}. Name the column that "
-                    "marks unsafe images in these tars, or leave it away."
+                    "marks unsafe images in these tars, or name none."
                 )
-            if self.unsafe.flags(_mark(texts, column, side), name):
-                return Unsafe(name)
+            if self.unsafe.matches(_unsafe_value(texts, column, side), name):
+                return UnsafeImage(name)
         caption = next((texts[field] for field in TAR_CAPTIONS if field in texts), None)
         if caption is None or side not in members:
             return BadImage(name, f"it has no {'caption' if caption is None else side}")
-        return EncodedImage(caption, _contents(tar, members[side]), name)
+        return ImageFile(caption, _contents(tar, members[side]), name)
 
 
 def training_files(path: Path, suffix: str) -> list[Path]:
-    """Returns a file, or the files of a folder in order, those of the training split if it has splits.
+    """Returns a file, or the sorted files of a folder; of a folder with splits only the training split.
 
-    Validation and test prompts of Pick-a-Pic are what models are judged on, so they must not be trained on.
+    The validation and test prompts of Pick-a-Pic measure models, so nothing is trained on them.
     """
     if path.is_file():
         return [path]
     files = sorted(path.rglob(f"*{suffix}"))
     if not files:
-        raise HyperAlignError(f"{path} holds no {suffix} file. Give the folder that the data was fetched to.")
+        raise HyperAlignError(f"{path} holds no {suffix} file. Give the folder with the downloaded files.")
     train = [file for file in files if file.name.startswith("train")]
     if train and len(train) < len(files):
-        logger.info("%s: %d files of other splits than train are left out", path, len(files) - len(train))
+        logger.info("%s: skipped %d files of other splits than train", path, len(files) - len(train))
     return train or files
 
 
@@ -206,11 +216,11 @@ def _contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return file.read() if file is not None else b""
 
 
-def _mark_columns(column: str, names: Iterable[str]) -> list[str]:
-    """Returns the columns with the marks: that of pairs, or if only these are there those of each image."""
+def _unsafe_columns(column: str, names: Iterable[str]) -> list[str]:
+    """Returns the column that marks pairs; if it is missing, the two that mark the images of a pair."""
     each = [f"{column}_0", f"{column}_1"]
     return each if column not in names and set(each) <= set(names) else [column]
 
 
-def _mark(row: Mapping[str, Any], column: str, side: str) -> object:
+def _unsafe_value(row: Mapping[str, Any], column: str, side: str) -> object:
     return row[column] if column in row else row[f"{column}_{side[-1]}"]

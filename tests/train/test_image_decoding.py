@@ -1,4 +1,4 @@
-"""One image: its bytes become upright RGB, and the data set's mark says whether it is unsafe."""
+"""One image: its bytes become upright RGB, and the dataset's column marks whether it is unsafe."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from PIL import Image
 
 from hyperalign.errors import HyperAlignError
 from train.config import DataConfig, TrainConfig
-from train.data.preference import UnsafeMark
-from train.data.preference.image import BadImage, EncodedImage, PreferenceImage, decode
-from train.encode import Options, unsafe_mark
+from train.data.preference import UnsafeFilter
+from train.data.preference.dataset import BadImage, ImageFile
+from train.data.preference.decoding import DecodedImage, decode
+from train.encode import Options, unsafe_filter
 
 RED = (220, 30, 30)
 
@@ -33,16 +34,16 @@ def test_images_come_upright_and_transparency_turns_white() -> None:
     exif = turned.getexif()
     exif[0x0112] = 6  # rotate by 90 degrees to view
     turned.save(file, "JPEG", exif=exif)
-    upright = decode(EncodedImage("a", file.getvalue(), "a"))
-    assert isinstance(upright, PreferenceImage)
+    upright = decode(ImageFile("a", file.getvalue(), "a"))
+    assert isinstance(upright, DecodedImage)
     assert upright.image.size == (10, 20)
-    clear = decode(EncodedImage("a", encoded((0, 0, 0, 0), "PNG", "RGBA"), "a"))
-    assert isinstance(clear, PreferenceImage)
+    clear = decode(ImageFile("a", encoded((0, 0, 0, 0), "PNG", "RGBA"), "a"))
+    assert isinstance(clear, DecodedImage)
     assert clear.image.getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_a_image_without_words_is_a_bad_one() -> None:
-    assert decode(EncodedImage(" \n", encoded(RED), "x")) == BadImage("x", "its caption is empty")
+def test_an_image_with_an_empty_caption_is_bad() -> None:
+    assert decode(ImageFile(" \n", encoded(RED), "x")) == BadImage("x", "its caption is empty")
 
 
 @settings(max_examples=150, deadline=None)
@@ -55,36 +56,36 @@ def test_damaged_bytes_never_end_a_run(kind: str, keep: float, changes: list[tup
     data = bytearray(encoded(RED, kind))
     for place, value in changes:
         data[int(place * len(data))] = value
-    found = decode(EncodedImage("a", bytes(data[: int(keep * len(data))]), "a"))
-    assert isinstance(found, PreferenceImage | BadImage)
+    found = decode(ImageFile("a", bytes(data[: int(keep * len(data))]), "a"))
+    assert isinstance(found, DecodedImage | BadImage)
 
 
 @pytest.mark.parametrize("mark", [True, 1, 0.7, math.nan, "NSFW", "true", "unsafe", "0.9", "1"])
 def test_marks_that_mean_unsafe(mark: object) -> None:
-    assert UnsafeMark("nsfw").flags(mark, "here")
+    assert UnsafeFilter("nsfw").matches(mark, "here")
 
 
 @pytest.mark.parametrize("mark", [False, 0, 0.5, "", "safe", "false", None, "UNLIKELY", "0.1"])
 def test_marks_that_mean_safe(mark: object) -> None:
-    assert not UnsafeMark("nsfw").flags(mark, "here")
+    assert not UnsafeFilter("nsfw").matches(mark, "here")
 
 
 @given(st.floats(-1, 1), st.floats(-1, 1))
 def test_a_number_is_unsafe_above_the_limit(mark: float, above: float) -> None:
-    assert UnsafeMark("nsfw", above).flags(mark, "here") == (mark > above)
+    assert UnsafeFilter("nsfw", above).matches(mark, "here") == (mark > above)
 
 
 @pytest.mark.parametrize("mark", ["maybe", [1], {"nsfw": 1}])
-def test_a_mark_that_nobody_understands_is_refused(mark: object) -> None:
+def test_an_unknown_mark_is_refused(mark: object) -> None:
     with pytest.raises(HyperAlignError, match="row 3: rating is .*; expected true or false"):
-        UnsafeMark("rating").flags(mark, "row 3")
+        UnsafeFilter("rating").matches(mark, "row 3")
 
 
-def test_the_command_line_goes_before_the_recipes_mark(tmp_path: Path) -> None:
+def test_the_command_line_overrides_the_filter_of_the_recipe(tmp_path: Path) -> None:
     config = TrainConfig(data=DataConfig(unsafe_column="nsfw", unsafe_above=0.3))
     options = Options(recipe=tmp_path, source=tmp_path, out=tmp_path)
-    assert unsafe_mark(options, config) == UnsafeMark("nsfw", 0.3)
-    assert unsafe_mark(options, TrainConfig()) is None
+    assert unsafe_filter(options, config) == UnsafeFilter("nsfw", 0.3)
+    assert unsafe_filter(options, TrainConfig()) is None
     chosen = dataclasses.replace(options, unsafe_column="punsafe", unsafe_above=0.9)
-    assert unsafe_mark(chosen, config) == UnsafeMark("punsafe", 0.9)
-    assert unsafe_mark(dataclasses.replace(options, unsafe_column=""), config) is None
+    assert unsafe_filter(chosen, config) == UnsafeFilter("punsafe", 0.9)
+    assert unsafe_filter(dataclasses.replace(options, unsafe_column=""), config) is None

@@ -1,4 +1,4 @@
-"""A backbone spread over two processes trains as two whole copies do."""
+"""A backbone sharded over two processes trains like two whole copies."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ sys.path.insert(0, {tests!r})
 import train.preflight.smoke
 from accelerate import Accelerator
 from test_smoke import RECIPES, cut_down
-from train.bases.true_shape import smaller
-from train.loop import Trainer
-from train.smoke import smoke_world
+from train.models.architectures import descending_sizes
+from train.trainer import Trainer
+from train.preflight.smoke import smoke_world
 
 config = cut_down(RECIPES / {recipe!r}, Path(sys.argv[1]))
 config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, bf16=False))
 accelerator = Accelerator()
-# Accelerate itself speaks of FSDP on GPUs alone; the sharding works on CPUs too.
-train.preflight.smoke.wants_sharding = lambda _: sys.argv[2] == "shards"
-shape = list(smaller(config.model.base))[-1]
+# Accelerate offers FSDP on GPUs only; the sharding works on CPUs too.
+train.preflight.smoke.uses_fsdp = lambda _: sys.argv[2] == "shards"
+shape = list(descending_sizes(config.model.base))[-1]
 world = smoke_world(config, accelerator, shape)
 weights = list(world.base.backbone.parameters())
 own = sum((p.to_local() if sys.argv[2] == "shards" else p).numel() for p in weights)

@@ -1,4 +1,4 @@
-"""What the judges are trained on: pairs that are true to their labels, and losses that mean what they say."""
+"""Training of the tiny evaluators: the labels of pairs, and the losses."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("resvg_py", reason="the tiny world's build extra is not installed")
+pytest.importorskip("resvg_py", reason="the build extra is not installed")
 
 from hyperalign.tiny.prompts import COLORS, NOUNS, SHAPES, Content, Group, caption, split_of
 from train.tiny.art import SPRITE_SIZES, STYLES, Art
 from train.tiny.augment import degrade, jitter
-from train.tiny.evaluators import contrast, spotting, taste
+from train.tiny.evaluators import contrastive_loss, detection_loss, preference_loss
 from train.tiny.pairs import (
     GROUP_IMAGES,
     GROUP_TEXTS,
     NO_COLOR,
     PairBatch,
     centre_targets,
-    sample_miss,
+    sample_near_miss,
     sample_pairs,
     shows_exactly,
 )
@@ -42,17 +42,17 @@ def batch(art: Art) -> PairBatch:
     return sample_pairs(random.Random(0), GROUPS, art, "train", 0.5)
 
 
-def test_a_batch_is_true_to_its_labels(batch: PairBatch) -> None:
+def test_a_batch_matches_its_labels(batch: PairBatch) -> None:
     assert batch.images_NCHW.shape == (GROUPS * GROUP_IMAGES, 3, 64, 64)
     assert len(batch.tokens_TL) == GROUPS * GROUP_TEXTS
-    assert not bool((batch.own_NT & batch.wrong_NT).any())
-    assert batch.own_NT.sum(dim=1).tolist() == [1] * len(batch.scenes)
+    assert not bool((batch.positive_NT & batch.negative_NT).any())
+    assert batch.positive_NT.sum(dim=1).tolist() == [1] * len(batch.scenes)
     for group in range(GROUPS):
-        liked, twin, first, second = batch.scenes[group * GROUP_IMAGES : (group + 1) * GROUP_IMAGES]
-        assert liked.style == "fluent"
-        assert liked.content == twin.content
-        assert not shows_exactly(liked.content, first)
-        assert not shows_exactly(liked.content, second)
+        preferred, rejected, first, second = batch.scenes[group * GROUP_IMAGES : (group + 1) * GROUP_IMAGES]
+        assert preferred.style == "fluent"
+        assert preferred.content == rejected.content
+        assert not shows_exactly(preferred.content, first)
+        assert not shows_exactly(preferred.content, second)
 
 
 def test_a_near_miss_is_found_where_all_direct_ones_are_in_the_other_split() -> None:
@@ -62,22 +62,24 @@ def test_a_near_miss_is_found_where_all_direct_ones_are_in_the_other_split() -> 
             if first.noun == second.noun or first.color == second.color:
                 continue
             content = Content("color_attribution", (first, second))
-            missed, text = sample_miss(random.Random(seed), content, "train")
+            missed, text = sample_near_miss(random.Random(seed), content, "train")
             assert missed != content
             assert text.endswith(caption(missed))
             assert split_of(missed) == "train"
 
 
-def test_contrast_and_taste_fall_with_the_right_scores(batch: PairBatch) -> None:
-    none = torch.zeros(batch.own_NT.shape)
-    right = batch.own_NT.float() * 10.0
-    assert contrast(right, batch) < 0.1 < contrast(none, batch) < contrast(-right, batch)
+def test_the_losses_fall_with_the_right_scores(batch: PairBatch) -> None:
+    none = torch.zeros(batch.positive_NT.shape)
+    right = batch.positive_NT.float() * 10.0
+    assert (
+        contrastive_loss(right, batch) < 0.1 < contrastive_loss(none, batch) < contrastive_loss(-right, batch)
+    )
     preferred = none.clone()
     preferred[::GROUP_IMAGES] = 2.2
-    assert taste(preferred) < taste(none) < taste(-preferred)
+    assert preference_loss(preferred) < preference_loss(none) < preference_loss(-preferred)
 
 
-def test_spotting_is_small_for_the_truth_and_skips_colours_of_things() -> None:
+def test_the_detection_loss_is_small_for_the_truth_and_skips_colours_of_things() -> None:
     rng = random.Random(1)
     scenes = [sample_scene(rng, Content("counting", (Group("dog", count=3),))) for _ in range(3)]
     heat, colors = centre_targets(scenes, 16)
@@ -89,7 +91,7 @@ def test_spotting_is_small_for_the_truth_and_skips_colours_of_things() -> None:
     blank = torch.zeros(4, len(NOUNS) + len(COLORS), 16, 16)
     knowing = blank.clone()
     knowing[:, : len(NOUNS)] = torch.where(heat == 1.0, 8.0, -8.0)
-    assert spotting(knowing, scenes)["centres"] < 0.01 < spotting(blank, scenes)["centres"]
+    assert detection_loss(knowing, scenes)["centres"] < 0.01 < detection_loss(blank, scenes)["centres"]
 
 
 def test_image_noise_keeps_the_range_and_repeats_with_its_seed(batch: PairBatch) -> None:

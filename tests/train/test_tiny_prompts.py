@@ -1,4 +1,4 @@
-"""Prompts to be judged on are new, distinct and spread over the families."""
+"""Validation prompts are new, distinct and cover all families."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hyperalign.tiny.prompts import FAMILIES
 from train.tiny.dataset import training_prompts, validation_prompts
 
 
-def test_held_out_prompts_are_distinct_and_never_trained_on() -> None:
+def test_validation_prompts_are_distinct_and_never_trained_on() -> None:
     prompts = validation_prompts(240, seed=2601)
     assert len({text for text, _ in prompts}) == 240
     assert not {text for text, _ in prompts} & set(training_prompts(2000, seed=0))
@@ -19,6 +19,6 @@ def test_held_out_prompts_are_distinct_and_never_trained_on() -> None:
 
 
 def test_asking_for_more_prompts_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.tiny.dataset.ENOUGH_DRAWS", 2)
+    monkeypatch.setattr("train.tiny.dataset.MAX_TRIES", 2)
     with pytest.raises(HyperAlignError, match="Ask for fewer"):
         validation_prompts(100_000, seed=0)

@@ -1,4 +1,4 @@
-"""The rules of the six families, and the two summaries."""
+"""The rules of the six families of the tiny GenEval, its summary and diversity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the real base models share: a backbone on latents that an autoencoder makes, 8 times smaller."""
+"""The common part of the full-size base models: a backbone on the 8x smaller latents of an autoencoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from train.models.autoencoder import Autoencoder
 
 
 class LatentModel:
-    """A backbone with its autoencoder; families add their call and their noise process."""
+    """A backbone with its autoencoder; families add their call and their noise schedule."""
 
     def __init__(self, backbone: nn.Module, autoencoder: Autoencoder, resolution: int) -> None:
         self.backbone = backbone
@@ -22,7 +22,7 @@ class LatentModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """The device of the model."""
         return self.module.device
 
     def prediction(self, output: Tensor, x_BCHW: Tensor) -> Tensor:

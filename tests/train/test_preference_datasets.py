@@ -1,4 +1,4 @@
-"""Every source gives the preference images of its real layout, and names what it cannot read."""
+"""Every dataset gives the preference images of its real layout, and names what it cannot read."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ import pytest
 from PIL import Image
 
 from hyperalign.errors import HyperAlignError
-from train.data.preference import guess_kind, open_source
-from train.data.preference.image import (
+from train.data.preference import detect_kind, open_dataset
+from train.data.preference.dataset import (
     BadImage,
-    BrokenUnit,
-    EncodedImage,
-    PreferenceImage,
-    Source,
-    Unsafe,
-    UnsafeMark,
-    read_images,
+    ImageFile,
+    PreferenceDataset,
+    UnreadableUnit,
+    UnsafeFilter,
+    UnsafeImage,
 )
+from train.data.preference.decoding import DecodedImage, decode
 
 RED, GREEN, BLUE = (220, 30, 30), (30, 220, 30), (30, 30, 220)
 
@@ -33,15 +32,20 @@ def encoded(colour: tuple[int, ...], kind: str = "JPEG", mode: str = "RGB") -> b
     return file.getvalue()
 
 
-def everything(source: Source) -> list[PreferenceImage | BadImage]:
-    return [found for unit in range(source.units()) for found in read_images(source, unit)]
+def everything(dataset: PreferenceDataset) -> list[DecodedImage | BadImage]:
+    items = [item for unit in range(dataset.units()) for item in dataset.read(unit)]
+    return [
+        decode(item) if isinstance(item, ImageFile) else item
+        for item in items
+        if not isinstance(item, UnsafeImage)
+    ]
 
 
-def seen(source: Source) -> list[tuple[str, str]]:
+def seen(dataset: PreferenceDataset) -> list[tuple[str, str]]:
     """Returns caption and main colour of each image; bad ones fail the test."""
     rows: list[tuple[str, str]] = []
-    for found in everything(source):
-        assert isinstance(found, PreferenceImage), found
+    for found in everything(dataset):
+        assert isinstance(found, DecodedImage), found
         assert found.image.mode == "RGB"
         pixel = found.image.getpixel((8, 6))
         assert isinstance(pixel, tuple)
@@ -98,51 +102,51 @@ def pickapic_members() -> dict[str, bytes]:
     return members
 
 
-def test_pickapic_parquet_drops_ties_and_takes_the_preferred_side(tmp_path: Path) -> None:
+def test_pickapic_parquet_drops_ties_and_yields_the_preferred_image(tmp_path: Path) -> None:
     write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", pickapic_rows())
     write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", pickapic_rows())
-    source = open_source("auto", tmp_path)
-    assert source.units() == 4
-    assert source.unit_name(3) == "data/train-00001-of-00002.parquet:1"
-    assert seen(source) == [("first", "r"), ("second", "b")] * 2
-    assert [type(found) for found in source.read(1)] == []
+    dataset = open_dataset("auto", tmp_path)
+    assert dataset.units() == 4
+    assert dataset.unit_name(3) == "data/train-00001-of-00002.parquet:1"
+    assert seen(dataset) == [("first", "r"), ("second", "b")] * 2
+    assert [type(found) for found in dataset.read(1)] == []
 
 
-def test_pickapic_leaves_out_the_splits_that_models_are_judged_on(tmp_path: Path) -> None:
+def test_pickapic_skips_the_validation_and_test_splits(tmp_path: Path) -> None:
     for name in ("train-0.parquet", "test_unique-0.parquet", "validation-0.parquet"):
         write_parquet(tmp_path / name, pickapic_rows())
-    assert len(seen(open_source("pickapic", tmp_path))) == 2
+    assert len(seen(open_dataset("pickapic", tmp_path))) == 2
 
 
 def test_marked_pairs_are_dropped(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", pickapic_rows())
-    assert seen(open_source("pickapic", tmp_path, UnsafeMark("nsfw"))) == [("first", "r")]
+    assert seen(open_dataset("pickapic", tmp_path, UnsafeFilter("nsfw"))) == [("first", "r")]
     with pytest.raises(HyperAlignError, match="no column unsafe; its columns are are_different, caption"):
-        open_source("pickapic", tmp_path, UnsafeMark("unsafe"))
+        open_dataset("pickapic", tmp_path, UnsafeFilter("unsafe"))
 
 
 def test_parquet_without_images_is_refused(tmp_path: Path) -> None:
     rows = [{"caption": "a", "label_0": 1.0}]
     write_parquet(tmp_path / "a.parquet", rows)
     with pytest.raises(HyperAlignError, match="no column jpg_0, jpg_1"):
-        open_source("pickapic", tmp_path)
+        open_dataset("pickapic", tmp_path)
 
 
-def test_a_null_image_is_a_bad_one(tmp_path: Path) -> None:
+def test_a_null_image_is_bad(tmp_path: Path) -> None:
     rows = pickapic_rows()
     rows[0]["jpg_0"] = None
     write_parquet(tmp_path / "a.parquet", rows)
-    bad, good = everything(open_source("auto", tmp_path / "a.parquet"))
+    bad, good = everything(open_dataset("auto", tmp_path / "a.parquet"))
     assert bad == BadImage("a.parquet:0:0", "its jpg_0 is null")
-    assert isinstance(good, PreferenceImage)
+    assert isinstance(good, DecodedImage)
 
 
-def test_pickapic_tars_drop_ties_and_take_the_preferred_side(tmp_path: Path) -> None:
+def test_pickapic_tars_drop_ties_and_yield_the_preferred_image(tmp_path: Path) -> None:
     write_tar(tmp_path / "00001.tar", pickapic_members())
     write_tar(tmp_path / "00000.tar", pickapic_members())
-    source = open_source("auto", tmp_path)
-    assert (source.units(), source.unit_name(1)) == (2, "00001.tar")
-    assert seen(source) == [("first", "r"), ("second", "b")] * 2
+    dataset = open_dataset("auto", tmp_path)
+    assert (dataset.units(), dataset.unit_name(1)) == (2, "00001.tar")
+    assert seen(dataset) == [("first", "r"), ("second", "b")] * 2
 
 
 def test_tars_with_other_endings_folders_and_caption_names_are_read(tmp_path: Path) -> None:
@@ -158,39 +162,39 @@ def test_tars_with_other_endings_folders_and_caption_names_are_read(tmp_path: Pa
         "pairs/cd.nsfw.txt": b"True",
     }
     write_tar(tmp_path / "a.tar", members)
-    assert seen(open_source("pickapic_tars", tmp_path)) == [("a duck", "b"), ("a nude", "r")]
-    assert seen(open_source("pickapic_tars", tmp_path, UnsafeMark("nsfw"))) == [("a duck", "b")]
+    assert seen(open_dataset("pickapic_tars", tmp_path)) == [("a duck", "b"), ("a nude", "r")]
+    assert seen(open_dataset("pickapic_tars", tmp_path, UnsafeFilter("nsfw"))) == [("a duck", "b")]
 
 
 def test_incomplete_pairs_of_a_tar_are_named(tmp_path: Path) -> None:
     members = pickapic_members()
     del members["0.label_0.txt"], members["1.jpg_1.jpg"]
     write_tar(tmp_path / "a.tar", members)
-    assert everything(open_source("auto", tmp_path / "a.tar")) == [
+    assert everything(open_dataset("auto", tmp_path / "a.tar")) == [
         BadImage("a.tar:0", "its label_0 is 'missing', not 0, 0.5 or 1"),
         BadImage("a.tar:1", "it has no jpg_1"),
     ]
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.4, 0.8])
-def test_a_cut_tar_is_a_broken_unit(tmp_path: Path, keep: float) -> None:
+def test_a_cut_tar_is_an_unreadable_unit(tmp_path: Path, keep: float) -> None:
     path = tmp_path / "a.tar"
     write_tar(path, pickapic_members())
     path.write_bytes(path.read_bytes()[: int(6000 * keep)])
-    source = open_source("auto", tmp_path)
-    with pytest.raises(BrokenUnit, match=r"a\.tar cannot be read"):
-        everything(source)
+    dataset = open_dataset("auto", tmp_path)
+    with pytest.raises(UnreadableUnit, match=r"a\.tar cannot be read"):
+        everything(dataset)
 
 
-def test_a_parquet_row_group_of_rubbish_is_a_broken_unit(tmp_path: Path) -> None:
+def test_a_parquet_row_group_of_rubbish_is_an_unreadable_unit(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path, pickapic_rows(), row_group=2)
     whole = path.read_bytes()
     path.write_bytes(whole[:4] + b"\xff" * 200 + whole[204:])
-    source = open_source("auto", path)
-    with pytest.raises(BrokenUnit, match="row group 0 cannot be read"):
-        list(source.read(0))
-    assert list(source.read(1)) == []
+    dataset = open_dataset("auto", path)
+    with pytest.raises(UnreadableUnit, match="row group 0 cannot be read"):
+        list(dataset.read(0))
+    assert list(dataset.read(1)) == []
 
 
 HPD = [
@@ -210,21 +214,21 @@ def write_hpd(root: Path, rows: list[Any]) -> None:
 def test_hpd_reads_each_winner_once_from_the_tar(tmp_path: Path, folder: str) -> None:
     write_hpd(tmp_path, HPD)
     write_tar(tmp_path / "train.tar", {folder + name: data for name, data in HPD_IMAGES.items()})
-    for _ in range(2):  # the second time by the kept index
-        source = open_source("auto", tmp_path)
-        assert (source.units(), source.unit_name(0)) == (1, "train.json[0:2]")
-        assert seen(source) == [("a", "r"), ("b", "b")]
+    for _ in range(2):  # the second time by the saved index
+        dataset = open_dataset("auto", tmp_path)
+        assert (dataset.units(), dataset.unit_name(0)) == (1, "train.json[0:2]")
+        assert seen(dataset) == [("a", "r"), ("b", "b")]
     assert (tmp_path / "train.tar.index.json").is_file()
 
 
-def test_hpd_makes_its_index_anew_when_tar_or_index_change(tmp_path: Path) -> None:
+def test_hpd_builds_its_index_again_when_tar_or_index_change(tmp_path: Path) -> None:
     write_hpd(tmp_path, HPD)
     write_tar(tmp_path / "train.tar", {f"train/{name}": data for name, data in HPD_IMAGES.items()})
-    open_source("hpd", tmp_path)
+    open_dataset("hpd", tmp_path)
     write_tar(tmp_path / "train.tar", {"pad": b"0" * 999, "0.jpg": encoded(BLUE), "2.jpg": encoded(BLUE)})
-    assert seen(open_source("hpd", tmp_path)) == [("a", "b"), ("b", "b")]
+    assert seen(open_dataset("hpd", tmp_path)) == [("a", "b"), ("b", "b")]
     (tmp_path / "train.tar.index.json").write_text("[", encoding="utf-8")
-    assert seen(open_source("hpd", tmp_path)) == [("a", "b"), ("b", "b")]
+    assert seen(open_dataset("hpd", tmp_path)) == [("a", "b"), ("b", "b")]
 
 
 @pytest.mark.parametrize("folder", ["train", "."])
@@ -233,37 +237,37 @@ def test_hpd_reads_an_unpacked_folder(tmp_path: Path, folder: str) -> None:
     (tmp_path / folder).mkdir(exist_ok=True)
     for name, data in HPD_IMAGES.items():
         (tmp_path / folder / name).write_bytes(data)
-    assert seen(open_source("auto", tmp_path / "train.json")) == [("a", "r"), ("b", "b")]
+    assert seen(open_dataset("auto", tmp_path / "train.json")) == [("a", "r"), ("b", "b")]
 
 
 def test_hpd_names_images_that_the_tar_lacks_or_cuts(tmp_path: Path) -> None:
     write_hpd(tmp_path, HPD)
     write_tar(tmp_path / "train.tar", {"train/0.jpg": HPD_IMAGES["0.jpg"]})
-    good, bad = everything(open_source("hpd", tmp_path))
-    assert isinstance(good, PreferenceImage)
+    good, bad = everything(open_dataset("hpd", tmp_path))
+    assert isinstance(good, DecodedImage)
     assert bad == BadImage("2.jpg", "it cannot be read from train.tar: no files in it are called 2.jpg")
 
 
-def test_hpd_says_how_to_unpack_and_what_is_missing(tmp_path: Path) -> None:
+def test_hpd_names_what_is_missing_and_how_to_unpack(tmp_path: Path) -> None:
     with pytest.raises(HyperAlignError, match=r"There is no .*train\.json"):
-        open_source("hpd", tmp_path)
+        open_dataset("hpd", tmp_path)
     write_hpd(tmp_path, HPD)
     with pytest.raises(HyperAlignError, match=r"neither train\.tar nor the images"):
-        open_source("hpd", tmp_path)
+        open_dataset("hpd", tmp_path)
     with tarfile.open(tmp_path / "train.tar.gz", "w:gz"):
         pass
     with pytest.raises(HyperAlignError, match=r"compressed.*`gunzip .*train\.tar\.gz`"):
-        open_source("hpd", tmp_path)
+        open_dataset("hpd", tmp_path)
     (tmp_path / "train.tar.gz").rename(tmp_path / "train.tar")
     with pytest.raises(HyperAlignError, match=r"not a whole uncompressed tar.*gunzip"):
-        open_source("hpd", tmp_path)
+        open_dataset("hpd", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
         ([], "holds no pair"),
-        (HPD[3:], "no pair with one preferred"),
+        (HPD[3:], "no pair with one preference image"),
         ([HPD[0], {"prompt": "a", "rank": [1]}], "entry 2 has no 'human_preference'"),
         ([{"prompt": "a", "file_path": ["0.jpg"], "human_preference": [1, 0]}], "entry 1: file_path"),
     ],
@@ -271,7 +275,7 @@ def test_hpd_says_how_to_unpack_and_what_is_missing(tmp_path: Path) -> None:
 def test_a_bad_hpd_listing_is_named_by_its_entry(tmp_path: Path, rows: list[Any], said: str) -> None:
     write_hpd(tmp_path, rows)
     with pytest.raises(HyperAlignError, match=said):
-        open_source("hpd", tmp_path)
+        open_dataset("hpd", tmp_path)
 
 
 def test_a_folder_pairs_images_with_text_files(tmp_path: Path) -> None:
@@ -280,15 +284,15 @@ def test_a_folder_pairs_images_with_text_files(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("blue\n", encoding="utf-8")
     (tmp_path / "sub" / "a.JPG").write_bytes(encoded(RED))
     (tmp_path / "sub" / "a.txt").write_text("red", encoding="utf-8")
-    source = open_source("auto", tmp_path)
-    assert seen(source) == [("blue", "b"), ("red", "r")]
+    dataset = open_dataset("auto", tmp_path)
+    assert seen(dataset) == [("blue", "b"), ("red", "r")]
     (tmp_path / "b.txt").unlink()
-    bad = everything(source)[0]
+    bad = everything(dataset)[0]
     assert isinstance(bad, BadImage)
     assert bad.name == "b.png"
     assert "its caption b.txt cannot be read" in bad.reason
     with pytest.raises(HyperAlignError, match="has no column 'nsfw'"):
-        open_source("folder", tmp_path, UnsafeMark("nsfw"))
+        open_dataset("folder", tmp_path, UnsafeFilter("nsfw"))
 
 
 def test_json_lines_name_images_relative_to_themselves(tmp_path: Path) -> None:
@@ -301,8 +305,8 @@ def test_json_lines_name_images_relative_to_themselves(tmp_path: Path) -> None:
     ]
     path = tmp_path / "list.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    good, bad = everything(open_source("auto", path, UnsafeMark("nsfw")))
-    assert isinstance(good, PreferenceImage)
+    good, bad = everything(open_dataset("auto", path, UnsafeFilter("nsfw")))
+    assert isinstance(good, DecodedImage)
     assert good.caption == "green"
     assert isinstance(bad, BadImage)
     assert bad.name == "list.jsonl:3:img/none.webp"
@@ -322,29 +326,29 @@ def test_json_lines_name_images_relative_to_themselves(tmp_path: Path) -> None:
 def test_bad_json_lines_are_named_by_their_number(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "a.jsonl").write_text(text, encoding="utf-8")
     with pytest.raises(HyperAlignError, match=said):
-        open_source("jsonl", tmp_path / "a.jsonl")
+        open_dataset("jsonl", tmp_path / "a.jsonl")
 
 
 def test_a_listing_is_cut_into_thousands(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(encoded(RED))
     lines = (json.dumps({"image": "a.jpg", "caption": str(i)}) for i in range(2001))
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    source = open_source("jsonl", tmp_path / "a.jsonl")
-    assert source.units() == 3
-    assert [source.unit_name(unit) for unit in (0, 2)] == ["a.jsonl[0:1000]", "a.jsonl[2000:2001]"]
-    assert [found.caption for found in source.read(2) if isinstance(found, EncodedImage)] == ["2000"]
+    dataset = open_dataset("jsonl", tmp_path / "a.jsonl")
+    assert dataset.units() == 3
+    assert [dataset.unit_name(unit) for unit in (0, 2)] == ["a.jsonl[0:1000]", "a.jsonl[2000:2001]"]
+    assert [found.caption for found in dataset.read(2) if isinstance(found, ImageFile)] == ["2000"]
 
 
-def test_what_is_nothing_known_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_layout_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HyperAlignError, match="is none of"):
-        guess_kind(tmp_path)
+        detect_kind(tmp_path)
     with pytest.raises(HyperAlignError, match="There is no"):
-        open_source("auto", tmp_path / "none")
+        open_dataset("auto", tmp_path / "none")
     for kind, ending in (("pickapic", "parquet"), ("pickapic_tars", "tar")):
         with pytest.raises(HyperAlignError, match=f"holds no .{ending} file"):
-            open_source(kind, tmp_path)
+            open_dataset(kind, tmp_path)
     with pytest.raises(HyperAlignError, match="holds no image"):
-        open_source("folder", tmp_path)
+        open_dataset("folder", tmp_path)
 
 
 def test_marks_of_single_images_count_for_the_preferred_one(tmp_path: Path) -> None:
@@ -352,21 +356,21 @@ def test_marks_of_single_images_count_for_the_preferred_one(tmp_path: Path) -> N
     for row in rows:
         del row["nsfw"]
     write_parquet(tmp_path / "a.parquet", rows)
-    assert seen(open_source("pickapic", tmp_path, UnsafeMark("nsfw"))) == [("second", "b")]
+    assert seen(open_dataset("pickapic", tmp_path, UnsafeFilter("nsfw"))) == [("second", "b")]
 
 
 def test_unsafe_images_are_named_and_not_read(tmp_path: Path) -> None:
     write_hpd(tmp_path, [row | {"nsfw": "a" in row["prompt"]} for row in HPD])
     write_tar(tmp_path / "train.tar", HPD_IMAGES)
-    source = open_source("hpd", tmp_path, UnsafeMark("nsfw"))
-    assert next(iter(source.read(0))) == Unsafe("0.jpg")
-    assert seen(source) == [("b", "b")]
+    dataset = open_dataset("hpd", tmp_path, UnsafeFilter("nsfw"))
+    assert next(iter(dataset.read(0))) == UnsafeImage("0.jpg")
+    assert seen(dataset) == [("b", "b")]
 
 
-def test_what_won_an_unsafe_pair_is_unsafe_in_every_pair(tmp_path: Path) -> None:
+def test_the_winner_of_an_unsafe_pair_is_unsafe_in_every_pair(tmp_path: Path) -> None:
     write_hpd(tmp_path, [row | {"nsfw": number == 1} for number, row in enumerate(HPD)])
     write_tar(tmp_path / "train.tar", HPD_IMAGES)
-    assert seen(open_source("hpd", tmp_path, UnsafeMark("nsfw"))) == [("b", "b")]
+    assert seen(open_dataset("hpd", tmp_path, UnsafeFilter("nsfw"))) == [("b", "b")]
 
 
 @pytest.mark.parametrize("kind", ["hpd", "jsonl", "pickapic_tars"])
@@ -376,4 +380,4 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path,
     (tmp_path / "list.jsonl").write_text('{"image": "a.png", "caption": "a"}', encoding="utf-8")
     path = {"hpd": tmp_path, "jsonl": tmp_path / "list.jsonl", "pickapic_tars": tmp_path / "train.tar"}[kind]
     with pytest.raises(HyperAlignError, match=r"has no '?unrated'?, only (prompt|image|.*jpg_0)"):
-        everything(open_source(kind, path, UnsafeMark("unrated")))
+        everything(open_dataset(kind, path, UnsafeFilter("unrated")))

@@ -1,4 +1,4 @@
-"""The judges as modules: shapes, smoothness, decoding, refusals. Quality is measured in the build."""
+"""The tiny evaluators as modules: shapes, gradients, decoding, errors. The build measures quality."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from hyperalign.errors import HyperAlignError
-from hyperalign.tiny import evaluators as judges
-from hyperalign.tiny import weights
+from hyperalign.tiny import evaluators, weights
 from hyperalign.tiny.evaluators import (
     TinyDetector,
     TinyReward,
@@ -48,15 +47,15 @@ def test_a_reward_has_a_gradient_at_every_pixel(kind: Rewards) -> None:
     kind()(batch, TOKENS).sum().backward()
     assert batch.grad is not None
     assert bool(batch.grad.isfinite().all())
-    assert float((images.grad == 0).float().mean()) < 0.01
+    assert float((batch.grad == 0).float().mean()) < 0.01
 
 
 @pytest.mark.parametrize("kind", [TinyReward, TinyValidationReward])
-def test_a_reward_sees_where_things_lie(kind: Rewards) -> None:
+def test_a_reward_depends_on_positions(kind: Rewards) -> None:
     reward, images = kind().eval(), torch.ones(1, 3, 64, 64)
     images[:, :, 20:40, 4:24] = 0.0
     here, there = reward.embed_images(images), reward.embed_images(images.flip(-1))
-    assert here.shape == (1, judges.EMBEDDING)
+    assert here.shape == (1, evaluators.EMBEDDING)
     assert not torch.allclose(here, there, atol=1e-4)
 
 
@@ -93,7 +92,7 @@ def test_one_object_gives_one_detection() -> None:
     )
     (found,) = decode_centres(heat, torch.zeros(1, len(COLORS), 16, 16), 0.5)
     assert [d.noun for d in found] == ["dog", "cat"], (
-        "the pig lies within 10 pixels, the key below the threshold"
+        "the pig is within 10 pixels, the key below the threshold"
     )
     assert [d.noun for d in decode_centres(heat, torch.zeros(1, 8, 16, 16), 0.2)[0]] == ["dog", "cat", "key"]
 
@@ -112,18 +111,18 @@ def test_weights_of_another_version_are_refused(monkeypatch: pytest.MonkeyPatch)
     def other(_: str) -> tuple[dict[str, Tensor], dict[str, object]]:
         return {"body.0.weight": torch.zeros(1)}, {}
 
-    monkeypatch.setattr(judges, "load_part", other)
+    monkeypatch.setattr(evaluators, "load_part", other)
     with pytest.raises(HyperAlignError, match="do not fit this version"):
-        judges.load_style_classifier()
+        evaluators.load_style_classifier()
 
 
-@pytest.mark.skipif(not weights.part_path("style").is_file(), reason="the judges have not been built yet")
-def test_the_committed_judges_load_frozen() -> None:
+@pytest.mark.skipif(not weights.part_path("style").is_file(), reason="the evaluators have not been built yet")
+def test_the_committed_evaluators_load_frozen() -> None:
     loaded = (
-        judges.load_reward(),
-        judges.load_validation_reward(),
-        judges.load_detector(),
-        judges.load_style_classifier(),
+        evaluators.load_reward(),
+        evaluators.load_validation_reward(),
+        evaluators.load_detector(),
+        evaluators.load_style_classifier(),
     )
     assert all(not p.requires_grad for module in loaded for p in module.parameters())
     assert not any(module.training for module in loaded)

@@ -1,4 +1,4 @@
-"""FSDP2 for frozen backbones that do not fit one GPU: opted into through Accelerate's configuration."""
+"""FSDP2 for frozen backbones that do not fit on one GPU, enabled by Accelerate's configuration."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch.distributed.fsdp import fully_shard
 from hyperalign.errors import HyperAlignError
 
 
-def wants_sharding(accelerator: Accelerator) -> bool:
+def uses_fsdp(accelerator: Accelerator) -> bool:
     """Returns whether Accelerate's configuration asks for FSDP2. Raises HyperAlignError for FSDP1."""
     if accelerator.distributed_type != DistributedType.FSDP:
         return False
     if not accelerator.is_fsdp2:
         raise HyperAlignError(
-            "Accelerate's configuration asks for FSDP version 1; expected fsdp_version: 2. Take "
+            "Accelerate's configuration asks for FSDP version 1; expected fsdp_version: 2. Use "
             "train/recipes/accelerate/fsdp2.yaml."
         )
     return True
 
 
-def shard(backbone: nn.Module) -> None:
-    """Spreads a backbone's weights over the processes, block by block.
+def shard_backbone(backbone: nn.Module) -> None:
+    """Shards the weights of a backbone over the processes, block by block.
 
-    Each block gathers its weights when it runs and drops them after. The hypernetwork is small and
+    Each block gathers its weights when it runs and drops them afterwards. The hypernetwork is small and
     stays whole in every process.
     """
     stacks: list[Any] = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
