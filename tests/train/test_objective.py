@@ -22,7 +22,7 @@ from train.objective import (
     rollout_states,
 )
 from train.rollout import rollout
-from train.setup import new_hyperalign
+from train.trainer import new_hyperalign
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +49,19 @@ def some_states(base: Tiny, schedule: Schedule) -> States:
     )
 
 
-@pytest.mark.parametrize("snr_cap", [float("inf"), 5.0])
+@pytest.mark.parametrize("snr_gamma", [float("inf"), 5.0])
 def test_the_preference_loss_is_the_weighted_denoising_error(
-    base: Tiny, adapter: Adapter, snr_cap: float
+    base: Tiny, adapter: Adapter, snr_gamma: float
 ) -> None:
     states = some_states(base, Schedule("S"))
     with torch.no_grad():
-        loss = preference_loss(adapter, base, noise(3), noise(3, 1), states, snr_cap)
+        loss = preference_loss(adapter, base, noise(3), noise(3, 1), states, snr_gamma)
         # An untrained hypernetwork changes nothing, so this is the base model's error.
         eps = base.backbone(states.x, states.t_B, states.cond["context"]).sample
     error_B = (eps - noise(3, 1)).square().mean(dim=(1, 2, 3))
     alpha_bar = alphas_cumprod()[states.t_B.long()]
     snr_B = alpha_bar / (1 - alpha_bar)
-    weight_B = torch.where(snr_B > snr_cap, snr_cap / snr_B, torch.ones(3))
+    weight_B = torch.where(snr_B > snr_gamma, snr_gamma / snr_B, torch.ones(3))
     torch.testing.assert_close(loss, (weight_B * error_B).mean())
 
 
@@ -70,11 +70,11 @@ def test_only_scores_below_the_cap_move_the_weights(
     base: Tiny, adapter: Adapter, cap: float, reached: bool
 ) -> None:
     cond, uncond = base.conditions(["a dog"]), base.conditions([""])
-    path = rollout(base, adapter, Schedule("S"), cond, uncond, noise(1), steps=3, guidance=4.0)
+    path = rollout(base, adapter, Schedule("S"), cond, uncond, noise(1), steps=3, guidance_scale=4.0)
     states = rollout_states(path, [1], cond, uncond, ["a dog"])
     adapter.network.zero_grad()
     bright = Rewards({"bright": lambda images, _: images.mean(dim=(1, 2, 3))}, {"bright": 1.0})
-    loss, scores = reward_loss(adapter, base, bright, states, guidance=4.0, cap=cap)
+    loss, scores = reward_loss(adapter, base, bright, states, guidance_scale=4.0, cap=cap)
     loss.backward()
     gradient = torch.stack([p.grad.abs().max() for p in adapter.network.b_aux if p.grad is not None])
     assert bool(gradient.max() > 0) is reached
@@ -97,7 +97,7 @@ def test_batches_taken_apart_predict_the_same(base: Tiny, adapter: Adapter, sche
     states = some_states(base, schedule)
     with torch.no_grad():
         whole = guided_prediction(adapter, base, states, 4.0)
-        rows = [guided_prediction(adapter, base, states.rows(slice(i, i + 1)), 4.0) for i in range(3)]
+        rows = [guided_prediction(adapter, base, states[i : i + 1], 4.0) for i in range(3)]
     torch.testing.assert_close(torch.cat(rows), whole, atol=1e-4, rtol=1e-4)
 
 
@@ -124,5 +124,5 @@ def test_noised_images_take_the_weights_of_the_time_when_a_run_writes_them(
 ) -> None:
     states = some_states(base, Schedule(variant, (0.6,) if variant == "P" else ()))
     assert states.t_gen_B[1].item() == round(u * 999)
-    generated = base.process.add_noise(noise(3), noise(3, 1), states.t_gen_B)
+    generated = base.noise_schedule.add_noise(noise(3), noise(3, 1), states.t_gen_B)
     torch.testing.assert_close(states.x_gen, generated)

@@ -1,4 +1,4 @@
-"""Around a step: states on a full disk, the log, the time left."""
+"""Around a step: checkpoints on a full disk, the log, the time left."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from hyperalign.errors import HyperAlignError
-from train.runtime import Clock, Log, SavedStates, flat
+from train.checkpoints import TrainingCheckpoints
+from train.log import TimeLeft, TrainingLog, flat
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,14 +24,14 @@ import resource, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 from pathlib import Path
-from train.runtime import SavedStates
+from train.checkpoints import TrainingCheckpoints
 from hyperalign.errors import HyperAlignError
-states = SavedStates(Path({str(tmp_path)!r}), keep=2)
-states.save({{"step": 1, "x": torch.zeros(10)}}, 1)
+checkpoints = TrainingCheckpoints(Path({str(tmp_path)!r}), keep=2)
+checkpoints.save({{"step": 1, "x": torch.zeros(10)}}, 1)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
-    states.save({{"step": 2, "x": torch.zeros(100_000)}}, 2)
+    checkpoints.save({{"step": 2, "x": torch.zeros(100_000)}}, 2)
 except HyperAlignError as error:
     print(error)
 """
@@ -40,7 +41,7 @@ except HyperAlignError as error:
     assert "state of step 2 cannot be written" in done.stdout
     assert "Free some space and run the same command again" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["state-000001.pt"]
-    state = SavedStates(tmp_path, 2).newest()
+    state = TrainingCheckpoints(tmp_path, 2).newest()
     assert state is not None
     assert state["step"] == 1
 
@@ -48,11 +49,11 @@ except HyperAlignError as error:
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(HyperAlignError, match="cannot be written"):
-        SavedStates(tmp_path / "file" / "states", 1).save({"step": 1, "x": torch.zeros(1)}, 1)
+        TrainingCheckpoints(tmp_path / "file" / "checkpoints", 1).save({"step": 1, "x": torch.zeros(1)}, 1)
 
 
 def test_the_log_forgets_what_will_be_done_again(tmp_path: Path) -> None:
-    log = Log(tmp_path / "log.jsonl")
+    log = TrainingLog(tmp_path / "log.jsonl")
     for step in range(5):
         log.append({"step": step, "loss": 1 / 3, "validation": {"clip": 2 / 3}})
     log.truncate(3)
@@ -78,9 +79,9 @@ def test_trackers_get_numbers_under_slashed_names() -> None:
 
 
 def test_the_first_step_tells_no_time_left() -> None:
-    clock = Clock(steps=10)
-    assert clock.left(1) is None
-    left = clock.left(2)
+    clock = TimeLeft(steps=10)
+    assert clock.after(1) is None
+    left = clock.after(2)
     assert left is not None
     assert left >= 0
-    assert clock.left(10) == 0.0
+    assert clock.after(10) == 0.0

@@ -20,23 +20,23 @@ import dataclasses, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 sys.path.insert(0, {tests!r})
-import train.preflight.smoke
+import train.inputs
 from accelerate import Accelerator
 from test_smoke import RECIPES, cut_down
-from train.bases.true_shape import smaller
-from train.loop import Trainer
-from train.smoke import smoke_world
+from train.models.true_shape import smaller
+from train.trainer import Trainer
+from train.inputs import smoke_inputs
 
 config = cut_down(RECIPES / {recipe!r}, Path(sys.argv[1]))
 config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, bf16=False))
 accelerator = Accelerator()
 # Accelerate itself speaks of FSDP on GPUs alone; the sharding works on CPUs too.
-train.preflight.smoke.wants_sharding = lambda _: sys.argv[2] == "shards"
+train.inputs.wants_sharding = lambda _: sys.argv[2] == "shards"
 shape = list(smaller(config.model.base))[-1]
-world = smoke_world(config, accelerator, shape)
-weights = list(world.base.backbone.parameters())
+inputs = smoke_inputs(config, accelerator, shape)
+weights = list(inputs.base.backbone.parameters())
 own = sum((p.to_local() if sys.argv[2] == "shards" else p).numel() for p in weights)
-Trainer(config, world, accelerator).fit()
+Trainer(config, inputs, accelerator).fit()
 if accelerator.is_main_process:
     (Path(sys.argv[1]) / "own").write_text(str(own / sum(p.numel() for p in weights)))
 """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperalign.hosts.diffusers.adapter import Call
-from train.noise import Process
+from train.noise import NoiseSchedule
 
 Conditions = dict[str, Tensor]
 """What the text encoders made of prompts: named tensors with one row a prompt."""
@@ -24,7 +24,7 @@ class Base(Protocol):
         ...
 
     @property
-    def process(self) -> Process:
+    def noise_schedule(self) -> NoiseSchedule:
         """How noise is mixed in, and what the backbone predicts."""
         ...
 

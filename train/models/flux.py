@@ -12,7 +12,7 @@ from hyperalign.hosts.diffusers.adapter import Call
 from train.models.autoencoder import Autoencoder
 from train.models.base import Conditions
 from train.models.latent import LatentModel
-from train.noise import Flow, resolution_shift
+from train.noise import FlowSchedule, resolution_shift
 
 PATCH = 2
 
@@ -49,7 +49,7 @@ class Flux(LatentModel):
         self.takes_guidance = bool(self.module.config.guidance_embeds)
         tokens = (resolution // 8 // PATCH) ** 2
         # schnell was distilled without a shift.
-        self.process = Flow(1.0, resolution_shift(tokens) if self.takes_guidance else 1.0)
+        self.noise_schedule = FlowSchedule(1.0, resolution_shift(tokens) if self.takes_guidance else 1.0)
 
     def call(self, x_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Call:
         """Returns the transformer's arguments."""
