@@ -140,7 +140,7 @@ def outcome(trainer: Trainer, show: Callable[[Metrics], None]) -> tuple[int, str
     except (KeyboardInterrupt, Stopped):
         return 130, f"Stopped after step {trainer.step}; run the same command again to resume."
     except torch.cuda.OutOfMemoryError as error:
-        return 1, f"error: the GPU's memory is full ({error.args[0].splitlines()[0]}) {LESS_MEMORY}"
+        return 1, f"error: the GPU's memory is full ({first_line(error)}) {LESS_MEMORY}"
     except HyperAlignError as error:
         return 1, f"error: {error}"
     return 0, f"Wrote {trainer.path}"

@@ -124,8 +124,8 @@ class Trainer:
     def _passes(self) -> Metrics:
         """Accumulates the gradients of both losses (Eq 10); returns the metrics.
 
-        A process that fails tells the others where they meet next, so that none waits for it in vain. With a
-        sharded backbone they meet in each pass, and the launcher ends them.
+        A process that fails reports it at the next exchange, so that the others do not wait for it. With a
+        sharded backbone the processes exchange in each pass, and the launcher ends them.
         """
         metrics: Metrics = {}
         failure: Exception | None = None

@@ -1,4 +1,4 @@
-"""With what a run goes on: changed settings, key times that were found, lines that were not written whole."""
+"""What a resumed run continues with: changed settings, measured key times, incomplete lines of the log."""
 
 from __future__ import annotations
 
@@ -94,12 +94,12 @@ def test_a_run_goes_on_with_what_a_failed_one_is_told_to_lower_and_says_so(
     }.items():  # fmt: skip
         other = changed(other, name, value)
     resumed = trainer(other)
-    (told,) = [record.message for record in caplog.records if "changed settings" in record.message]
+    (found,) = [record.message for record in caplog.records if "changed settings" in record.message]
     for words in ("objective.conditional_only was False and is True", "model.vae was full and is taesd",
                   "optim.lr was 0.001 and is 0.0001", "objective.reward_weight was 1.0 and is 0.5",
                   f"data.prompts was none and is {prompts.as_posix()} (1 files, 27 bytes)"):  # fmt: skip
-        assert words in told
-    assert "checkpointing" not in told
+        assert words in found
+    assert "checkpointing" not in found
     resumed.fit()
     assert steps(tmp_path) == [0, 1, 2]
 
@@ -114,8 +114,8 @@ def test_a_run_goes_on_with_what_a_failed_one_is_told_to_lower_and_says_so(
 )  # fmt: skip
 def test_what_makes_another_run_is_refused_and_named(name: str, value: Any) -> None:
     config = config_of(Path("out"))
-    told = name.removeprefix("run.")
-    with pytest.raises(HyperAlignError, match=f"out holds a run of another recipe: {told} was .* and is "):
+    found = name.removeprefix("run.")
+    with pytest.raises(HyperAlignError, match=f"out holds a run of another recipe: {found} was .* and is "):
         require_same_run(json.dumps(run_identity(config)), changed(config, name, value))
 
 
@@ -194,5 +194,5 @@ def test_a_line_that_was_not_written_whole_is_dropped(
     log.write_bytes((first + "\n" + rest).encode("utf-8", errors="surrogateescape"))
     trainer(config)
     assert steps(tmp_path) == [0]
-    assert "1 broken lines are left out" in caplog.text
+    assert "1 broken lines are removed" in caplog.text
     assert torch.load(next((tmp_path / "checkpoints").iterdir()))["step"] == 2

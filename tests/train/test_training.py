@@ -238,8 +238,9 @@ def test_both_losses_reach_a_static_core(tmp_path: Path) -> None:
 
 def command_line(out: Path, prompts: int, preferred: int, *launcher: str) -> subprocess.CompletedProcess[str]:
     overrides = {
-        "optim.steps": 3, "optim.warmup": 1, "objective.prompts": prompts, "objective.rollout-steps": 3,
-        "objective.timesteps": 1, "objective.skip-first": 1, "objective.preference-batch": preferred,
+        "optim.steps": 3, "optim.warmup-steps": 1, "objective.prompt-batch": prompts,
+        "objective.rollout-steps": 3, "objective.timesteps": 1, "objective.skip-first": 1,
+        "objective.preference-batch": preferred,
         "data.scenes": 16, "validation.every": 0, "run.out": out, "run.checkpoint-every": 1,
     }  # fmt: skip
     flags = [text for key, value in overrides.items() for text in (f"--{key}", str(value))]
