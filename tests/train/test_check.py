@@ -191,11 +191,11 @@ def test_what_is_damaged_is_named(config: TrainConfig, what: str) -> None:
     assert len(problems.found) == 1
 
 
-def test_a_run_goes_on_only_with_its_own_recipe(config: TrainConfig) -> None:
+def test_a_run_resumes_only_with_its_own_recipe(config: TrainConfig) -> None:
     accelerator, problems = Accelerator(cpu=True), Problems()
     trainer = Trainer(config, smoke_inputs(config, accelerator, Shape(narrow=10)), accelerator)
     trainer.step = 7
-    trainer._save_state()
+    trainer._save_checkpoint()
     assert f"resumes from step 7 in {config.run.out}" in check_inputs(config, problems, None)
     assert not problems.found
     lower = dataclasses.replace(config, objective=dataclasses.replace(config.objective, micro_batch=1))

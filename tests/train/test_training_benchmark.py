@@ -75,7 +75,7 @@ def test_without_options_it_is_the_recipe_on_the_true_model(base: Any, tmp_path:
     assert min(config.objective.prompt_batch, config.objective.preference_batch) >= 2
     recipe = load_recipe(FOLDER / f"{RECIPES[base]}.toml")
     assert config.objective.micro_batch == min(options.batch, recipe.objective.micro_batch) >= 1
-    assert config.model.checkpointing == recipe.model.checkpointing
+    assert config.model.gradient_checkpointing == recipe.model.gradient_checkpointing
 
 
 def test_utilisation_is_the_models_own_work_over_what_products_could_do() -> None:

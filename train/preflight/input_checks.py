@@ -243,7 +243,7 @@ def check_folder_writable(folder: Path, option: str) -> None:
     existing = existing_parent(folder)
     if not existing.is_dir():
         raise HyperAlignError(
-            f"{existing} is not a folder; expected one for {folder.name}. Choose another --{option}."
+            f"{existing} is not a folder that can be written to. Choose another --{option}."
         )
     check_writable(existing / "file", f"Choose another --{option}.")
 
