@@ -30,8 +30,8 @@ Validate = Callable[[HyperAlign, Path], Metrics]
 
 Every process calls it; only the main one's metrics count."""
 
-SEEDS = (0, 1)
-"""Of each validation prompt; diversity compares the two images."""
+VALIDATION_SEEDS = (0, 1)
+"""Seeds of each validation prompt; diversity compares the two images."""
 GRID_ROWS, GRID_COLUMNS = 4, 6
 GRID_SIDE, GRID_SCALE = 256, 2
 """Pixels of an image in the grid: enlarged by the scale, but no larger than the side."""
@@ -56,7 +56,7 @@ def reward_validation(
     def validate(hyperalign: HyperAlign, grid: Path) -> Metrics:
         batch = config.objective.micro_batch or config.objective.prompt_batch
         images = sample(
-            base, texts, hyperalign, own, seeds=SEEDS, steps=config.validation.steps,
+            base, texts, hyperalign, own, seeds=VALIDATION_SEEDS, steps=config.validation.steps,
             guidance_scale=config.objective.guidance_scale, batch=batch,
         )  # fmt: skip
         scores = mean_scores(images, rewards, base.device)

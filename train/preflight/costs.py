@@ -51,7 +51,7 @@ class Cost:
     """Most bytes alive at once, weights not counted."""
 
     def beside(self, other: Cost) -> Cost:
-        """Returns the cost of two graphs over the same image; each peaks while the other's tensors are kept."""
+        """Returns the cost of two graphs over one image; each peaks while the other's tensors are kept."""
         return Cost(
             self.forward + other.forward,
             self.backward + other.backward,

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from train.config import TrainConfig
 from train.models.load import backbone_dtype
 from train.preflight.step_costs import StepCosts
-from train.validation import SEEDS
+from train.validation import VALIDATION_SEEDS
 
 ASSUMED_SHARE = 0.4
 """Share of a large matrix product's rate that a whole step is assumed to reach."""
@@ -125,7 +125,7 @@ def validation_work(config: TrainConfig, costs: StepCosts, processes: int = 1) -
     """Returns the operations of one validation in each of the processes that share it."""
     if not config.validation.every:
         return 0.0
-    images = max(1, config.validation.prompt_count // processes) * len(SEEDS)
+    images = max(1, config.validation.prompt_count // processes) * len(VALIDATION_SEEDS)
     scored = images * (costs.decoding.forward + costs.scoring.forward)
     return sampling_work(config, costs, images, config.validation.steps) + scored
 
