@@ -24,9 +24,9 @@ from hyperalign.checkpoint import load
 from hyperalign.hosts.diffusers.tiny import load_tiny
 from hyperalign.tiny.geneval import summarise
 from hyperalign.tiny.weights import HYPERNETWORKS
-from train.image_grid import save_grid
 from train.models.tiny import Tiny
-from train.tiny.evaluate import Judged, Samples, judge, sample_all
+from train.tiny.evaluate import Samples, Scores, sample_all, score
+from train.validation import save_grid
 
 METHODS = ("base", "tiny_s", "tiny_p", "tiny_i", "tiny_static")
 RESULTS = Path(__file__).parent / "results"
@@ -86,11 +86,11 @@ def interval(difference_of: Callable[[Tensor], float], families: list[str]) -> t
     return float(low), float(high)
 
 
-def compare(judged: Judged, base: Judged, families: list[str]) -> dict[str, Any]:
+def compare(scores: Scores, base: Scores, families: list[str]) -> dict[str, Any]:
     """Returns the paired differences to the base with their intervals."""
     result: dict[str, Any] = {}
     members = _members(families)
-    gain_P = judged.correct.float().mean(dim=1) - base.correct.float().mean(dim=1)
+    gain_P = scores.correct.float().mean(dim=1) - base.correct.float().mean(dim=1)
 
     def overall_of(rows: Tensor) -> float:
         return _overall(gain_P[rows], members[:, rows])
@@ -102,27 +102,27 @@ def compare(judged: Judged, base: Judged, families: list[str]) -> dict[str, Any]
         "high": high,
     }
     pairs = {
-        "reward": judged.reward - base.reward,
-        "validation_reward": judged.validation_reward - base.validation_reward,
-        "style": judged.style - base.style,
-        "diversity": (judged.diversity - base.diversity)[:, None],
+        "reward": scores.reward - base.reward,
+        "validation_reward": scores.validation_reward - base.validation_reward,
+        "style": scores.style - base.style,
+        "diversity": (scores.diversity - base.diversity)[:, None],
     }
     for name, difference_PS in pairs.items():
         mean_P = difference_PS.mean(dim=1)
         low, high = interval(lambda rows, mean_P=mean_P: float(mean_P[rows].mean()), families)
         result[name] = {"difference": float(mean_P.mean()), "low": low, "high": high}
-    ratio = float(judged.diversity.mean() / base.diversity.mean())
+    ratio = float(scores.diversity.mean() / base.diversity.mean())
     low, high = interval(
-        lambda rows: float(judged.diversity[rows].mean() / base.diversity[rows].mean()), families
+        lambda rows: float(scores.diversity[rows].mean() / base.diversity[rows].mean()), families
     )
     result["diversity_ratio"] = {"difference": ratio, "low": low, "high": high}
     return result
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Samples and judges every method."""
+    """Samples and scores every method."""
     base = Tiny(load_tiny())
-    judged: dict[str, Judged] = {}
+    scores: dict[str, Scores] = {}
     rows: dict[str, Any] = {}
     families: list[str] = []
     for name in tqdm(METHODS):
@@ -131,20 +131,20 @@ def measure(options: Options) -> dict[str, Any]:
             continue
         samples: Samples = sample_all(
             base, None if name == "base" else load(path), options.prompts,
-            seeds=options.seeds, steps=options.steps, guidance=options.guidance,
+            seeds=options.seeds, steps=options.steps, guidance_scale=options.guidance,
         )  # fmt: skip
         if options.grids:
             save_grid(samples, options.grids / f"{name}.png", rows=8)
         families = [content.family for content in samples.contents]
-        judged[name] = judge(samples)
-        rows[name] = means(judged[name], families) | {
+        scores[name] = score(samples)
+        rows[name] = means(scores[name], families) | {
             "seconds_per_image": samples.seconds_per_image,
             "generations_per_run": samples.generations_per_run,
         }
         if name != "base":
-            rows[name]["versus_base"] = compare(judged[name], judged["base"], families)
-    if "tiny_static" in judged and "tiny_s" in judged:
-        rows["tiny_s"]["versus_static"] = compare(judged["tiny_s"], judged["tiny_static"], families)
+            rows[name]["versus_base"] = compare(scores[name], scores["base"], families)
+    if "tiny_static" in scores and "tiny_s" in scores:
+        rows["tiny_s"]["versus_static"] = compare(scores["tiny_s"], scores["tiny_static"], families)
     setting = {
         "prompts": options.prompts,
         "seeds": list(options.seeds),
@@ -157,15 +157,15 @@ def measure(options: Options) -> dict[str, Any]:
     return {"setting": setting, "methods": rows}
 
 
-def means(judged: Judged, families: list[str]) -> dict[str, Any]:
+def means(scores: Scores, families: list[str]) -> dict[str, Any]:
     """Returns the means over all images."""
-    marks = [(f, bool(c)) for f, row in zip(families, judged.correct.tolist(), strict=True) for c in row]
+    marks = [(f, bool(c)) for f, row in zip(families, scores.correct.tolist(), strict=True) for c in row]
     return {
-        "reward": float(judged.reward.mean()),
-        "validation_reward": float(judged.validation_reward.mean()),
+        "reward": float(scores.reward.mean()),
+        "validation_reward": float(scores.validation_reward.mean()),
         "geneval": summarise(marks),  # pyright: ignore
-        "style": float(judged.style.mean()),
-        "diversity": float(judged.diversity.mean()),
+        "style": float(scores.style.mean()),
+        "diversity": float(scores.diversity.mean()),
     }
 
 

@@ -3,9 +3,9 @@
     python -m benchmarks.training --base sd15                       # a GPU, true size
     python -m benchmarks.training --base sd15 --device cpu --narrow 2 --resolution 128
 
-It is the trainer's own step on a smoke run's materials, timed by phase: rollout, reward loss (guided
+It is the trainer's own step on a smoke run's inputs, timed by phase: rollout, reward loss (guided
 x0-hat, decoder, reward, and back), preference loss, optimiser. Utilisation is the model's own operations,
-without what checkpointing computes anew, over the rate of a large matrix product measured in the same
+without what gradient checkpointing recomputes, over the rate of a large matrix product measured in the same
 process. Prints a table and writes benchmarks/results/training_<base>_<device>.json.
 """
 
@@ -26,16 +26,16 @@ from accelerate import Accelerator
 from benchmarks.rounds import GIB, RESULTS, environment, save_json, slug, spread, timed
 from hyperalign.errors import HyperAlignError
 from hyperalign.targets import PerceptionMode
-from train.config import Checkpointing, EvalConfig, RunConfig, TrainConfig
-from train.materials import Row
+from train.config import GradientCheckpointing, RunConfig, TrainConfig, ValidationConfig
+from train.inputs import smoke_inputs
+from train.log import Metrics
 from train.models.architectures import FULL_SIZES, ModelSize, architecture, autoencoder
 from train.models.load import backbone_dtype
 from train.models.text_encoders import text_lengths
 from train.objective import States
 from train.preflight.costs import matrix_rate
 from train.preflight.estimate import Work, step_memory, step_work
-from train.preflight.parts import META, Parts, parts_of, without_recomputation
-from train.preflight.smoke import smoke_world
+from train.preflight.step_costs import META, StepCosts, step_costs, without_recomputation
 from train.recipe import load_recipe
 from train.trainer import Trainer
 
@@ -72,10 +72,10 @@ class Options:
     """Any of hyperalign.rewards.loading, with random weights."""
     mode: PerceptionMode = "prefix"
     """prefix or separate perception."""
-    checkpointing: Checkpointing | None = None
+    gradient_checkpointing: GradientCheckpointing | None = None
     """What recomputes activations in backward passes; else the recipe's."""
     conditional_only: bool = False
-    """Gradient through the rows with prompt alone."""
+    """Gradient through the conditional prediction alone."""
     double_blocks: int | None = None
     """Fewer double blocks (flux) or joint blocks (sd3), to fit a small memory."""
     single_blocks: int | None = None
@@ -118,16 +118,16 @@ class TimedTrainer(Trainer):
             torch.cuda.reset_peak_memory_stats(self.device)  # what follows belongs to the gradient
         return states
 
-    def _reward_pass(self) -> Row:
+    def _reward_pass(self) -> Metrics:
         row = self._timed("reward", super()._reward_pass)
         rollout, both = self.phases["rollout"], self.phases["reward"]
         self.phases["reward"] = replace(both, seconds=both.seconds - rollout.seconds)
         return row
 
-    def _preference_pass(self) -> Row:
+    def _preference_pass(self) -> Metrics:
         return self._timed("preference", super()._preference_pass)
 
-    def _apply_gradient(self) -> Row:
+    def _apply_gradient(self) -> Metrics:
         return self._timed("optimiser", super()._apply_gradient)
 
     def _timed(self, name: str, run: Callable[[], Found]) -> Found:
@@ -140,7 +140,7 @@ def shape_of(options: Options) -> ModelSize:
     """Returns the backbone's shape, with what the options reduce."""
     given = {"double_blocks": options.double_blocks, "single_blocks": options.single_blocks}
     changes = {name: value for name, value in given.items() if value is not None}
-    return replace(FULL_SIZES[options.base], width_divisor=options.narrow, **changes)
+    return replace(FULL_SIZES[options.base], narrow=options.narrow, **changes)
 
 
 def config_of(options: Options, out: Path) -> TrainConfig:
@@ -152,10 +152,10 @@ def config_of(options: Options, out: Path) -> TrainConfig:
         recipe,
         model=replace(
             recipe.model, resolution=options.resolution or recipe.model.resolution, mode=options.mode,
-            checkpointing=options.checkpointing or recipe.model.checkpointing,
+            gradient_checkpointing=options.gradient_checkpointing or recipe.model.gradient_checkpointing,
         ),
         objective=replace(
-            o, rewards={options.reward: 1.0}, prompts=options.batch, preferred=options.batch,
+            o, rewards={options.reward: 1.0}, prompt_batch=options.batch, preference_batch=options.batch,
             micro_batch=options.micro_batch or min(options.batch, o.micro_batch),
             timesteps=options.timesteps, rollout_steps=steps,
             # The last steps: every rollout then runs to its end, and repeats are alike.
@@ -164,7 +164,7 @@ def config_of(options: Options, out: Path) -> TrainConfig:
         ),
         optim=replace(recipe.optim, bf16=options.bf16),
         data=replace(recipe.data, text_lengths=(options.text_tokens or max(recipe.data.text_lengths),)),
-        eval=EvalConfig(every=0),
+        validation=ValidationConfig(every=0),
         run=RunConfig(out=out),
     )  # fmt: skip
 
@@ -185,16 +185,16 @@ def reductions(options: Options, config: TrainConfig) -> list[str]:
     return words + ([f"backbone {shape.width_divisor} times narrower"] if shape.width_divisor != 1 else [])
 
 
-def counted(config: TrainConfig, shape: ModelSize) -> tuple[Work, Work, Parts]:
-    """Returns the operations of a step as it runs, the model's own alone, and the parts as they run."""
+def counted(config: TrainConfig, shape: ModelSize) -> tuple[Work, Work, StepCosts]:
+    """Returns the operations of a step as it runs, the model's own alone, and the costs as it runs."""
 
-    def parts(chosen: TrainConfig) -> Parts:
+    def costs(chosen: TrainConfig) -> StepCosts:
         with META:
             models = architecture(config.model.base, shape), autoencoder(config.model.base)
-        return parts_of(chosen, *models)
+        return step_costs(chosen, *models)
 
-    running, own = parts(config), without_recomputation(config)
-    return step_work(config, running), step_work(own, parts(own)), running
+    running, own = costs(config), without_recomputation(config)
+    return step_work(config, running), step_work(own, costs(own)), running
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -206,15 +206,15 @@ def measure(options: Options) -> dict[str, Any]:
     deadline = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(options, Path(folder))
-        running, own, parts = counted(config, shape)
+        running, own, costs = counted(config, shape)
         accelerator = Accelerator(cpu=device.type == "cpu")
-        trainer = TimedTrainer(config, smoke_world(config, accelerator, shape), accelerator)
+        trainer = TimedTrainer(config, smoke_inputs(config, accelerator, shape), accelerator)
         results = {
-            "setting": setting(options, config, trainer, parts),
+            "setting": setting(options, config, trainer, costs),
             "estimate": {
                 "tflop": {name: value / TERA for name, value in asdict(running).items()},
-                "gib": {name: size / GIB for name, size in asdict(step_memory(config, parts)).items()},
-                "peak_gib": step_memory(config, parts).peak / GIB,
+                "gib": {name: size / GIB for name, size in asdict(step_memory(config, costs)).items()},
+                "peak_gib": step_memory(config, costs).peak / GIB,
             },
         }
         path = options.out / f"training_{options.base}_{slug(trainer.device)}.json"
@@ -224,7 +224,7 @@ def measure(options: Options) -> dict[str, Any]:
             began = time.monotonic()
             steps.append(trainer.measured_step())
             rates.append(rate_of(config, trainer.device))
-            results |= figures(steps, running, own, statistics.median(rates), images(config))
+            results |= metrics(steps, running, own, statistics.median(rates), images(config))
             save_json(results, path)
             if 2 * time.monotonic() - began > deadline:
                 break
@@ -241,16 +241,16 @@ def rate_of(config: TrainConfig, device: torch.device) -> float:
 
 def images(config: TrainConfig) -> int:
     """Returns the images with gradient of one step."""
-    return config.objective.prompts * config.objective.timesteps + config.objective.preferred
+    return config.objective.prompt_batch * config.objective.timesteps + config.objective.preference_batch
 
 
-def figures(
+def metrics(
     steps: list[dict[str, Phase]], running: Work, own: Work, rate: float, samples: int
 ) -> dict[str, Any]:
     """Returns medians with their spread, by phase, of both gradient passes, and of the whole step.
 
     Args:
-        steps: what was measured of each step.
+        steps: the measured phases of each step.
         running: operations as they run, with recomputation.
         own: the model's own operations.
         rate: operations a second of a large matrix product.
@@ -281,8 +281,8 @@ def figures(
     }
 
 
-def setting(options: Options, config: TrainConfig, trainer: Trainer, parts: Parts) -> dict[str, Any]:
-    """Returns everything the figures depend on."""
+def setting(options: Options, config: TrainConfig, trainer: Trainer, costs: StepCosts) -> dict[str, Any]:
+    """Returns everything the metrics depend on."""
     o, model = config.objective, config.model
     return {
         "base": options.base,
@@ -294,18 +294,18 @@ def setting(options: Options, config: TrainConfig, trainer: Trainer, parts: Part
         "dtype": str(backbone_dtype(config)).removeprefix("torch."),
         "mode": model.mode,
         "variant": model.variant,
-        "checkpointing": model.checkpointing,
+        "checkpointing": model.gradient_checkpointing,
         "conditional_only": o.conditional_only,
         "rewards": list(o.rewards),
-        "prompts": o.prompts,
+        "prompts": o.prompt_batch,
         "timesteps": o.timesteps,
         "rollout_steps": o.rollout_steps,
-        "preferred": o.preferred,
+        "preferred": o.preference_batch,
         "micro_batch": o.micro_batch,
-        "rows_per_image": 2 if parts.guided_by_rows else 1,
+        "rows_per_image": 2 if costs.cfg else 1,
         "hypernetwork": asdict(config.network),
-        "targets": parts.targets,
-        "parameters": parts.parameters,
+        "targets": costs.targets,
+        "parameters": costs.parameters,
     }
 
 
@@ -322,7 +322,7 @@ def profile(trainer: TimedTrainer, path: Path) -> None:
 
 
 def title(results: Mapping[str, Any]) -> str:
-    """Returns one line that says what was measured, and what was reduced."""
+    """Returns one line: what was measured, and what was reduced."""
     s = results["setting"]
     reduced = "; reduced: " + ", ".join(s["reduced"]) if s["reduced"] else "; true size"
     return (
@@ -333,7 +333,7 @@ def title(results: Mapping[str, Any]) -> str:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Returns the figures as a Markdown table."""
+    """Returns the metrics as a Markdown table."""
     lines = [
         title(results), "",
         "| phase | seconds: median [min, max] | model TFLOP | utilisation | with recomputation | peak GiB |",
@@ -341,11 +341,11 @@ def table(results: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     for name, row in results["phases"].items():
         seconds, peak = row["seconds"], row["peak_gib"]
-        told = f"{seconds['median']:.3f} [{seconds['min']:.3f}, {seconds['max']:.3f}]"
+        times = f"{seconds['median']:.3f} [{seconds['min']:.3f}, {seconds['max']:.3f}]"
         shares = "| | | " if name == "optimiser" else (
             f"| {row['model_tflop']:.3f} | {row['utilisation']:.1%} | {row['with_recomputation']:.1%} "
         )  # fmt: skip
-        lines.append(f"| {name} | {told} {shares}| {'' if peak is None else f'{peak:.2f}'} |")
+        lines.append(f"| {name} | {times} {shares}| {'' if peak is None else f'{peak:.2f}'} |")
     samples, expected = results["samples_per_second"], results["estimate"]["peak_gib"]
     lines += [
         "",
@@ -357,7 +357,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def main(options: Options) -> dict[str, Any]:
-    """Measures, prints the table and returns the figures."""
+    """Measures, prints the table and returns the metrics."""
     results = measure(options)
     print(table(results))
     return results

@@ -14,13 +14,13 @@ from hyperalign.targets import PerceptionMode
 
 BaseName = Literal["tiny", "sd15", "sdxl", "flux", "sd3"]
 State = Literal["rollout", "noised", "mixed"]
-Checkpointing = Literal["all", "decoder", "none"]
-TimeLaw = Literal["uniform", "logit_normal"]
+GradientCheckpointing = Literal["all", "decoder", "none"]
+TimestepSampling = Literal["uniform", "logit_normal"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """The base model and where the hypernetwork looks."""
+    """The base model, and what of it the hypernetwork reads and adapts."""
 
     base: BaseName = "tiny"
     """Base model to align."""
@@ -31,7 +31,7 @@ class ModelConfig:
     resolution: int = 512
     """Side of the images in pixels; train at what you sample."""
     vae: Literal["full", "taesd"] = "full"
-    """taesd decodes with a tiny autoencoder: faster, less memory, a little blurred."""
+    """taesd decodes with a tiny autoencoder: faster, less memory, slightly blurred images."""
     taesd: Path = Path()
     """Folder of the tiny autoencoder (AutoencoderTiny)."""
     mode: PerceptionMode = "prefix"
@@ -41,22 +41,22 @@ class ModelConfig:
     variant: Variant = "S"
     """S: weights at every evaluation, P: at key times, I: once."""
     key_times: tuple[float, ...] = ()
-    """Key times of P, falling fractions of the noise range; empty finds them on the base model first."""
+    """Key times of P, falling fractions of the noise schedule; empty measures them on the base model."""
     key_count: int = 2
     """How many key times to find for P, besides the start."""
-    checkpointing: Checkpointing = "all"
+    gradient_checkpointing: GradientCheckpointing = "all"
     """What recomputes activations in its backward pass, slower but with far less memory: all; decoder, with
     the rewards but without the backbone; none."""
 
     @property
     def recomputes_backbone(self) -> bool:
-        """Whether the backbone's blocks run again in backward passes."""
-        return self.checkpointing == "all"
+        """Whether backward passes recompute the backbone's blocks."""
+        return self.gradient_checkpointing == "all"
 
     @property
     def recomputes_images(self) -> bool:
-        """Whether decoder and rewards do."""
-        return self.checkpointing != "none"
+        """Whether they recompute the decoder and the rewards."""
+        return self.gradient_checkpointing != "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +70,11 @@ class ObjectiveConfig:
     preference_weight: float = 1.0
     """Weight of the denoising loss on preference images; 0 invites reward hacking."""
     reward_cap: float = float("inf")
-    """Scores above this earn nothing more: relu(cap - score)."""
+    """Scores above this have no gradient: relu(cap - score)."""
     state: State = "rollout"
     """Where x_t of the reward loss comes from: own rollouts, noised preference images, or both in turn."""
-    prompts: int = 16
-    """Prompts in each step and process."""
+    prompt_batch: int = 16
+    """Prompts of each step in each process."""
     timesteps: int = 2
     """Steps of each rollout that get a gradient."""
     rollout_steps: int = 10
@@ -82,23 +82,28 @@ class ObjectiveConfig:
     skip_first: int = 1
     """First steps of a rollout that get no reward gradient: x0-hat is a blur there."""
     reward_range: tuple[float, float] = (0.0, 0.9)
-    """Times u of the reward loss on noised images."""
-    guidance: float = 4.0
-    """Guidance of rollout and x0-hat; train at what you sample with. FLUX.1 takes it as an input."""
+    """Range of u, timesteps as fractions, for the reward loss on noised images."""
+    guidance_scale: float = 4.0
+    """CFG scale of rollout and x0-hat; train at what you sample with. FLUX.1 has it as its input guidance."""
     conditional_only: bool = False
-    """Send the reward's gradient through the rows with prompt alone: half the memory of guidance."""
-    preferred: int = 48
-    """Preference images in each step and process."""
-    preferred_range: tuple[float, float] = (0.0, 1.0)
-    """Times u of the noise on preference images; high ones decide what is drawn, low ones how finely."""
-    time_law: TimeLaw = "uniform"
-    """How u is drawn in its range; logit_normal favours the middle (Esser et al. 2024)."""
-    snr_cap: float = float("inf")
-    """Min-SNR weighting of the preference loss (Hang et al. 2023); inf is Eq 9 as it stands."""
-    drop_caption: float = 0.1
-    """Share of preference images shown without their caption."""
+    """Send the reward's gradient through the conditional prediction alone: half the memory."""
+    preference_batch: int = 48
+    """Preference images of each step in each process."""
+    preference_range: tuple[float, float] = (0.0, 1.0)
+    """Range of u for preference images; high timesteps decide the composition, low ones the details."""
+    timestep_sampling: TimestepSampling = "uniform"
+    """How u is sampled in its range; logit_normal favours the middle (Esser et al. 2024)."""
+    snr_gamma: float = float("inf")
+    """Gamma of min-SNR weighting of the preference loss (Hang et al. 2023); inf is Eq 9 unweighted."""
+    caption_dropout: float = 0.1
+    """Share of preference images that train with an empty caption."""
     micro_batch: int = 0
-    """Images in one backward pass, gradients added up; 0 takes all at once."""
+    """Images in one backward pass, gradients accumulated; 0 takes all at once."""
+
+    @property
+    def needs_preference_images(self) -> bool:
+        """Whether a loss reads preference images."""
+        return self.preference_weight > 0 or (self.reward_weight > 0 and self.state != "rollout")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,72 +112,79 @@ class OptimConfig:
 
     lr: float = 3e-4
     steps: int = 300
-    warmup: int = 20
+    warmup_steps: int = 20
     weight_decay: float = 0.01
-    clip: float = 1.0
-    """Largest gradient norm."""
-    ema: float = 0.98
-    """Decay of the average that is saved and shown."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    ema_decay: float = 0.98
+    """Decay of the averaged weights, which are validated and exported."""
     bf16: bool = True
     """Run the frozen models in bfloat16."""
     bad_steps: int = 20
     """Stop after this many steps in a row whose gradient is not finite; each of them is skipped."""
 
+    def learning_rate(self, step: int) -> float:
+        """Returns the rate of a step: linear warm-up, then a cosine to zero."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """Prompts and preference images. The tiny model draws its own from a seed."""
+    """Prompts and preference images. The tiny model generates its own from a seed."""
 
     scenes: int = 12000
-    """Tiny model: preferred scenes (right captions, Fluent style) to encode once."""
+    """Tiny model: preference images (right captions, Fluent style) to encode once."""
     seed: int = 101
     cache: Path = Path("build/tiny")
     """Tiny model: where fetched art and encoded scenes are kept."""
     prompts: Path = Path()
-    """Prompts to draw: .txt, .jsonl, .json, .parquet or .tsv."""
-    preferred: Path = Path()
+    """Training prompts: .txt, .jsonl, .json, .parquet or .tsv."""
+    preference: Path = Path()
     """Folder of latent shards that `train/encode.py` wrote."""
-    preferred_name: str = ""
-    """What the preference images are, with their licence; goes into the hypernetwork's header."""
+    preference_name: str = ""
+    """Name and licence of the preference dataset, for the hypernetwork's header."""
     unsafe_column: str = ""
-    """For train/encode.py: the data set's own mark of unsafe images, which are left out and counted."""
+    """For train/encode.py: the data set's own mark of unsafe images, which are excluded and counted."""
     unsafe_above: float = 0.5
     """Numbers in unsafe_column above this are unsafe."""
     embeddings: Path = Path("build/embeddings")
-    """Where the text encoders' outputs are kept; one run computes them, later ones read them."""
+    """Cache of the text encoders' outputs; one run computes them, later ones read them."""
     text_lengths: tuple[int, ...] = (256, 512)
-    """Paddings of T5's tokens, drawn anew each step: for FLUX.1, ComfyUI pads to 256, diffusers to 512."""
+    """Paddings of T5's tokens, sampled for each batch: for FLUX.1, ComfyUI pads to 256, diffusers to 512."""
     rewards: Path = Path("models/hyperalign_rewards")
     """Folder of the rewards' weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvalConfig:
-    """Validation metrics and images during training."""
+class ValidationConfig:
+    """Metrics and images of validation prompts during training."""
 
     every: int = 50
-    """Steps between evaluations; 0 turns them off."""
-    prompts: int = 36
-    """Validation prompts of each evaluation; for the tiny model its six families in turn."""
+    """Training steps between validations; 0 turns them off."""
+    prompts: Path = Path()
+    """Validation prompts, in any format that data.prompts takes. The tiny model has its own."""
+    prompt_count: int = 36
+    """How many of them are sampled; for the tiny model its six families in turn."""
     steps: int = 15
-    """Sampling steps of each evaluation."""
-    file: Path = Path()
-    """Validation prompts, in any form that data.prompts takes."""
+    """Sampling steps."""
     rewards: dict[str, float] = field(default_factory=dict[str, float])
-    """Rewards that are watched and never optimised."""
+    """Rewards that are measured and never optimised."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """Where things go."""
+    """Outputs, seed and processor of a run."""
 
     out: Path = Path("runs/hyperalign")
-    """Folder of log, states, grids and the finished hypernetwork."""
+    """Folder of log, training checkpoints, image grids and the finished hypernetwork."""
     seed: int = 0
-    save_every: int = 25
-    """Steps between saved states."""
-    keep: int = 2
-    """How many of the last states to keep."""
+    checkpoint_every: int = 25
+    """Steps between training checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of the last training checkpoints to keep."""
     trackers: tuple[str, ...] = ()
     """Besides log.jsonl: tensorboard, wandb (installed and logged in by you)."""
     threads: int = 0
@@ -188,7 +200,7 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
@@ -197,15 +209,15 @@ class TrainConfig:
         p, run = self.optim, self.run
         _require(p.steps >= 1, "optim.steps", p.steps, "1 or more")
         _require(p.lr > 0, "optim.lr", p.lr, "above 0")
-        _require(p.clip > 0, "optim.clip", p.clip, "above 0")
-        _require(0 <= p.ema < 1, "optim.ema", p.ema, "0 up to 1")
+        _require(p.max_grad_norm > 0, "optim.max_grad_norm", p.max_grad_norm, "above 0")
+        _require(0 <= p.ema_decay < 1, "optim.ema_decay", p.ema_decay, "0 up to 1")
         _require(p.bad_steps >= 1, "optim.bad_steps", p.bad_steps, "1 or more")
         _require(
-            self.data.scenes >= self.objective.preferred,
-            "data.scenes", self.data.scenes, "objective.preferred or more",
+            self.data.scenes >= self.objective.preference_batch,
+            "data.scenes", self.data.scenes, "objective.preference_batch or more",
         )  # fmt: skip
-        _require(run.save_every >= 1, "run.save_every", run.save_every, "1 or more")
-        _require(run.keep >= 1, "run.keep", run.keep, "1 or more")
+        _require(run.checkpoint_every >= 1, "run.checkpoint_every", run.checkpoint_every, "1 or more")
+        _require(run.keep_checkpoints >= 1, "run.keep_checkpoints", run.keep_checkpoints, "1 or more")
         _require(
             self.model.resolution % 64 == 0, "model.resolution", self.model.resolution, "a multiple of 64"
         )
@@ -230,14 +242,14 @@ class TrainConfig:
         room, steps = o.rollout_steps - o.skip_first, o.rollout_steps
         _require(0 <= o.skip_first < steps, "objective.skip_first", o.skip_first, "0 to rollout_steps - 1")
         _require(1 <= o.timesteps <= room, "objective.timesteps", o.timesteps, f"1 to {room}")
-        _require(o.prompts >= 1, "objective.prompts", o.prompts, "1 or more")
-        _require(o.preferred >= 1, "objective.preferred", o.preferred, "1 or more")
-        for name in ("preferred_range", "reward_range"):
+        _require(o.prompt_batch >= 1, "objective.prompt_batch", o.prompt_batch, "1 or more")
+        _require(o.preference_batch >= 1, "objective.preference_batch", o.preference_batch, "1 or more")
+        for name in ("preference_range", "reward_range"):
             low, high = getattr(o, name)
             _require(0 <= low < high <= 1, f"objective.{name}", (low, high), "0 <= low < high <= 1")
-        _require(o.snr_cap > 0, "objective.snr_cap", o.snr_cap, "above 0")
-        _require(0 <= o.drop_caption < 1, "objective.drop_caption", o.drop_caption, "0 up to 1")
-        _require(o.guidance >= 1, "objective.guidance", o.guidance, "1 or more")
+        _require(o.snr_gamma > 0, "objective.snr_gamma", o.snr_gamma, "above 0")
+        _require(0 <= o.caption_dropout < 1, "objective.caption_dropout", o.caption_dropout, "0 up to 1")
+        _require(o.guidance_scale >= 1, "objective.guidance_scale", o.guidance_scale, "1 or more")
         _require(o.micro_batch >= 0, "objective.micro_batch", o.micro_batch, "0 or more")
 
     def schedule(self) -> Schedule:

@@ -1,102 +1,302 @@
-"""A real base model's materials: prompts and latent shards from disk, cached texts, reward models."""
+"""What a run works with: base model, text conditions, prompts, preference images, rewards, validation."""
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
-from torch.nn import functional as F
 
-from hyperalign.checkpoint import HyperAlign
 from hyperalign.errors import HyperAlignError
+from hyperalign.hosts.diffusers.tiny import load_tiny
 from hyperalign.rewards import Reward, download, loading
 from hyperalign.rewards.networks import set_checkpointing
+from hyperalign.tiny.text_encoder import tokenize_batch
 from train.config import TrainConfig
 from train.data.embeddings import CachedPromptEncoder
 from train.data.prompts import load_prompts
 from train.data.shards import LatentShards
-from train.image_grid import save_grid
-from train.materials import Evaluate, Materials, PromptList, ShardImages
+from train.models.architectures import ModelSize, architecture, autoencoder, with_random_weights
+from train.models.attention import use_float32_attention
+from train.models.autoencoder import Autoencoder
 from train.models.base import Base, PromptEncoder
 from train.models.fsdp import shard_backbone, uses_fsdp
 from train.models.image_encoder import image_encoder
-from train.models.load import backbone_dtype, check_folder, load_base
-from train.models.text_encoders import load_text_encoders, text_fingerprint, text_lengths
+from train.models.load import backbone_dtype, check_folder, load_base, make_base
+from train.models.text_encoders import context_tokens, load_text_encoders, text_fingerprint, text_lengths
+from train.models.tiny import Tiny
 from train.objective import Rewards
-from train.runtime import Row
-from train.sampling import SampledImages, sample
+from train.preflight.smoke import PROMPTS, TEXT_WIDTHS, RandomImages, RandomTexts, described, smoke_shape
+from train.tiny.dataset import preference_latents
+from train.tiny.inputs import EmojiScenes, GrammarPrompts, tiny_reward
+from train.validation import Validate, reward_validation, tiny_validation
 
-EVAL_SEEDS = (0, 1)
+logger = logging.getLogger("hyperalign.train")
 PATIENCE = 90.0
 """Seconds within which network disks show what another machine wrote."""
 
 
-def needs_images(config: TrainConfig) -> bool:
-    """Returns whether a run reads preference images."""
-    o = config.objective
-    return o.preference_weight > 0 or (o.reward_weight > 0 and o.state != "rollout")
+class Prompts(Protocol):
+    """The prompts of the reward loss."""
+
+    def sample(self, count: int, rng: np.random.Generator) -> list[str]:
+        """Returns `count` prompts, decided by `rng` alone."""
+        ...
 
 
-def open_images(config: TrainConfig, fingerprint: str | None) -> ShardImages | None:
-    """Returns the preference images of a recipe. Raises HyperAlignError if they are not there or unfit."""
-    if not needs_images(config):
-        return None
-    folder = config.data.preferred
-    if not folder.is_dir() or folder == Path():
-        raise HyperAlignError(
-            f"data.preferred is {folder}; expected a folder of latent shards. Make them with "
-            "train/encode.py, or set objective.preference_weight to 0 and objective.state to rollout."
-        )
-    shards = LatentShards(folder, fingerprint, config.model.resolution)
-    return ShardImages(shards, config.run.seed)
+class PreferenceDataset(Protocol):
+    """The images of the preference loss, as a stream of batches."""
+
+    def batch(
+        self, position: int, count: int, rng: np.random.Generator, part: slice
+    ) -> tuple[Tensor, list[str]]:
+        """Returns part of a batch: latents (B, C, H, W) and captions.
+
+        The batch holds `count` images at this position of the stream; `part` is what is read of it.
+        """
+        ...
 
 
-def read_prompts(config: TrainConfig) -> tuple[list[str], list[str]]:
-    """Returns the prompts to train on and the validation ones. Raises HyperAlignError."""
+@dataclass(frozen=True, slots=True)
+class RunInputs:
+    """Everything that a trainer works with besides its recipe."""
+
+    base: Base
+    texts: PromptEncoder
+    prompts: Prompts
+    preference: PreferenceDataset | None
+    """None where no loss reads preference images."""
+    rewards: Rewards
+    validate: Validate
+    provenance: Mapping[str, str]
+    """Rewards and preference dataset, for the hypernetwork's header."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptList:
+    """Samples from a list, without repetition where it is long enough."""
+
+    prompts: list[str]
+
+    def sample(self, count: int, rng: np.random.Generator) -> list[str]:
+        """Returns `count` prompts."""
+        chosen = rng.choice(len(self.prompts), count, replace=count > len(self.prompts))
+        return [self.prompts[index] for index in chosen.tolist()]
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceShards:
+    """Latent shards as a stream whose order the run's seed decides."""
+
+    shards: LatentShards
+    seed: int
+
+    def batch(
+        self, position: int, count: int, rng: np.random.Generator, part: slice
+    ) -> tuple[Tensor, list[str]]:
+        """Returns latents (B, C, H, W) in float32, and captions."""
+        del rng
+        latents, captions = self.shards.read(self.shards.batch(position, count, self.seed)[part])
+        return latents.float(), captions
+
+
+def load_inputs(config: TrainConfig, accelerator: Accelerator, smoke: bool = False) -> RunInputs:
+    """Returns what a recipe's run works with. Raises HyperAlignError for whatever is missing.
+
+    `smoke` takes random weights of the true shape instead of the base model, rewards and data.
+    """
+    if config.model.base == "tiny":
+        with accelerator.main_process_first():
+            return tiny_inputs(config, accelerator.device, accelerator.is_main_process)
+    if smoke:
+        shape = smoke_shape(config, accelerator.device)
+        logger.warning("smoke run: %s", described(config, shape))
+        return smoke_inputs(config, accelerator, shape)
+    return base_inputs(config, accelerator)
+
+
+def base_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
+    """Returns the inputs of a recipe for a base model in a folder. Raises HyperAlignError."""
+    check_folder(config)
+    prompts, validation = training_prompts(config), validation_prompts(config)
+    images = open_preference_shards(config, image_encoder(config, torch.device("cpu")).fingerprint)
+    captions = images.shards.captions() if images else []
+    texts = cached_texts(config, accelerator, [*prompts, *validation, *captions, ""])
+    base = load_base(config, accelerator.device)
+    if uses_fsdp(accelerator):
+        shard_backbone(base.backbone)
+    rewards = load_rewards(config, accelerator.device)
+    excluded = images.shards.unsafe_summary() if images else ""
+    return RunInputs(
+        base=base,
+        texts=texts,
+        prompts=PromptList(prompts),
+        preference=images,
+        rewards=optimised(rewards, config),
+        validate=reward_validation(config, base, texts, rewards, validation, accelerator),
+        provenance=provenance(config) | ({"unsafe": excluded} if excluded else {}),
+    )
+
+
+def smoke_inputs(config: TrainConfig, accelerator: Accelerator, shape: ModelSize) -> RunInputs:
+    """Returns random weights, texts and images for a recipe from `smoke_config`."""
+    device, dtype, name = accelerator.device, backbone_dtype(config), config.model.base
+    with torch.device("meta"):
+        backbone, decoder = architecture(name, shape), autoencoder(name)
+    backbone = with_random_weights(backbone, device, dtype)
+    if uses_fsdp(accelerator):
+        shard_backbone(backbone)
+    images = Autoencoder(with_random_weights(decoder, device, dtype), config.model.recomputes_images)
+    base = make_base(config, backbone, images, "epsilon")
+    width, pooled = TEXT_WIDTHS[name]
+    lengths = tuple(context_tokens(config, padding) for padding in text_lengths(config))
+    texts = RandomTexts(width, pooled, lengths, device)
+    rewards = {
+        reward: loading.random_weights(reward, device=device, dtype=dtype)
+        for reward in config.objective.rewards
+    }
+    for reward in rewards.values():
+        set_checkpointing(reward.module, config.model.recomputes_images)
+    validation = PROMPTS[: config.validation.prompt_count]
+    return RunInputs(
+        base=base,
+        texts=texts,
+        prompts=PromptList(list(PROMPTS)),
+        preference=RandomImages(base.latent_shape) if config.objective.needs_preference_images else None,
+        rewards=optimised(rewards, config),
+        validate=reward_validation(config, base, texts, rewards, validation, accelerator),
+        provenance=provenance(config),
+    )
+
+
+def tiny_inputs(config: TrainConfig, device: torch.device, is_main: bool = True) -> RunInputs:
+    """Returns the inputs of a recipe for the embedded tiny model. Raises HyperAlignError."""
+    base = Tiny(load_tiny(device))
+    if config.optim.bf16 and device.type == "cpu":
+        use_float32_attention(base.model.unet)
+    return RunInputs(
+        base=base,
+        texts=base,
+        prompts=tiny_prompts(config),
+        preference=tiny_preference(config, base),
+        rewards=Rewards({"tiny reward": tiny_reward(device)}, config.objective.rewards),
+        validate=tiny_validation(config, base, is_main),
+        provenance={
+            "reward": "tiny preference reward (hyperalign/tiny/weights/reward.safetensors)",
+            "preference_data": "EmojiScenes, right captions, Fluent style (Fluent Emoji, MIT)",
+        },
+    )
+
+
+def tiny_prompts(config: TrainConfig) -> Prompts:
+    """Returns the grammar's prompts, or those of data.prompts. Raises HyperAlignError on unknown words."""
+    if config.data.prompts == Path():
+        return GrammarPrompts()
+    prompts = load_prompts(config.data.prompts)
+    tokenize_batch(prompts)
+    return PromptList(prompts)
+
+
+def tiny_preference(config: TrainConfig, base: Tiny) -> PreferenceDataset:
+    """Returns EmojiScenes, or the latent shards of data.preference. Raises HyperAlignError."""
+    if config.data.preference == Path():
+        return EmojiScenes(preference_latents(base.model, config.data))
+    encoder = image_encoder(config, base.device)
+    shards = LatentShards(config.data.preference, encoder.fingerprint, encoder.resolution)
+    return PreferenceShards(shards, config.run.seed)
+
+
+def training_prompts(config: TrainConfig) -> list[str]:
+    """Returns the prompts to train on. Raises HyperAlignError."""
     if config.data.prompts == Path():
         raise HyperAlignError("data.prompts is empty; expected a file of prompts. Set it.")
-    prompts = load_prompts(config.data.prompts)
-    if not config.eval.every:
-        return prompts, []
-    if config.eval.file == Path():
+    return load_prompts(config.data.prompts)
+
+
+def validation_prompts(config: TrainConfig) -> list[str]:
+    """Returns the validation prompts, none where validation is off. Raises HyperAlignError."""
+    validation = config.validation
+    if not validation.every:
+        return []
+    if validation.prompts == Path():
         raise HyperAlignError(
-            "eval.file is empty; expected a file of validation prompts. Set it, or set eval.every to 0."
+            "validation.prompts is empty; expected a file of validation prompts. Set it, or set "
+            "validation.every to 0."
         )
-    return prompts, load_prompts(config.eval.file)[: config.eval.prompts]
+    return load_prompts(validation.prompts)[: validation.prompt_count]
+
+
+def open_preference_shards(config: TrainConfig, fingerprint: str | None) -> PreferenceShards | None:
+    """Returns a recipe's preference images, None if no loss reads them.
+
+    Raises:
+        HyperAlignError: they do not exist, or are of another autoencoder or resolution.
+    """
+    if not config.objective.needs_preference_images:
+        return None
+    folder = config.data.preference
+    if not folder.is_dir() or folder == Path():
+        raise HyperAlignError(
+            f"data.preference is {folder}; expected a folder of latent shards. Make them with "
+            "train/encode.py, or set objective.preference_weight to 0 and objective.state to rollout."
+        )
+    return PreferenceShards(LatentShards(folder, fingerprint, config.model.resolution), config.run.seed)
+
+
+def reward_names(config: TrainConfig) -> Iterable[str]:
+    """Returns the names of the optimised rewards and of those that are measured alone."""
+    return dict.fromkeys([*config.objective.rewards, *config.validation.rewards])
 
 
 def load_rewards(config: TrainConfig, device: torch.device) -> dict[str, Reward]:
-    """Returns the optimised and the watched rewards by name, frozen. Raises HyperAlignError."""
-    names = dict.fromkeys([*config.objective.rewards, *config.eval.rewards])
+    """Returns all rewards of a recipe by name, frozen. Raises HyperAlignError."""
     tokenizer = check_folder(config) / "tokenizer"
     rewards = {
         name: loading.load(
             name, config.data.rewards, device=device, dtype=backbone_dtype(config),
             tokenizer_folder=tokenizer if tokenizer.is_dir() else None,
         )
-        for name in names
+        for name in reward_names(config)
     }  # fmt: skip
+    for reward in rewards.values():
+        set_checkpointing(reward.module, config.model.recomputes_images)
     return rewards
 
 
 def download_rewards(config: TrainConfig) -> None:
-    """Fetches the weights of a recipe's rewards. Raises HyperAlignError."""
-    for name in dict.fromkeys([*config.objective.rewards, *config.eval.rewards]):
+    """Downloads the weights of a recipe's rewards. Raises HyperAlignError."""
+    for name in reward_names(config):
         download.download(name, config.data.rewards)
+
+
+def optimised(rewards: Mapping[str, Reward], config: TrainConfig) -> Rewards:
+    """Returns the weighted sum of the optimised rewards."""
+    weights = config.objective.rewards
+    return Rewards({name: rewards[name].score for name in weights}, weights)
+
+
+def provenance(config: TrainConfig) -> dict[str, str]:
+    """Returns the names of rewards and preference dataset, for the hypernetwork's header."""
+    weights = [f"{weight:g} x {name}" for name, weight in config.objective.rewards.items()]
+    data = config.data.preference_name or str(config.data.preference.name) or "none"
+    return {
+        "reward": " + ".join(weights),
+        "preference_data": data if config.objective.needs_preference_images else "none",
+    }
 
 
 def cached_texts(config: TrainConfig, accelerator: Accelerator, texts: Sequence[str]) -> CachedPromptEncoder:
     """Returns the conditions of all texts of a run; computes those that are new, then frees the encoders.
 
     Raises:
-        HyperAlignError: the encoders cannot be read, their outputs not be written, or the processes do
+        HyperAlignError: the encoders cannot be read, their outputs cannot be written, or the processes do
             not share the folder.
     """
     folder, lengths = config.data.embeddings / text_fingerprint(config), text_lengths(config)
@@ -117,110 +317,3 @@ def cached_texts(config: TrainConfig, accelerator: Accelerator, texts: Sequence[
             )
         time.sleep(3.0)
     return cache
-
-
-def diversity(embeddings_PSD: Tensor) -> float:
-    """Returns the mean cosine distance between the first two seeds' images of each prompt."""
-    first, second = F.normalize(embeddings_PSD.float(), dim=-1)[:, :2].unbind(dim=1)
-    return float((1.0 - (first * second).sum(dim=-1)).mean())
-
-
-def evaluation(
-    config: TrainConfig,
-    base: Base,
-    texts: PromptEncoder,
-    rewards: dict[str, Reward],
-    prompts: Sequence[str],
-    accelerator: Accelerator,
-) -> Evaluate:
-    """Returns what samples the validation prompts at two seeds and scores them by every reward.
-
-    Each process takes its share of the prompts, as many as the others.
-    """
-    world = accelerator.num_processes
-    own = list(prompts)[accelerator.process_index :: world][: max(1, len(prompts) // world)]
-
-    def evaluate(hyperalign: HyperAlign, grid: Path) -> Row:
-        batch = config.objective.micro_batch or config.objective.prompts
-        images = sample(
-            base, texts, hyperalign, own, seeds=EVAL_SEEDS, steps=config.eval.steps,
-            guidance=config.objective.guidance, batch=batch,
-        )  # fmt: skip
-        metrics = score(images, rewards, base.device)
-        save_shared_grid(images, grid, accelerator)
-        means = {name: _gathered(torch.tensor([value], device=base.device), accelerator).mean().item()
-                 for name, value in metrics.items()}  # fmt: skip
-        return means | {"generations_per_run": images.generations_per_run}
-
-    return evaluate
-
-
-def score(images: SampledImages, rewards: dict[str, Reward], device: torch.device) -> dict[str, float]:
-    """Returns the mean of every reward, the diversity by the first one's eyes, and the time of an image."""
-    seeds = images.images.shape[1]
-    jobs = [
-        (prompt, image) for prompt, row in zip(images.prompts, images.images, strict=True) for image in row
-    ]
-    metrics = {"seconds_per_image": images.seconds_per_image}
-    with torch.no_grad():
-        for name, reward in rewards.items():
-            scores = [reward.score(image[None].to(device), [prompt]) for prompt, image in jobs]
-            metrics[name] = float(torch.cat(scores).mean())
-        judge = next(iter(rewards.values()))
-        embeddings = torch.cat([judge.embed_images(image[None].to(device)) for _, image in jobs])
-    return metrics | {"diversity": diversity(embeddings.unflatten(0, (len(images.prompts), seeds)))}
-
-
-def save_shared_grid(images: SampledImages, path: Path, accelerator: Accelerator) -> None:
-    """Writes one image of every prompt of all processes."""
-    first = _gathered(images.images[:, :1].to(accelerator.device), accelerator).cpu()
-    prompts: list[str] = gather_object(images.prompts)
-    if accelerator.is_main_process:
-        save_grid(dataclasses.replace(images, prompts=prompts, images=first), path)
-
-
-def _gathered(values: Tensor, accelerator: Accelerator) -> Tensor:
-    gathered: Any = accelerator.gather(values)
-    return gathered
-
-
-def scoring(rewards: dict[str, Reward], weights: dict[str, float]) -> Rewards:
-    """Returns the optimised rewards."""
-    return Rewards({name: rewards[name].score for name in weights}, weights)
-
-
-def origin(config: TrainConfig) -> dict[str, str]:
-    """Returns what shaped the hypernetwork, for its header."""
-    weights = [f"{weight:g} x {name}" for name, weight in config.objective.rewards.items()]
-    data = config.data.preferred_name or str(config.data.preferred.name) or "none"
-    return {"reward": " + ".join(weights), "preference_data": data if needs_images(config) else "none"}
-
-
-def left_out(images: ShardImages | None) -> dict[str, str]:
-    """Returns how many preference images were left out as unsafe, for the hypernetwork's header."""
-    words = images.shards.unsafe_summary() if images else ""
-    return {"unsafe": words} if words else {}
-
-
-def world(config: TrainConfig, accelerator: Accelerator) -> Materials:
-    """Returns the materials of a recipe for a real base model. Raises HyperAlignError."""
-    check_folder(config)
-    prompts, validation = read_prompts(config)
-    images = open_images(config, image_encoder(config, torch.device("cpu")).fingerprint)
-    captions = images.shards.captions() if images else []
-    texts = cached_texts(config, accelerator, [*prompts, *validation, *captions, ""])
-    base = load_base(config, accelerator.device)
-    if uses_fsdp(accelerator):
-        shard_backbone(base.backbone)
-    rewards = load_rewards(config, accelerator.device)
-    for reward in rewards.values():
-        set_checkpointing(reward.module, config.model.recomputes_images)
-    return Materials(
-        base=base,
-        texts=texts,
-        prompts=PromptList(prompts),
-        preferred=images,
-        rewards=scoring(rewards, config.objective.rewards),
-        evaluate=evaluation(config, base, texts, rewards, validation, accelerator),
-        origin=origin(config) | left_out(images),
-    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,15 +22,15 @@ if not __package__:
 import torch
 import tyro
 from accelerate import Accelerator
+from matplotlib.figure import Figure
 
 from hyperalign.errors import HyperAlignError
-from hyperalign.files import first_line, write_text
+from hyperalign.files import first_line, replacing, write_text
 from hyperalign.schedule import find_key_times
-from train.assemble import materials
-from train.plot import plot_curve
+from train.inputs import load_inputs
 from train.preflight.smoke import smoke_config
 from train.recipe import load_recipe
-from train.relative_distance import PROMPTS, STEPS, curve_times, distance_curve, measuring_batch
+from train.relative_distance import PROMPTS, STEPS, curve_timesteps, distance_curve, measuring_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +38,9 @@ class Options:
     """What to measure, and how many key times to find."""
 
     recipe: Path
-    """Recipe whose base model, prompts and guidance are taken."""
+    """Recipe whose base model, prompts and CFG scale are used."""
     out: Path = Path("keytimes")
-    """Where the results go, without an ending."""
+    """Path of the results, without a suffix."""
     count: int = 0
     """Key times to find, besides the start; 0 takes the recipe's model.key_count."""
     prompts: int = PROMPTS
@@ -47,7 +48,7 @@ class Options:
     steps: int = STEPS
     """Sampling steps."""
     smoke: bool = False
-    """Random weights of true shape, to see that everything runs."""
+    """Random weights of true shape, to test that everything runs."""
 
 
 def measure(options: Options) -> tuple[float, ...]:
@@ -55,20 +56,38 @@ def measure(options: Options) -> tuple[float, ...]:
     config = load_recipe(options.recipe)
     if options.smoke:
         config = smoke_config(config)
-    world = materials(config, Accelerator(), options.smoke)
-    guidance = config.objective.guidance
+    inputs = load_inputs(config, Accelerator(), options.smoke)
+    guidance_scale = config.objective.guidance_scale
     batch = measuring_batch(config.objective.micro_batch)
     curve = distance_curve(
-        world, prompts=options.prompts, steps=options.steps, guidance=guidance, batch=batch
+        inputs, prompts=options.prompts, steps=options.steps, guidance_scale=guidance_scale, batch=batch
     )
-    times = curve_times(world, options.steps)
+    times = curve_timesteps(inputs, options.steps)
     found = find_key_times(curve, times, options.count or config.model.key_count)
     rows = [{"u": round(u, 4), "distance": round(d, 5)} for u, d in zip(times, curve, strict=True)]
     asked = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()}
-    report = {"key_times": found, "guidance": guidance, "options": asked, "curve": rows}
+    report = {"key_times": found, "guidance_scale": guidance_scale, "options": asked, "curve": rows}
     write_text(options.out.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
     plot_curve(times, curve, found, options.out.with_suffix(".png"))
     return found
+
+
+def plot_curve(
+    times: Sequence[float], distances: Sequence[float], key_times: Sequence[float], path: Path
+) -> None:
+    """Writes the relative distances (log scale) over u from 1 to 0, key times marked, as a PNG."""
+    figure = Figure(figsize=(9.0, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    axes.semilogy(times, distances, marker=".")
+    axes.set_title("Relative distance of successive one-step predictions", pad=18)
+    axes.set_xlabel("timestep u (1 is noise, 0 the image)")
+    axes.set_xlim(1.0, 0.0)
+    axes.grid(axis="y", alpha=0.4)
+    for u in key_times:
+        axes.axvline(u, color="tab:red")
+        axes.annotate(f"{u:.3f}", (u, 1.02), xycoords=("data", "axes fraction"), ha="center", color="tab:red")
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,7 +1,13 @@
-"""How noise is mixed into latents and what a model predicts of it: diffusion and flow matching.
+"""Noise schedules: how noise is mixed into latents, and what a model predicts of the mixture.
 
-Both are x_t = a(t) x0 + s(t) noise; they differ in a, s and in what the model's output means. Times t
-are the model's own: 0 to 999 for diffusion, 0 to 1 or 1,000 for flow matching.
+Every schedule is x_t = alpha(t) x0 + sigma(t) eps, with eps standard normal noise.
+
+- Diffusion (Ho et al. 2020): alpha = sqrt(abar), sigma = sqrt(1 - abar); the model predicts eps, or
+  v = alpha eps - sigma x0 (Salimans and Ho 2022).
+- Rectified flow (Liu et al. 2022): alpha = 1 - u, sigma = u; the model predicts v = eps - x0.
+
+Timesteps t are the model's own: 0 to 999 for diffusion, 0 to 1 or to 1,000 for a flow. u = t / last_timestep
+is their fraction, 1 at pure noise and 0 at the image.
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ def alphas_cumprod(train_steps: int = TRAIN_STEPS, start: float = 0.00085, end: 
 
 
 def shifted(u: float, shift: float) -> float:
-    """Returns a flow's time moved towards the noise (Esser et al. 2024, eq 23): s u / (1 + (s - 1) u)."""
+    """Returns a flow's u moved towards the noise (Esser et al. 2024, eq 23): s u / (1 + (s - 1) u)."""
     return shift * u / (1.0 + (shift - 1.0) * u)
 
 
@@ -38,36 +44,36 @@ def resolution_shift(tokens: int) -> float:
     return math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256))
 
 
-class Process(Protocol):
-    """A noise process and a parametrisation of the model's output."""
+class NoiseSchedule(Protocol):
+    """alpha(t), sigma(t) and the parametrisation of the model's output."""
 
     @property
-    def last_time(self) -> float:
-        """The model's time at pure noise."""
+    def last_timestep(self) -> float:
+        """The timestep of pure noise."""
         ...
 
-    def times(self, steps: int) -> list[float]:
-        """Returns the falling times of a deterministic sampler, the first being pure noise."""
+    def timesteps(self, steps: int) -> list[float]:
+        """Returns the falling timesteps of a deterministic sampler, the first at pure noise."""
         ...
 
-    def at(self, u_B: Tensor) -> Tensor:
-        """Returns the model's times nearest to normalised times u in [0, 1]."""
+    def nearest(self, u_B: Tensor) -> Tensor:
+        """Returns the timesteps nearest to fractions u in [0, 1]."""
         ...
 
-    def add_noise(self, x0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
-        """Returns x_t = a(t) x0 + s(t) noise."""
+    def add_noise(self, x0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
+        """Returns x_t = alpha(t) x0 + sigma(t) eps."""
         ...
 
     def predictions(self, x_t: Tensor, output: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the one-step prediction x0-hat and the noise that belongs to it."""
+        """Returns the one-step prediction x0-hat, and eps-hat: x_t = alpha x0-hat + sigma eps-hat."""
         ...
 
-    def target(self, x0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
+    def target(self, x0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
         """Returns what the model's output should be."""
         ...
 
-    def weight(self, t_B: Tensor, snr_cap: float) -> Tensor:
-        """Returns the weights (B,) of the denoising loss, 1 where `snr_cap` is infinite."""
+    def loss_weight(self, t_B: Tensor, snr_gamma: float) -> Tensor:
+        """Returns the weights (B,) of the denoising loss, 1 where `snr_gamma` is infinite."""
         ...
 
 
@@ -75,29 +81,33 @@ def _like(values_B: Tensor, x: Tensor) -> Tensor:
     return values_B.to(x).view(-1, *[1] * (x.ndim - 1))
 
 
-class Diffusion:
-    """Variance-preserving diffusion with Stable Diffusion's schedule (Ho et al. 2020)."""
+class DiffusionSchedule:
+    """Variance-preserving diffusion with Stable Diffusion's alpha-bar (Ho et al. 2020)."""
 
     def __init__(self, prediction: Literal["epsilon", "v_prediction"] = "epsilon") -> None:
         self.prediction = prediction
-        self.last_time = LAST_TIMESTEP
+        self.last_timestep = LAST_TIMESTEP
         self._alpha_bar = alphas_cumprod()
 
-    def times(self, steps: int) -> list[float]:
-        """Returns trailing timesteps."""
+    def timesteps(self, steps: int) -> list[float]:
+        """Returns trailing timesteps (Lin et al. 2023, arXiv 2305.08891)."""
         return [float(t) for t in trailing_timesteps(steps)]
 
-    def at(self, u_B: Tensor) -> Tensor:
+    def nearest(self, u_B: Tensor) -> Tensor:
         """Returns whole timesteps."""
-        return (u_B * self.last_time).round()
+        return (u_B * self.last_timestep).round()
 
-    def add_noise(self, x0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
-        """Returns x_t = sqrt(abar) x0 + sqrt(1 - abar) noise."""
+    def add_noise(self, x0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
+        """Returns x_t = sqrt(abar) x0 + sqrt(1 - abar) eps."""
         abar = self._abar(t_B, x0)
-        return abar.sqrt() * x0 + (1.0 - abar).sqrt() * noise
+        return abar.sqrt() * x0 + (1.0 - abar).sqrt() * eps
 
     def predictions(self, x_t: Tensor, output: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns x0-hat (Eq 4) and the noise."""
+        """Returns x0-hat = (x_t - sqrt(1 - abar) eps-hat) / sqrt(abar) (Eq 4), and eps-hat.
+
+        A model that predicts v has x0-hat = sqrt(abar) x_t - sqrt(1 - abar) v, and
+        eps-hat = sqrt(1 - abar) x_t + sqrt(abar) v.
+        """
         abar = self._abar(t_B, x_t)
         if self.prediction == "epsilon":
             return (x_t - (1.0 - abar).sqrt() * output) / abar.sqrt(), output
@@ -106,58 +116,61 @@ class Diffusion:
             (1.0 - abar).sqrt() * x_t + abar.sqrt() * output,
         )
 
-    def target(self, x0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
-        """Returns the noise, or v = sqrt(abar) noise - sqrt(1 - abar) x0 (Salimans and Ho 2022)."""
+    def target(self, x0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
+        """Returns eps, or v = sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans and Ho 2022)."""
         if self.prediction == "epsilon":
-            return noise
+            return eps
         abar = self._abar(t_B, x0)
-        return abar.sqrt() * noise - (1.0 - abar).sqrt() * x0
+        return abar.sqrt() * eps - (1.0 - abar).sqrt() * x0
 
-    def weight(self, t_B: Tensor, snr_cap: float) -> Tensor:
-        """Returns min(snr, cap) / snr, or / (snr + 1) for v (Hang et al. 2023, arXiv 2303.09556)."""
+    def loss_weight(self, t_B: Tensor, snr_gamma: float) -> Tensor:
+        """Returns min-SNR-gamma weights (Hang et al. 2023, arXiv 2303.09556).
+
+        They are min(snr, gamma) / snr, or min(snr, gamma) / (snr + 1) for v, with snr = abar / (1 - abar).
+        """
         abar = self._alpha_bar.to(t_B.device)[t_B.long()]
         snr = abar / (1.0 - abar)
         if self.prediction == "epsilon":
-            return snr.clamp(max=snr_cap) / snr
-        return torch.ones_like(snr) if math.isinf(snr_cap) else snr.clamp(max=snr_cap) / (snr + 1.0)
+            return snr.clamp(max=snr_gamma) / snr
+        return torch.ones_like(snr) if math.isinf(snr_gamma) else snr.clamp(max=snr_gamma) / (snr + 1.0)
 
     def _abar(self, t_B: Tensor, x: Tensor) -> Tensor:
         return _like(self._alpha_bar.to(x.device)[t_B.to(x.device).long()], x)
 
 
-class Flow:
-    """Rectified flow: x_t = (1 - u) x0 + u noise, the model predicts v = noise - x0 (Eq 12 to 16)."""
+class FlowSchedule:
+    """Rectified flow: x_t = (1 - u) x0 + u eps, the model predicts v = eps - x0 (Eq 12 to 16)."""
 
-    def __init__(self, last_time: float, shift: float) -> None:
-        """`last_time` is what the model is told at u = 1; `shift` moves the sampler's times."""
-        self.last_time = last_time
+    def __init__(self, last_timestep: float, shift: float) -> None:
+        """`last_timestep` is the model's timestep at u = 1; `shift` moves the sampler's timesteps."""
+        self.last_timestep = last_timestep
         self.shift = shift
 
-    def times(self, steps: int) -> list[float]:
-        """Returns evenly spread times, shifted towards the noise."""
-        return [self.last_time * shifted(1.0 - i / steps, self.shift) for i in range(steps)]
+    def timesteps(self, steps: int) -> list[float]:
+        """Returns evenly spread timesteps, shifted towards the noise."""
+        return [self.last_timestep * shifted(1.0 - i / steps, self.shift) for i in range(steps)]
 
-    def at(self, u_B: Tensor) -> Tensor:
+    def nearest(self, u_B: Tensor) -> Tensor:
         """Returns u in the model's unit."""
-        return u_B * self.last_time
+        return u_B * self.last_timestep
 
-    def add_noise(self, x0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
-        """Returns x_t = (1 - u) x0 + u noise."""
+    def add_noise(self, x0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
+        """Returns x_t = (1 - u) x0 + u eps."""
         u = self._u(t_B, x0)
-        return (1.0 - u) * x0 + u * noise
+        return (1.0 - u) * x0 + u * eps
 
     def predictions(self, x_t: Tensor, output: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns x0-hat = x_t - u v and the noise x_t + (1 - u) v."""
+        """Returns x0-hat = x_t - u v, and eps-hat = x_t + (1 - u) v."""
         u = self._u(t_B, x_t)
         return x_t - u * output, x_t + (1.0 - u) * output
 
-    def target(self, x0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
-        """Returns the velocity noise - x0."""
-        return noise - x0
+    def target(self, x0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
+        """Returns the velocity v = eps - x0."""
+        return eps - x0
 
-    def weight(self, t_B: Tensor, snr_cap: float) -> Tensor:
-        """Returns 1: the velocity's error is bounded at every time."""
+    def loss_weight(self, t_B: Tensor, snr_gamma: float) -> Tensor:
+        """Returns 1: the velocity's error is bounded at every timestep."""
         return torch.ones_like(t_B, dtype=torch.float32)
 
     def _u(self, t_B: Tensor, x: Tensor) -> Tensor:
-        return _like(t_B / self.last_time, x)
+        return _like(t_B / self.last_timestep, x)

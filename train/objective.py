@@ -1,4 +1,4 @@
-"""The two losses: reward on guided x0-hat (Eq 8) and denoising on preference images (Eq 9)."""
+"""The two losses: rewards of guided x0-hat (Eq 8), and denoising of preference images (Eq 9)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Rewards:
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Noisy latents with what their weights are generated from, one row an image."""
+    """A batch of noisy latents x_t, with the (x, t) that their weights are generated from."""
 
     x: Tensor
     t_B: Tensor
@@ -41,23 +41,23 @@ class States:
     t_gen_B: Tensor
     cond: Conditions
     uncond: Conditions | None
-    """The empty prompt for each row; None where guidance is an input of the model."""
+    """The empty prompt for each sample; None where the guidance is an input of the model."""
     prompts: list[str]
 
     def __len__(self) -> int:
-        """Returns the number of rows."""
+        """Returns the number of samples."""
         return len(self.x)
 
-    def rows(self, rows: slice) -> States:
-        """Returns some of them."""
-        uncond = None if self.uncond is None else take(self.uncond, rows)
+    def __getitem__(self, part: slice) -> States:
+        """Returns some of the samples."""
+        uncond = None if self.uncond is None else take(self.uncond, part)
         return States(
-            self.x[rows], self.t_B[rows], self.x_gen[rows], self.t_gen_B[rows],
-            take(self.cond, rows), uncond, self.prompts[rows],
+            self.x[part], self.t_B[part], self.x_gen[part], self.t_gen_B[part],
+            take(self.cond, part), uncond, self.prompts[part],
         )  # fmt: skip
 
     def twice(self) -> States:
-        """Returns all rows and then all of them again."""
+        """Returns all samples and then all of them again."""
 
         def doubled(x: Tensor) -> Tensor:
             return torch.cat([x, x])
@@ -76,11 +76,11 @@ def rollout_states(
     uncond: Conditions | None,
     prompts: list[str],
 ) -> States:
-    """Returns the states before the picked steps of a rollout: the gradient goes through one step alone."""
+    """Returns the states before the picked steps of a rollout: the gradient passes through one step each."""
 
     def stacked(indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         x = torch.cat([trajectory.states[i] for i in indices])
-        t = torch.tensor([trajectory.times[i] for i in indices], device=x.device)
+        t = torch.tensor([trajectory.timesteps[i] for i in indices], device=x.device)
         return x, t.repeat_interleave(len(prompts))
 
     x, t_B = stacked(picks)
@@ -94,20 +94,20 @@ def noised_states(
     base: Base,
     schedule: Schedule,
     x0: Tensor,
-    noise: Tensor,
+    eps: Tensor,
     t_B: Tensor,
     cond: Conditions,
     uncond: Conditions | None,
     prompts: list[str],
 ) -> States:
-    """Returns noised images. Their weights come from the noised image itself.
+    """Returns noised images, whose weights are generated from the same images, noised.
 
-    At x_t for S, and for P and I at the time when a run would have written the weights it uses at t.
+    That is at t itself for S; for P and I at the timestep where sampling generates the weights it uses at t.
     """
-    last = base.process.last_time
-    times = [last * schedule.generation_time(t / last) for t in t_B.tolist()]
-    t_gen_B = base.process.at(torch.tensor(times, device=t_B.device) / last).to(t_B)
-    x_t, x_gen = (base.process.add_noise(x0, noise, t) for t in (t_B, t_gen_B))
+    last = base.noise_schedule.last_timestep
+    timesteps = [last * schedule.generation_time(t / last) for t in t_B.tolist()]
+    t_gen_B = base.noise_schedule.nearest(torch.tensor(timesteps, device=t_B.device) / last).to(t_B)
+    x_t, x_gen = (base.noise_schedule.add_noise(x0, eps, t) for t in (t_B, t_gen_B))
     return States(x_t, t_B, x_gen, t_gen_B, cond, uncond, prompts)
 
 
@@ -129,11 +129,11 @@ def adapted_prediction(
 
 
 def guided_prediction(
-    adapter: Adapter, base: Base, states: States, guidance: float, conditional_only: bool = False
+    adapter: Adapter, base: Base, states: States, guidance_scale: float, conditional_only: bool = False
 ) -> Tensor:
-    """Returns the guided output, as in sampling.
+    """Returns the classifier-free guided output, as in sampling.
 
-    `conditional_only` sends the gradient through the rows with prompt alone, for half the memory.
+    `conditional_only` sends the gradient through the conditional prediction alone, for half the memory.
     """
 
     def output(s: States, conditions: Conditions) -> Tensor:
@@ -144,9 +144,9 @@ def guided_prediction(
     if conditional_only:
         with torch.no_grad():
             uncond = output(states, states.uncond)
-        return guided(output(states, states.cond), uncond, guidance)
+        return guided(output(states, states.cond), uncond, guidance_scale)
     cond, uncond = output(states.twice(), join(states.cond, states.uncond)).chunk(2)
-    return guided(cond, uncond, guidance)
+    return guided(cond, uncond, guidance_scale)
 
 
 def reward_loss(
@@ -155,7 +155,7 @@ def reward_loss(
     rewards: Rewards,
     states: States,
     *,
-    guidance: float,
+    guidance_scale: float,
     cap: float,
     conditional_only: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -163,26 +163,27 @@ def reward_loss(
 
     Args:
         adapter: the adapted base model.
-        base: decodes, and knows the noise process.
+        base: decodes, and has the noise schedule.
         rewards: images and prompts -> R and its parts.
-        states: where the one step starts.
-        guidance: classifier-free guidance scale, as in sampling.
-        cap: score above which nothing more is earned.
-        conditional_only: gradient through the rows with prompt alone.
+        states: the x_t that the one step starts from.
+        guidance_scale: of classifier-free guidance, as in sampling.
+        cap: a score above this has no gradient.
+        conditional_only: gradient through the conditional prediction alone.
     """
-    output = guided_prediction(adapter, base, states, guidance, conditional_only)
-    x0, _ = base.process.predictions(states.x, output, states.t_B)
+    output = guided_prediction(adapter, base, states, guidance_scale, conditional_only)
+    x0, _ = base.noise_schedule.predictions(states.x, output, states.t_B)
     total, each = rewards(base.decode(x0).float(), states.prompts)
     loss = F.relu(cap - total).mean() if cap < float("inf") else -total.mean()
     return loss, {name: scores.detach() for name, scores in (each | {"reward": total}).items()}
 
 
 def preference_loss(
-    adapter: Adapter, base: Base, x0: Tensor, noise: Tensor, states: States, snr_cap: float = float("inf")
+    adapter: Adapter, base: Base, x0: Tensor, eps: Tensor, states: States, snr_gamma: float = float("inf")
 ) -> Tensor:
     """Returns L_G = E w(t) || output - target ||^2 on noised preference images (Eq 9)."""
     output = adapted_prediction(
         adapter, base, states.x, states.t_B, states.x_gen, states.t_gen_B, states.cond
     )
-    error_B = (output - base.process.target(x0, noise, states.t_B)).square().flatten(1).mean(dim=1)
-    return (base.process.weight(states.t_B, snr_cap) * error_B).mean()
+    target = base.noise_schedule.target(x0, eps, states.t_B)
+    error_B = (output - target).square().flatten(1).mean(dim=1)
+    return (base.noise_schedule.loss_weight(states.t_B, snr_gamma) * error_B).mean()

@@ -1,7 +1,7 @@
-"""Everything random in a step, drawn from (seed, step) alone for the whole batch of all processes.
+"""The random numbers of a training step, decided by (seed, step) for the whole batch of all processes.
 
-A process takes its slice of what all draw alike. So a resumed run goes on exactly, and two processes
-draw what one with twice the batch draws.
+Every process generates the same numbers and takes its slice. So a resumed run repeats them exactly without
+any saved random state, and two processes use what one process with twice the batch would use.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from hyperalign.families.unet import LAST_TIMESTEP
-from train.config import TimeLaw
+from train.config import TimestepSampling
 
 
 @dataclass(frozen=True, slots=True)
-class Draws:
-    """The random numbers of one step."""
+class StepRandomness:
+    """The random numbers of one step, and this process's part of them."""
 
     seed: int
     step: int
@@ -26,11 +26,11 @@ class Draws:
     processes: int = 1
 
     def generator(self, *purpose: int) -> np.random.Generator:
-        """Returns the source for one purpose, the same in every process."""
+        """Returns the generator for one purpose, the same in every process."""
         return np.random.default_rng((self.seed, self.step, 0, *purpose))
 
     def part(self, per_process: int) -> slice:
-        """Returns this process's rows of the whole batch."""
+        """Returns which samples of the whole batch are this process's."""
         return slice(self.process * per_process, (self.process + 1) * per_process)
 
 
@@ -40,15 +40,17 @@ def normal(shape: tuple[int, ...], rng: np.random.Generator) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def times(rows: int, bounds: tuple[float, float], law: TimeLaw, rng: np.random.Generator) -> Tensor:
-    """Returns normalised times u (rows,) inside `bounds`.
+def sample_u(
+    count: int, bounds: tuple[float, float], sampling: TimestepSampling, rng: np.random.Generator
+) -> Tensor:
+    """Returns timesteps as fractions u (count,) inside `bounds`.
 
-    `uniform` draws whole timesteps, as diffusion models know them; `logit_normal` is a sigmoid of
-    a standard normal number (Esser et al. 2024, eq 19), spread over the bounds.
+    `uniform` samples whole timesteps, as diffusion models have them; `logit_normal` is a sigmoid of a
+    standard normal number (Esser et al. 2024, eq 19), scaled to the bounds.
     """
     low, high = bounds
-    if law == "logit_normal":
-        u = 1.0 / (1.0 + np.exp(-rng.standard_normal(rows)))
+    if sampling == "logit_normal":
+        u = 1.0 / (1.0 + np.exp(-rng.standard_normal(count)))
         return torch.from_numpy(low + (high - low) * u).float()
-    steps = rng.integers(round(low * LAST_TIMESTEP), round(high * LAST_TIMESTEP) + 1, size=rows)
+    steps = rng.integers(round(low * LAST_TIMESTEP), round(high * LAST_TIMESTEP) + 1, size=count)
     return torch.from_numpy(steps) / LAST_TIMESTEP

@@ -1,4 +1,4 @@
-"""Sampling with the current hypernetwork: rollouts whose states the reward loss starts from."""
+"""Rollouts: sampling with the current hypernetwork; the reward loss starts from their states x_t."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from hyperalign.schedule import Schedule
 from train.models.base import Base, Conditions, join
 
 
-def guided(cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
+def guided(cond: Tensor, uncond: Tensor, guidance_scale: float) -> Tensor:
     """Returns the classifier-free guided prediction (Ho and Salimans 2022, eq 6)."""
-    return uncond + guidance * (cond - uncond)
+    return uncond + guidance_scale * (cond - uncond)
 
 
 @dataclass(slots=True)
 class Trajectory:
-    """A rollout: states x_t (before each step) and when weights were generated."""
+    """A rollout: its states x_t before each step, and when its weights were generated."""
 
     states: list[Tensor]
-    times: list[float]
+    timesteps: list[float]
     generated_at: list[int]
     """For each step, the index of the step that generated the weights it used."""
     generations: int
@@ -32,8 +32,8 @@ class Trajectory:
     final: Tensor
 
 
-class Model:
-    """The model of one run: the base model, with weights that its schedule renews where it is adapted."""
+class SampledModel:
+    """The model that one run samples: the base model, with weights that the run's schedule renews."""
 
     def __init__(self, base: Base, adapter: Adapter | None, schedule: Schedule, strength: float) -> None:
         self.base, self.adapter, self.strength = base, adapter, strength
@@ -59,31 +59,31 @@ def rollout(
     noise_BCHW: Tensor,
     *,
     steps: int,
-    guidance: float,
+    guidance_scale: float,
     strength: float = 1.0,
     until: int | None = None,
 ) -> Trajectory:
     """Samples deterministically: DDIM (Song et al. 2021, eq 12 with eta 0), or Euler for a flow.
 
-    Both are the same step: x0-hat and its noise, mixed anew for the next time.
+    Both are the same step: x0-hat and eps-hat, mixed for the next timestep.
 
     Args:
         base: the base model.
-        adapter: adapts it; None samples the base.
+        adapter: adapts it; None samples the unadapted model.
         schedule: when weights are generated.
         cond: the prompts.
-        uncond: the empty prompt for each row; None where guidance is an input of the model.
+        uncond: the empty prompt for each sample; None where the guidance is an input of the model.
         noise_BCHW: the initial noise.
         steps: sampling steps.
-        guidance: classifier-free guidance scale.
+        guidance_scale: of classifier-free guidance.
         strength: strength of the adaptation.
-        until: stop before this step, once its state is there; None goes to the end.
+        until: stop before this step, with its state x_t as the last; None takes all steps.
     """
-    times = base.process.times(steps)
-    model = Model(base, adapter, schedule, strength)
+    timesteps = base.noise_schedule.timesteps(steps)
+    model = SampledModel(base, adapter, schedule, strength)
     conditions = cond if uncond is None else join(cond, uncond)
     x, states, generated_at, predictions = noise_BCHW, list[Tensor](), list[int](), list[Tensor]()
-    for index, t in enumerate(times):
+    for index, t in enumerate(timesteps):
         before = model.run.generations
         states.append(x)
         if index == until:
@@ -91,14 +91,13 @@ def rollout(
         if uncond is None:
             output = model.predict(x, t, conditions)
         else:
-            output = guided(*model.predict(torch.cat([x, x]), t, conditions).chunk(2), guidance)
+            output = guided(*model.predict(torch.cat([x, x]), t, conditions).chunk(2), guidance_scale)
         generated_at.append(index if model.run.generations > before or not generated_at else generated_at[-1])
-        x0, noise = base.process.predictions(x, output, torch.full((x.shape[0],), t, device=x.device))
+        x0, eps = base.noise_schedule.predictions(x, output, torch.full((x.shape[0],), t, device=x.device))
         predictions.append(x0)
-        last = index + 1 == steps
-        x = (
-            x0
-            if last
-            else base.process.add_noise(x0, noise, torch.full_like(x[:, 0, 0, 0], times[index + 1]))
-        )
-    return Trajectory(states, times, generated_at, model.run.generations, predictions, x)
+        if index + 1 == steps:
+            x = x0
+        else:
+            t_next_B = torch.full_like(x[:, 0, 0, 0], timesteps[index + 1])
+            x = base.noise_schedule.add_noise(x0, eps, t_next_B)
+    return Trajectory(states, timesteps, generated_at, model.run.generations, predictions, x)

@@ -1,4 +1,4 @@
-"""Images of prompts at seeds, by a base model with or without a hypernetwork."""
+"""Samples images of prompts at seeds, with a base model and an optional hypernetwork."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SampledImages:
 
 
 def initial_noise(prompt_index: int, seed: int, shape: tuple[int, int, int]) -> Tensor:
-    """Returns the noise of one image; it depends on its prompt's place and its seed alone."""
+    """Returns the noise of one image; it depends on the prompt's index and the seed alone."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + prompt_index)
     return torch.randn(shape, generator=generator)
 
@@ -44,12 +44,12 @@ def sample(
     *,
     seeds: Sequence[int],
     steps: int,
-    guidance: float,
+    guidance_scale: float,
     strength: float = 1.0,
     bf16: bool = False,
     batch: int = BATCH,
 ) -> SampledImages:
-    """Samples every prompt at every seed; None is the base model."""
+    """Samples every prompt at every seed; `hyperalign` None samples the base model."""
     jobs = [(index, seed) for index in range(len(prompts)) for seed in seeds]
     adapter = Adapter(base.backbone, hyperalign) if hyperalign else None
     schedule = hyperalign.header.schedule if hyperalign else Schedule("I")
@@ -61,12 +61,12 @@ def sample(
         cond, uncond = cfg_conditions(base, texts, [prompts[index] for index, _ in chunk])
         noise = torch.stack([initial_noise(*job, base.latent_shape) for job in chunk]).to(base.device)
         with torch.autocast(base.device.type, torch.bfloat16, enabled=bf16):
-            path = rollout(
+            trajectory = rollout(
                 base, adapter, schedule, cond, uncond, noise,
-                steps=steps, guidance=guidance, strength=strength,
+                steps=steps, guidance_scale=guidance_scale, strength=strength,
             )  # fmt: skip
-            images.append(base.decode(path.final).float().clamp(0.0, 1.0).cpu())
-        generations = path.generations
+            images.append(base.decode(trajectory.final).float().clamp(0.0, 1.0).cpu())
+        generations = trajectory.generations
     seconds = (time.monotonic() - started) / len(jobs)
     stacked = torch.cat(images).unflatten(0, (len(prompts), len(seeds)))
     return SampledImages(list(prompts), stacked, seconds, generations)

@@ -30,21 +30,21 @@ from tqdm import tqdm
 
 from hyperalign.errors import HyperAlignError
 from hyperalign.files import first_line
-from train.assemble import materials
 from train.config import TrainConfig
-from train.inputs import download_rewards
+from train.inputs import download_rewards, load_inputs
+from train.log import Metrics, flat
 from train.models.load import download
 from train.preflight.check import check
-from train.preflight.inputs import check_trackers
-from train.preflight.smoke import forget_last, smoke_config
+from train.preflight.input_checks import check_trackers
+from train.preflight.smoke import remove_checkpoints, smoke_config
 from train.recipe import as_table, check_choices, load_recipe
-from train.runtime import flat
-from train.trainer import Stopped, Trainer
+from train.stopping import Stopped
+from train.trainer import Trainer
 
 LESS_MEMORY = (
-    "Lower objective.micro_batch first, then set model.checkpointing to all, objective.conditional_only or "
-    "model.vae to taesd: the same command then goes on from the last state. A smaller model.resolution is "
-    "another run, with a run.out of its own."
+    "Lower objective.micro_batch first, then set model.gradient_checkpointing to all, "
+    "objective.conditional_only or model.vae to taesd: the same command then resumes from the last "
+    "checkpoint. A smaller model.resolution is another run, with a run.out of its own."
 )
 LESS_BEFORE = (
     "The models and the search of key times do not fit: end other programs on the GPU, keep optim.bf16 on, "
@@ -86,12 +86,12 @@ def prepare(config: TrainConfig, switches: Switches) -> Trainer:
         log_with=list(config.run.trackers) or None, project_dir=config.run.out, kwargs_handlers=[patience]
     )
     if switches.smoke:
-        forget_last(config, accelerator)
+        remove_checkpoints(config, accelerator)
     if switches.download and config.model.base != "tiny":
         with accelerator.main_process_first():
             download(config)
             download_rewards(config)
-    trainer = Trainer(config, materials(config, accelerator, switches.smoke), accelerator)
+    trainer = Trainer(config, load_inputs(config, accelerator, switches.smoke), accelerator)
     if config.run.trackers:
         accelerator.init_trackers(config.run.out.name, flat(as_table(config)))
     return trainer
@@ -121,10 +121,10 @@ def run(trainer: Trainer) -> int:
     quiet = not trainer.accelerator.is_main_process
     bar: tqdm[Any] = tqdm(total=trainer.config.optim.steps, initial=trainer.step, disable=quiet)
 
-    def show(row: dict[str, Any]) -> None:
-        metrics = ("reward", "preference_loss", "grad_norm")
-        bar.set_postfix({key: f"{row[key]:.3f}" for key in metrics if key in row})
-        bar.update(row["step"] + 1 - bar.n)
+    def show(metrics: Metrics) -> None:
+        shown = ("reward", "preference_loss", "grad_norm")
+        bar.set_postfix({key: f"{metrics[key]:.3f}" for key in shown if key in metrics})
+        bar.update(metrics["step"] + 1 - bar.n)
 
     with bar:
         status, message = outcome(trainer, show)
@@ -133,14 +133,14 @@ def run(trainer: Trainer) -> int:
     return status
 
 
-def outcome(trainer: Trainer, show: Callable[[dict[str, Any]], None]) -> tuple[int, str]:
-    """Trains; returns the exit status and what to say at the end."""
+def outcome(trainer: Trainer, show: Callable[[Metrics], None]) -> tuple[int, str]:
+    """Trains; returns the exit status and the message at the end."""
     try:
         trainer.fit(show)
     except (KeyboardInterrupt, Stopped):
-        return 130, f"Stopped after step {trainer.step}; run the same command again to go on."
+        return 130, f"Stopped after step {trainer.step}; run the same command again to resume."
     except torch.cuda.OutOfMemoryError as error:
-        return 1, f"error: the GPU's memory is full ({error.args[0].splitlines()[0]}) {LESS_MEMORY}"
+        return 1, f"error: the GPU's memory is full ({first_line(error)}) {LESS_MEMORY}"
     except HyperAlignError as error:
         return 1, f"error: {error}"
     return 0, f"Wrote {trainer.path}"

@@ -1,4 +1,7 @@
-"""The training loop: rollout, two backward passes, one averaged step; resumable at any point."""
+"""The training loop: a step is a rollout, two backward passes and one averaged update of the network.
+
+A run can be stopped at any point and resumes exactly.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import contextlib
 import copy
 import dataclasses
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,49 +21,71 @@ from torch import Tensor, nn
 
 from hyperalign import checkpoint, provenance
 from hyperalign.card import write_card
-from hyperalign.checkpoint import HyperAlign
+from hyperalign.checkpoint import Header, HyperAlign
 from hyperalign.errors import HyperAlignError
-from hyperalign.hosts.diffusers.adapter import Adapter
+from hyperalign.families.dit import TransformerSpec
+from hyperalign.hosts.diffusers.adapter import Adapter, spec_of
+from hyperalign.hypernetwork import HyperNetwork
+from hyperalign.schedule import Schedule
+from train.checkpoints import Checkpoint, TrainingCheckpoints, announce_changes, run_identity
 from train.config import TrainConfig
-from train.materials import Materials
+from train.inputs import RunInputs
+from train.log import Metrics, TimeLeft, TrainingLog, flat
 from train.models.base import cfg_conditions
 from train.models.fsdp import uses_fsdp
 from train.objective import States, noised_states, preference_loss, reward_loss, rollout_states
-from train.randomness import Draws, normal, times
+from train.processes import any_process, average_gradients, gradient_norm, mean_metrics
+from train.randomness import StepRandomness, normal, sample_u
 from train.recipe import as_table
+from train.relative_distance import weight_schedule
 from train.rollout import rollout
-from train.runtime import Clock, Log, Row, SavedStates, Stopped, StopRequest, flat
-from train.setup import identity, learning_rate, new_hyperalign, schedule_of, tell_changes
+from train.stopping import Stopped, StopRequest
 
-logger = logging.getLogger("hyperalign.train")
+GIB = 2**30
+
+
+def new_hyperalign(config: TrainConfig, backbone: nn.Module, schedule: Schedule) -> HyperAlign:
+    """Returns an untrained hypernetwork for a base model; it changes nothing yet."""
+    spec = spec_of(backbone)
+    blocks = config.model.perception_blocks if isinstance(spec, TransformerSpec) else 0
+    targets = spec.targets(config.model.mode, blocks)
+    network = HyperNetwork(config.network, targets, spec.feature_channels)
+    header = Header(
+        base=spec.fingerprint(),
+        mode=config.model.mode,
+        feature_channels=spec.feature_channels,
+        targets=targets,
+        network=config.network,
+        schedule=schedule,
+        perception_blocks=blocks,
+    )
+    return HyperAlign(network, header)
 
 
 class Trainer:
     """One training run in one folder.
 
-    Everything random in a step is drawn from (seed, step) for all processes together, so a resumed
-    run continues the exact loss curve, and there is no random state to save. A step counts whole or not
-    at all: what ends one early saves the state before it, and what tears the optimiser's own step saves
-    nothing, so that the last saved state stands.
+    All random numbers of a step are decided by (seed, step) for all processes together, so a resumed run
+    continues the exact loss curve, and no random state is saved. A step is taken completely or not at all: an
+    exception before the optimiser's update saves the checkpoint of the step before, and one during the update
+    saves nothing, so that the last checkpoint remains.
     """
 
     def __init__(
-        self, config: TrainConfig, materials: Materials, accelerator: Accelerator | None = None
+        self, config: TrainConfig, inputs: RunInputs, accelerator: Accelerator | None = None
     ) -> None:
         """Makes a new hypernetwork or resumes the run in `run.out`. Raises HyperAlignError."""
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
-        self.config = config
+        self.config, self.inputs, self.base = config, inputs, inputs.base
         self.accelerator = accelerator or Accelerator()
         self.device = self.accelerator.device
-        self.materials = materials
-        self.base = materials.base
-        self._states = SavedStates(config.run.out / "states", config.run.keep)
-        saved = self._states.newest()
+        self._checkpoints = TrainingCheckpoints(config.run.out / "checkpoints", config.run.keep_checkpoints)
+        saved = self._checkpoints.newest()
         if saved is not None:
-            tell_changes(saved, config, self.accelerator)
+            announce_changes(saved, config, self.accelerator)
         torch.manual_seed(config.run.seed)
-        self.schedule = schedule_of(config, materials, self.accelerator, saved)
+        self.schedule = weight_schedule(config, inputs, self.accelerator, (saved or {}).get("key_times"))
         self.hyperalign = new_hyperalign(config, self.base.backbone, self.schedule)
         self.network = self.hyperalign.network.to(self.device)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
@@ -73,75 +97,290 @@ class Trainer:
         )
         self.step = self.images_seen = self.skipped = self._skipped_in_a_row = 0
         config.run.out.mkdir(parents=True, exist_ok=True)
-        self._identity = json.dumps(identity(config))
-        self._figures: Row = {}
-        self._unlogged: Row = {}  # of the last step, until it is evaluated and logged
-        self._drawn = 0  # images of the step that is under way
-        self._between_steps = True  # while it is not, the weights are of no step
-        self._log = Log(config.run.out / "log.jsonl")
+        self._identity = json.dumps(run_identity(config))
+        self._validated: Metrics = {}  # of the last validation, for the header
+        self._unlogged: Metrics = {}  # of the last step, until it is validated and logged
+        self._images_read = 0  # in the current step
+        self._between_steps = True  # False during the update, when the weights belong to no step
+        self._log = TrainingLog(config.run.out / "log.jsonl")
         if saved is not None:
-            self._load(saved)
+            self._resume(saved)
         if self.accelerator.is_main_process:
             self._log.truncate(self.step - bool(self._unlogged))
 
-    @property
-    def path(self) -> Path:
-        """Where the finished hypernetwork goes."""
-        return self.config.run.out / "hypernetwork.safetensors"
+    # ---------------------------------------------------------------------------------------------- one step
 
-    def averaged(self) -> HyperAlign:
-        """Returns the averaged hypernetwork: what is evaluated and saved."""
-        return HyperAlign(self.average, self.hyperalign.header)
+    def _train_step(self) -> Metrics:
+        """Takes a step; only its end changes what a checkpoint holds."""
+        started = time.monotonic()
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.config.optim.learning_rate(self.step)
+        self._images_read = 0
+        self.optimiser.zero_grad()
+        metrics: Metrics = {"step": self.step} | self._passes() | self._apply_gradient()
+        seconds = time.monotonic() - started
+        return metrics | {"seconds": seconds} | self._speed(seconds)
 
-    def fit(self, on_step: Callable[[Row], None] | None = None) -> None:
-        """Trains to the last step; on interruption the state is saved and the exception goes on.
+    def _passes(self) -> Metrics:
+        """Accumulates the gradients of both losses (Eq 10); returns the metrics.
+
+        A process that fails reports it at the next exchange, so that the others do not wait for it. With a
+        sharded backbone the processes exchange in each pass, and the launcher ends them.
+        """
+        metrics: Metrics = {}
+        failure: Exception | None = None
+        try:
+            if self.config.objective.reward_weight:
+                metrics |= self._reward_pass()
+            if self.config.objective.preference_weight:
+                metrics |= self._preference_pass()
+        except Exception as error:
+            if self.accelerator.num_processes == 1 or uses_fsdp(self.accelerator):
+                raise
+            failure = error
+        if not any_process(failure is not None, self.accelerator):
+            shared = {name: value for name, value in metrics.items() if name != "grad_norm_reward"}
+            return metrics | mean_metrics(shared, self.accelerator)
+        raise failure or HyperAlignError(
+            f"Another process failed in step {self.step} and reports the reason. Run the same command again "
+            "to resume."
+        )
+
+    def _reward_pass(self) -> Metrics:
+        """L_R through one step from states of a rollout, of noised images, or of both in turn (Eq 8)."""
+        o = self.config.objective
+        kind = o.state if o.state != "mixed" else ("rollout", "noised")[self.step % 2]
+        states = self._rollout_states() if kind == "rollout" else self._noised_states()
+        totals: dict[str, float] = {}
+        for part, share in self._micro_batches(len(states)):
+            with self._autocast():
+                loss, scores = reward_loss(
+                    self.adapter, self.base, self.inputs.rewards, states[part],
+                    guidance_scale=o.guidance_scale, cap=o.reward_cap, conditional_only=o.conditional_only,
+                )  # fmt: skip
+            self.accelerator.backward(o.reward_weight * share * loss)
+            for name, value in {"reward_loss": loss, **scores}.items():
+                totals[name] = totals.get(name, 0.0) + share * value.mean().item()
+        return {**totals, "grad_norm_reward": gradient_norm(self.network.parameters())}
+
+    def _rollout_states(self) -> States:
+        """Samples prompts with the current hypernetwork; returns the states before some of the steps."""
+        o, randomness = self.config.objective, self._randomness()
+        rng = randomness.generator(1)
+        whole, own = o.prompt_batch * self.accelerator.num_processes, randomness.part(o.prompt_batch)
+        prompts = self.inputs.prompts.sample(whole, rng)[own]
+        noise = normal((whole, *self.base.latent_shape), rng)[own].to(self.device)
+        choices = np.arange(o.skip_first, o.rollout_steps)
+        picks = sorted(rng.choice(choices, o.timesteps, replace=False).tolist())
+        cond, uncond = cfg_conditions(self.base, self.inputs.texts, prompts)
+        with self._autocast():
+            trajectory = rollout(
+                self.base, self.adapter, self.schedule, cond, uncond, noise,
+                steps=o.rollout_steps, guidance_scale=o.guidance_scale, until=max(picks) + 1,
+            )  # fmt: skip
+        return rollout_states(trajectory, picks, cond, uncond, prompts)
+
+    def _noised_states(self) -> States:
+        """Returns noised preference images."""
+        o = self.config.objective
+        x0, eps, u_B, captions = self._preference_images(
+            o.prompt_batch * o.timesteps, o.reward_range, purpose=3
+        )
+        cond, uncond = cfg_conditions(self.base, self.inputs.texts, captions)
+        t_B = self.base.noise_schedule.nearest(u_B)
+        return noised_states(self.base, self.schedule, x0, eps, t_B, cond, uncond, captions)
+
+    def _preference_pass(self) -> Metrics:
+        """L_G on noised preference images (Eq 9)."""
+        o = self.config.objective
+        x0, eps, u_B, captions = self._preference_images(
+            o.preference_batch, o.preference_range, purpose=2, dropout=o.caption_dropout
+        )
+        cond = self.inputs.texts.conditions(captions)
+        t_B = self.base.noise_schedule.nearest(u_B)
+        states = noised_states(self.base, self.schedule, x0, eps, t_B, cond, None, captions)
+        total = 0.0
+        for part, share in self._micro_batches(len(states)):
+            with self._autocast():
+                loss = preference_loss(
+                    self.adapter, self.base, x0[part], eps[part], states[part], o.snr_gamma
+                )
+            self.accelerator.backward(o.preference_weight * share * loss)
+            total += share * loss.item()
+        return {"preference_loss": total}
+
+    def _preference_images(
+        self, count: int, bounds: tuple[float, float], purpose: int, dropout: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+        """Returns latents, noise, timesteps u and captions of this process's `count` preference images."""
+        if self.inputs.preference is None:
+            raise HyperAlignError("The run needs preference images; set data.preference.")
+        randomness, whole = self._randomness(), count * self.accelerator.num_processes
+        rng, own = randomness.generator(purpose), randomness.part(count)
+        position = self.images_seen + self._images_read
+        x0, captions = self.inputs.preference.batch(position, whole, rng, own)
+        self._images_read += whole
+        chances = rng.random((whole,))[own] if dropout else np.ones(count)
+        u_B = sample_u(whole, bounds, self.config.objective.timestep_sampling, rng)[own]
+        eps = normal((whole, *self.base.latent_shape), rng)[own]
+        kept = ["" if chance < dropout else text for text, chance in zip(captions, chances, strict=True)]
+        return x0.to(self.device), eps.to(self.device), u_B.to(self.device), kept
+
+    def _apply_gradient(self) -> Metrics:
+        """Ends the step, with an update if the gradient is finite. Raises HyperAlignError."""
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        average_gradients(parameters, self.accelerator)
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.optim.max_grad_norm)
+        finite = bool(torch.isfinite(norm))
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row >= self.config.optim.bad_steps:
+            raise HyperAlignError(
+                f"The gradient was not finite for {self._skipped_in_a_row} steps in a row, up to step "
+                f"{self.step}. Lower optim.lr or objective.reward_weight and run the command again: it "
+                "resumes from the last checkpoint."
+            )
+        self._between_steps = False
+        if finite:
+            self.optimiser.step()
+            self._update_average()
+        self.skipped += not finite
+        self.images_seen += self._images_read
+        self.step += 1
+        self.optimiser.zero_grad()
+        return {"grad_norm": float(norm), "skipped": not finite, "skipped_in_all": self.skipped}
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """Moves the exponential average of the weights, faster in the first steps."""
+        decay = min(self.config.optim.ema_decay, (self.step + 1) / (self.step + 10))
+        for mean, value in zip(self.average.parameters(), self.network.parameters(), strict=True):
+            mean.lerp_(value, 1.0 - decay)
+
+    def _micro_batches(self, count: int) -> Iterator[tuple[slice, float]]:
+        """Yields the slices of backward passes with their shares of the batch."""
+        size = self.config.objective.micro_batch or count
+        for first in range(0, count, size):
+            last = min(first + size, count)
+            yield slice(first, last), (last - first) / count
+
+    def _randomness(self) -> StepRandomness:
+        processes = self.accelerator.num_processes
+        return StepRandomness(self.config.run.seed, self.step, self.accelerator.process_index, processes)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        full = next(self.base.backbone.parameters()).dtype == torch.float32
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.optim.bf16 and full)
+
+    def _speed(self, seconds: float) -> Metrics:
+        o, processes = self.config.objective, self.accelerator.num_processes
+        images = o.prompt_batch * o.timesteps * bool(o.reward_weight)
+        images += o.preference_batch * bool(o.preference_weight)
+        metrics: Metrics = {"images_per_second": images * processes / seconds}
+        if self.device.type == "cuda":
+            metrics["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / GIB
+        return metrics
+
+    # --------------------------------------------------------------------------------------------- whole run
+
+    def fit(self, on_step: Callable[[Metrics], None] | None = None) -> None:
+        """Trains to the last step; on an exception it saves a checkpoint and raises the exception again.
 
         Raises:
             Stopped: SIGTERM or Ctrl-C came.
             KeyboardInterrupt: Ctrl-C came twice.
             HyperAlignError: the gradients stay infinite, the disk is full, or another process failed.
         """
-        clock, stop = Clock(self.config.optim.steps), StopRequest()
+        time_left, stop = TimeLeft(self.config.optim.steps), StopRequest()
         try:
             with stop.listening():
                 while self._unlogged or self.step < self.config.optim.steps:
                     if not self._unlogged:
                         self._unlogged = self._train_step()
-                        self._unlogged["seconds_left"] = clock.left(self.step)
+                        self._unlogged["seconds_left"] = time_left.after(self.step)
                         self._between_steps = True
-                    if self._is_evaluated() or self.step % self.config.run.save_every == 0:
-                        self._save_state()
-                    if self._is_evaluated():
-                        self._end_if(stop.received)
+                    if self._is_validated() or self.step % self.config.run.checkpoint_every == 0:
+                        self._save_checkpoint()
+                    if self._is_validated():
+                        self._stop_if(stop.received)
                         with stop.immediate():
-                            self._unlogged |= self._evaluate()
+                            self._unlogged |= self._validate()
                     self._report(on_step)
-                    self._end_if(stop.received)
+                    self._stop_if(stop.received)
         finally:
             if self._between_steps:
-                self._save_state()
+                self._save_checkpoint()
         self.export()
         self.accelerator.end_training()
 
-    def _end_if(self, asked: bool) -> None:
-        """Raises Stopped if any process was asked to end."""
-        if self._any_process(asked):
+    def _stop_if(self, requested: bool) -> None:
+        """Raises Stopped if any process received a request to stop."""
+        if any_process(requested, self.accelerator):
             raise Stopped
 
-    def _report(self, on_step: Callable[[Row], None] | None) -> None:
-        row = self._unlogged
+    def _report(self, on_step: Callable[[Metrics], None] | None) -> None:
+        metrics = self._unlogged
         if self.accelerator.is_main_process:
-            self._log.append(row)
+            self._log.append(metrics)
         self._unlogged = {}
         if self.accelerator.is_main_process and on_step is not None:
-            on_step(row)
-        self.accelerator.log(flat(row), step=row["step"])
+            on_step(metrics)
+        self.accelerator.log(flat(metrics), step=metrics["step"])
+
+    def _is_validated(self) -> bool:
+        every = self.config.validation.every
+        return bool(every) and (self.step % every == 0 or self.step == self.config.optim.steps)
+
+    def _validate(self) -> Metrics:
+        grid = self.config.run.out / "grids" / f"{self.step:05d}.png"
+        metrics = self.inputs.validate(self.averaged(), grid)
+        self._validated = flat(metrics)
+        return {"validation": metrics}
+
+    def _save_checkpoint(self) -> None:
+        """Saves the whole state of the run; it is the same in every process, so the main one writes it."""
+        if not self.accelerator.is_main_process:
+            return
+        state: Checkpoint = {
+            "step": self.step,
+            "network": self.network.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "images_seen": self.images_seen,
+            "skipped": self.skipped,
+            "metrics": self._validated,
+            "unlogged": self._unlogged,
+            "key_times": list(self.schedule.key_times),
+            "processes": self.accelerator.num_processes,
+            "identity": self._identity,
+        }
+        self._checkpoints.save(state, self.step)
+
+    def _resume(self, saved: Checkpoint) -> None:
+        self.network.load_state_dict(saved["network"])
+        self.average.load_state_dict(saved["average"])
+        self.optimiser.load_state_dict(saved["optimiser"])
+        self.step, self.images_seen = int(saved["step"]), int(saved["images_seen"])
+        self.skipped = int(saved["skipped"])
+        self._validated = saved.get("metrics", {})
+        self._unlogged = saved.get("unlogged", {})
+
+    # --------------------------------------------------------------------------------------------- the result
+
+    @property
+    def path(self) -> Path:
+        """The file of the finished hypernetwork."""
+        return self.config.run.out / "hypernetwork.safetensors"
+
+    def averaged(self) -> HyperAlign:
+        """Returns the averaged hypernetwork: what is validated and exported."""
+        return HyperAlign(self.average, self.hyperalign.header)
 
     def export(self) -> Path:
-        """Writes the averaged hypernetwork with a header that says how it was made, and its model card."""
+        """Writes the averaged hypernetwork, with its provenance in the header, and its model card."""
         recipe = as_table(self.config, paths=False) | {"run": {"seed": self.config.run.seed}}
-        origin = {**self.materials.origin, "metrics": self._figures}
-        training = {"steps": self.step, **origin, "recipe": recipe}
+        training = {
+            "steps": self.step, **self.inputs.provenance, "metrics": self._validated, "recipe": recipe,
+        }  # fmt: skip
         header = dataclasses.replace(self.hyperalign.header, training=training, sources=self._sources())
         if self.accelerator.is_main_process:
             checkpoint.save(self.path, self.average, header)
@@ -149,245 +388,7 @@ class Trainer:
         return self.path
 
     def _sources(self) -> tuple[provenance.Source, ...]:
-        """Returns what shaped the hypernetwork, with licences and known biases."""
+        """Returns the models and datasets behind the hypernetwork, with licences and known biases."""
         o, model = self.config.objective, self.config.model
-        data = self.materials.origin.get("preference_data", "")
+        data = self.inputs.provenance.get("preference_data", "")
         return provenance.sources(model.base, o.rewards if o.reward_weight else {}, data, model.hub)
-
-    def _draws(self) -> Draws:
-        accelerator = self.accelerator
-        return Draws(self.config.run.seed, self.step, accelerator.process_index, accelerator.num_processes)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        full = next(self.base.backbone.parameters()).dtype == torch.float32
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.optim.bf16 and full)
-
-    def _train_step(self) -> Row:
-        """Takes a step; only its end changes what a state holds."""
-        started = time.monotonic()
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.step, self.config)
-        self._drawn = 0
-        self.optimiser.zero_grad()
-        row: Row = {"step": self.step} | self._passes() | self._apply_gradient()
-        seconds = time.monotonic() - started
-        return row | {"seconds": seconds} | self._speed(seconds)
-
-    def _passes(self) -> Row:
-        """Adds up the gradients of both losses; returns the metrics.
-
-        A process that fails tells the others where they meet next, so that none waits for it in vain.
-        With a backbone spread over them they meet in each pass, and the launcher ends them.
-        """
-        row: Row = {}
-        failure: Exception | None = None
-        try:
-            if self.config.objective.reward_weight:
-                row |= self._reward_pass()
-            if self.config.objective.preference_weight:
-                row |= self._preference_pass()
-        except Exception as error:
-            if self.accelerator.num_processes == 1 or uses_fsdp(self.accelerator):
-                raise
-            failure = error
-        if not self._any_process(failure is not None):
-            return row | self._mean({name: row[name] for name in row if name != "grad_norm_reward"})
-        raise failure or HyperAlignError(
-            f"Another process failed in step {self.step}; it says why. Run the same command again to go on."
-        )
-
-    def _speed(self, seconds: float) -> Row:
-        o, processes = self.config.objective, self.accelerator.num_processes
-        rewarded = o.prompts * o.timesteps * bool(o.reward_weight)
-        learned = o.preferred * bool(o.preference_weight)
-        row: Row = {"images_per_second": (rewarded + learned) * processes / seconds}
-        if self.device.type == "cuda":
-            row["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        return row
-
-    def _reward_pass(self) -> Row:
-        """L_R through one step from states of a rollout, of noised images, or of both (Eq 8)."""
-        o = self.config.objective
-        kind = o.state if o.state != "mixed" else ("rollout", "noised")[self.step % 2]
-        states = self._rollout_states() if kind == "rollout" else self._noised_states()
-        totals: dict[str, float] = {}
-        for rows, share in self._parts(len(states)):
-            with self._autocast():
-                loss, scores = reward_loss(
-                    self.adapter, self.base, self.materials.rewards, states.rows(rows), guidance=o.guidance,
-                    cap=o.reward_cap, conditional_only=o.conditional_only,
-                )  # fmt: skip
-            self.accelerator.backward(o.reward_weight * share * loss)
-            for name, value in {"reward_loss": loss, **scores}.items():
-                totals[name] = totals.get(name, 0.0) + share * value.mean().item()
-        return {**totals, "grad_norm_reward": self._gradient_norm()}
-
-    def _rollout_states(self) -> States:
-        o, draws = self.config.objective, self._draws()
-        rng = draws.generator(1)
-        processes = self.accelerator.num_processes
-        own = draws.part(o.prompts)
-        prompts = self.materials.prompts.draw(o.prompts * processes, rng)[own]
-        noise = normal((o.prompts * processes, *self.base.latent_shape), rng)[own].to(self.device)
-        choices = np.arange(o.skip_first, o.rollout_steps)
-        picks = sorted(rng.choice(choices, o.timesteps, replace=False).tolist())
-        cond, uncond = cfg_conditions(self.base, self.materials.texts, prompts)
-        with self._autocast():
-            path = rollout(
-                self.base, self.adapter, self.schedule, cond, uncond, noise,
-                steps=o.rollout_steps, guidance=o.guidance, until=max(picks) + 1,
-            )  # fmt: skip
-        return rollout_states(path, picks, cond, uncond, prompts)
-
-    def _noised_states(self) -> States:
-        o = self.config.objective
-        x0, noise, u_B, captions = self._images(o.prompts * o.timesteps, o.reward_range, purpose=3)
-        cond, uncond = cfg_conditions(self.base, self.materials.texts, captions)
-        t_B = self.base.process.at(u_B)
-        return noised_states(self.base, self.schedule, x0, noise, t_B, cond, uncond, captions)
-
-    def _preference_pass(self) -> Row:
-        """L_G on noised preference images (Eq 9)."""
-        o = self.config.objective
-        x0, noise, u_B, captions = self._images(
-            o.preferred, o.preferred_range, purpose=2, drop=o.drop_caption
-        )
-        cond = self.materials.texts.conditions(captions)
-        states = noised_states(
-            self.base, self.schedule, x0, noise, self.base.process.at(u_B), cond, None, captions
-        )
-        total = 0.0
-        for rows, share in self._parts(len(states)):
-            with self._autocast():
-                loss = preference_loss(
-                    self.adapter, self.base, x0[rows], noise[rows], states.rows(rows), o.snr_cap
-                )
-            self.accelerator.backward(o.preference_weight * share * loss)
-            total += share * loss.item()
-        return {"preference_loss": total}
-
-    def _images(
-        self, rows: int, bounds: tuple[float, float], purpose: int, drop: float = 0.0
-    ) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-        """Returns this process's latents, noise, times u and captions of preference images."""
-        preferred = self.materials.preferred
-        if preferred is None:
-            raise HyperAlignError("The run needs preference images; set data.preferred.")
-        draws, whole = self._draws(), rows * self.accelerator.num_processes
-        rng, own = draws.generator(purpose), draws.part(rows)
-        x0, captions = preferred.batch(self.images_seen + self._drawn, whole, rng, own)
-        self._drawn += whole
-        chances = rng.random((whole,))[own] if drop else np.ones(rows)
-        u_B = times(whole, bounds, self.config.objective.time_law, rng)[own]
-        noise = normal((whole, *self.base.latent_shape), rng)[own]
-        kept = ["" if chance < drop else text for text, chance in zip(captions, chances, strict=True)]
-        return x0.to(self.device), noise.to(self.device), u_B.to(self.device), kept
-
-    def _parts(self, rows: int) -> Iterator[tuple[slice, float]]:
-        """Yields the slices of backward passes with their shares of the batch."""
-        size = self.config.objective.micro_batch or rows
-        for first in range(0, rows, size):
-            last = min(first + size, rows)
-            yield slice(first, last), (last - first) / rows
-
-    def _mean(self, metrics: dict[str, float]) -> Row:
-        """Returns the metrics averaged over processes."""
-        if self.accelerator.num_processes == 1:
-            return dict(metrics)
-        means = self._reduce(torch.tensor(list(metrics.values()), device=self.device))
-        return dict(zip(metrics, means.tolist(), strict=True))
-
-    def _any_process(self, holds: bool) -> bool:
-        return self._mean({"any": float(holds)})["any"] > 0
-
-    def _reduce(self, values: Tensor) -> Tensor:
-        reduced = self.accelerator.reduce(values, reduction="mean")
-        if not isinstance(reduced, Tensor):
-            raise HyperAlignError(f"Accelerate returned a {type(reduced).__name__} for a reduced tensor.")
-        return reduced
-
-    def _gradient_norm(self) -> float:
-        grads = [p.grad for p in self.network.parameters() if p.grad is not None]
-        return float(torch.stack([g.norm() for g in grads]).norm()) if grads else 0.0
-
-    def _apply_gradient(self) -> Row:
-        """Ends the step, with one of the optimiser if the gradient is finite. Raises HyperAlignError."""
-        norm = self._synchronised_gradient_norm()
-        finite = bool(torch.isfinite(norm))
-        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
-        if self._skipped_in_a_row >= self.config.optim.bad_steps:
-            raise HyperAlignError(
-                f"The gradient was not finite for {self._skipped_in_a_row} steps in a row, up to step "
-                f"{self.step}. Lower optim.lr or objective.reward_weight and run the command again: it goes "
-                "on from the last state."
-            )
-        self._between_steps = False
-        if finite:
-            self.optimiser.step()
-            self._update_average()
-        self.skipped += not finite
-        self.images_seen += self._drawn
-        self.step += 1
-        self.optimiser.zero_grad()
-        return {"grad_norm": float(norm), "skipped": not finite, "skipped_in_all": self.skipped}
-
-    def _synchronised_gradient_norm(self) -> Tensor:
-        """Averages gradients over processes in one flat reduction, clips, returns the norm.
-
-        The two losses are several backward passes; a DistributedDataParallel wrapper would reduce in
-        each of them and trip over parameters that one pass does not use.
-        """
-        parameters = [p for p in self.network.parameters() if p.requires_grad]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        if self.accelerator.num_processes > 1:
-            grads = [p.grad for p in parameters if p.grad is not None]
-            reduced = self._reduce(torch.cat([g.flatten() for g in grads]))
-            for grad, mean in zip(grads, reduced.split([g.numel() for g in grads]), strict=True):
-                grad.copy_(mean.view_as(grad))
-        return nn.utils.clip_grad_norm_(parameters, self.config.optim.clip)
-
-    @torch.no_grad()
-    def _update_average(self) -> None:
-        decay = min(self.config.optim.ema, (self.step + 1) / (self.step + 10))
-        for mean, value in zip(self.average.parameters(), self.network.parameters(), strict=True):
-            mean.lerp_(value, 1.0 - decay)
-
-    def _is_evaluated(self) -> bool:
-        every = self.config.eval.every
-        return bool(every) and (self.step % every == 0 or self.step == self.config.optim.steps)
-
-    def _evaluate(self) -> Row:
-        grid = self.config.run.out / "grids" / f"{self.step:05d}.png"
-        metrics = self.materials.evaluate(self.averaged(), grid)
-        self._figures = flat(metrics)
-        return {"validation": metrics}
-
-    def _save_state(self) -> None:
-        """Saves everything a run is; it is the same in every process, so the main one writes it."""
-        if not self.accelerator.is_main_process:
-            return
-        state = {
-            "step": self.step,
-            "network": self.network.state_dict(),
-            "average": self.average.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "images_seen": self.images_seen,
-            "skipped": self.skipped,
-            "metrics": self._figures,
-            "unlogged": self._unlogged,
-            "key_times": list(self.schedule.key_times),
-            "processes": self.accelerator.num_processes,
-            "recipe": self._identity,
-        }
-        self._states.save(state, self.step)
-
-    def _load(self, state: Row) -> None:
-        self.network.load_state_dict(state["network"])
-        self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.images_seen = int(state["step"]), int(state["images_seen"])
-        self.skipped = int(state["skipped"])
-        self._figures = state.get("metrics", {})
-        self._unlogged = state.get("unlogged", {})

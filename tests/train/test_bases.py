@@ -35,8 +35,8 @@ from train.models.image_encoder import image_encoder
 from train.models.load import PIPELINES, check_folder, load_base, make_base
 from train.models.text_encoders import text_fingerprint
 from train.objective import Rewards, noised_states, preference_loss, reward_loss
-from train.preflight.smoke import TEXT, RandomTexts
-from train.setup import new_hyperalign
+from train.preflight.smoke import TEXT_WIDTHS, RandomTexts
+from train.trainer import new_hyperalign
 
 NAMES: tuple[BaseName, ...] = ("sd15", "sdxl", "flux", "sd3")
 SMALL = {
@@ -52,7 +52,7 @@ def config_of(name: BaseName, mode: PerceptionMode = "prefix") -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(base=name, resolution=64, mode=mode, perception_blocks=2),
         network=HyperNetworkConfig(layers=1, width=32, heads=4),
-        objective=ObjectiveConfig(guidance=3.0),
+        objective=ObjectiveConfig(guidance_scale=3.0),
         optim=OptimConfig(bf16=False),
     )
 
@@ -82,7 +82,7 @@ def base(request: pytest.FixtureRequest) -> tuple[BaseName, Base]:
 
 
 def texts(name: BaseName, prompts: list[str]) -> Conditions:
-    return RandomTexts(*TEXT[name], (8,), CPU).conditions(prompts)
+    return RandomTexts(*TEXT_WIDTHS[name], (8,), CPU).conditions(prompts)
 
 
 def losses(name: BaseName, base: Base, adapter: Adapter, schedule: Schedule) -> torch.Tensor:
@@ -91,10 +91,10 @@ def losses(name: BaseName, base: Base, adapter: Adapter, schedule: Schedule) -> 
     x0, noise = torch.randn(2, 2, *base.latent_shape, generator=generator).unbind()
     prompts = ["a cat", "two trees"]
     uncond = texts(name, ["", ""]) if base.cfg else None
-    t_B = base.process.at(torch.tensor([0.5, 0.8]))
+    t_B = base.noise_schedule.nearest(torch.tensor([0.5, 0.8]))
     states = noised_states(base, schedule, x0, noise, t_B, texts(name, prompts), uncond, prompts)
     bright = Rewards({"bright": lambda images, _: images.square().mean(dim=(1, 2, 3))}, {"bright": 1.0})
-    reward, _ = reward_loss(adapter, base, bright, states, guidance=3.0, cap=float("inf"))
+    reward, _ = reward_loss(adapter, base, bright, states, guidance_scale=3.0, cap=float("inf"))
     return reward + preference_loss(adapter, base, x0, noise, states)
 
 
@@ -152,7 +152,7 @@ def test_schnell_has_neither_shift_nor_guidance() -> None:
         transformer = architecture("flux", SMALL["flux"])
     transformer.register_to_config(guidance_embeds=False)
     model = Flux(transformer, Autoencoder(AutoencoderTiny()), 64, 3.5)
-    assert model.process.times(4) == [1.0, 0.75, 0.5, 0.25]
+    assert model.noise_schedule.timesteps(4) == [1.0, 0.75, 0.5, 0.25]
     call = model.call(torch.zeros(1, 4, 8, 8), torch.ones(1), texts("flux", ["a cat"]))
     assert call["guidance"] is None
 
@@ -206,7 +206,7 @@ def test_a_folder_in_diffusers_layout_is_read(tmp_path: Path, name: BaseName) ->
     torch.testing.assert_close(encoder.encode(pixels), latents)
     assert encoder.resolution == 64
     if name in ("sd15", "sdxl"):
-        assert getattr(model.process, "prediction", "") == "v_prediction"
+        assert getattr(model.noise_schedule, "prediction", "") == "v_prediction"
 
 
 def test_a_missing_model_is_named_with_where_it_goes(tmp_path: Path) -> None:

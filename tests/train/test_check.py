@@ -1,4 +1,4 @@
-"""`--check` of a recipe for a real base: a whole set of files passes, and every problem is told at once."""
+"""`--check` of a recipe for a real base: complete files pass, and every problem is reported at once."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 
 from hyperalign.errors import HyperAlignError
 from hyperalign.hypernetwork import HyperNetworkConfig
-from train.config import DataConfig, EvalConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
+from train.config import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig, ValidationConfig
 from train.data.shards import ShardHeader, shard_path, write_shard
+from train.inputs import smoke_inputs
 from train.models.architectures import ModelSize, architecture
 from train.models.image_encoder import image_encoder
-from train.preflight.check import Device, check, inputs, memory_line
+from train.preflight.check import Device, check, check_inputs, memory_line
 from train.preflight.estimate import Memory
-from train.preflight.inputs import Complaints, backbone_of, check_room
-from train.preflight.smoke import smoke_world
+from train.preflight.input_checks import Problems, backbone_of, check_room
 from train.train import main
 from train.trainer import Trainer
 
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 def write_base(folder: Path) -> None:
     """A reduced SD 1.5 in diffusers' layout; its text encoder is a name only."""
-    unet: Any = architecture("sd15", ModelSize(width_divisor=10))
+    unet: Any = architecture("sd15", ModelSize(narrow=10))
     unet.save_pretrained(folder / "unet")
     AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -50,10 +50,10 @@ def write_base(folder: Path) -> None:
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
 
 
-def write_preferred(config: TrainConfig, encoder: str, shape: tuple[int, ...] = (4, 8, 8)) -> None:
+def write_preference(config: TrainConfig, encoder: str, shape: tuple[int, ...] = (4, 8, 8)) -> None:
     captions = ["a", "a a", "a"]
     write_shard(
-        shard_path(config.data.preferred, 0), torch.zeros(3, *shape),
+        shard_path(config.data.preference, 0), torch.zeros(3, *shape),
         ShardHeader(captions, captions, encoder, config.model.resolution),
     )  # fmt: skip
 
@@ -78,26 +78,26 @@ def config(tmp_path: Path, base: Path) -> TrainConfig:
     made = TrainConfig(
         model=ModelConfig(base="sd15", path=tmp_path / "base", resolution=64),
         network=HyperNetworkConfig(layers=1, width=32, heads=4),
-        objective=ObjectiveConfig(rewards={"clip": 1.0}, prompts=2, preferred=4, micro_batch=2),
+        objective=ObjectiveConfig(rewards={"clip": 1.0}, prompt_batch=2, preference_batch=4, micro_batch=2),
         data=DataConfig(
-            prompts=tmp_path / "prompts.txt", preferred=tmp_path / "preferred",
+            prompts=tmp_path / "prompts.txt", preference=tmp_path / "preferred",
             embeddings=tmp_path / "embeddings", rewards=tmp_path / "rewards",
         ),
-        eval=EvalConfig(file=tmp_path / "validation.txt"),
+        validation=ValidationConfig(prompts=tmp_path / "validation.txt"),
         run=RunConfig(out=tmp_path / "run"),
     )  # fmt: skip
-    write_preferred(made, image_encoder(made, CPU).fingerprint)
+    write_preference(made, image_encoder(made, CPU).fingerprint)
     return made
 
 
 def problems(config: TrainConfig) -> list[str]:
-    """The numbered complaints of a check."""
+    """The numbered problems of a check."""
     with pytest.raises(HyperAlignError) as error:
         check(config)
     return [line for line in str(error.value).splitlines() if line[:1].isdigit()]
 
 
-def test_a_sound_recipe_is_told_what_it_takes(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sound_recipe_is_found_what_it_takes(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     report = check(config)
     unet = UNet2DConditionModel.from_pretrained(config.model.path / "unet")
@@ -105,8 +105,8 @@ def test_a_sound_recipe_is_told_what_it_takes(config: TrainConfig, monkeypatch: 
     for line in (
         f"frozen parameters: backbone {numbers:.1f} M, autoencoder",
         "for 80 attention projections",
-        "a step of 4 processes: 8 rollouts of 10 steps, 16 images with reward gradient, 16 preferred",
-        "data: 2 prompts, 1 held out, 2 captions of images",
+        "a step of 4 processes: 8 rollouts of 10 steps, 16 images with reward gradient, 16 preference",
+        "data: 2 prompts, 1 for validation, 2 captions of images",
         "starts anew in",
         "(4 texts to encode once)",
         "estimate of peak memory",
@@ -116,17 +116,17 @@ def test_a_sound_recipe_is_told_what_it_takes(config: TrainConfig, monkeypatch: 
     assert not config.run.out.exists()
 
 
-def test_all_problems_are_told_at_once_with_the_usual_sizes(tmp_path: Path) -> None:
+def test_all_problems_are_found_at_once_with_the_usual_sizes(tmp_path: Path) -> None:
     config = TrainConfig(
         model=ModelConfig(base="sd15", path=tmp_path / "nothing"),
         objective=ObjectiveConfig(rewards={"clip": 1.0, "hpsv3": 1.0}),
         data=DataConfig(prompts=tmp_path / "none.txt", rewards=tmp_path),
-        eval=EvalConfig(rewards={"tiny reward": 1.0}),
+        validation=ValidationConfig(rewards={"tiny reward": 1.0}),
         run=RunConfig(out=tmp_path / "run", trackers=("no_such_tracker",)),
     )
     found = problems(config)
-    named = ("no reward 'hpsv3'", "not whole", "no prompt file", "eval.file is empty", "latent shards",
-             "model.safetensors (1.7 GB)", "embedded tiny", "no_such_tracker")  # fmt: skip
+    named = ("no reward 'hpsv3'", "not whole", "no prompt file", "validation.prompts is empty",
+             "latent shards", "model.safetensors (1.7 GB)", "embedded tiny", "no_such_tracker")  # fmt: skip
     for words in named:
         assert sum(words in line for line in found) == 1, words
     assert len(found) == len(named)
@@ -140,12 +140,12 @@ def truncate(path: Path) -> None:
 
 
 def other_shapes(config: TrainConfig) -> None:
-    shard_path(config.data.preferred, 0).unlink()
-    write_preferred(config, image_encoder(config, CPU).fingerprint, (16, 8, 8))
+    shard_path(config.data.preference, 0).unlink()
+    write_preference(config, image_encoder(config, CPU).fingerprint, (16, 8, 8))
 
 
 def another_family(config: TrainConfig) -> None:
-    unet: Any = architecture("sdxl", ModelSize(width_divisor=10))
+    unet: Any = architecture("sdxl", ModelSize(narrow=10))
     unet.save_config(config.model.path / "unet")
 
 
@@ -168,8 +168,8 @@ DAMAGE: dict[str, tuple[Callable[[TrainConfig], object], str]] = {
         "text_encoder lacks model.safetensors",
     ),
     "index": (lambda c: (c.model.path / "model_index.json").unlink(), "lacks model_index.json"),
-    "shard": (lambda c: truncate(shard_path(c.data.preferred, 0)), "shards in"),
-    "encoder": (lambda c: write_preferred(c, "another"), "is encoded by another; expected"),
+    "shard": (lambda c: truncate(shard_path(c.data.preference, 0)), "shards in"),
+    "encoder": (lambda c: write_preference(c, "another"), "is encoded by another; expected"),
     "latents": (other_shapes, "latents of the shape (16, 8, 8); expected (4, 8, 8)"),
     "reward": (
         lambda c: truncate(c.data.rewards / "clip-vit-large-patch14" / "model.safetensors"),
@@ -184,26 +184,26 @@ DAMAGE: dict[str, tuple[Callable[[TrainConfig], object], str]] = {
 def test_what_is_damaged_is_named(config: TrainConfig, what: str) -> None:
     damage, words = DAMAGE[what]
     damage(config)
-    complaints = Complaints()
-    complaints.hear(lambda: backbone_of(config))
-    inputs(config, complaints, None)
-    assert [line for line in complaints.found if words in line] == complaints.found[:1]
-    assert len(complaints.found) == 1
+    problems = Problems()
+    problems.run(lambda: backbone_of(config))
+    check_inputs(config, problems, None)
+    assert [line for line in problems.found if words in line] == problems.found[:1]
+    assert len(problems.found) == 1
 
 
-def test_a_run_goes_on_only_with_its_own_recipe(config: TrainConfig) -> None:
-    accelerator, complaints = Accelerator(cpu=True), Complaints()
-    trainer = Trainer(config, smoke_world(config, accelerator, ModelSize(width_divisor=10)), accelerator)
+def test_a_run_resumes_only_with_its_own_recipe(config: TrainConfig) -> None:
+    accelerator, problems = Accelerator(cpu=True), Problems()
+    trainer = Trainer(config, smoke_inputs(config, accelerator, ModelSize(narrow=10)), accelerator)
     trainer.step = 7
-    trainer._save_state()
-    assert f"goes on from step 7 in {config.run.out}" in inputs(config, complaints, None)
-    assert not complaints.found
+    trainer._save_checkpoint()
+    assert f"resumes from step 7 in {config.run.out}" in check_inputs(config, problems, None)
+    assert not problems.found
     lower = dataclasses.replace(config, objective=dataclasses.replace(config.objective, micro_batch=1))
-    inputs(lower, complaints, None)
-    assert not complaints.found
+    check_inputs(lower, problems, None)
+    assert not problems.found
     other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=99))
-    inputs(other, complaints, None)
-    assert [("another recipe" in line) for line in complaints.found] == [True]
+    check_inputs(other, problems, None)
+    assert [("another recipe" in line) for line in problems.found] == [True]
 
 
 def test_perception_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
@@ -212,12 +212,12 @@ def test_perception_that_the_model_does_not_have_is_refused(tmp_path: Path) -> N
 
 
 def test_needs_of_one_disk_are_added_up(tmp_path: Path) -> None:
-    check_room({"states": (tmp_path / "a", 1), "embeddings": (tmp_path / "b", 1)})
-    with pytest.raises(HyperAlignError, match=r"states 0.0, embeddings 1024.0\)"):
-        check_room({"states": (tmp_path / "a", 1), "embeddings": (tmp_path / "b", 1 << 40)})
+    check_room({"checkpoints": (tmp_path / "a", 1), "embeddings": (tmp_path / "b", 1)})
+    with pytest.raises(HyperAlignError, match=r"checkpoints 0.0, embeddings 1024.0\)"):
+        check_room({"checkpoints": (tmp_path / "a", 1), "embeddings": (tmp_path / "b", 1 << 40)})
 
 
-def test_a_gpu_that_is_too_small_is_told_what_to_lower() -> None:
+def test_a_gpu_that_is_too_small_is_found_what_to_lower() -> None:
     memory = Memory(weights=2 << 30, optimiser=1 << 30, rollout=0, reward=0, decoder=4 << 30, backbone=0,
                     preference=0)  # fmt: skip
     assert "WARNING: X has 6.0 GiB: lower objective.micro_batch" in memory_line(
@@ -227,17 +227,17 @@ def test_a_gpu_that_is_too_small_is_told_what_to_lower() -> None:
 
 
 def test_a_complaint_is_kept_once_and_other_errors_are_not_hidden() -> None:
-    complaints = Complaints()
+    problems = Problems()
 
     def complain() -> None:
         raise HyperAlignError("no")
 
-    assert complaints.hear(lambda: 3) == 3
-    assert complaints.hear(complain) is None
-    complaints.hear(complain)
-    assert complaints.found == ["no"]
+    assert problems.run(lambda: 3) == 3
+    assert problems.run(complain) is None
+    problems.run(complain)
+    assert problems.found == ["no"]
     with pytest.raises(ZeroDivisionError):
-        complaints.hear(lambda: 1 / 0)
+        problems.run(lambda: 1 / 0)
 
 
 def test_the_command_says_it_in_numbered_sentences(
@@ -248,5 +248,5 @@ def test_the_command_says_it_in_numbered_sentences(
         '[model]\nbase = "sd15"\nresolution = 64\n[objective]\nrewards = { clip = 1.0 }\n', encoding="utf-8"
     )
     assert main(["--recipe", str(path), "--check", "--run.out", str(tmp_path / "run")]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: the run cannot start, 5 problems:\n1. The base model is not whole")
+    found = capsys.readouterr().err
+    assert found.startswith("error: the run cannot start, 5 problems:\n1. The base model is not whole")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperalign.errors import HyperAlignError
@@ -120,6 +120,7 @@ def test_the_command_line_wins_over_the_recipe(tmp_path: Path) -> None:
     assert switches == Switches(check=True, smoke=False, download=False)
 
 
+@settings(deadline=None)
 @given(st.floats(1e-6, 1.0), st.integers(1, 10_000), st.floats(0.0, 10.0))
 def test_a_resolved_recipe_reads_back_as_itself(lr: float, steps: int, weight: float) -> None:
     config = TrainConfig(

@@ -13,7 +13,7 @@ from accelerate.utils import LoggerType
 from hyperalign.errors import HyperAlignError
 from train import encode, keytimes
 from train.config import RunConfig, TrainConfig
-from train.preflight.inputs import check_trackers
+from train.preflight.input_checks import check_trackers
 from train.train import main
 
 RECIPES = Path(__file__).parents[2] / "train" / "recipes"
@@ -34,7 +34,7 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_models_too_large_for_the_gpu_say_what_to_lower(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("train.train.materials", fills_memory)
+    monkeypatch.setattr("train.train.load_inputs", fills_memory)
     assert main(["--recipe", str(RECIPES / "tiny_s.toml"), "--run.out", str(tmp_path)]) == 1
     assert "set model.vae to taesd" in last_line(capsys)
 

@@ -23,46 +23,53 @@ from hyperalign.hypernetwork import HyperNetworkConfig
 from hyperalign.rewards import clip
 from hyperalign.rewards.clip import ClipShape, Tower
 from hyperalign.schedule import Variant
+from train import inputs
 from train.config import (
     BaseName,
     DataConfig,
-    EvalConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
+    ValidationConfig,
 )
+from train.inputs import smoke_inputs
 from train.models.architectures import FULL_SIZES, ModelSize, architecture, autoencoder
-from train.preflight import smoke
 from train.preflight.costs import NOTHING, Cost, Tally, cost_of, flash_attention, matrix_rate
 from train.preflight.estimate import (
     ASSUMED_SHARE,
-    evaluation_work,
     frozen_bytes,
     generations,
-    rolled_share,
+    rollout_share,
     step_memory,
     step_seconds,
     step_work,
+    validation_work,
 )
-from train.preflight.parts import META, Parts, meta_base, meta_conditions, parts_of, without_recomputation
-from train.preflight.smoke import smoke_world
+from train.preflight.step_costs import (
+    META,
+    StepCosts,
+    meta_base,
+    meta_conditions,
+    step_costs,
+    without_recomputation,
+)
 from train.trainer import Trainer
 
 SMALL = {
-    "sd15": ModelSize(width_divisor=10),
-    "sdxl": ModelSize(width_divisor=10),
-    "flux": ModelSize(double_blocks=3, single_blocks=2, width_divisor=12),
-    "sd3": ModelSize(double_blocks=4, width_divisor=12),
+    "sd15": ModelSize(narrow=10),
+    "sdxl": ModelSize(narrow=10),
+    "flux": ModelSize(double_blocks=3, single_blocks=2, narrow=12),
+    "sd3": ModelSize(double_blocks=4, narrow=12),
 }
 GIB = 2**30
 ROW = Cost(2.0, 5.0, 3 * GIB, 4 * GIB)
-PARTS = Parts(
+PARTS = StepCosts(
     sampling=Cost(1.0, 0.0, 0, GIB), training=ROW, perception=0.5, generation=Cost(0.1, 0.2, 0, 0),
-    decoding=Cost(3.0, 7.0, GIB, 6 * GIB), judging=Cost(1.0, 2.0, GIB, 2 * GIB),
+    decoding=Cost(3.0, 7.0, GIB, 6 * GIB), scoring=Cost(1.0, 2.0, GIB, 2 * GIB),
     parameters={"backbone": 100, "autoencoder": 10, "hypernetwork": 5}, targets=3, text_numbers=(8, 16),
-    guided_by_rows=True,
+    cfg=True,
 )  # fmt: skip
 
 
@@ -71,12 +78,12 @@ def config_of(base: BaseName, out: Path = Path(), **objective: Any) -> TrainConf
         model=ModelConfig(base=base, resolution=64, perception_blocks=2),
         network=HyperNetworkConfig(layers=1, width=32, heads=4),
         objective=ObjectiveConfig(**({
-            "rewards": {"clip": 1.0}, "prompts": 2, "rollout_steps": 3, "timesteps": 1, "preferred": 2,
-            "skip_first": 2, "micro_batch": 2, "guidance": 3.0,
+            "rewards": {"clip": 1.0}, "prompt_batch": 2, "rollout_steps": 3, "timesteps": 1,
+            "preference_batch": 2, "skip_first": 2, "micro_batch": 2, "guidance_scale": 3.0,
         } | objective)),
         optim=OptimConfig(bf16=False),
         data=DataConfig(text_lengths=(32,)),
-        eval=EvalConfig(every=0),
+        validation=ValidationConfig(every=0),
         run=RunConfig(out=out),
     )  # fmt: skip
 
@@ -91,7 +98,7 @@ def with_objective(config: TrainConfig, **changes: Any) -> TrainConfig:
 
 def meta_models(base: BaseName, shape: ModelSize) -> tuple[nn.Module, nn.Module]:
     with META:
-        return architecture(base, shape), smoke.autoencoder(base)
+        return architecture(base, shape), inputs.autoencoder(base)
 
 
 def small_decoder(base: BaseName) -> nn.Module:
@@ -104,7 +111,7 @@ def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same decoder and reward at widths that a test can afford."""
     shape = ClipShape(Tower(64, 2, 4), Tower(48, 2, 4), 32, "gelu", patch=32)
     monkeypatch.setattr(clip, "VIT_L_14", shape)
-    monkeypatch.setattr(smoke, "autoencoder", small_decoder)
+    monkeypatch.setattr(inputs, "autoencoder", small_decoder)
 
 
 def test_a_row_of_a_reduced_backbone_costs_what_torch_counts() -> None:
@@ -215,7 +222,7 @@ CASES: dict[str, tuple[BaseName, dict[str, Any], dict[str, Any]]] = {
     "P separate": ("sd15", {"variant": "P", "key_times": (0.6,), "mode": "separate"}, {}),
     "I prefix": ("flux", {"variant": "I"}, {}),
     "S separate in small batches": ("flux", {"mode": "separate"}, {"micro_batch": 1}),
-    "S prefix from noised images": ("flux", {"checkpointing": "decoder"}, {"state": "noised"}),
+    "S prefix from noised images": ("flux", {"gradient_checkpointing": "decoder"}, {"state": "noised"}),
 }
 
 
@@ -225,10 +232,10 @@ def test_the_trainers_own_step_takes_what_is_estimated(case: str, tmp_path: Path
     base, model, objective = CASES[case]
     config = with_model(config_of(base, tmp_path, **objective), **model)
     accelerator = Accelerator(cpu=True)
-    trainer = Trainer(config, smoke_world(config, accelerator, SMALL[base]), accelerator)
+    trainer = Trainer(config, smoke_inputs(config, accelerator, SMALL[base]), accelerator)
     with sdpa_kernel(SDPBackend.MATH), Tally() as tally:  # torch does not count the kernel of a processor
         trainer._train_step()
-    parts = parts_of(config, *meta_models(base, SMALL[base]))
+    parts = step_costs(config, *meta_models(base, SMALL[base]))
     memory = step_memory(config, parts)
     assert tally.operations == pytest.approx(step_work(config, parts).total, rel=0.03)
     assert tally.peak == pytest.approx(memory.peak - memory.weights - memory.optimiser, rel=0.2)
@@ -241,7 +248,7 @@ def test_the_share_of_a_rollout_is_that_of_random_picks(steps: int, skip: int, c
     config = config_of("sd15", rollout_steps=steps, skip_first=skip, timesteps=count)
     rng = np.random.default_rng(seed)
     run = [max(rng.choice(np.arange(skip, steps), count, replace=False)) + 1 for _ in range(300)]
-    assert rolled_share(config) == pytest.approx(np.mean(run) / steps, abs=0.08)
+    assert rollout_share(config) == pytest.approx(np.mean(run) / steps, abs=0.08)
 
 
 def test_memory_is_what_lies_there_and_the_greatest_moment() -> None:
@@ -259,7 +266,9 @@ def test_memory_is_what_lies_there_and_the_greatest_moment() -> None:
 def test_work_grows_with_images_and_memory_does_not(factor: int) -> None:
     once = config_of("sd15", state="noised")
     more = with_objective(
-        once, prompts=factor * once.objective.prompts, preferred=factor * once.objective.preferred
+        once,
+        prompt_batch=factor * once.objective.prompt_batch,
+        preference_batch=factor * once.objective.preference_batch,
     )
     assert step_work(more, PARTS).total == pytest.approx(factor * step_work(once, PARTS).total)
     assert step_memory(more, PARTS) == step_memory(once, PARTS)
@@ -286,10 +295,12 @@ def test_weights_are_written_as_often_as_the_variant_says(variant: Variant, coun
     assert generations(with_model(config, variant="P", key_times=(0.5,)), 10) == 2
 
 
-def test_processes_share_an_evaluation() -> None:
-    config = dataclasses.replace(config_of("sd15"), eval=EvalConfig(every=10, prompts=32, steps=4))
-    assert evaluation_work(config, PARTS, 4) == pytest.approx(evaluation_work(config, PARTS) / 4)
-    work = step_work(config, PARTS).total + evaluation_work(config, PARTS) / 10
+def test_processes_share_a_validation() -> None:
+    config = dataclasses.replace(
+        config_of("sd15"), validation=ValidationConfig(every=10, prompt_count=32, steps=4)
+    )
+    assert validation_work(config, PARTS, 4) == pytest.approx(validation_work(config, PARTS) / 4)
+    work = step_work(config, PARTS).total + validation_work(config, PARTS) / 10
     assert step_seconds(config, PARTS, 1e12) == pytest.approx(work / 1e12 / ASSUMED_SHARE)
 
 

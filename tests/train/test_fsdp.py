@@ -1,4 +1,4 @@
-"""A backbone sharded over two processes trains like two whole copies."""
+"""A backbone spread over two processes trains as two whole copies do."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ import dataclasses, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 sys.path.insert(0, {tests!r})
-import train.preflight.smoke
+import train.inputs
 from accelerate import Accelerator
 from test_smoke import RECIPES, cut_down
-from train.models.architectures import descending_sizes
+from train.models.architectures import smaller
 from train.trainer import Trainer
-from train.preflight.smoke import smoke_world
+from train.inputs import smoke_inputs
 
 config = cut_down(RECIPES / {recipe!r}, Path(sys.argv[1]))
 config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, bf16=False))
 accelerator = Accelerator()
-# Accelerate offers FSDP on GPUs only; the sharding works on CPUs too.
-train.preflight.smoke.uses_fsdp = lambda _: sys.argv[2] == "shards"
-shape = list(descending_sizes(config.model.base))[-1]
-world = smoke_world(config, accelerator, shape)
-weights = list(world.base.backbone.parameters())
+# Accelerate itself speaks of FSDP on GPUs alone; the sharding works on CPUs too.
+train.inputs.uses_fsdp = lambda _: sys.argv[2] == "shards"
+shape = list(smaller(config.model.base))[-1]
+inputs = smoke_inputs(config, accelerator, shape)
+weights = list(inputs.base.backbone.parameters())
 own = sum((p.to_local() if sys.argv[2] == "shards" else p).numel() for p in weights)
-Trainer(config, world, accelerator).fit()
+Trainer(config, inputs, accelerator).fit()
 if accelerator.is_main_process:
     (Path(sys.argv[1]) / "own").write_text(str(own / sum(p.numel() for p in weights)))
 """

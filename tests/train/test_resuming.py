@@ -1,4 +1,4 @@
-"""With what a run goes on: changed settings, key times that were found, lines that were not written whole."""
+"""What a resumed run continues with: changed settings, measured key times, incomplete lines of the log."""
 
 from __future__ import annotations
 
@@ -10,24 +10,22 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from hypothesis import given
-from hypothesis import strategies as st
 
 from hyperalign.errors import HyperAlignError
 from hyperalign.hypernetwork import HyperNetworkConfig
-from train import relative_distance, setup
-from train.assemble import materials
+from train import relative_distance
+from train.checkpoints import IGNORED, MAY_CHANGE, require_same_run, run_identity
 from train.config import (
     DataConfig,
-    EvalConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
+    ValidationConfig,
 )
+from train.inputs import load_inputs
 from train.relative_distance import BATCH, distance_curve, measuring_batch
-from train.setup import LEFT_OUT, MAY_CHANGE, identity, require_same_run
 from train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -37,11 +35,11 @@ def config_of(out: Path, model: ModelConfig | None = None) -> TrainConfig:
     return TrainConfig(
         model=model or ModelConfig(),
         network=HyperNetworkConfig(layers=1),
-        objective=ObjectiveConfig(prompts=2, rollout_steps=3, timesteps=1, preferred=4),
-        optim=OptimConfig(steps=3, warmup=1, lr=1e-3, bf16=False),
+        objective=ObjectiveConfig(prompt_batch=2, rollout_steps=3, timesteps=1, preference_batch=4),
+        optim=OptimConfig(steps=3, warmup_steps=1, lr=1e-3, bf16=False),
         data=DataConfig(scenes=16, cache=ROOT / "build" / "tiny"),
-        eval=EvalConfig(every=0),
-        run=RunConfig(out=out, save_every=2),
+        validation=ValidationConfig(every=0),
+        run=RunConfig(out=out, checkpoint_every=2),
     )
 
 
@@ -55,7 +53,7 @@ def changed(config: TrainConfig, name: str, value: Any) -> TrainConfig:
 
 def trainer(config: TrainConfig) -> Trainer:
     accelerator = Accelerator(cpu=True)
-    return Trainer(config, materials(config, accelerator), accelerator)
+    return Trainer(config, load_inputs(config, accelerator), accelerator)
 
 
 def interrupted(config: TrainConfig) -> None:
@@ -91,17 +89,17 @@ def test_a_run_goes_on_with_what_a_failed_one_is_told_to_lower_and_says_so(
     prompts.write_text("a red circle\na blue square\n", encoding="utf-8")
     other = config
     for name, value in {
-        "model.checkpointing": "none", "objective.conditional_only": True, "model.vae": "taesd",
+        "model.gradient_checkpointing": "none", "objective.conditional_only": True, "model.vae": "taesd",
         "optim.lr": 1e-4, "objective.reward_weight": 0.5, "data.prompts": prompts,
     }.items():  # fmt: skip
         other = changed(other, name, value)
     resumed = trainer(other)
-    (told,) = [record.message for record in caplog.records if "changed settings" in record.message]
+    (found,) = [record.message for record in caplog.records if "changed settings" in record.message]
     for words in ("objective.conditional_only was False and is True", "model.vae was full and is taesd",
                   "optim.lr was 0.001 and is 0.0001", "objective.reward_weight was 1.0 and is 0.5",
                   f"data.prompts was none and is {prompts.as_posix()} (1 files, 27 bytes)"):  # fmt: skip
-        assert words in told
-    assert "checkpointing" not in told
+        assert words in found
+    assert "checkpointing" not in found
     resumed.fit()
     assert steps(tmp_path) == [0, 1, 2]
 
@@ -116,35 +114,30 @@ def test_a_run_goes_on_with_what_a_failed_one_is_told_to_lower_and_says_so(
 )  # fmt: skip
 def test_what_makes_another_run_is_refused_and_named(name: str, value: Any) -> None:
     config = config_of(Path("out"))
-    told = name.removeprefix("run.")
-    with pytest.raises(HyperAlignError, match=f"out holds a run of another recipe: {told} was .* and is "):
-        require_same_run(json.dumps(identity(config)), changed(config, name, value))
+    found = name.removeprefix("run.")
+    with pytest.raises(HyperAlignError, match=f"out holds a run of another recipe: {found} was .* and is "):
+        require_same_run(json.dumps(run_identity(config)), changed(config, name, value))
 
 
 def test_other_images_in_the_same_folder_are_noticed(tmp_path: Path) -> None:
-    config = changed(config_of(tmp_path), "data.preferred", tmp_path)
-    saved = json.dumps(identity(config))
+    config = changed(config_of(tmp_path), "data.preference", tmp_path)
+    saved = json.dumps(run_identity(config))
     assert require_same_run(saved, config) == []
     (tmp_path / "shard-000000.safetensors").write_bytes(b"12345")
     (words,) = require_same_run(saved, config)
-    assert words.startswith("data.preferred was ")
+    assert words.startswith("data.preference was ")
     assert words.endswith("(1 files, 5 bytes)")
 
 
-@given(st.sampled_from([1, 2, 7]), st.booleans())
-def test_a_state_of_an_older_version_goes_on(micro_batch: int, conditional_only: bool) -> None:
+def test_what_a_checkpoint_does_not_record_counts_as_unchanged() -> None:
     config = config_of(Path("out"))
-    names = identity(config)
-    assert not names.keys() & LEFT_OUT
+    names = run_identity(config)
+    assert not names.keys() & IGNORED
     assert names.keys() >= MAY_CHANGE
-    # They were nested, with the memory's settings and without the data's files.
-    older: dict[str, Any] = {"seed": names["seed"]}
-    for name, value in names.items():
-        if "." in name and name not in ("data.prompts", "data.preferred"):
-            older.setdefault(name.split(".")[0], {})[name.split(".")[1]] = value
-    older["objective"] |= {"micro_batch": micro_batch, "conditional_only": conditional_only}
-    told = require_same_run(json.dumps(older), config)
-    assert told == ["objective.conditional_only was True and is False"] * conditional_only
+    del names["objective.state"]
+    names["objective.conditional_only"] = True
+    changes = require_same_run(json.dumps(names), config)
+    assert changes == ["objective.conditional_only was True and is False"]
 
 
 def test_found_key_times_are_in_the_state_and_are_not_measured_again(
@@ -152,9 +145,9 @@ def test_found_key_times_are_in_the_state_and_are_not_measured_again(
 ) -> None:
     config = config_of(tmp_path, ModelConfig(variant="P", key_count=1))
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "base_key_times", lambda *_, **__: (0.4375,))
+        patch.setattr(relative_distance, "base_key_times", lambda *_, **__: (0.4375,))
         interrupted(config)
-        patch.setattr(setup, "base_key_times", lambda *_, **__: 1 / 0)
+        patch.setattr(relative_distance, "base_key_times", lambda *_, **__: 1 / 0)
         resumed = trainer(config)
     assert resumed.schedule.key_times == (0.4375,)
     assert resumed.hyperalign.header.schedule.key_times == (0.4375,)
@@ -174,16 +167,18 @@ def test_the_search_for_key_times_samples_no_more_at_once_than_the_backward_pass
 
     monkeypatch.setattr(relative_distance, "rollout", watched)
     config = changed(config_of(tmp_path), "objective.micro_batch", 2)
-    world = materials(config, Accelerator(cpu=True))
-    parts = distance_curve(world, prompts=3, steps=4, guidance=4.0, batch=2)
+    run_inputs = load_inputs(config, Accelerator(cpu=True))
+    parts = distance_curve(run_inputs, prompts=3, steps=4, guidance_scale=4.0, batch=2)
     assert seen == [2, 1]
-    assert parts == pytest.approx(distance_curve(world, prompts=3, steps=4, guidance=4.0), rel=1e-4)
+    assert parts == pytest.approx(
+        distance_curve(run_inputs, prompts=3, steps=4, guidance_scale=4.0), rel=1e-4
+    )
 
     def limited(*_: Any, batch: int, **__: Any) -> tuple[float, ...]:
         seen.append(batch)
         return (0.5,)
 
-    monkeypatch.setattr(setup, "base_key_times", limited)
+    monkeypatch.setattr(relative_distance, "base_key_times", limited)
     trainer(changed(changed(config, "model.variant", "P"), "model.key_count", 1))
     assert seen[-1] == 2
 
@@ -199,5 +194,5 @@ def test_a_line_that_was_not_written_whole_is_dropped(
     log.write_bytes((first + "\n" + rest).encode("utf-8", errors="surrogateescape"))
     trainer(config)
     assert steps(tmp_path) == [0]
-    assert "1 broken lines are left out" in caplog.text
-    assert torch.load(next((tmp_path / "states").iterdir()))["step"] == 2
+    assert "1 broken lines are removed" in caplog.text
+    assert torch.load(next((tmp_path / "checkpoints").iterdir()))["step"] == 2

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 
 from hyperalign import checkpoint
 from train.config import TrainConfig
-from train.models.architectures import FULL_SIZES, descending_sizes
-from train.preflight.smoke import SIDE, described, smoke_config, smoke_world
+from train.inputs import smoke_inputs
+from train.models.architectures import FULL_SIZES, smaller
+from train.preflight.smoke import SIDE, described, smoke_config
 from train.recipe import load_recipe
 from train.train import main
 from train.trainer import Trainer
@@ -39,9 +40,9 @@ def cut_down(path: Path, out: Path) -> TrainConfig:
 @pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
 def test_a_recipe_takes_three_steps_and_writes_a_hypernetwork(path: Path, tmp_path: Path) -> None:
     config = cut_down(path, tmp_path)
-    shape = list(descending_sizes(config.model.base))[-1]
+    shape = list(smaller(config.model.base))[-1]
     accelerator = Accelerator(cpu=True)
-    run = Trainer(config, smoke_world(config, accelerator, shape), accelerator)
+    run = Trainer(config, smoke_inputs(config, accelerator, shape), accelerator)
     run.fit()
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 3
@@ -59,20 +60,20 @@ def test_a_machine_with_room_runs_the_true_shape() -> None:
     config = smoke_config(load_recipe(RECIPES / "flux_s.toml"))
     assert "of true shape" in described(config, FULL_SIZES["flux"])
     assert f"at {SIDE} pixels" in described(config, FULL_SIZES["flux"])
-    assert "cut down to fit the memory" in described(config, list(descending_sizes("flux"))[1])
+    assert "cut down to fit the memory" in described(config, list(smaller("flux"))[1])
 
 
 def test_smoke_runs_begin_anew_and_leave_the_recipes_own_run_alone(tmp_path: Path) -> None:
     out = tmp_path / "run"
     program = ["--recipe", str(RECIPES / "tiny_s.toml"), "--run.out", str(out), "--data.scenes", "16",
-               "--objective.preferred", "16", "--network.layers", "1"]  # fmt: skip
+               "--objective.preference_batch", "16", "--network.layers", "1"]  # fmt: skip
     for _ in range(2):
         assert main([*program, "--smoke"]) == 0
         lines = (tmp_path / "run_smoke" / "log.jsonl").read_text(encoding="utf-8").splitlines()
         assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
         assert not out.exists()
         (tmp_path / "run_smoke" / "log.jsonl").unlink()
-    small = ["--optim.steps", "1", "--objective.prompts", "2", "--eval.every", "0"]
+    small = ["--optim.steps", "1", "--objective.prompt_batch", "2", "--validation.every", "0"]
     assert main([*program, *small]) == 0
     assert (out / "hypernetwork.safetensors").is_file()
 

@@ -1,4 +1,4 @@
-"""What ends a run early, at any moment of a step or of an evaluation: nothing is counted by half or twice."""
+"""What ends a run early, at any moment of a step or of a validation: nothing is counted by half or twice."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from accelerate import Accelerator
 
 from hyperalign.hypernetwork import HyperNetworkConfig
 from train import trainer as loop
-from train.assemble import materials
-from train.config import DataConfig, EvalConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
+from train.config import DataConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig, ValidationConfig
 from train.data.shards import ShardHeader, shard_path, write_shard
+from train.inputs import load_inputs
 from train.models.image_encoder import image_encoder
 from train.trainer import Stopped, Trainer
 
 ROOT = Path(__file__).parents[2]
-OBJECTIVE = ObjectiveConfig(prompts=2, rollout_steps=3, timesteps=1, preferred=4)
+OBJECTIVE = ObjectiveConfig(prompt_batch=2, rollout_steps=3, timesteps=1, preference_batch=4)
 
 
-def config_of(out: Path, shards: Path, save_every: int = 100) -> TrainConfig:
+def config_of(out: Path, shards: Path, checkpoint_every: int = 100) -> TrainConfig:
     return TrainConfig(
         network=HyperNetworkConfig(layers=1),
         objective=OBJECTIVE,
-        optim=OptimConfig(steps=3, warmup=1, lr=1e-2),
-        data=DataConfig(scenes=16, cache=ROOT / "build" / "tiny", preferred=shards),
-        eval=EvalConfig(every=2),
-        run=RunConfig(out=out, save_every=save_every),
+        optim=OptimConfig(steps=3, warmup_steps=1, lr=1e-2),
+        data=DataConfig(scenes=16, cache=ROOT / "build" / "tiny", preference=shards),
+        validation=ValidationConfig(every=2),
+        run=RunConfig(out=out, checkpoint_every=checkpoint_every),
     )
 
 
@@ -58,14 +58,14 @@ def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def trainer(config: TrainConfig, evaluate: Callable[..., dict[str, Any]] | None = None) -> Trainer:
+def trainer(config: TrainConfig, validate: Callable[..., dict[str, Any]] | None = None) -> Trainer:
     accelerator = Accelerator(cpu=True)
-    found = materials(config, accelerator)
+    found = load_inputs(config, accelerator)
 
     def metrics(hyperalign: Any, grid: Path) -> dict[str, Any]:
         return {"first number": float(next(hyperalign.network.parameters()).flatten()[0])}
 
-    return Trainer(config, dataclasses.replace(found, evaluate=evaluate or metrics), accelerator)
+    return Trainer(config, dataclasses.replace(found, validate=validate or metrics), accelerator)
 
 
 def curve(out: Path) -> list[dict[str, Any]]:
@@ -75,7 +75,7 @@ def curve(out: Path) -> list[dict[str, Any]]:
 
 
 def newest(out: Path) -> dict[str, Any]:
-    return torch.load(sorted((out / "states").iterdir())[-1])
+    return torch.load(sorted((out / "checkpoints").iterdir())[-1])
 
 
 def after(step: Any, happens: Callable[[], None]) -> Callable[..., Any]:
@@ -118,10 +118,10 @@ def test_an_end_inside_a_pass_saves_the_step_before(
         patch.setattr(loop, "preference_loss", ends)
         run.fit()
     state = newest(tmp_path)
-    assert (state["step"], state["images_seen"]) == (1, OBJECTIVE.preferred)
+    assert (state["step"], state["images_seen"]) == (1, OBJECTIVE.preference_batch)
     trainer(config_of(tmp_path, shards)).fit()
     assert curve(tmp_path) == curve(whole)
-    assert newest(tmp_path)["images_seen"] == 3 * OBJECTIVE.preferred
+    assert newest(tmp_path)["images_seen"] == 3 * OBJECTIVE.preference_batch
 
 
 def test_a_trainer_whose_pass_was_cut_off_goes_on_by_itself(
@@ -149,7 +149,7 @@ def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end(shards: Path, whole: P
 def test_ctrl_c_after_a_request_ends_at_once_and_saves_no_half_step(
     first: int, shards: Path, whole: Path, tmp_path: Path
 ) -> None:
-    run = trainer(config_of(tmp_path, shards, save_every=1))
+    run = trainer(config_of(tmp_path, shards, checkpoint_every=1))
     step = run.optimiser.step
     twice = after(step, signals(first, signal.SIGINT))
     run.optimiser.step = lambda *given: (twice if run.step == 1 else step)(*given)
@@ -161,16 +161,16 @@ def test_ctrl_c_after_a_request_ends_at_once_and_saves_no_half_step(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_request_cuts_an_evaluation_off_and_the_resumed_run_begins_with_it(
+def test_a_request_cuts_a_validation_off_and_the_resumed_run_begins_with_it(
     number: int, shards: Path, whole: Path, tmp_path: Path
 ) -> None:
-    def evaluate(_hyperalign: Any, _grid: Path) -> dict[str, Any]:
-        assert newest(tmp_path)["step"] == 2, "an evaluation begins only when the state is safe"
+    def validate(_hyperalign: Any, _grid: Path) -> dict[str, Any]:
+        assert newest(tmp_path)["step"] == 2, "a validation starts only when the checkpoint is saved"
         os.kill(os.getpid(), number)
-        raise AssertionError("the evaluation went on")
+        raise AssertionError("the validation continued")
 
     with pytest.raises(Stopped):
-        trainer(config_of(tmp_path, shards), evaluate).fit()
+        trainer(config_of(tmp_path, shards), validate).fit()
     assert [row["step"] for row in curve(tmp_path)] == [0]
     resumed = trainer(config_of(tmp_path, shards))
     assert resumed.step == 2
@@ -178,11 +178,11 @@ def test_a_request_cuts_an_evaluation_off_and_the_resumed_run_begins_with_it(
     assert curve(tmp_path) == curve(whole)
 
 
-def test_after_a_request_no_evaluation_begins(shards: Path, whole: Path, tmp_path: Path) -> None:
-    def evaluate(_hyperalign: Any, _grid: Path) -> dict[str, Any]:
-        raise AssertionError("an evaluation began")
+def test_after_a_request_no_validation_begins(shards: Path, whole: Path, tmp_path: Path) -> None:
+    def validate(_hyperalign: Any, _grid: Path) -> dict[str, Any]:
+        raise AssertionError("a validation started")
 
-    run = trainer(config_of(tmp_path, shards), evaluate)
+    run = trainer(config_of(tmp_path, shards), validate)
     asked = after(run.optimiser.step, lambda: signals(signal.SIGTERM)() if run.step == 1 else None)
     run.optimiser.step = asked
     with pytest.raises(Stopped):
@@ -195,8 +195,9 @@ PROGRAM = """
 import dataclasses, sys
 from pathlib import Path
 from accelerate import Accelerator
-from train import loop, setup
-from train.assemble import materials
+from train import relative_distance
+from train import trainer as loop
+from train.inputs import load_inputs
 from train.recipe import load_recipe
 from train.train import run
 
@@ -205,15 +206,15 @@ recipe = load_recipe(Path("train/recipes/tiny_p.toml"))
 config = dataclasses.replace(
     recipe,
     model=dataclasses.replace(recipe.model, key_times=(), key_count=1),
-    objective=dataclasses.replace(recipe.objective, prompts=2, rollout_steps=3, timesteps=1, skip_first=1,
-                                  preferred=2),
+    objective=dataclasses.replace(recipe.objective, prompt_batch=2, rollout_steps=3, timesteps=1,
+                                  skip_first=1, preference_batch=2),
     optim=dataclasses.replace(recipe.optim, steps=9, bf16=False),
     data=dataclasses.replace(recipe.data, scenes=16),
-    eval=dataclasses.replace(recipe.eval, every=0),
-    run=dataclasses.replace(recipe.run, out=out, save_every=100),
+    validation=dataclasses.replace(recipe.validation, every=0),
+    run=dataclasses.replace(recipe.run, out=out, checkpoint_every=100),
 )
 accelerator = Accelerator()
-search, loss = setup.base_key_times, loop.preference_loss
+search, loss = relative_distance.base_key_times, loop.preference_loss
 
 def measured(*given, **named):
     (out / f"measured-{accelerator.process_index}").touch()
@@ -224,9 +225,9 @@ def fails(*given):
         raise RuntimeError("this process is broken")
     return loss(*given)
 
-setup.base_key_times, loop.preference_loss = measured, fails
+relative_distance.base_key_times, loop.preference_loss = measured, fails
 out.mkdir(parents=True, exist_ok=True)
-trainer = loop.Trainer(config, materials(config, accelerator), accelerator)
+trainer = loop.Trainer(config, load_inputs(config, accelerator), accelerator)
 (out / f"times-{accelerator.process_index}").write_text(str(trainer.schedule.key_times))
 sys.exit(run(trainer))
 """
@@ -245,7 +246,7 @@ def test_a_process_that_fails_ends_the_others_which_save_what_is_done(tmp_path: 
     )  # fmt: skip
     assert done.returncode != 0
     assert "this process is broken" in done.stderr
-    assert "error: Another process failed in step 2; it says why." in done.stderr
+    assert "error: Another process failed in step 2 and reports the reason." in done.stderr
     state = newest(out)
     assert (state["step"], state["images_seen"]) == (2, 8)
     # One process measures the key times, all have them.

@@ -24,17 +24,16 @@ from hyperalign.hypernetwork import HyperNetworkConfig
 from hyperalign.schedule import Variant
 from hyperalign.targets import PerceptionMode
 from hyperalign.tiny.prompts import COLORS
-from train.assemble import materials
 from train.config import (
     DataConfig,
-    EvalConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
+    ValidationConfig,
 )
-from train.materials import ShardImages
+from train.inputs import PreferenceShards, load_inputs
 from train.models.tiny import Tiny
 from train.objective import Rewards
 from train.tiny.evaluate import sample_all
@@ -49,17 +48,17 @@ def small(out: Path, variant: Variant = "S", mode: PerceptionMode = "prefix", **
     return TrainConfig(
         model=ModelConfig(variant=variant, mode=mode, key_times=keys),
         network=HyperNetworkConfig(**({"layers": 1} | network)),
-        objective=ObjectiveConfig(prompts=2, rollout_steps=3, timesteps=1, preferred=4),
-        optim=OptimConfig(steps=4, warmup=2, lr=1e-2),
+        objective=ObjectiveConfig(prompt_batch=2, rollout_steps=3, timesteps=1, preference_batch=4),
+        optim=OptimConfig(steps=4, warmup_steps=2, lr=1e-2),
         data=DataConfig(scenes=16, cache=ROOT / "build" / "tiny"),
-        eval=EvalConfig(every=0),
-        run=RunConfig(out=out, save_every=2),
+        validation=ValidationConfig(every=0),
+        run=RunConfig(out=out, checkpoint_every=2),
     )
 
 
 def trainer(config: TrainConfig) -> Trainer:
     accelerator = Accelerator(cpu=True)
-    return Trainer(config, materials(config, accelerator), accelerator)
+    return Trainer(config, load_inputs(config, accelerator), accelerator)
 
 
 def curve(out: Path) -> list[dict[str, Any]]:
@@ -103,17 +102,17 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(tmp_path: Path) -> None:
 
 def test_a_damaged_state_gives_way_to_the_one_before(tmp_path: Path, caplog: Any) -> None:
     trainer(small(tmp_path)).fit()
-    newest = sorted((tmp_path / "states").iterdir())[-1]
+    newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
     assert trainer(small(tmp_path)).step == 2
     assert f"{newest.name} cannot be read" in caplog.text
 
 
-def test_a_run_whose_states_are_all_damaged_is_not_begun_anew(tmp_path: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path: Path) -> None:
     trainer(small(tmp_path)).fit()
-    for path in (tmp_path / "states").iterdir():
+    for path in (tmp_path / "checkpoints").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(HyperAlignError, match="None of the 2 states .* can be read"):
+    with pytest.raises(HyperAlignError, match="None of the 2 training checkpoints .* can be read"):
         trainer(small(tmp_path))
 
 
@@ -141,29 +140,33 @@ run.fit()
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    assert [path.suffix for path in sorted((tmp_path / "states").iterdir())] == [".pt", ".partial"]
+    assert [path.suffix for path in sorted((tmp_path / "checkpoints").iterdir())] == [".pt", ".partial"]
     resumed = trainer(small(tmp_path))
     assert resumed.step == 2
     resumed.fit()
     assert len(curve(tmp_path)) == 4
 
 
-def test_only_the_last_states_are_kept(tmp_path: Path) -> None:
+def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     config = small(tmp_path)
-    trainer(dataclasses.replace(config, run=dataclasses.replace(config.run, save_every=1, keep=2))).fit()
-    names = sorted(path.name for path in (tmp_path / "states").iterdir())
-    assert names == ["state-000003.pt", "state-000004.pt"]
+    trainer(
+        dataclasses.replace(
+            config, run=dataclasses.replace(config.run, checkpoint_every=1, keep_checkpoints=2)
+        )
+    ).fit()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-000003.pt", "step-000004.pt"]
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path) -> None:
     run = trainer(small(tmp_path))
-    scores = run.materials.rewards.models["tiny reward"]
+    scores = run.inputs.rewards.models["tiny reward"]
 
     def sometimes_nan(images: torch.Tensor, prompts: Any) -> torch.Tensor:
         return scores(images, prompts) * (float("nan") if run.step == 1 else 1.0)
 
     rewards = Rewards({"tiny reward": sometimes_nan}, {"tiny reward": 1.0})
-    run.materials = dataclasses.replace(run.materials, rewards=rewards)
+    run.inputs = dataclasses.replace(run.inputs, rewards=rewards)
     run.fit()
     assert [row["skipped"] for row in curve(tmp_path)] == [False, True, False, False]
     assert curve(tmp_path)[-1]["skipped_in_all"] == 1
@@ -175,7 +178,7 @@ def test_a_run_that_stays_infinite_stops_and_says_what_to_lower(tmp_path: Path) 
     config = small(tmp_path)
     run = trainer(dataclasses.replace(config, optim=dataclasses.replace(config.optim, bad_steps=2)))
     rewards = Rewards({"nan": lambda images, _: images.mean(dim=(1, 2, 3)) * float("nan")}, {"nan": 1.0})
-    run.materials = dataclasses.replace(run.materials, rewards=rewards)
+    run.inputs = dataclasses.replace(run.inputs, rewards=rewards)
     with pytest.raises(HyperAlignError, match="not finite for 2 steps in a row.*Lower optim.lr"):
         run.fit()
 
@@ -217,7 +220,7 @@ def test_train_load_and_sample(tmp_path: Path, variant: Variant, generations: in
     ]  # fmt: skip
     assert card_path(run.path).read_text(encoding="utf-8") == card(loaded.header, "hypernetwork")
     base = Tiny(load_tiny())
-    options: dict[str, Any] = {"seeds": (0,), "steps": 4, "guidance": 4.0}
+    options: dict[str, Any] = {"seeds": (0,), "steps": 4, "guidance_scale": 4.0}
     aligned = sample_all(base, loaded, 2, **options)
     plain = sample_all(base, None, 2, **options)
     assert aligned.generations_per_run == generations
@@ -235,9 +238,10 @@ def test_both_losses_reach_a_static_core(tmp_path: Path) -> None:
 
 def command_line(out: Path, prompts: int, preferred: int, *launcher: str) -> subprocess.CompletedProcess[str]:
     overrides = {
-        "optim.steps": 3, "optim.warmup": 1, "objective.prompts": prompts, "objective.rollout-steps": 3,
-        "objective.timesteps": 1, "objective.skip-first": 1, "objective.preferred": preferred,
-        "data.scenes": 16, "eval.every": 0, "run.out": out, "run.save-every": 1,
+        "optim.steps": 3, "optim.warmup-steps": 1, "objective.prompt-batch": prompts,
+        "objective.rollout-steps": 3, "objective.timesteps": 1, "objective.skip-first": 1,
+        "objective.preference-batch": preferred,
+        "data.scenes": 16, "validation.every": 0, "run.out": out, "run.checkpoint-every": 1,
     }  # fmt: skip
     flags = [text for key, value in overrides.items() for text in (f"--{key}", str(value))]
     program = ["train/train.py", "--recipe", "train/recipes/tiny_s.toml", "--optim.no-bf16", *flags]
@@ -263,7 +267,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
     for two, one in zip(curve(tmp_path / "two"), curve(tmp_path / "one"), strict=True):
         assert two.pop("grad_norm_reward") != one.pop("grad_norm_reward")  # of one process's own half
         assert two == pytest.approx(one, rel=1e-4)
-    states = [torch.load(tmp_path / name / "states" / "state-000003.pt") for name in ("two", "one")]
+    states = [torch.load(tmp_path / name / "checkpoints" / "step-000003.pt") for name in ("two", "one")]
     assert [state["processes"] for state in states] == [2, 1]
     assert states[0]["images_seen"] == states[1]["images_seen"] == 24
     for key, value in states[0]["network"].items():
@@ -273,10 +277,10 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
 
 def test_a_run_goes_on_with_another_number_of_processes_and_says_so(tmp_path: Path) -> None:
     assert command_line(tmp_path / "run", 2, 4).returncode == 0
-    (tmp_path / "run" / "states" / "state-000003.pt").unlink()
+    (tmp_path / "run" / "checkpoints" / "step-000003.pt").unlink()
     done = command_line(tmp_path / "run", 2, 4, *TWO)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "saved by 1 processes and goes on with 2" in done.stderr
+    assert "saved by 1 processes and the run continues with 2" in done.stderr
     assert [row["step"] for row in curve(tmp_path / "run")] == [0, 1, 2]
 
 
@@ -289,7 +293,9 @@ def test_a_set_of_2000_images_goes_through_encoding_training_stop_and_resume(tmp
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     config = small(tmp_path / "run")
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, preferred=tmp_path / "shards"))
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, preference=tmp_path / "shards")
+    )
     whole = dataclasses.replace(config, run=dataclasses.replace(config.run, out=tmp_path / "whole"))
     trainer(whole).fit()
 
@@ -298,8 +304,8 @@ def test_a_set_of_2000_images_goes_through_encoding_training_stop_and_resume(tmp
             raise KeyboardInterrupt
 
     run = trainer(config)
-    assert isinstance(run.materials.preferred, ShardImages)
-    assert len(run.materials.preferred.shards) == 2000
+    assert isinstance(run.inputs.preference, PreferenceShards)
+    assert len(run.inputs.preference.shards) == 2000
     with pytest.raises(KeyboardInterrupt):
         run.fit(interrupt)
     trainer(config).fit()

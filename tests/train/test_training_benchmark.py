@@ -25,9 +25,9 @@ from benchmarks.training import (
 )
 from hyperalign.rewards import clip
 from hyperalign.rewards.clip import ClipShape, Tower
+from train import inputs
 from train.config import BaseName
 from train.models.architectures import FULL_SIZES, ModelSize, autoencoder
-from train.preflight import smoke
 from train.preflight.estimate import Work
 from train.recipe import load_recipe
 
@@ -46,7 +46,7 @@ def test_a_step_is_timed_by_phase_and_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clip, "VIT_L_14", ClipShape(Tower(64, 2, 4), Tower(48, 2, 4), 32, "gelu", patch=32))
-    for module in (smoke, training):
+    for module in (inputs, training):
         monkeypatch.setattr(module, "autoencoder", small_decoder)
     results = main(dataclasses.replace(SMALL, out=tmp_path, profile=tmp_path))
     assert json.loads((tmp_path / "training_flux_cpu.json").read_text(encoding="utf-8")) == results
@@ -71,11 +71,11 @@ def test_without_options_it_is_the_recipe_on_the_true_model(base: Any, tmp_path:
     options = Options(base=base)
     config = config_of(options, tmp_path)
     assert reductions(options, config) == []
-    assert shape_of(options) == FULL_SIZES[base] != ModelSize(width_divisor=2)
-    assert min(config.objective.prompts, config.objective.preferred) >= 2
+    assert shape_of(options) == FULL_SIZES[base] != ModelSize(narrow=2)
+    assert min(config.objective.prompt_batch, config.objective.preference_batch) >= 2
     recipe = load_recipe(FOLDER / f"{RECIPES[base]}.toml")
     assert config.objective.micro_batch == min(options.batch, recipe.objective.micro_batch) >= 1
-    assert config.model.checkpointing == recipe.model.checkpointing
+    assert config.model.gradient_checkpointing == recipe.model.gradient_checkpointing
 
 
 def test_utilisation_is_the_models_own_work_over_what_products_could_do() -> None:

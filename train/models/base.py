@@ -1,4 +1,4 @@
-"""The protocols of base models and prompt encoders in training."""
+"""What the trainer asks of a base model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hyperalign.hosts.diffusers.adapter import Call
-from train.noise import Process
+from train.noise import NoiseSchedule
 
 Conditions = dict[str, Tensor]
-"""Outputs of the text encoders: named tensors with one row per prompt."""
+"""What the text encoders made of prompts: named tensors with one row a prompt."""
 
 
 class Base(Protocol):
@@ -24,13 +24,13 @@ class Base(Protocol):
         ...
 
     @property
-    def process(self) -> Process:
-        """The noise schedule, and what the backbone predicts."""
+    def noise_schedule(self) -> NoiseSchedule:
+        """How noise is mixed in, and what the backbone predicts."""
         ...
 
     @property
     def cfg(self) -> bool:
-        """Whether guidance needs an unconditional sample; otherwise the model takes it as an input."""
+        """Whether guidance takes a second row without prompt; else the model has it as an input."""
         ...
 
     @property
@@ -40,15 +40,15 @@ class Base(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """The device of the model."""
+        """Where the model lies."""
         ...
 
     def call(self, x_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Call:
-        """Returns the arguments of the backbone for a batch of latents, timesteps and conditions."""
+        """Returns the backbone's arguments for rows (x, t, c)."""
         ...
 
     def prediction(self, output: Tensor, x_BCHW: Tensor) -> Tensor:
-        """Returns the output of the backbone in the shape of the latents, in float32."""
+        """Returns the backbone's output in the shape of the latents, float32."""
         ...
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class Base(Protocol):
 
 
 class PromptEncoder(Protocol):
-    """Conditions from a text encoder or from a cache on disk."""
+    """Where conditions come from: an encoder at hand or a cache on disk."""
 
     def conditions(self, prompts: Sequence[str]) -> Conditions:
         """Returns the conditions of prompts, on the base model's device; "" is the empty prompt.
@@ -73,29 +73,29 @@ class PromptEncoder(Protocol):
 
 
 def join(*parts: Conditions) -> Conditions:
-    """Concatenates conditions along the batch."""
+    """Returns the rows of all parts, one after the other."""
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def take(conditions: Conditions, rows: slice) -> Conditions:
-    """Returns the conditions of some samples of the batch."""
+    """Returns some rows."""
     return {key: value[rows] for key, value in conditions.items()}
 
 
 def repeat(conditions: Conditions, times: int) -> Conditions:
-    """Repeats the whole batch."""
+    """Returns all rows several times over."""
     return join(*[conditions] * times)
 
 
 def cfg_conditions(
-    base: Base, encoder: PromptEncoder, prompts: Sequence[str]
+    base: Base, texts: PromptEncoder, prompts: Sequence[str]
 ) -> tuple[Conditions, Conditions | None]:
-    """Returns the conditions of prompts and of as many empty prompts, all at one padding.
+    """Returns the conditions of prompts and of as many empty ones, all at one padding.
 
-    The latter are None if the base model takes the guidance as an input.
+    None in place of the latter where the base model takes the guidance as an input.
     """
     if not base.cfg:
-        return encoder.conditions(prompts), None
+        return texts.conditions(prompts), None
+    rows = texts.conditions([*prompts, *[""] * len(prompts)])
     count = len(prompts)
-    both = encoder.conditions([*prompts, *[""] * count])
-    return take(both, slice(0, count)), take(both, slice(count, None))
+    return take(rows, slice(0, count)), take(rows, slice(count, None))

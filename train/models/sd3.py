@@ -1,4 +1,4 @@
-"""Stable Diffusion 3.5 medium: flow matching with a fixed shift, classifier-free guidance."""
+"""Stable Diffusion 3.5 medium: a flow with a fixed shift, classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hyperalign.hosts.diffusers.adapter import Call
 from train.models.autoencoder import Autoencoder
 from train.models.base import Conditions
 from train.models.latent_model import LatentModel
-from train.noise import Flow
+from train.noise import FlowSchedule
 
 SHIFT = 3.0
 
@@ -23,7 +23,7 @@ class StableDiffusion3(LatentModel):
 
     def __init__(self, transformer: nn.Module, autoencoder: Autoencoder, resolution: int) -> None:
         super().__init__(transformer, autoencoder, resolution)
-        self.process = Flow(1000.0, SHIFT)
+        self.noise_schedule = FlowSchedule(1000.0, SHIFT)
 
     def call(self, x_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Call:
         """Returns the transformer's arguments."""

@@ -12,7 +12,7 @@ from hyperalign.hosts.diffusers.adapter import Call, unet_call
 from train.models.autoencoder import Autoencoder
 from train.models.base import Conditions
 from train.models.latent_model import LatentModel
-from train.noise import Diffusion
+from train.noise import DiffusionSchedule
 
 CLIP_TOKENS = 77
 
@@ -30,10 +30,10 @@ class StableDiffusion(LatentModel):
         prediction: Literal["epsilon", "v_prediction"] = "epsilon",
     ) -> None:
         super().__init__(unet, autoencoder, resolution)
-        self.process = Diffusion(prediction)
+        self.noise_schedule = DiffusionSchedule(prediction)
 
     def call(self, x_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Call:
-        """Returns the U-Net's arguments; SDXL also receives the image size and a crop at the origin."""
+        """Returns the U-Net's arguments; SDXL is also told the sizes: whole images, uncropped."""
         dtype = self.module.dtype
         call = unet_call(x_BCHW.to(dtype), t_B, conditions["prompt_embeds"].to(dtype))
         if "pooled_prompt_embeds" not in conditions:

@@ -10,7 +10,7 @@ from torch import Tensor
 from hyperalign.hosts.diffusers.adapter import Call, unet_call
 from hyperalign.hosts.diffusers.tiny import TinyBase
 from train.models.base import Conditions
-from train.noise import Diffusion
+from train.noise import DiffusionSchedule
 
 
 class Tiny:
@@ -22,7 +22,7 @@ class Tiny:
     def __init__(self, model: TinyBase) -> None:
         self.model = model
         self.backbone = model.unet
-        self.process = Diffusion()
+        self.noise_schedule = DiffusionSchedule()
 
     @property
     def device(self) -> torch.device:

@@ -1,1 +1,1 @@
-"""What a recipe needs and costs, found out before it runs."""
+"""Checks and cost estimates of a recipe before it runs."""

@@ -1,8 +1,8 @@
-"""What a piece of a model costs, counted by running it on the meta device.
+"""The cost of a part of a model: operations and bytes, counted by running it on the meta device.
 
-Tensors have shapes there and no values, so that a model of 12 billion parameters runs in a second.
+Tensors have shapes there and no values, so a model of 12 billion parameters runs in a second.
 Operations are those of the matrix products and convolutions that would run, bytes those of the tensors
-that would be alive at once. Every figure is an estimate: kernels use scratch memory, and allocators round.
+that would be alive at once. The results are estimates: kernels use scratch memory, and allocators round.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 MATRIX = {"cuda": 8192, "cpu": 1024}
-"""Side of the square matrices whose product tells a device's rate."""
+"""Side of the square matrices whose product measures a device's rate."""
 
 
 def _attention_backward(grad: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    """Twice the forward pass: what flash attention computes anew within itself is not counted."""
+    """Twice the forward pass: what flash attention recomputes within itself is not counted."""
     return 2 * sdpa_flop_count(q.shape, k.shape, v.shape)
 
 
@@ -39,19 +39,19 @@ OPERATIONS: dict[Any, Callable[..., int]] = {
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one row of the backbone, or of one image."""
+    """The cost of one sample of the backbone's batch, or of one image."""
 
     forward: float
     """Floating-point operations; a multiplication and an addition are two."""
     backward: float
-    """With what checkpointing computes anew."""
+    """With what gradient checkpointing recomputes."""
     kept: int
     """Bytes alive between forward and backward pass."""
     peak: int
     """Most bytes alive at once, weights not counted."""
 
     def beside(self, other: Cost) -> Cost:
-        """Returns the cost of two graphs over the same image, made and walked one after the other."""
+        """Returns the cost of two graphs over one image; each peaks while the other's tensors are kept."""
         return Cost(
             self.forward + other.forward,
             self.backward + other.backward,

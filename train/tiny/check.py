@@ -11,7 +11,7 @@ from hyperalign.families.unet import TINY
 from hyperalign.hypernetwork import HyperNetwork
 from hyperalign.tiny.weights import part_path
 from train.config import TrainConfig
-from train.preflight.inputs import check_trackers, check_writable, saved_step
+from train.preflight.input_checks import check_folder_writable, check_trackers, saved_step
 from train.tiny.art import STYLES
 
 PARTS = ("unet", "autoencoder", "text_encoder", "reward", "validation_reward", "detector", "style")
@@ -21,14 +21,14 @@ def check_tiny(config: TrainConfig) -> str:
     """Returns a summary of the run, without memory and speed.
 
     Raises:
-        HyperAlignError: whatever would stop it later.
+        HyperAlignError: the first problem that would stop it later.
     """
     missing = [part_path(name).name for name in PARTS if not part_path(name).is_file()]
     if missing:
         raise HyperAlignError(
             f"The embedded model lacks {', '.join(missing)}. Rebuild it with `python train/tiny/build.py`."
         )
-    check_writable(config.run.out, "run.out")
+    check_folder_writable(config.run.out, "run.out")
     check_trackers(config)
     step = saved_step(config)
     has_art = all((config.data.cache / "art" / f"{style}.json").exists() for style in STYLES)
@@ -46,8 +46,8 @@ def check_tiny(config: TrainConfig) -> str:
         f"recipe is sound: variant {config.model.variant}, {config.model.mode} perception, "
         f"{config.optim.steps} steps",
         f"hypernetwork: {numbers / 1e6:.2f} M parameters for {len(targets)} attention projections",
-        f"a step: {o.prompts} prompts x {o.rollout_steps} rollout steps, {o.prompts * o.timesteps} images "
-        f"with reward gradient, {o.preferred} preference images",
-        f"goes on from step {step} in {config.run.out}" if step else f"starts anew in {config.run.out}",
-        "not estimated for the embedded tiny model: peak memory, speed and the room its states take",
+        f"a step: {o.prompt_batch} prompts x {o.rollout_steps} rollout steps, "
+        f"{o.prompt_batch * o.timesteps} images with reward gradient, {o.preference_batch} preference images",
+        f"resumes from step {step} in {config.run.out}" if step else f"starts anew in {config.run.out}",
+        "not estimated for the embedded tiny model: peak memory, speed and the size of its checkpoints",
     ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""The tiny model's validation prompts, sampled and judged: the metrics in training and in the benchmark."""
+"""The tiny model's validation prompts, sampled and scored: the metrics in training and in the benchmark."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Samples(SampledImages):
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """Every figure of every image, (P, S); diversity is per prompt, (P,)."""
+class Scores:
+    """The metrics of every image, (P, S); diversity is per prompt, (P,)."""
 
     reward: Tensor
     validation_reward: Tensor
@@ -50,15 +50,15 @@ def sample_all(
     *,
     seeds: tuple[int, ...],
     steps: int,
-    guidance: float,
+    guidance_scale: float,
     strength: float = 1.0,
     bf16: bool = False,
 ) -> Samples:
-    """Samples `count` validation prompts at every seed; None is the base model."""
+    """Samples `count` validation prompts at every seed; `hyperalign` None samples the base model."""
     chosen = validation_prompts(count, PROMPT_SEED)
     images = sample(
         base, base, hyperalign, [prompt for prompt, _ in chosen],
-        seeds=seeds, steps=steps, guidance=guidance, strength=strength, bf16=bf16,
+        seeds=seeds, steps=steps, guidance_scale=guidance_scale, strength=strength, bf16=bf16,
     )  # fmt: skip
     return Samples(
         images.prompts,
@@ -70,8 +70,8 @@ def sample_all(
 
 
 @torch.no_grad()
-def judge(samples: Samples) -> Judged:
-    """Scores every image with the reward and with the judges that were never optimised."""
+def score(samples: Samples) -> Scores:
+    """Scores every image with the reward and with the evaluators that were never optimised."""
     shape = samples.images.shape[:2]
     flat = samples.images.flatten(0, 1)
     tokens = tokenize_batch(samples.prompts).repeat_interleave(shape[1], dim=0)
@@ -79,7 +79,7 @@ def judge(samples: Samples) -> Judged:
     detections = load_detector().eval().detect(flat)
     contents = [content for content in samples.contents for _ in range(shape[1])]
     correct = [is_correct(content, found) for content, found in zip(contents, detections, strict=True)]
-    return Judged(
+    return Scores(
         reward=load_reward().eval()(flat, tokens).view(shape),
         validation_reward=validation(flat, tokens).view(shape),
         correct=torch.tensor(correct).view(shape),
@@ -91,19 +91,19 @@ def judge(samples: Samples) -> Judged:
 
 
 def metrics(samples: Samples) -> dict[str, Any]:
-    """Returns the means of every figure, as the log and the report hold them."""
-    judged = judge(samples)
+    """Returns the mean of every metric, as the log and the report contain them."""
+    scores = score(samples)
     marks: list[tuple[Family, bool]] = [
         (content.family, bool(correct))
-        for content, row in zip(samples.contents, judged.correct.tolist(), strict=True)
+        for content, row in zip(samples.contents, scores.correct.tolist(), strict=True)
         for correct in row
     ]
     return {
-        "reward": float(judged.reward.mean()),
-        "validation_reward": float(judged.validation_reward.mean()),
+        "reward": float(scores.reward.mean()),
+        "validation_reward": float(scores.validation_reward.mean()),
         "geneval": summarise(marks),
-        "style": float(judged.style.mean()),
-        "diversity": float(judged.diversity.mean()),
+        "style": float(scores.style.mean()),
+        "diversity": float(scores.diversity.mean()),
         "seconds_per_image": samples.seconds_per_image,
         "generations_per_run": samples.generations_per_run,
     }

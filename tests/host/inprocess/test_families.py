@@ -30,7 +30,7 @@ from hyperalign.families.flux import FLUX_DEV, FluxSpec
 from hyperalign.families.sd3 import SD35_MEDIUM, SD3Spec
 from hyperalign.families.unet import SD15, SDXL
 from hyperalign.targets import Place
-from train.noise import Diffusion
+from train.noise import DiffusionSchedule
 
 
 def host_place(entry) -> Place:
@@ -187,7 +187,7 @@ def test_unets_agree_too(comfy, make_hyperalign, spec, prediction, mode):
         in_comfyui = euler_in_comfyui(apply(theirs, hyperalign), noise, positive, [*sigmas, 0.0])
 
     extra = {"text_embeds": pooled.expand(2, -1), "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64]] * 2)}
-    x, process = noise, Diffusion(prediction)
+    x, process = noise, DiffusionSchedule(prediction)
     with recorded_cores(hyperalign) as from_diffusers, torch.no_grad(), attach(ours, hyperalign.hyperalign):
         for t, following in zip(STEPS, [*STEPS[1:], None], strict=True):
             output = ours(x, t, context.expand(2, -1, -1), added_cond_kwargs=extra).sample

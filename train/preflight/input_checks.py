@@ -1,13 +1,10 @@
-"""What a run reads and where it writes: found, whole and large enough, before anything long starts."""
+"""Checks of the files that a run reads and the folders that it writes, before anything long starts."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,19 +16,18 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from hyperalign.errors import HyperAlignError
-from hyperalign.files import first_line
+from hyperalign.files import check_writable, existing_parent, first_line, free_bytes
 from hyperalign.hosts.diffusers.adapter import spec_of
 from hyperalign.rewards import loading, tiny
-from train.config import EvalConfig, TrainConfig
+from hyperalign.rewards.weights import find
+from train.checkpoints import TrainingCheckpoints, require_same_run
+from train.config import TrainConfig
 from train.data.embeddings import CachedPromptEncoder
-from train.data.prompts import load_prompts
-from train.inputs import needs_images, open_images, read_prompts
+from train.inputs import open_preference_shards
 from train.models.architectures import FULL_SIZES, architecture, autoencoder
 from train.models.image_encoder import image_encoder
 from train.models.load import PIPELINES, check_folder
 from train.models.text_encoders import text_fingerprint, text_lengths
-from train.runtime import SavedStates
-from train.setup import require_same_run
 
 META = torch.device("meta")
 GIB = 2**30
@@ -40,16 +36,16 @@ READING = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorErr
 """What the libraries raise at files that are missing, damaged or of another model."""
 
 
-class Complaints:
-    """Asks one question after the other and keeps what went wrong."""
+class Problems:
+    """The errors of several checks, which run one after the other whatever fails."""
 
     def __init__(self) -> None:
         self.found: list[str] = []
 
-    def hear(self, question: Callable[[], Found]) -> Found | None:
-        """Returns the answer, or None where a complaint was made in its place; each is kept once."""
+    def run(self, check: Callable[[], Found]) -> Found | None:
+        """Returns what a check returns, or None and keeps its HyperAlignError; equal ones are kept once."""
         try:
-            return question()
+            return check()
         except HyperAlignError as error:
             if str(error) not in self.found:
                 self.found.append(str(error))
@@ -156,36 +152,20 @@ def _from_config(kind: Any, folder: Path) -> nn.Module:
         ) from error
 
 
-def training_prompts(config: TrainConfig) -> list[str]:
-    """Returns the prompts to train on. Raises HyperAlignError."""
-    return read_prompts(replace(config, eval=EvalConfig(every=0)))[0]
-
-
-def validation_prompts(config: TrainConfig) -> list[str]:
-    """Returns the validation prompts, whatever is wrong with the others. Raises HyperAlignError."""
-    if not config.eval.every:
-        return []
-    if config.eval.file == Path():
-        raise HyperAlignError(
-            "eval.file is empty; expected a file of validation prompts. Set it, or set eval.every to 0."
-        )
-    return load_prompts(config.eval.file)[: config.eval.prompts]
-
-
-def preferred_captions(config: TrainConfig, latent_shape: Sequence[int]) -> list[str]:
-    """Reads a batch of preferred latents and returns all captions.
+def preference_captions(config: TrainConfig, latent_shape: Sequence[int]) -> list[str]:
+    """Reads a batch of preference latents and returns all captions.
 
     Raises:
         HyperAlignError: no shards, broken ones, or latents of another autoencoder, size or shape.
     """
-    images = open_images(config, latent_fingerprint(config))
+    images = open_preference_shards(config, latent_fingerprint(config))
     if images is None:
         return []
-    count = config.objective.preferred
+    count = config.objective.preference_batch
     latents, _ = images.batch(0, count, np.random.default_rng(0), slice(0, count))
     if tuple(latents.shape[1:]) != tuple(latent_shape):
         raise HyperAlignError(
-            f"{config.data.preferred} holds latents of the shape {tuple(latents.shape[1:])}; expected "
+            f"{config.data.preference} holds latents of the shape {tuple(latents.shape[1:])}; expected "
             f"{tuple(latent_shape)} for {config.model.base} at {config.model.resolution} pixels. Encode the "
             "images for this recipe into another folder with train/encode.py."
         )
@@ -194,7 +174,10 @@ def preferred_captions(config: TrainConfig, latent_shape: Sequence[int]) -> list
 
 def latent_fingerprint(config: TrainConfig) -> str | None:
     """Returns the autoencoder's name in latent shards, None where there is no autoencoder yet."""
-    if not needs_images(config) or not (config.model.path / "vae" / "config.json").is_file():
+    if (
+        not config.objective.needs_preference_images
+        or not (config.model.path / "vae" / "config.json").is_file()
+    ):
         return None
     try:
         return image_encoder(config, torch.device("cpu")).fingerprint
@@ -208,13 +191,17 @@ def check_reward(config: TrainConfig, name: str) -> None:
     """Looks for a reward's weights and vocabulary. Raises HyperAlignError."""
     if name in tiny.NAMES:
         raise HyperAlignError(
-            f"objective.rewards or eval.rewards names {name!r}, which knows the words of the embedded tiny "
-            f"model alone; expected one of {', '.join(loading.PUBLISHED)}."
+            f"objective.rewards or validation.rewards names {name!r}, which has the vocabulary of the "
+            f"embedded tiny model; expected one of {', '.join(loading.PUBLISHED)}."
         )
-    own = config.model.path / "tokenizer"
-    for path in loading.check_files(name, config.data.rewards, own if own.is_dir() else None):
+    recipe = loading.published_reward(name)
+    for file in recipe.files:
+        path = find(file, config.data.rewards)
         if path.suffix == ".safetensors":
             check_opens(path)
+    if recipe.vocabulary is not None:
+        own = config.model.path / "tokenizer"
+        recipe.vocabulary.load(config.data.rewards, own if own.is_dir() else None)
 
 
 def uncached(config: TrainConfig, texts: Sequence[str]) -> list[int]:
@@ -226,12 +213,12 @@ def uncached(config: TrainConfig, texts: Sequence[str]) -> list[int]:
 
 
 def saved_step(config: TrainConfig) -> int:
-    """Returns the step from which the run goes on. Raises HyperAlignError if the folder is another's."""
-    state = SavedStates(config.run.out / "states", config.run.keep).newest()
-    if state is None:
+    """Returns the step from which the run resumes. Raises HyperAlignError if run.out holds another run."""
+    saved = TrainingCheckpoints(config.run.out / "checkpoints", config.run.keep_checkpoints).newest()
+    if saved is None:
         return 0
-    require_same_run(state["recipe"], config)
-    return int(state["step"])
+    require_same_run(saved["identity"], config)
+    return int(saved["step"])
 
 
 def check_trackers(config: TrainConfig) -> None:
@@ -252,29 +239,25 @@ def check_trackers(config: TrainConfig) -> None:
         )
 
 
-def check_writable(folder: Path, option: str) -> None:
-    """Raises HyperAlignError unless a folder can be written to or made."""
-    existing = _existing(folder)
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+def check_folder_writable(folder: Path, option: str) -> None:
+    """Raises HyperAlignError unless a folder can be written to or made; makes nothing."""
+    existing = existing_parent(folder)
+    if not existing.is_dir():
         raise HyperAlignError(
             f"{existing} is not a folder that can be written to. Choose another --{option}."
         )
-
-
-def free_bytes(folder: Path) -> int:
-    """Returns the free space where a folder is or will be."""
-    return shutil.disk_usage(_existing(folder)).free
+    check_writable(existing / "file", f"Choose another --{option}.")
 
 
 def check_room(needs: Mapping[str, tuple[Path, int]]) -> None:
-    """Raises HyperAlignError unless every disk has room for all that goes there.
+    """Raises HyperAlignError unless every disk has room for all that is written to it.
 
     Args:
-        needs: by what it is, where it goes and its bytes.
+        needs: folder and bytes, by the name of what is written.
     """
     disks: dict[int, list[str]] = {}
-    for what, (folder, _) in needs.items():
-        disks.setdefault(_existing(folder).stat().st_dev, []).append(what)
+    for name, (folder, _) in needs.items():
+        disks.setdefault(existing_parent(folder).stat().st_dev, []).append(name)
     for names in disks.values():
         folder = needs[names[0]][0]
         wanted, free = sum(needs[name][1] for name in names), free_bytes(folder)
@@ -284,10 +267,6 @@ def check_room(needs: Mapping[str, tuple[Path, int]]) -> None:
                 f"The disk of {folder} has {free / GIB:.1f} GiB free; expected {wanted / GIB:.1f} "
                 f"({listed}). Free some space, or set run.out or data.embeddings to another disk."
             )
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.resolve().parents) if path.exists())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

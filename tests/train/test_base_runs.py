@@ -132,21 +132,21 @@ width = 32
 layers = 1
 [objective]
 rewards = {{ "tiny reward" = 1.0 }}
-prompts = 2
+prompt_batch = 2
 rollout_steps = 2
 timesteps = 1
-preferred = 2
+preference_batch = 2
 [optim]
 steps = 2
 bf16 = false
 [data]
 prompts = "{folder.as_posix()}/prompts.txt"
-preferred = "{folder.as_posix()}/shards"
-preferred_name = "circles called squares, CC0"
+preference = "{folder.as_posix()}/shards"
+preference_name = "circles called squares, CC0"
 embeddings = "{folder.as_posix()}/embeddings"
 text_lengths = [24, 32]
-[eval]
-file = "{folder.as_posix()}/validation.txt"
+[validation]
+prompts = "{folder.as_posix()}/validation.txt"
 every = 2
 steps = 2
 rewards = {{ "tiny validation reward" = 1.0 }}
@@ -182,7 +182,7 @@ def test_a_folder_becomes_a_hypernetwork(
     assert {"tiny reward", "tiny validation reward", "diversity"} <= validation.keys()
     embeddings = sorted((tmp_path / "embeddings").rglob("*.safetensors"))
     before = [file.stat().st_mtime_ns for file in embeddings]
-    (tmp_path / "run" / "states" / "state-000002.pt").unlink()
+    (tmp_path / "run" / "checkpoints" / "step-000002.pt").unlink()
     assert main(["--recipe", str(path)]) == 0
     assert [file.stat().st_mtime_ns for file in embeddings] == before
     assert (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").count("\n") == 2

@@ -1,4 +1,4 @@
-"""The parts that a recipe's training step is put together from, built on the meta device and counted."""
+"""Costs of the parts of a training step: backbone, hypernetwork, decoder, rewards; on the meta device."""
 
 from __future__ import annotations
 
@@ -19,50 +19,51 @@ from hyperalign.rewards.networks import dtype_of, encoder_weight, fill, set_chec
 from hyperalign.schedule import Schedule
 from hyperalign.targets import BaseSpec
 from train.config import TrainConfig
+from train.inputs import reward_names
 from train.models.autoencoder import Autoencoder
 from train.models.base import Base, Conditions
 from train.models.load import backbone_dtype, make_base
 from train.models.text_encoders import context_tokens, text_lengths
 from train.preflight.costs import NOTHING, Cost, cost_of, operations_until
-from train.preflight.smoke import TEXT, RandomTexts
-from train.setup import new_hyperalign
+from train.preflight.smoke import TEXT_WIDTHS, RandomTexts
+from train.trainer import new_hyperalign
 
 META = torch.device("meta")
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """What each part costs, for one row of the backbone or for one image."""
+class StepCosts:
+    """What each part of a step costs, for one sample of the backbone's batch or for one image."""
 
     sampling: Cost
-    """A row of the adapted backbone without gradient."""
+    """A sample through the adapted backbone, without gradient."""
     training: Cost
-    """A row of the adapted backbone with gradient to the cores."""
+    """A sample through the adapted backbone, with gradient to the cores."""
     perception: float
-    """Operations of the perception blocks for one row."""
+    """Operations of the perception blocks for one sample."""
     generation: Cost
-    """The hypernetwork for one row, with gradient."""
+    """A sample through the hypernetwork, with gradient."""
     decoding: Cost
     """An image through the decoder, with gradient."""
-    judging: Cost
+    scoring: Cost
     """An image through all optimised rewards, with gradient."""
     parameters: dict[str, int]
-    """Of the backbone, autoencoder, hypernetwork and each reward, also the watched ones."""
+    """Of the backbone, autoencoder, hypernetwork and each reward, also those that are only measured."""
     targets: int
     """Adapted projections."""
     text_numbers: tuple[int, ...]
     """Numbers in the conditions of one text, for each padding."""
-    guided_by_rows: bool
-    """Whether guidance takes a second row."""
+    cfg: bool
+    """Whether classifier-free guidance takes a second sample for each image."""
 
 
-def parts_of(config: TrainConfig, backbone: nn.Module, autoencoder: nn.Module) -> Parts:
-    """Returns what a recipe's step is made of; takes seconds.
+def step_costs(config: TrainConfig, backbone: nn.Module, autoencoder: nn.Module) -> StepCosts:
+    """Returns the costs of a recipe's step; takes seconds.
 
     Args:
         config: a recipe for a real base model.
         backbone: its U-Net or transformer on the meta device; changed into the recipe's precision.
-        autoencoder: what decodes in training, on the meta device; changed too.
+        autoencoder: the one that decodes in training, on the meta device; changed too.
 
     Raises:
         HyperAlignError: the hypernetwork does not fit the base model, or a reward is unknown.
@@ -75,7 +76,7 @@ def parts_of(config: TrainConfig, backbone: nn.Module, autoencoder: nn.Module) -
         maps = [torch.zeros(1, *s) for s in feature_shapes(spec_of(backbone), base.latent_shape[-1])]
     adapter, lengths = Adapter(backbone, hyperalign), text_lengths(config)
     call = base.call(x_1CHW, t_1, meta_conditions(config, max(lengths)))
-    last = perceiving(backbone, hyperalign.header.perception_blocks)
+    last = last_perceiving(backbone, hyperalign.header.perception_blocks)
     with torch.no_grad():
         sampling = cost_of(lambda: adapter.forward(call, core_1MDA))
     perception = operations_until(last, lambda: backbone(**call))
@@ -85,13 +86,13 @@ def parts_of(config: TrainConfig, backbone: nn.Module, autoencoder: nn.Module) -
     for parameter in hyperalign.network.parameters():  # the optimiser's bytes count the gradients
         parameter.grad = torch.zeros_like(parameter)
     rewards = meta_rewards(config)
-    return Parts(
+    return StepCosts(
         sampling=sampling,
         training=cost_of(lambda: adapter.forward(call, core_1MDA)),
         perception=perception,
         generation=cost_of(lambda: hyperalign.network(maps)),
         decoding=cost_of(lambda: base.decode(x_1CHW.requires_grad_())),
-        judging=judging(config, [rewards[name] for name in config.objective.rewards if name in rewards]),
+        scoring=scoring(config, [rewards[name] for name in config.objective.rewards if name in rewards]),
         parameters={
             "backbone": _count(backbone),
             "autoencoder": _count(autoencoder),
@@ -102,13 +103,13 @@ def parts_of(config: TrainConfig, backbone: nn.Module, autoencoder: nn.Module) -
         text_numbers=tuple(
             sum(value.numel() for value in meta_conditions(config, length).values()) for length in lengths
         ),
-        guided_by_rows=base.cfg,
+        cfg=base.cfg,
     )
 
 
 def without_recomputation(config: TrainConfig) -> TrainConfig:
-    """Returns the recipe that does nothing twice: what counts as the model's own work."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, checkpointing="none"))
+    """Returns the recipe without gradient checkpointing: its operations are the model's own."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, gradient_checkpointing="none"))
 
 
 def meta_base(config: TrainConfig, backbone: nn.Module, autoencoder: nn.Module) -> Base:
@@ -120,7 +121,7 @@ def meta_base(config: TrainConfig, backbone: nn.Module, autoencoder: nn.Module) 
 
 def meta_conditions(config: TrainConfig, length: int) -> Conditions:
     """Returns the conditions of one text at a padding."""
-    width, pooled = TEXT[config.model.base]
+    width, pooled = TEXT_WIDTHS[config.model.base]
     return RandomTexts(width, pooled, (context_tokens(config, length),), META).conditions([""])
 
 
@@ -131,8 +132,8 @@ def feature_shapes(spec: BaseSpec, side: int) -> list[tuple[int, int, int]]:
     return [(channels, side >> level, side >> level) for level, channels in enumerate(spec.feature_channels)]
 
 
-def perceiving(backbone: nn.Module, blocks: int) -> nn.Module:
-    """Returns the module after which everything is perceived. Raises HyperAlignError if there is none."""
+def last_perceiving(backbone: nn.Module, blocks: int) -> nn.Module:
+    """Returns the last module of perception. Raises HyperAlignError if there is none."""
     spec = spec_of(backbone)
     if isinstance(spec, TransformerSpec):
         return backbone.get_submodule(spec.perception_paths(blocks)[0])
@@ -140,9 +141,9 @@ def perceiving(backbone: nn.Module, blocks: int) -> nn.Module:
 
 
 def meta_rewards(config: TrainConfig) -> dict[str, Reward]:
-    """Returns the optimised and the watched rewards; the tiny ones cost nothing and are left out."""
-    names = dict.fromkeys([*config.objective.rewards, *config.eval.rewards])
-    return {name: meta_reward(name, backbone_dtype(config)) for name in names if name not in tiny.NAMES}
+    """Returns the rewards of a recipe without those of the tiny model, which cost nothing."""
+    names = [name for name in reward_names(config) if name not in tiny.NAMES]
+    return {name: meta_reward(name, backbone_dtype(config)) for name in names}
 
 
 def meta_reward(name: str, dtype: torch.dtype) -> Reward:
@@ -159,27 +160,27 @@ def meta_reward(name: str, dtype: torch.dtype) -> Reward:
     return published.assemble(name, network, vocabulary.hash_tokenizer if vocabulary else None)
 
 
-def judging(config: TrainConfig, rewards: Sequence[Reward]) -> Cost:
+def scoring(config: TrainConfig, rewards: Sequence[Reward]) -> Cost:
     """Returns the cost of one image through all rewards, with gradient to the image."""
     total, side = NOTHING, config.model.resolution
     for reward in rewards:
         set_checkpointing(reward.module, config.model.recomputes_images)
         image_1CHW = torch.zeros(1, 3, side, side, device=META, requires_grad=True)
-        total = total.beside(cost_of(lambda reward=reward, image=image_1CHW: look(reward, image)))
+        total = total.beside(cost_of(lambda reward=reward, image=image_1CHW: embed(reward, image)))
     return total
 
 
-def look(reward: Reward, images_BCHW: Tensor) -> Tensor:
-    """Returns what a reward sees in images.
+def embed(reward: Reward, images_BCHW: Tensor) -> Tensor:
+    """Returns a reward's embeddings of images.
 
-    That is nearly all of the work of a score, which itself asks for values that meta tensors do not have.
+    That is nearly all of the work of a score, whose rest needs values, which meta tensors do not have.
     """
     network, dtype = reward.module, encoder_weight(reward.module).dtype
     if isinstance(network, ImageRewardNetwork):
         return network.encode_images(clip.preprocess(images_BCHW).to(dtype))
     if isinstance(reward, (ClipReward, HeadReward)):
         return reward.module.embed_images(reward.preprocess(images_BCHW).to(dtype))
-    raise TypeError(f"{type(reward).__name__} looks at images in a way that is not known here")
+    raise TypeError(f"how {type(reward).__name__} embeds images is not known here")
 
 
 def _count(model: nn.Module) -> int:

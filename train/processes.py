@@ -1,0 +1,54 @@
+"""What the processes of a run exchange in a step: metrics, failures and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from hyperalign.errors import HyperAlignError
+
+
+def mean_metrics(metrics: dict[str, float], accelerator: Accelerator) -> dict[str, float]:
+    """Returns the metrics averaged over processes."""
+    if accelerator.num_processes == 1:
+        return dict(metrics)
+    means = _mean(torch.tensor(list(metrics.values()), device=accelerator.device), accelerator)
+    return dict(zip(metrics, means.tolist(), strict=True))
+
+
+def any_process(holds: bool, accelerator: Accelerator) -> bool:
+    """Returns whether something holds in at least one process."""
+    return mean_metrics({"any": float(holds)}, accelerator)["any"] > 0
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
+    """Averages gradients over processes in one flat reduction; a missing gradient is zero.
+
+    The two losses are several backward passes; a DistributedDataParallel wrapper would reduce in each of them
+    and fail at parameters that one pass does not use.
+    """
+    grads: list[Tensor] = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        grads.append(parameter.grad)
+    if accelerator.num_processes > 1:
+        means = _mean(torch.cat([grad.flatten() for grad in grads]), accelerator)
+        for grad, mean in zip(grads, means.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(mean.view_as(grad))
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
+    """Returns the norm of this process's gradients so far."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return float(torch.stack([grad.norm() for grad in grads]).norm()) if grads else 0.0
+
+
+def _mean(values: Tensor, accelerator: Accelerator) -> Tensor:
+    reduced = accelerator.reduce(values, reduction="mean")
+    if not isinstance(reduced, Tensor):
+        raise HyperAlignError(f"Accelerate returned a {type(reduced).__name__} for a reduced tensor.")
+    return reduced
