@@ -42,5 +42,5 @@ class Progress(AbstractContextManager["Progress"]):
         if self._bar.disable:
             sys.stderr.write(f"{line}\n")
         else:
+            self._bar.set_description_str(line, refresh=False)
             self._bar.reset(total=1)
-            self._bar.set_description_str(line)
