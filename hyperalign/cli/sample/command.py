@@ -38,7 +38,7 @@ OTHER_OUT = "Give another --out."
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     workflow: Path
     settings: list[str]
@@ -166,13 +166,13 @@ def _server(options: Options) -> Iterator[str]:
 
 
 def say(text: str) -> None:
-    """Writes a line for people; what scripts read goes to standard output."""
+    """Writes a message to standard error. Standard output is for the paths of images, which scripts read."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
 def parse(arguments: Sequence[str] | None) -> Options:
-    """Returns what the command line asks for; ends the process on a wrong one."""
+    """Returns the options of the command line; a wrong one ends the process."""
     parser = argparse.ArgumentParser(
         prog="python -m hyperalign sample",
         description=__doc__,

@@ -1,4 +1,4 @@
-"""Workflow files in either of ComfyUI's formats."""
+"""Workflow files in both of ComfyUI's formats."""
 
 from __future__ import annotations
 
