@@ -1,7 +1,7 @@
-"""What is wrong with a workflow file, by the node declarations of a running ComfyUI.
+"""Checks workflow files against the node declarations of a running ComfyUI.
 
-A workflow is a graph; so is each of its subgraphs. Both are checked: nodes exist, links join the sockets
-they name, every required input has a link or a widget value, and every value is one the node offers.
+It checks a workflow's graph and its subgraphs: nodes exist, links join the sockets they name, every required
+input has a link or a widget value, and every value is one that the node accepts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from scripts.schemas import ObjectInfo, inputs_of
 Node = dict[str, Any]
 NOTES = {"Note", "MarkdownNote"}
 ANY_TYPE = "*"
-# Choices that are files of the user's: the workflow names the conventional one.
+# Choices that are the user's files: a workflow names the conventional one.
 FILE_CHOICES = {"ckpt_name", "unet_name", "vae_name", "clip_name1", "clip_name2", "lora_name", "hypernetwork"}
 SUBGRAPH_INPUT, SUBGRAPH_OUTPUT = -10, -20
 

@@ -1,4 +1,4 @@
-"""Places, the error of the set-up scripts, and the one way they call pip."""
+"""Paths, the error of the set-up scripts, and how they run pip."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo: the same prompts drawn by the base model and by HyperAlign I, P and S in a real ComfyUI.
+"""The demo: the base model and HyperAlign I, P and S generate images of the same prompts in a real ComfyUI.
 
 `python3 scripts/demo.py` sets up what is missing, starts ComfyUI, runs the shipped workflow for every
 prompt, seed and method, and writes demo_output/grid.png, the single images and report.json.
@@ -12,6 +12,8 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # at the end: see "nodes" in CONTRIBUTING.md
 
+from hyperalign.errors import HyperAlignError
+from hyperalign.openmp import wait_passively
 from scripts.common import ROOT, ScriptError, say
 from scripts.environment import enter_environment
 from scripts.host import Server, exit_on_termination
@@ -35,15 +37,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(tree: Path, arguments: argparse.Namespace) -> None:
-    """Draws, judges and reports.
+    """Generates images, scores them and reports.
 
     Raises:
         ScriptError: a step failed; the message says which, and what to do.
     """
-    # Only inside the environment is there what these modules import.
+    # What these modules import is only installed inside the environment.
     from hyperalign.cli.sample.client import ComfyClient
-    from hyperalign.errors import HyperAlignError
-    from scripts.drawing import choose_prompts, draw_all
+    from scripts.generation import choose_prompts, generate_all
     from scripts.grid import save_grid
     from scripts.measure import measure, print_table, write_report
 
@@ -52,27 +53,28 @@ def run(tree: Path, arguments: argparse.Namespace) -> None:
         say(f"ComfyUI answers at {server.url}.")
         try:
             requests = choose_prompts(arguments.per_family)
-            drawing = draw_all(server, ComfyClient(server.url), requests, arguments.output)
+            demo = generate_all(server, ComfyClient(server.url), requests, arguments.output)
         except HyperAlignError as error:
             server.check_alive()
             raise ScriptError(f"ComfyUI could not run the workflow: {error}") from error
     try:
-        scored = measure(drawing.images)
+        scored = measure(demo.images)
     except HyperAlignError as error:
-        raise ScriptError(f"The images could not be judged: {error}") from error
-    report = write_report(drawing, scored, arguments.output / "report.json")
+        raise ScriptError(f"The images could not be scored: {error}") from error
+    report = write_report(demo, scored, arguments.output / "report.json")
     save_grid(scored, arguments.output / "grid.png")
     print_table(report)
-    say(f"Look at {arguments.output / 'grid.png'}; the figures are in {arguments.output / 'report.json'}.")
+    say(f"Look at {arguments.output / 'grid.png'}; the metrics are in {arguments.output / 'report.json'}.")
 
 
 def main() -> int:
     """Runs the demo; returns the process's exit status."""
     exit_on_termination()
+    wait_passively()  # before torch is imported
     try:
         arguments = parse_arguments()
         run(enter_environment(Path(__file__).resolve()), arguments)
-    except (ScriptError, OSError) as error:
+    except (ScriptError, HyperAlignError, OSError) as error:
         say(f"Error: {error}")
         return 1
     except KeyboardInterrupt:

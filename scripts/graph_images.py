@@ -1,7 +1,8 @@
-"""Draws the images of graphs for the help pages, and the thumbnails of the template browser.
+"""Makes the images of graphs for the help pages, and the thumbnails of the template browser.
 
 `python3 scripts/graph_images.py` runs the tiny model's workflows in ComfyUI's own page in Chromium. Their
-thumbnails are what they drew; a workflow that needs a large model shows its graph. `NAME ...` does some only.
+thumbnails show the generated images; that of a workflow for a large model shows its graph. `NAME ...` makes
+only those of the named workflows.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import json
 import math
 import sys
 import urllib.parse
-import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # at the end: see "nodes" in CONTRIBUTING.md
 
+from hyperalign.errors import HyperAlignError
 from scripts.browser import ensure_browser
 from scripts.common import ROOT, ScriptError, say
 from scripts.environment import enter_environment
@@ -24,7 +25,7 @@ from scripts.host import Server, exit_on_termination
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from playwright.sync_api import Page
+    from playwright.sync_api import APIResponse, Page
 
 Workflow = dict[str, Any]
 WORKFLOWS = ROOT / "example_workflows"
@@ -64,7 +65,7 @@ SWITCHES = (
     "--no-sandbox",
     "--disable-gpu",
     "--disable-background-networking",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # nothing outside this machine is asked
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # no connection leaves this machine
 )
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
@@ -115,7 +116,7 @@ class Editor:
 
     def __init__(self, page: Page, url: str) -> None:
         self.page, self.url = page, url
-        self._request("/settings", SETTINGS)
+        page.request.post(f"{url}/settings", data=SETTINGS, fail_on_status_code=True)
         page.goto(url)
         page.wait_for_function(READY)
 
@@ -130,11 +131,11 @@ class Editor:
         Raises:
             ScriptError: the run failed.
         """
-        known = set(self._request("/history"))
+        known = set(self._get("/history").json())
         self.page.evaluate("() => app.queuePrompt(0)")
-        while not (new := self._request("/history").keys() - known):
+        while not (new := self._get("/history").json().keys() - known):
             self.page.wait_for_timeout(200)
-        result = self._request(f"/history/{new.pop()}").popitem()[1]
+        result = self._get(f"/history/{new.pop()}").json().popitem()[1]
         if result["status"]["status_str"] != "success":
             raise ScriptError(f"The run failed: {result['status']['messages']}")
         self.page.wait_for_timeout(1000)  # its images reach the canvas
@@ -157,15 +158,12 @@ class Editor:
     def _image(self, reference: dict[str, str]) -> Image:
         from PIL import Image
 
-        address = f"{self.url}/view?{urllib.parse.urlencode(reference)}"
-        with urllib.request.urlopen(address) as answer:
-            return Image.open(io.BytesIO(answer.read())).convert("RGB")
+        return Image.open(io.BytesIO(self._get("/view", urllib.parse.urlencode(reference)).body())).convert(
+            "RGB"
+        )
 
-    def _request(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request) as answer:
-            return json.loads(answer.read() or "{}")
+    def _get(self, path: str, query: str = "") -> APIResponse:
+        return self.page.request.get(self.url + path, params=query, fail_on_status_code=True)
 
 
 def neighbourhood(workflow: Workflow, node_type: str) -> list[list[int]]:
@@ -221,22 +219,22 @@ def image_workflow(editor: Editor, path: Path) -> None:
     runs = any(node["type"] == TINY for node in workflow["nodes"])
     editor.load(workflow)
     if runs:
-        drawn = editor.run()
-        shown = SHOWING.get(path.stem) or sorted(drawn, key=int)
-        thumbnail = contact_sheet([drawn[node] for node in shown])
+        images = editor.run()
+        shown = SHOWING.get(path.stem) or sorted(images, key=int)
+        thumbnail = contact_sheet([images[node] for node in shown])
     else:
         thumbnail = editor.graph([[node["id"] for node in workflow["nodes"] if node["type"] != NOTE]])
     save_small(thumbnail, path.with_suffix(".jpg"), 768)
     for node_type in (node_type for node_type, name in HELP.items() if name == path.stem):
         editor.load(workflow)
         if runs:
-            editor.run()  # from the host's cache: only the images in the nodes come back
+            editor.run()  # from ComfyUI's cache: only restores the images in the nodes
         image = editor.graph(neighbourhood(workflow, node_type))
         save_small(image, IMAGES / f"{node_type}.webp", 1200)
 
 
 def main(names: list[str]) -> int:
-    """Draws all images, or those of the named workflows; returns the process's exit status."""
+    """Makes all images, or those of the named workflows; returns the process's exit status."""
     exit_on_termination()
     try:
         tree = enter_environment(Path(__file__).resolve())
@@ -248,7 +246,7 @@ def main(names: list[str]) -> int:
             editor = Editor(browser.new_page(viewport={"width": 1600, "height": 1000}), server.url)
             for path in paths:
                 image_workflow(editor, path)
-    except (ScriptError, OSError) as error:
+    except (ScriptError, HyperAlignError, OSError) as error:
         say(f"Error: {error}")
         return 1
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from scripts.drawing import METHODS, SEEDS
+from scripts.generation import METHODS, SEEDS
 from scripts.measure import Scored
 
 TILE = 192
@@ -22,14 +22,14 @@ TITLES["hyperalign-s"] = "HyperAlign-S"
 
 
 def save_grid(scored: Sequence[Scored], path: Path) -> None:
-    """Draws the first seed's images of every prompt and method."""
+    """Saves a grid of the first seed's images of every prompt and method."""
     shown = {(s.image.request.prompt, s.image.method): s for s in scored if s.image.seed == SEEDS[0]}
     prompts = list(dict.fromkeys(prompt for prompt, _ in shown))
     width = LABELS + len(METHODS) * (TILE + GAP) + GAP
     height = HEAD + len(prompts) * (TILE + UNDER + GAP) + GAP
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
-    note = f"One prompt and seed ({SEEDS[0]}) a row; under each image its reward and the detector's verdict."
+    note = f"One prompt a row, seed {SEEDS[0]}; under each image its reward and the detector's result."
     draw.text((GAP, GAP), note, INK, ImageFont.load_default(15))
     for column, method in enumerate(METHODS):
         centre = (_left(column) + TILE // 2, HEAD - 20)

@@ -14,6 +14,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # at the end: see "nodes" in CONTRIBUTING.md
 
+from hyperalign.errors import HyperAlignError
 from scripts.common import ROOT, ScriptError, say
 from scripts.environment import enter_environment
 from scripts.host import exit_on_termination
@@ -96,7 +97,7 @@ def main() -> int:
     exit_on_termination()
     try:
         info = read_object_info(enter_environment(Path(__file__).resolve()))
-    except (ScriptError, OSError) as error:
+    except (ScriptError, HyperAlignError, OSError) as error:
         say(f"Error: {error}")
         return 1
     left: list[str] = []

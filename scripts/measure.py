@@ -1,4 +1,4 @@
-"""Judges the demo's images with the embedded world's judges and writes the report."""
+"""Scores the demo's images with the tiny model's evaluators and writes the report."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hyperalign.files import write_text
 from hyperalign.tiny.evaluators import (
     load_detector,
     load_reward,
@@ -23,12 +24,12 @@ from hyperalign.tiny.evaluators import (
 from hyperalign.tiny.geneval import diversity, is_correct, summarise
 from hyperalign.tiny.text_encoder import tokenize_batch
 from scripts.common import say
-from scripts.drawing import METHODS, SEEDS, Drawing, GeneratedImage
+from scripts.generation import METHODS, SEEDS, Demo, GeneratedImage
 
 
 @dataclass(frozen=True)
 class Scored:
-    """An image with every judge's word; `embedding_D` is the validation reward's view of it."""
+    """An image with every evaluator's result; `embedding_D` is the validation reward's embedding of it."""
 
     image: GeneratedImage
     reward: float
@@ -60,21 +61,21 @@ def measure(images: Sequence[GeneratedImage]) -> list[Scored]:
     return [Scored(*row) for row in zip(*columns, strict=True)]
 
 
-def write_report(drawing: Drawing, scored: Sequence[Scored], path: Path) -> dict[str, Any]:
-    """Writes report.json and returns what it says."""
+def write_report(demo: Demo, scored: Sequence[Scored], path: Path) -> dict[str, Any]:
+    """Writes report.json and returns its content."""
     report = {
-        "host": drawing.host,
+        "host": demo.host,
         "prompts": len({s.image.request.prompt for s in scored}),
         "seeds": list(SEEDS),
-        "steps": drawing.steps,
-        "cfg": drawing.cfg,
-        "methods": {m: _figures([s for s in scored if s.image.method == m]) for m in METHODS},
+        "steps": demo.steps,
+        "cfg": demo.cfg,
+        "methods": {m: _metrics([s for s in scored if s.image.method == m]) for m in METHODS},
     }
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(report, indent=2) + "\n")
     return report
 
 
-def _figures(scored: Sequence[Scored]) -> dict[str, Any]:
+def _metrics(scored: Sequence[Scored]) -> dict[str, Any]:
     by_prompt: dict[str, list[Tensor]] = {}
     for s in scored:
         by_prompt.setdefault(s.image.request.prompt, []).append(s.embedding_D)
@@ -97,18 +98,18 @@ def _mean(values: Any) -> float:
 
 
 def print_table(report: dict[str, Any]) -> None:
-    """Prints the report's figures, one method a line."""
+    """Prints the report's metrics, one method a line."""
     titles = ("", "reward", "validation", "geneval", "style", "diversity", "s/image", "generations")
     rows: list[tuple[str, ...]] = [titles]
-    for method, figures in report["methods"].items():
+    for method, metrics in report["methods"].items():
         numbers = (
-            figures["reward"], figures["validation_reward"], figures["geneval"]["overall"], figures["style"],
-            figures["diversity"], figures["seconds_per_image"],
+            metrics["reward"], metrics["validation_reward"], metrics["geneval"]["overall"], metrics["style"],
+            metrics["diversity"], metrics["seconds_per_image"],
         )  # fmt: skip
-        rows.append((method, *(f"{n:.3f}" for n in numbers), f"{figures['generations_per_run']:g}"))
+        rows.append((method, *(f"{n:.3f}" for n in numbers), f"{metrics['generations_per_run']:g}"))
     host = report["host"]
-    drawn = f"{report['prompts']} prompts x {len(report['seeds'])} seeds, {report['steps']} steps"
+    runs = f"{report['prompts']} prompts x {len(report['seeds'])} seeds, {report['steps']} steps"
     software = f"ComfyUI {host['comfyui']}, torch {host['torch']}, {host['device']}"
-    say(f"\n{drawn}, CFG {report['cfg']:g}; {software}")
+    say(f"\n{runs}, CFG {report['cfg']:g}; {software}")
     for row in rows:
         say(f"{row[0]:14s}" + "".join(f"{cell:>12s}" for cell in row[1:]))

@@ -1,4 +1,4 @@
-"""What saved workflows rely on: the nodes' inputs and outputs, compared with the committed record.
+"""The nodes' inputs and outputs, on which saved workflows rely, compared with the committed record.
 
 `python3 scripts/schemas.py` starts ComfyUI and shows what differs; `--update` records it. A change that
 would break saved workflows is recorded only with `--breaking` too, which calls for a new major version:
@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # at the end: see "nodes" in CONTRIBUTING.md
 
+from hyperalign.errors import HyperAlignError
 from scripts.common import ROOT, ScriptError, say
 from scripts.environment import enter_environment
 from scripts.host import Server, exit_on_termination
@@ -26,7 +27,7 @@ Schemas = dict[str, dict[str, list[dict[str, Any]]]]
 SNAPSHOT = ROOT / "tests" / "host" / "snapshots" / "schemas.json"
 PREFIX = "HyperAlign"
 RECORDED_OPTIONS = ("default", "min", "max", "options", "forceInput", "control_after_generate")
-# Their choices are the host's samplers and the user's files.
+# Their choices are ComfyUI's samplers and the user's files.
 FOREIGN_CHOICES = {"sampler_name", "scheduler", "hypernetwork"}
 
 
@@ -55,7 +56,7 @@ def inputs_of(declaration: dict[str, Any]) -> Iterator[tuple[str, str, Any, dict
 
 
 def schemas_of(info: ObjectInfo) -> Schemas:
-    """Returns what saved workflows rely on, for each of the pack's nodes."""
+    """Returns the inputs and outputs of each of the pack's nodes."""
     return {
         name: {
             "inputs": [_input(*each) for each in inputs_of(declaration)],
@@ -81,7 +82,7 @@ def _input(name: str, group: str, kind: Any, options: dict[str, Any]) -> dict[st
 
 
 def breaking_changes(old: Schemas, new: Schemas) -> Iterator[str]:
-    """Yields a sentence for each change that a saved workflow would notice."""
+    """Yields a sentence for each change that breaks saved workflows."""
     for node, before in old.items():
         if node not in new:
             yield f"{node} is gone: keep it as deprecated until a node replacement can be registered"
@@ -160,7 +161,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         found = schemas_of(read_object_info(enter_environment(Path(__file__).resolve())))
-    except (ScriptError, OSError) as error:
+    except (ScriptError, HyperAlignError, OSError) as error:
         say(f"Error: {error}")
         return 1
     recorded = read_snapshot() if SNAPSHOT.exists() else {}

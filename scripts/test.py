@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # at the end: see "nodes" in CONTRIBUTING.md
 
+from hyperalign.openmp import wait_passively
 from scripts.browser import browser_is_required, ensure_browser
 from scripts.common import ROOT, ScriptError, say
 from scripts.environment import enter_environment
@@ -44,6 +45,7 @@ def main(arguments: list[str]) -> int:
         say(f"Error: {error}")
         return 1
     environment = os.environ | {"COMFYUI_PATH": str(tree)}
+    wait_passively(environment)
     failed = [] if fast else [check[0] for check in CHECKS if _run(_tool(check), environment) != 0]
     # Those named are among what is passed on.
     if _run([sys.executable, "-m", "pytest", *([] if named else places), *passed_on], environment) != 0:

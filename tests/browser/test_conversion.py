@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from hyperalign.cli.sample.client import ComfyClient
 from hyperalign.cli.sample.convert import read, to_prompt
 from scripts.common import ROOT
 
@@ -106,8 +105,11 @@ def bare(prompt: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def info(server) -> dict[str, Any]:
-    return ComfyClient(server.url).object_info()
+def info(browser, server) -> dict[str, Any]:
+    page = browser.new_page()
+    found = page.request.get(f"{server.url}/object_info").json()
+    page.close()
+    return found
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)

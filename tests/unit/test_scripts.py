@@ -5,21 +5,22 @@ from pathlib import Path
 
 import pytest
 
+from hyperalign.cli.sample.server import ADDRESS, free_port
 from scripts import environment, host, host_tree
 from scripts.common import ScriptError
 
 
 def test_a_taken_port_is_replaced():
     with socket.socket() as taken:
-        taken.bind((host.ADDRESS, 0))
+        taken.bind((ADDRESS, 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert host.free_port(port) not in (0, port)
+        assert free_port(port) not in (0, port)
 
 
 def test_a_free_port_is_kept():
-    port = host.free_port()
-    assert host.free_port(port) == port
+    port = free_port()
+    assert free_port(port) == port
 
 
 def test_comfyui_path_must_be_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -272,9 +272,9 @@ def test_circles_and_subgraphs_in_themselves_are_refused():
     circle = workflow(
         [*nodes, sampler(link=3)], [1, 2, 0, 1, 0, "*"], [2, 1, 0, 2, 0, "*"], [3, 2, 0, 7, 0, "*"]
     )
-    with pytest.raises(HyperAlignError, match="run in a circle"):
+    with pytest.raises(HyperAlignError, match="form a cycle"):
         to_prompt(circle, INFO)
-    with pytest.raises(HyperAlignError, match="'Aligned' holds itself"):
+    with pytest.raises(HyperAlignError, match="'Aligned' contains itself"):
         to_prompt(around(instance(12), nodes=[instance(3)]), INFO)
 
 

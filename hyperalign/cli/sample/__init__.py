@@ -1,1 +1,1 @@
-"""Workflow files run in a ComfyUI over its HTTP interface; the standard library is all this needs."""
+"""Runs workflow files in a ComfyUI over its HTTP interface. Needs aiohttp and tqdm, which ComfyUI brings."""

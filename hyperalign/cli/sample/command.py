@@ -1,11 +1,11 @@
 """Runs a workflow on a local ComfyUI and saves its images.
 
-python -m hyperalign sample --workflow drawing.json --set "prompt=a red heart" --set seed=5
-python -m hyperalign sample --workflow drawing.json --comfyui ~/ComfyUI --out images -- --cpu
+python -m hyperalign sample --workflow heart.json --set "prompt=a red heart" --set seed=5
+python -m hyperalign sample --workflow heart.json --comfyui ~/ComfyUI --out images -- --cpu
 
 --set NAME=VALUE gives a widget another value. NAME is its name, where one node alone has it; title.name or
-#id.name where several do; *.name for all of them. prompt and negative find the text by themselves, and
-seed=random draws a seed, and image=photo.png uploads an image. Without --set the workflow runs as saved.
+#id.name where several do; *.name for all of them. prompt and negative find the text by themselves,
+seed=random samples a seed, and image=photo.png uploads an image. Without --set the workflow runs as saved.
 """
 
 from __future__ import annotations
@@ -13,28 +13,32 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import HyperAlignError
-from .client import ComfyClient, Result
+from ...files import cannot_write, check_writable, write_bytes
 from .convert import Graph, read
 from .files import load
-from .progress import Progress
-from .server import ComfyServer, answers
+from .server import ComfyServer, answers, own_python
 from .settings import changes_of, describe
+
+if TYPE_CHECKING:
+    from .client import ComfyClient, Result
 
 USUAL_URL = "http://127.0.0.1:8188"
 STOPPED = 130
-"""The exit status of what Ctrl+C ended."""
+"""The exit status after Ctrl+C."""
+OTHER_OUT = "Give another --out."
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     workflow: Path
     settings: list[str]
@@ -53,15 +57,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        say("\nStopped; ComfyUI runs nothing of it any more.")
+        say("\nStopped; the server no longer runs the workflow.")
         return STOPPED
     return 0
 
 
 def run(options: Options) -> list[Path]:
     """Runs the workflow and returns the files it saved. Raises HyperAlignError."""
+    try:  # both packages come with ComfyUI
+        from .client import ComfyClient
+        from .progress import Progress
+    except ModuleNotFoundError as error:
+        raise HyperAlignError(
+            f"The package {error.name} is not installed; sample needs aiohttp and tqdm: run "
+            f"`{sys.executable} -m pip install aiohttp tqdm`."
+        ) from error
     content = load(options.workflow)
-    _make(options.out)
+    check_writable(options.out / "image.png", OTHER_OUT)
     with _server(options) as url:
         client = ComfyClient(url)
         info = client.object_info()
@@ -77,12 +89,12 @@ def run(options: Options) -> list[Path]:
             graph = graph.with_values(found)
         with Progress(graph.prompt) as progress:
             result = client.run(graph.prompt, progress.see, graph.workflow)
-        _tell(graph, result)
+        _show_texts(graph, result)
         return save(client, result, options.out)
 
 
 def save(client: ComfyClient, result: Result, folder: Path) -> list[Path]:
-    """Saves what a run put out, or where it put out nothing its previews; overwrites nothing.
+    """Saves the files that a run saved on the server, or its previews if there are none. Overwrites nothing.
 
     Raises HyperAlignError when there is neither, or the disk refuses.
     """
@@ -96,30 +108,19 @@ def save(client: ComfyClient, result: Result, folder: Path) -> list[Path]:
     ]
     kept = [item for item in files if item.get("type") == "output"] or files
     if not kept:
-        raise HyperAlignError("The workflow put out no image; end it with Save Image or Preview Image.")
+        raise HyperAlignError("The workflow saved no image; end it with Save Image or Preview Image.")
     saved: list[Path] = []
     for item in kept:
         reference = {key: str(item.get(key, "")) for key in ("filename", "subfolder", "type")}
         path = _free(folder / Path(reference["filename"]).name)
-        _write(path, client.image(reference))
+        with cannot_write(path, OTHER_OUT):
+            write_bytes(path, client.image(reference))
         saved.append(path)
     return saved
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        raise HyperAlignError(f"{path} could not be written ({error}); give another --out.") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _free(path: Path) -> Path:
-    """Returns the path, or the first like it that no file has."""
+    """Returns the path, with a number where a file has it already."""
     number, free = 2, path
     while free.exists():
         free = path.with_stem(f"{path.stem.rstrip('_')}_{number}")
@@ -127,15 +128,8 @@ def _free(path: Path) -> Path:
     return free
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise HyperAlignError(f"--out is {folder}, where no folder can be made ({error}).") from error
-
-
-def _tell(graph: Graph, result: Result) -> None:
-    """Says the texts that nodes show, as scores."""
+def _show_texts(graph: Graph, result: Result) -> None:
+    """Prints the texts that nodes show, as scores."""
     for node, output in result.outputs.items():
         for text in output.get("text") or []:
             say(f"{graph.titles.get(node, (node,))[-1]}: {text}")
@@ -161,18 +155,24 @@ def _server(options: Options) -> Iterator[str]:
         yield url
         return
     say(f"Starting ComfyUI from {tree} ...")
-    with ComfyServer(tree, options.comfyui_arguments) as server:
-        yield server.url
+    with tempfile.TemporaryDirectory(prefix="hyperalign-", ignore_cleanup_errors=True) as scratch:
+        folder = Path(scratch)
+        arguments = ("--output-directory", scratch, "--temp-directory", scratch, *options.comfyui_arguments)
+        with ComfyServer(
+            tree, folder / "comfyui.log", folder / "comfyui.db", arguments, python=own_python(tree),
+            advice="Where there is no GPU, end the command with `-- --cpu`.",
+        ) as server:  # fmt: skip
+            yield server.url
 
 
 def say(text: str) -> None:
-    """Writes a line for people; what scripts read goes to standard output."""
+    """Writes a message to standard error. Standard output is for the paths of images, which scripts read."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
 def parse(arguments: Sequence[str] | None) -> Options:
-    """Returns what the command line asks for; ends the process on a wrong one."""
+    """Returns the options of the command line; a wrong one ends the process."""
     parser = argparse.ArgumentParser(
         prog="python -m hyperalign sample",
         description=__doc__,

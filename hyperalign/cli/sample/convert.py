@@ -1,4 +1,4 @@
-"""From the page's format to the one the server runs, and back to the places of its values."""
+"""Converts workflows from the page's format to the API format, and keeps where the page stores each value."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class Graph:
 
     prompt: Prompt
     places: Mapping[tuple[str, str], Place]
-    """By node and input: where the workflow file keeps the value."""
+    """By node and input: where the workflow file stores the value."""
     titles: Mapping[str, tuple[str, ...]]
-    """By node: its own title, after those of the subgraphs around it."""
+    """By node: the titles of the subgraphs around it, then its own."""
     workflow: Workflow | None
     """The page's format, None for a file in API format."""
 
     def with_values(self, changes: Mapping[tuple[str, str], Any]) -> Graph:
-        """Returns a copy with other values by node and input; the workflow goes along where it can.
+        """Returns a copy with other values by node and input, also in the page's format.
 
-        Two uses of a subgraph share what is inside. Where only one of them changes, the page's format cannot
-        say so, and the copy has no workflow.
+        Two uses of a subgraph share its nodes. The page's format cannot express a change in only one of them;
+        the copy then has no workflow.
         """
         changed = copy.deepcopy(self)
         owners = Counter((id(place.container), place.key) for place in changed.places.values())
@@ -47,7 +47,7 @@ class Graph:
 def read(content: Workflow | Prompt, info: ObjectInfo) -> Graph:
     """Makes a workflow of either format ready to run.
 
-    Raises HyperAlignError when the server lacks a node, or links run in a circle.
+    Raises HyperAlignError when the server lacks a node, or links form a cycle.
     """
     content = copy.deepcopy(content)
     if not is_workflow(content):
@@ -67,7 +67,7 @@ def read(content: Workflow | Prompt, info: ObjectInfo) -> Graph:
             inputs = _inputs(level, key, node, info, at)
             prompt[number] = {"class_type": node["type"], "inputs": inputs, "_meta": {"title": title}}
             titles[number] = (*level.titles(), title)
-    for node in prompt.values():  # muted nodes give nothing
+    for node in prompt.values():  # muted nodes have no outputs
         node["inputs"] = {k: v for k, v in node["inputs"].items() if not is_link(v) or v[0] in prompt}
     return Graph(prompt, at, titles, content)
 
@@ -100,8 +100,8 @@ def check_known(kinds: Mapping[str, str], info: ObjectInfo) -> None:
     if missing:
         named = ", ".join(repr(kind) + (f" (of {kinds[kind]})" if kinds[kind] else "") for kind in missing)
         raise HyperAlignError(
-            f"The workflow uses {named}, which this ComfyUI does not know; install the pack that has it, or "
-            "take it out of the workflow."
+            f"The workflow uses {named}, which this ComfyUI does not know; install its pack, or "
+            "remove the node from the workflow."
         )
 
 
@@ -121,15 +121,15 @@ def _inputs(
             own.pop(name, None)
     at |= {(number, name): place for name, place in own.items()}
     values = {name: place.value for name, place in own.items()}
-    # A workflow of an older version lacks the widgets that came later; the page gives them their defaults.
+    # A workflow of an older version lacks newer widgets; the page gives them their defaults.
     later = (widget for widget in widgets(info[node["type"]], values) if widget.name not in values)
     values |= {widget.name: widget.default for widget in later if widget.default is not None}
-    # A list would be read as a link.
+    # The server reads a list as a link.
     return {k: {"__value__": v} if isinstance(v, list) else v for k, v in values.items()} | links
 
 
 def _matters(node: dict[str, Any], info: ObjectInfo) -> bool:
-    """Whether a node has to be known: the page's own helpers, linked to nothing, run on no server."""
+    """Whether the server must know a node: not if it is linked to nothing, like the page's own helpers."""
     ends = [socket.get("link") for socket in node.get("inputs") or []]
     ends += [link for socket in node.get("outputs") or [] for link in socket.get("links") or []]
     return node["type"] in info or any(end is not None for end in ends)

@@ -1,4 +1,4 @@
-"""Workflow files in either of ComfyUI's formats."""
+"""Workflow files in both of ComfyUI's formats."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ Prompt = dict[str, dict[str, Any]]
 """A graph as the server runs it (API format): node id -> class_type, inputs and _meta."""
 ObjectInfo = dict[str, Any]
 """The server's declarations of its nodes, by their types."""
+Event = dict[str, Any]
+"""One message of the server's websocket: type and data."""
 
 
 def load(path: Path) -> Workflow | Prompt:

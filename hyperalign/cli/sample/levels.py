@@ -1,7 +1,7 @@
-"""The page's graph with its subgraphs, and where each input's value comes from once nothing is virtual.
+"""The page's graph with its subgraphs, and the source of each input's value.
 
-It follows what the page does before it queues: subgraphs are opened (ids like `12:3`), bypassed nodes pass
-on their first input of the same type, reroutes and primitive nodes vanish.
+It does what the page does before it queues: it expands subgraphs (ids like `12:3`), connects through bypassed
+nodes (the first input of the same type) and reroutes, and replaces primitive nodes by their values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MUTED, BYPASSED = 2, 4
 REROUTE, PRIMITIVE = "Reroute", "PrimitiveNode"
 VIRTUAL = (REROUTE, PRIMITIVE, "Note", "MarkdownNote")
 INSIDE, OUTSIDE = "-10", "-20"
-"""The nodes of a subgraph that stand for its inputs and its outputs."""
+"""The ids that represent a subgraph's inputs and its outputs."""
 
 Node = dict[str, Any]
 
@@ -39,14 +39,14 @@ class Source(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where the page keeps a widget's value: `container[key]`."""
+    """Where the page stores a widget's value: `container[key]`."""
 
     container: Any
     key: int | str
 
     @property
     def value(self) -> Any:
-        """What is there."""
+        """The stored value."""
         return self.container[self.key]
 
 
@@ -59,7 +59,7 @@ class Level:
     definitions: Mapping[str, Workflow]
     definition: Workflow
     outer: tuple[Level, str] | None = None
-    """The level around this one, and the id there of the node that stands for this one."""
+    """The level around this one, and the id there of this level's node."""
     inner: dict[str, Level] = field(default_factory=dict[str, "Level"])
 
     def id_of(self, node: str) -> str:
@@ -87,7 +87,7 @@ class Level:
 def root(workflow: Workflow) -> Level:
     """Returns the outermost level of a workflow.
 
-    Raises HyperAlignError on a subgraph that holds itself.
+    Raises HyperAlignError on a subgraph that contains itself.
     """
     subgraphs = (workflow.get("definitions") or {}).get("subgraphs") or []
     return _level(workflow, {str(one["id"]): one for one in subgraphs}, None, ())
@@ -104,7 +104,9 @@ def _level(
     for key, node in nodes.items():
         kind = node["type"]
         if kind in around:
-            raise HyperAlignError(f"The subgraph {graph.get('name')!r} holds itself; take it out of itself.")
+            raise HyperAlignError(
+                f"The subgraph {graph.get('name')!r} contains itself; remove that node from it."
+            )
         if kind in definitions:
             level.inner[key] = _level(definitions[kind], definitions, (level, key), (*around, kind))
     return level
@@ -123,9 +125,9 @@ Steps = frozenset[tuple[str, str, int]]
 
 
 def source_of(level: Level, node: str, slot: int, passed: Steps = frozenset()) -> Source | Place | None:
-    """Returns what feeds an input: an output, a widget of a primitive or a subgraph, or None for nothing.
+    """Returns what an input is linked to: an output, a widget of a primitive or a subgraph, or None.
 
-    Raises HyperAlignError on links that run in a circle.
+    Raises HyperAlignError on links that form a cycle.
     """
     sockets = level.nodes[node].get("inputs") or []
     link = level.links.get(sockets[slot].get("link") or -1) if slot < len(sockets) else None
@@ -167,7 +169,7 @@ def _behind(level: Level, link: Link, kind: str, passed: Steps) -> Source | Plac
 
 
 def _bypass(node: Node, slot: int, kind: str) -> int | None:
-    """Returns which input a bypassed node passes on: that of the same slot, or the first of the type."""
+    """Returns the input that a bypassed node passes on: that of the same slot, or the first of the type."""
     kinds = [str(socket.get("type")) for socket in node.get("inputs") or []]
     if kind in ("*", ""):
         return (slot if slot < len(kinds) else 0) if kinds else None
@@ -179,13 +181,13 @@ def _bypass(node: Node, slot: int, kind: str) -> int | None:
 
 
 def _connects(one: str, other: str) -> bool:
-    """Whether the page would link two types: `*` meets all, lists meet where they share one."""
+    """Whether the page would link two types: `*` fits all, lists fit if they share one."""
     left, right = set(one.lower().split(",")), set(other.lower().split(","))
     return "*" in left | right or bool(left & right)
 
 
 def promoted(level: Level, instance: Node) -> dict[str, Place]:
-    """Returns by name the widgets that a subgraph shows on its node, where they keep a value there."""
+    """Returns by name the widgets that a subgraph shows on its node and that store a value there."""
     values = instance.get("widgets_values")
     if not isinstance(values, list):
         return {}
@@ -211,5 +213,5 @@ def _shows(level: Level, slot: int) -> bool:
 def _step(passed: Steps, level: Level, node: str, slot: int) -> Steps:
     step = (level.id_of(node), "input", slot)
     if step in passed:
-        raise HyperAlignError(f"The links at node #{level.id_of(node)} run in a circle; cut one of them.")
+        raise HyperAlignError(f"The links at node #{level.id_of(node)} form a cycle; remove one of them.")
     return passed | {step}

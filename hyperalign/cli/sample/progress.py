@@ -1,4 +1,4 @@
-"""How far a run is: one changing line on a terminal, a line per node elsewhere."""
+"""The progress of a run: a bar over the current node's steps in a terminal, a line per node elsewhere."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import sys
 from contextlib import AbstractContextManager
 from types import TracebackType
 
-from .client import Event
-from .files import Prompt
+from tqdm import tqdm
 
-WIDTH = 78
+from .files import Event, Prompt
 
 
 class Progress(AbstractContextManager["Progress"]):
@@ -17,39 +16,31 @@ class Progress(AbstractContextManager["Progress"]):
 
     def __init__(self, prompt: Prompt) -> None:
         self._prompt = prompt
-        self._begun: dict[str, None] = {}
-        self._line = ""
-        self._live = sys.stderr.isatty()
+        self._begun: set[str] = set()
+        self._bar = tqdm(total=1, leave=False, disable=None)  # None: disabled where there is no terminal
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._clear()
+        self._bar.close()
 
     def see(self, event: Event) -> None:
-        """Takes one message in."""
+        """Takes in one message."""
         kind, data = event["type"], event["data"]
         if kind == "execution_cached":
-            self._begun |= dict.fromkeys(map(str, data["nodes"]))
+            self._begun.update(map(str, data["nodes"]))
         elif kind == "executing" and data["node"] is not None:
             self._node(str(data.get("display_node") or data["node"]))
-        elif kind == "progress" and self._live:
-            self._show(f"{self._line}  {data['value']}/{data['max']}")
+        elif kind == "progress":
+            self._bar.total = data["max"]
+            self._bar.update(data["value"] - self._bar.n)
 
     def _node(self, node: str) -> None:
-        self._begun[node] = None
+        self._begun.add(node)
         title = self._prompt.get(node, {}).get("_meta", {}).get("title") or node
-        done = min(len(self._begun), len(self._prompt))
-        self._line = f"[{done}/{len(self._prompt)}] {title}"
-        if self._live:
-            self._show(self._line)
+        line = f"[{min(len(self._begun), len(self._prompt))}/{len(self._prompt)}] {title}"
+        if self._bar.disable:
+            sys.stderr.write(f"{line}\n")
         else:
-            sys.stderr.write(f"{self._line}\n")
-
-    def _show(self, line: str) -> None:
-        sys.stderr.write(f"\r{line[:WIDTH]:{WIDTH}s}")
-        sys.stderr.flush()
-
-    def _clear(self) -> None:
-        if self._live:
-            sys.stderr.write(f"\r{'':{WIDTH}s}\r")
+            self._bar.set_description_str(line, refresh=False)
+            self._bar.reset(total=1)

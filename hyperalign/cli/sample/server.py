@@ -1,4 +1,4 @@
-"""Starts a ComfyUI from its folder and ends it again."""
+"""Starts a ComfyUI from its folder and ends it again. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 from ...errors import HyperAlignError
+from ...openmp import wait_passively
 
 ADDRESS = "127.0.0.1"
 START_SECONDS = 300
@@ -26,32 +28,53 @@ PYTHONS = (
 """Where a ComfyUI has its own interpreter, the portable one of Windows too."""
 
 
-class ComfyServer:
+@dataclass
+class ComfyServer(AbstractContextManager["ComfyServer"]):
     """Runs the ComfyUI of a folder, with its models and packs, between `__enter__` and `__exit__`.
 
-    What it writes goes to a folder that is removed at the end.
-
-    Args:
-        tree: the folder of ComfyUI.
-        arguments: more of its command-line arguments, as `--cpu`.
+    Attributes:
+        tree: The folder of ComfyUI.
+        log_path: The file for all that it prints.
+        database: The file for its database.
+        arguments: More of its command-line arguments, as `--cpu`.
+        port: The wanted port; another is chosen if it is taken.
+        python: The interpreter; by default this process's own.
+        advice: A sentence for the errors of a server that ended.
 
     Raises:
         HyperAlignError: the folder is no ComfyUI.
     """
 
-    def __init__(self, tree: Path, arguments: tuple[str, ...] = ()) -> None:
-        if not (tree / "main.py").is_file() or not (tree / "comfy").is_dir():
-            raise HyperAlignError(f"{tree} is no ComfyUI: it has no main.py and comfy/. Give its folder.")
-        self._tree, self._arguments = tree.resolve(), arguments
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self.url = ""
+    tree: Path
+    log_path: Path
+    database: Path
+    arguments: tuple[str, ...] = ()
+    port: int = 0
+    python: Path = field(default_factory=lambda: Path(sys.executable))
+    advice: str = ""
+    _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if not (self.tree / "main.py").is_file() or not (self.tree / "comfy").is_dir():
+            raise HyperAlignError(
+                f"{self.tree} is no ComfyUI: expected main.py and comfy/ in it. Give its folder."
+            )
+
+    @property
+    def url(self) -> str:
+        """The server's address; known once it is entered."""
+        return f"http://{ADDRESS}:{self.port}"
 
     def __enter__(self) -> ComfyServer:
-        """Starts it and returns when it answers. Raises HyperAlignError with its last lines."""
-        self._scratch = tempfile.TemporaryDirectory(prefix="hyperalign-")
+        """Starts it and returns when it answers.
+
+        Raises:
+            HyperAlignError: it ended or did not answer in time; the message holds its last lines.
+        """
+        self.port = free_port(self.port)
         try:
-            self._start(Path(self._scratch.name))
+            self._process = self._launch()
+            self._wait(self._process)
         except BaseException:
             self.stop()
             raise
@@ -64,43 +87,50 @@ class ComfyServer:
         self.stop()
 
     def stop(self) -> None:
-        """Ends the processes and removes the folder; a second call does nothing."""
+        """Ends the processes; a second call does nothing."""
         if self._process is not None:
             end_tree(self._process)
             self._process = None
-        if self._scratch is not None:
-            self._scratch.cleanup()
-            self._scratch = None
 
-    def _start(self, scratch: Path) -> None:
-        self.url, log = f"http://{ADDRESS}:{free_port()}", scratch / "comfyui.log"
-        own = (self._tree / python for python in PYTHONS)
-        python = next((str(path) for path in own if path.is_file()), sys.executable)
-        command = [python, "main.py", "--listen", ADDRESS, "--port", self.url.rpartition(":")[2]]
-        command += [
-            "--disable-auto-launch",
-            "--output-directory",
-            str(scratch),
-            "--temp-directory",
-            str(scratch),
-        ]
-        command += ["--database-url", f"sqlite:///{(scratch / 'comfyui.db').as_posix()}", *self._arguments]
+    def log(self) -> str:
+        """Returns everything that the server has printed so far."""
+        return self.log_path.read_text(encoding="utf-8", errors="replace")
+
+    def check_alive(self) -> None:
+        """Raises HyperAlignError with the server's last lines if it has ended."""
+        if self._process is None or self._process.poll() is not None:
+            raise HyperAlignError(f"ComfyUI ended during the work. {self._last_lines()}")
+
+    def _launch(self) -> subprocess.Popen[bytes]:
+        command = [str(self.python), "main.py", "--listen", ADDRESS, "--port", str(self.port)]
+        command += ["--disable-auto-launch", "--database-url", f"sqlite:///{self.database.as_posix()}"]
         # A foreign PYTHONPATH could put another `nodes` in front of ComfyUI's.
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONUNBUFFERED": "1"}
-        with log.open("wb") as stream:
-            self._process = subprocess.Popen(
-                command, cwd=self._tree, env=environment, stdin=subprocess.DEVNULL, stdout=stream,
-                stderr=subprocess.STDOUT, start_new_session=os.name != "nt",
+        wait_passively(environment)
+        with self.log_path.open("wb") as log:
+            return subprocess.Popen(
+                [*command, *self.arguments], cwd=self.tree, env=environment, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=subprocess.STDOUT, start_new_session=os.name != "nt",
             )  # fmt: skip
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not answers(self.url):
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                tail = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-TAIL_LINES:]
-                raise HyperAlignError(
-                    f"The ComfyUI in {self._tree} did not start; where there is no GPU, end the command with "
-                    "`-- --cpu`. Its last lines were:\n" + "\n".join(tail)
-                )
+            ended = process.poll() is not None
+            if ended or time.monotonic() > deadline:
+                what = "ended while starting" if ended else f"gave no answer within {START_SECONDS} s"
+                raise HyperAlignError(f"The ComfyUI in {self.tree} {what}. {self._last_lines()}")
             time.sleep(0.25)
+
+    def _last_lines(self) -> str:
+        tail = self.log().rstrip().splitlines()[-TAIL_LINES:]
+        return "\n".join([f"{self.advice} Its last lines were:".strip(), *tail])
+
+
+def own_python(tree: Path) -> Path:
+    """Returns the interpreter that a ComfyUI has in its folder, this process's own if it has none."""
+    own = (tree.resolve() / python for python in PYTHONS)
+    return next((path for path in own if path.is_file()), Path(sys.executable))
 
 
 def answers(url: str) -> bool:
@@ -112,10 +142,15 @@ def answers(url: str) -> bool:
         return False
 
 
-def free_port() -> int:
-    """Returns a port nothing listens on."""
+def free_port(wanted: int = 0) -> int:
+    """Returns the wanted port if nothing listens there, else any free one."""
     with socket.socket() as probe:
-        probe.bind((ADDRESS, 0))
+        if os.name != "nt":  # a port left a moment ago counts as free, as it does for the server
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((ADDRESS, wanted))
+        except OSError:
+            probe.bind((ADDRESS, 0))
         return int(probe.getsockname()[1])
 
 

@@ -1,4 +1,4 @@
-"""`--set NAME=VALUE`: which widgets of a graph a name means, and whether they take the value."""
+"""`--set NAME=VALUE`: which widgets of a graph a name means, and whether they accept the value."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def changes_of(graph: Graph, info: ObjectInfo, setting: str, upload: Upload | No
         graph: the workflow.
         info: the server's declarations.
         setting: `name=value`, `title.name=value`, `#id.name=value` or `*.name=value`.
-        upload: takes a value that is a file here, where a node wants an image.
+        upload: receives the value where a node expects an image and the value is a local file.
 
     Raises:
-        HyperAlignError: no widget has that name or several do, or one does not take the value.
+        HyperAlignError: no widget has that name or several do, or one does not accept the value.
     """
     address, equals, text = setting.partition("=")
     if not equals or not address.strip():
@@ -48,8 +48,8 @@ def changes_of(graph: Graph, info: ObjectInfo, setting: str, upload: Upload | No
         found = feeder(graph.prompt, info, node, known[node, name])
         if found is None:
             raise HyperAlignError(
-                f"{_named(graph, (node, name))} gets its value over a link from "
-                f"{_title(graph, graph.prompt[node]['inputs'][name][0])}; set a value there, or cut the link."
+                f"The value of {_named(graph, (node, name))} comes over a link from "
+                f"{_title(graph, graph.prompt[node]['inputs'][name][0])}; set it there, or remove the link."
             )
         changes[found] = _value(known[found], text, _named(graph, found), upload)
     return changes
@@ -78,9 +78,9 @@ def _meant(
 
 
 def _prompts(graph: Graph, info: ObjectInfo, known: dict[Address, Widget], side: Side) -> list[Address]:
-    """Returns where a prompt is written, and the widgets of rewards and the like that say the same.
+    """Returns the widgets that hold a prompt, with those of rewards that hold the same text.
 
-    Raises HyperAlignError when it is written in several nodes that do not agree, or there is no negative one.
+    Raises HyperAlignError when several nodes hold different prompts, or there is no negative one.
     """
     found = text_widgets(graph.prompt, info, side)
     other = text_widgets(graph.prompt, info, "positive" if side == "negative" else "negative")
@@ -88,8 +88,7 @@ def _prompts(graph: Graph, info: ObjectInfo, known: dict[Address, Widget], side:
         found = [address for address in found if address not in other]
         if not found:
             raise HyperAlignError(
-                "The workflow has no negative prompt of its own: it is made of the positive one. Set prompt "
-                "alone."
+                "The workflow has no negative prompt of its own; it is made of the prompt. Set only prompt."
             )
     texts = {_text(graph, address) for address in found}
     if len({node for node, _ in found}) > 1 and len(texts) > 1:
@@ -102,13 +101,13 @@ def _prompts(graph: Graph, info: ObjectInfo, known: dict[Address, Widget], side:
 
 
 def _text(graph: Graph, address: Address) -> str:
-    """Returns the text of a widget, nothing where a link brings it."""
+    """Returns the text of a widget, nothing where it comes over a link."""
     value = graph.prompt[address[0]]["inputs"].get(address[1])
     return value if isinstance(value, str) else ""
 
 
 def _titled(graph: Graph, known: dict[Address, Widget], address: str) -> tuple[list[Address], bool]:
-    """Returns what `title.name`, `#id.name` or `*.name` means, and whether several are welcome."""
+    """Returns what `title.name`, `#id.name` or `*.name` means, and whether several are allowed."""
     for at in (position for position, letter in enumerate(address) if letter == "."):
         owner, name = address[:at], address[at + 1 :]
         found = [one for one in known if one[1] == name and _is_called(graph, one[0], owner)]
@@ -125,7 +124,7 @@ def _is_called(graph: Graph, node: str, owner: str) -> bool:
 
 
 def _value(widget: Widget, text: str, named: str, upload: Upload | None) -> Any:
-    """Returns a text as the widget's value. Raises HyperAlignError when the widget does not take it."""
+    """Returns a text as the widget's value. Raises HyperAlignError when the widget does not accept it."""
     choices = widget.choices
     if upload and widget.takes_files and text not in (choices or []) and Path(text).is_file():
         return upload(Path(text))
@@ -175,13 +174,13 @@ def _named(graph: Graph, address: Address) -> str:
 
 
 def describe(graph: Graph, changes: Changes) -> str:
-    """Returns a line on what is set where."""
+    """Returns a line that names the widgets and their new value."""
     where = ", ".join(_named(graph, address) for address in changes)
     return f"{where} = {next(iter(changes.values()))}"
 
 
 def _ambiguous(graph: Graph, found: Sequence[Address], setting: str) -> str:
-    said = (
+    shown = (
         f"{_named(graph, one)} (now {_now(graph.prompt[one[0]]['inputs'].get(one[1]))})"
         for one in found[:SHOWN]
     )
@@ -189,7 +188,7 @@ def _ambiguous(graph: Graph, found: Sequence[Address], setting: str) -> str:
     value = setting.partition("=")[2]
     same = len({name for _, name in found}) == 1
     return (
-        f"--set {setting} could mean {len(found)} widgets: {'; '.join(said)}. Say which, as in "
+        f"--set {setting} could mean {len(found)} widgets: {'; '.join(shown)}. Name one, as in "
         f"--set '#{node}.{name}={value}'" + (f", or --set '*.{name}={value}' for all." if same else ".")
     )
 

@@ -1,4 +1,4 @@
-"""Where a graph has its prompt: what the samplers' positive conditioning was encoded from."""
+"""Finds a graph's prompt: the text from which the samplers' positive conditioning is encoded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Address = tuple[str, str]
 def text_widgets(prompt: Prompt, info: ObjectInfo, side: Side) -> list[Address]:
     """Returns the text widgets behind the samplers' positive or negative conditioning.
 
-    A guider that knows one conditioning alone (FLUX) has its positive one.
+    A guider with a single conditioning (FLUX) has only a positive one.
     """
     names = (side, "conditioning") if side == "positive" else (side,)
     for name in names:
@@ -34,7 +34,7 @@ def widgets_of(prompt: Prompt, info: ObjectInfo, node: str) -> list[Widget]:
 
 
 def feeder(prompt: Prompt, info: ObjectInfo, node: str, widget: Widget) -> Address | None:
-    """Returns the widget that holds an input's value: its own, or the only one alike in what feeds it."""
+    """Returns the widget that holds an input's value: its own, or the only one of its kind upstream."""
     seen: set[str] = set()
     while is_link(value := prompt[node]["inputs"].get(widget.name)):
         node = value[0]
@@ -49,7 +49,7 @@ def feeder(prompt: Prompt, info: ObjectInfo, node: str, widget: Widget) -> Addre
 
 
 def _above(prompt: Prompt, info: ObjectInfo, link: Any, passed: frozenset[str]) -> Iterator[Address]:
-    """Yields the text widgets upstream of a link, along conditionings alone."""
+    """Yields the text widgets upstream of a link, following only conditionings."""
     if not is_link(link) or link[0] not in prompt or link[0] in passed:
         return
     node, inputs = link[0], prompt[link[0]]["inputs"]
@@ -57,7 +57,7 @@ def _above(prompt: Prompt, info: ObjectInfo, link: Any, passed: frozenset[str]) 
     if texts:
         yield from (feeder(prompt, info, node, one) or (node, one.name) for one in texts)
         return
-    if "positive" in inputs and "negative" in inputs:  # it hands both on, the positive one first
+    if "positive" in inputs and "negative" in inputs:  # it outputs both, the positive one first
         above = [inputs["negative" if link[1] == 1 else "positive"]]
     else:
         above = [value for value in inputs.values() if _is_conditioning(prompt, info, value)]

@@ -1,4 +1,4 @@
-"""Which inputs of a node are widgets, and where the page keeps their values."""
+"""Which inputs of a node are widgets, and where the page stores their values."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Widget:
 
     @property
     def has_control(self) -> bool:
-        """Whether the page keeps a `control_after_generate` beside the value."""
+        """Whether the page stores a `control_after_generate` beside the value."""
         default = self.kind == "INT" and self.name.rsplit(".", 1)[-1] in SEEDS
         return bool(self.options.get("control_after_generate", default))
 
     @property
     def choices(self) -> list[Any] | None:
-        """What a COMBO offers; None where anything goes, or only the page knows."""
+        """The choices of a COMBO; None where any value is allowed, or only the page knows them."""
         found = self.options.get("options")
         if self.kind == DYNAMIC_COMBO:
             return [option["key"] for option in found or []]
@@ -40,7 +40,7 @@ class Widget:
 
     @property
     def default(self) -> Any:
-        """What the page puts into a new widget; None where only the page knows."""
+        """The value of a new widget; None where only the page knows it."""
         return self.options.get("default", next(iter(self.choices or []), None))
 
     @property
@@ -50,7 +50,7 @@ class Widget:
 
     @property
     def is_text(self) -> bool:
-        """Whether prompts are written here."""
+        """Whether this is a widget for prompts."""
         return self.kind == "STRING" and bool(
             self.options.get("multiline") or self.name in ("text", "prompt")
         )
@@ -61,7 +61,7 @@ def widgets(declaration: Mapping[str, Any], values: Mapping[str, Any]) -> list[W
 
     Args:
         declaration: the server's declaration of the node.
-        values: the node's inputs by their names; they say which widgets a dynamic choice shows.
+        values: the node's inputs by name; they decide which widgets a dynamic choice shows.
     """
     return [widget for widget, _ in _in_order(declaration["input"], values.get, frozenset())]
 
@@ -88,7 +88,7 @@ def places(node: Mapping[str, Any], declaration: Mapping[str, Any]) -> dict[str,
 def _in_order(
     inputs: Inputs, value_of: Any, saved: frozenset[str], at: dict[str, int] | None = None, prefix: str = ""
 ) -> Iterator[tuple[Widget, int]]:
-    """Yields widgets and their positions; `at` keeps the positions of the ones so far."""
+    """Yields widgets and their positions; `at` holds the positions so far."""
     at = {} if at is None else at
     for group in ("required", "optional"):
         uploads = 0

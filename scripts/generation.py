@@ -1,4 +1,4 @@
-"""Draws the demo's images by running the shipped workflow in ComfyUI, once per prompt, seed and method."""
+"""Generates the demo's images: runs the shipped workflow in ComfyUI once per prompt, seed and method."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hyperalign.cli.sample.client import ComfyClient, Event
+from hyperalign.cli.sample.client import ComfyClient
 from hyperalign.cli.sample.convert import Graph, read, upstream
-from hyperalign.cli.sample.files import ObjectInfo, Prompt, load
+from hyperalign.cli.sample.files import Event, ObjectInfo, Prompt, load
 from hyperalign.tiny.prompts import FAMILIES, Content, sample_prompt
 from scripts.common import ROOT, ScriptError
 from scripts.host import Server
@@ -43,7 +43,7 @@ class Request:
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """One drawn image; `seconds` is the time from text to file, `generations` what the pack reported."""
+    """One image; `seconds` is the time from text to file, `generations` the reported weight generations."""
 
     request: Request
     seed: int
@@ -54,8 +54,8 @@ class GeneratedImage:
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """All images of a demo, and the settings they were drawn with."""
+class Demo:
+    """All images of a demo, and the settings of their runs."""
 
     images: list[GeneratedImage]
     steps: int
@@ -65,7 +65,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Branch:
-    """One of the workflow's two ways from a sampler to a saved image; node ids."""
+    """The node ids of one of the workflow's two branches, each from a sampler to a saved image."""
 
     sampler: str
     save: str
@@ -134,8 +134,8 @@ def _nodes_of(prompt: Prompt, kind: str) -> list[str]:
     return [node for node, content in prompt.items() if content["class_type"] == kind]
 
 
-def draw_all(server: Server, client: ComfyClient, requests: Sequence[Request], output: Path) -> Drawing:
-    """Draws every request with every seed and method.
+def generate_all(server: Server, client: ComfyClient, requests: Sequence[Request], output: Path) -> Demo:
+    """Generates every request's images with every seed and method.
 
     Raises:
         ScriptError: the workflow does not fit, or the pack reported no run.
@@ -149,14 +149,14 @@ def draw_all(server: Server, client: ComfyClient, requests: Sequence[Request], o
     # Method by method, so that ComfyUI loads each hypernetwork once.
     jobs = [(n, r, s, m) for m in METHODS for n, r in enumerate(requests, start=1) for s in SEEDS]
     often = 0.2 if sys.stderr.isatty() else 10.0
-    for number, request, seed, method in tqdm(jobs, desc="Drawing", unit="image", mininterval=often):
+    for number, request, seed, method in tqdm(jobs, desc="Generating", unit="image", mininterval=often):
         path = folder / f"{number:02d}_seed{seed}_{method}.png"
-        images.append(_draw(server, client, graph, request, seed, method, path))
+        images.append(_generate(server, client, graph, request, seed, method, path))
     sampler = graph.graph.prompt[graph.base.sampler]["inputs"]
-    return Drawing(images, int(sampler["steps"]), float(sampler["cfg"]), _host(server))
+    return Demo(images, int(sampler["steps"]), float(sampler["cfg"]), _host(client))
 
 
-def _draw(
+def _generate(
     server: Server,
     client: ComfyClient,
     graph: DemoGraph,
@@ -168,11 +168,11 @@ def _draw(
     """Runs the workflow's branch of one method and keeps the image, workflow embedded, at `path`."""
     branch = graph.base if method == BASE else graph.aligned
     variation = graph.variation(request, seed, method)
-    said_before = len(server.log())
+    logged_before = len(server.log())
     result = client.run(variation.prompt, _alive(server), variation.workflow, [branch.save])
     images = result.outputs[branch.save]["images"]
     path.write_bytes(client.image(images[0]))
-    generations = 0 if method == BASE else _generations(server.log()[said_before:])
+    generations = 0 if method == BASE else _generations(server.log()[logged_before:])
     return GeneratedImage(request, seed, method, path, result.seconds / len(images), generations)
 
 
@@ -183,15 +183,15 @@ def _alive(server: Server) -> Callable[[Event], None]:
     return check
 
 
-def _generations(said: str) -> int:
-    lines = RUN_LINE.findall(said)
+def _generations(log: str) -> int:
+    lines = RUN_LINE.findall(log)
     if not lines:
-        raise ScriptError("The pack reported no HyperAlign run in the server's log, so it was not at work.")
+        raise ScriptError("The server's log has no HyperAlign run; the workflow must use this pack's nodes.")
     return int(lines[-1][1])
 
 
-def _host(server: Server) -> dict[str, str]:
-    stats = server.system_stats()
+def _host(client: ComfyClient) -> dict[str, str]:
+    stats = client.get("/system_stats")
     system, device = stats["system"], stats["devices"][0]
     return {
         "comfyui": system["comfyui_version"],
