@@ -116,12 +116,12 @@ def sampling(model: Any, options: Options, side: int, width: int) -> Callable[[]
 
 def drawing(recorder: Recorder) -> Callable[[], Any]:
     """Returns what HyperAlign Trace does, from the recorded run to image and JSON."""
-    image = _pack_module("nodes.trace_image")
+    plot = _pack_module("nodes.trace_plot")
     trace = importlib.import_module("hyperalign.trace")
 
     def draw() -> Any:
         run = recorder.select().trace()
-        return image.trace_image(run), json.dumps(trace.as_json(run))
+        return plot.trace_plot(run), json.dumps(trace.as_json(run))
 
     return draw
 

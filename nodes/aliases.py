@@ -1,4 +1,4 @@
-"""Other words under which the page's search finds a node."""
+"""Other names under which ComfyUI's node search finds a node."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
-# The field came in 2026; an older host's Schema would refuse it.
+# `search_aliases` was added in 2026; the Schema of an older ComfyUI would reject it.
 HOST_HAS_ALIASES = "search_aliases" in {field.name for field in fields(io.Schema)}
 
 
-def aliases(*words: str) -> dict[str, Any]:
-    """Returns what to pass to `io.Schema`; nothing where the host knows no aliases."""
-    return {"search_aliases": list(words)} if HOST_HAS_ALIASES else {}
+def aliases(*names: str) -> dict[str, Any]:
+    """Returns keyword arguments for `io.Schema`; none where the host does not support aliases."""
+    return {"search_aliases": list(names)} if HOST_HAS_ALIASES else {}

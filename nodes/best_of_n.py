@@ -1,4 +1,4 @@
-"""Drawing many and keeping the best."""
+"""Generating many images and keeping the best."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..hyperalign.hosts.comfy import model as host
-from ..hyperalign.hosts.comfy import search as comfy_search
+from ..hyperalign.hosts.comfy.model import apply
+from ..hyperalign.hosts.comfy.search import CANCELLED, Sampling, search
 from ..hyperalign.search import MODES, Plan
 from .aliases import aliases
 from .choices import choice_problem
@@ -24,7 +24,7 @@ from .sockets import (
 
 
 class HyperAlignBestOfN(io.ComfyNode):
-    """Samples several seeds and keeps what a reward likes best."""
+    """Samples several seeds and keeps the images with the best reward scores."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -34,8 +34,8 @@ class HyperAlignBestOfN(io.ComfyNode):
             display_name="Best-of-N Sampler",
             category="HyperAlign",
             **aliases("batch seeds", "seed search", "noise search", "zero order", "test-time scaling"),
-            description="KSampler for several seeds that keeps the images a reward likes best. Costs as much time "
-            "as it draws images; memory does not grow with them. Cancel returns the best so far.",
+            description="KSampler for several seeds that keeps the images with the best reward scores. Time grows with the "
+            "number of generated images, memory does not. Cancel returns the best images so far.",
             inputs=[*_sockets(), *sampling_widgets(), *_search_widgets(), *_noise_widgets(), *_optional()],
             outputs=_outputs(),
         )
@@ -48,15 +48,15 @@ class HyperAlignBestOfN(io.ComfyNode):
         scheduler: str = "normal",
         mode: str = MODES[0],
     ) -> bool | str:
-        """Refuses unknown choices before anything runs; the host itself checks the numbers."""
+        """Rejects unknown choices before anything runs; the host itself checks numbers."""
         chosen = {"variant": variant, "sampler_name": sampler_name, "scheduler": scheduler, "mode": mode}
         return choice_problem(cls, **chosen) or True
 
     @classmethod
     def fingerprint_inputs(cls, seed: int | None = None, **_: Any) -> int:
-        """Makes the host draw again after a search that was cancelled, instead of giving its result."""
-        # A linked seed is not known yet: the host gives None.
-        return comfy_search.CANCELLED.total() if seed is None else comfy_search.CANCELLED[seed]
+        """Makes the host search again after a cancelled search, instead of returning its cached result."""
+        # A linked seed is not known yet: the host passes None.
+        return CANCELLED.total() if seed is None else CANCELLED[seed]
 
     @classmethod
     def execute(
@@ -69,9 +69,9 @@ class HyperAlignBestOfN(io.ComfyNode):
         stop_at = threshold if early_stop else math.inf
         plan = Plan(count, seed, mode, batch_size, keep, stop_at, round_size, radius, epsilon, iterations)
         if hypernetwork is not None:
-            model = host.apply(model, hypernetwork, strength, variant=variant)
-        settings = comfy_search.Sampling(model, latent=latent_image, **sampling)
-        found = comfy_search.search(settings, plan, reward, vae, prompt)
+            model = apply(model, hypernetwork, strength, variant=variant)
+        settings = Sampling(model, latent=latent_image, **sampling)
+        found = search(settings, plan, reward, vae, prompt)
         table = found.table(reward.name, count)
         latent = {key: value for key, value in latent_image.items() if key != "batch_index"}
         latent["samples"] = found.latents
@@ -82,19 +82,21 @@ class HyperAlignBestOfN(io.ComfyNode):
 
 def _sockets() -> list[io.Input]:
     return [
-        io.Model.Input("model", tooltip="Any model that KSampler takes. It is not changed."),
+        io.Model.Input("model", tooltip="Any model that works with KSampler. It is not changed."),
         *conditioning_inputs(),
         io.Latent.Input(
             "latent_image",
-            tooltip="One latent to start from, an empty one for new images; its batch_size is 1.",
+            tooltip="The latent to denoise, empty for new images. Its batch_size must be 1.",
         ),
-        io.Vae.Input("vae", tooltip="Decodes each sample so that it can be judged."),
-        RewardType.Input("reward", tooltip="From Reward Model Loader. A chain combined by rank is refused."),
+        io.Vae.Input("vae", tooltip="Decodes each sample for the reward."),
+        RewardType.Input(
+            "reward", tooltip="From Reward Model Loader. A chain with combination rank is rejected."
+        ),
         io.String.Input(
             "prompt",
             multiline=True,
             default="a red heart",
-            tooltip="The prompt the images are judged against, usually that of positive; empty = against the empty prompt.",
+            tooltip="The prompt that the images are scored against, usually the same as in positive. Empty = the empty prompt.",
         ),
     ]
 
@@ -106,39 +108,39 @@ def _search_widgets() -> list[io.Input]:
             default=8,
             min=1,
             max=4096,
-            tooltip="How many images are drawn at most; time grows with it, memory does not. 0 is refused.",
+            tooltip="Maximum number of images to generate; time grows with it, memory does not. 0 is rejected.",
         ),
         io.Combo.Input(
             "mode",
             options=list(MODES),
             default="best-of-N",
-            tooltip="best-of-N = every image from its own seed: seed, seed + 1, ...; zero-order = rounds of noise "
-            "near the best so far; epsilon-greedy = the same, with fresh noise now and then; epsilon-greedy-steps = "
-            "each image from its own seed, with the noise of every step searched; needs an ancestral sampler.",
+            tooltip="best-of-N = one seed per image: seed, seed + 1, ...; zero-order = rounds of noise near the best noise "
+            "so far; epsilon-greedy = zero-order with occasional new random noise; epsilon-greedy-steps = one seed "
+            "per image, with a search over the noise of every step; needs an ancestral sampler.",
         ),
         io.Int.Input(
             "batch_size",
             default=1,
             min=1,
             max=64,
-            tooltip="How many images are drawn at once. 1 = least memory; more is faster on large GPUs. 0 is refused.",
+            tooltip="Number of images per batch. 1 = least memory; more is faster on large GPUs. 0 is rejected.",
         ),
         io.Int.Input(
-            "keep", default=1, min=1, max=256, tooltip="How many of the best are returned. 0 is refused."
+            "keep", default=1, min=1, max=256, tooltip="Number of best images to return. 0 is rejected."
         ),
         io.Boolean.Input(
             "early_stop",
             default=False,
-            tooltip="On = the first score that reaches the threshold ends the search.",
+            tooltip="On = the search stops at the first score that reaches threshold.",
         ),
         threshold_input(
-            "The score that ends the search if early_stop is on, in the reward's own units; 0 = a score of 0 or more."
+            "The score at which the search stops if early_stop is on, on the reward's scale; 0 = a score of 0 or higher."
         ),
     ]
 
 
 def _noise_widgets() -> list[io.Input]:
-    """Returns what only the modes that search near the best noise look at."""
+    """Returns the widgets for the modes that search near the best noise."""
     return [
         io.Float.Input(
             "radius",
@@ -146,9 +148,8 @@ def _noise_widgets() -> list[io.Input]:
             min=0.01,
             max=10.0,
             step=0.01,
-            tooltip="How far zero-order and epsilon-greedy go from the best noise, as a part of fresh noise, and how "
-            "far at most epsilon-greedy-steps. 0 would draw the same image again and is refused; small = variations "
-            "of the best.",
+            tooltip="Distance of new noise from the best noise, as a fraction of random noise; in epsilon-greedy-steps, "
+            "the maximum distance. Small = variations of the best image; 0 would repeat that image and is rejected.",
         ),
         io.Float.Input(
             "epsilon",
@@ -156,23 +157,26 @@ def _noise_widgets() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="How often epsilon-greedy and epsilon-greedy-steps draw fresh noise, as a fraction. 0 = never, "
-            "which is zero-order; 1 = always, which is best-of-N.",
+            tooltip="How often epsilon-greedy and epsilon-greedy-steps sample new random noise, as a fraction. 0 = never, "
+            "as in zero-order; 1 = always, as in best-of-N.",
         ),
         io.Int.Input(
             "round_size",
             default=4,
             min=1,
             max=256,
-            tooltip="After how many images zero-order and epsilon-greedy move to the best noise so far; in "
-            "epsilon-greedy-steps, how many noises each round of a step tries. 0 is refused.",
+            tooltip="Images per round in zero-order and epsilon-greedy, after which they continue from the best noise so "
+            "far; in epsilon-greedy-steps, noise candidates per round of a step. 0 is rejected.",
         ),
     ]
 
 
 def _optional() -> list[io.Input]:
     inputs: list[io.Input] = [
-        HyperAlignType.Input("hypernetwork", tooltip="From HyperAlign Loader; every image is then aligned."),
+        HyperAlignType.Input(
+            "hypernetwork",
+            tooltip="From HyperAlign Loader: applied to every image. Not connected = the model as it is.",
+        ),
         variant_input(),
         strength_input(),
         io.Int.Input(
@@ -180,8 +184,9 @@ def _optional() -> list[io.Input]:
             default=4,
             min=1,
             max=256,
-            tooltip="Rounds of round_size noises that epsilon-greedy-steps tries at every step; the paper has 20 of 4. "
-            "Each noise costs a model evaluation, a decoding and a reward. Other modes do not look at it; 0 is refused.",
+            tooltip="Rounds per step in epsilon-greedy-steps, each with round_size noise candidates; the paper uses 20 "
+            "rounds of 4. Each candidate costs a model evaluation, a VAE decode and a reward score. Not used in "
+            "other modes. 0 is rejected.",
         ),
     ]
     for each in inputs:
@@ -191,17 +196,18 @@ def _optional() -> list[io.Input]:
 
 def _outputs() -> list[io.Output]:
     return [
-        io.Latent.Output(display_name="latent", tooltip="The kept latents, best first."),
-        io.Image.Output(display_name="images", tooltip="The kept images, best first."),
+        io.Latent.Output(display_name="latent", tooltip="The best latents, best first."),
+        io.Image.Output(display_name="images", tooltip="The best images, best first."),
         io.Float.Output(
-            display_name="scores", is_output_list=True, tooltip="The kept images' scores, as a list."
+            display_name="scores", is_output_list=True, tooltip="The scores of these images, as a list."
         ),
         io.Int.Output(
             display_name="seeds",
             is_output_list=True,
-            tooltip="The kept images' seeds, as a list. In mode best-of-N, KSampler draws the same image from one.",
+            tooltip="The seeds of these images, as a list. In mode best-of-N, KSampler gives the same image for the same seed.",
         ),
         io.String.Output(
-            display_name="table", tooltip="Every candidate's seed and score; kept ones have a star."
+            display_name="table",
+            tooltip="Seed and score of every candidate; the returned ones are marked with *.",
         ),
     ]

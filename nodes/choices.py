@@ -1,4 +1,4 @@
-"""Refuses values that a dropdown does not have; ComfyUI 0.3.75 looks at them in nodes of the old kind only."""
+"""Rejects values that a dropdown does not offer; ComfyUI 0.3.75 checks them for nodes of the old API only."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from comfy_api.latest import io
 
 
 def choice_problem(node: type[io.ComfyNode], **values: Any) -> str | None:
-    """Returns which widget has a value that its list lacks and what it may be, or None.
+    """Returns an error message for the first value that its dropdown does not offer, or None.
 
     Args:
-        node: whose schema has the lists.
-        values: by the widgets' names; a list of one where the node takes lists.
+        node: its schema holds the dropdowns.
+        values: values by widget name; lists of one value where the node takes lists.
     """
     for widget in node.define_schema().inputs:
         if not isinstance(widget, io.Combo.Input) or widget.id not in values:

@@ -1,4 +1,4 @@
-"""Base against aligned, image by image."""
+"""Comparison of base and aligned images, pair by pair."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..hyperalign.hosts.comfy import batches as comfy_batches
-from ..hyperalign.hosts.comfy import rewards as comfy_rewards
+from ..hyperalign.hosts.comfy.batches import paired
+from ..hyperalign.hosts.comfy.rewards import prompts_for
 from .aliases import aliases
 from .drawing import grid, with_badges
 from .sockets import RewardType, prompt_input
@@ -26,29 +26,32 @@ class HyperAlignCompare(io.ComfyNode):
             display_name="Compare",
             category="HyperAlign",
             **aliases("side by side", "a/b", "compare images", "grid"),
-            description="Base above aligned for each seed, with the score under each image. Draw both batches with "
-            "the same seed, so that only the alignment differs.",
+            description="Shows base images above aligned images of the same seeds, with the reward score under each image. "
+            "Generate both batches with the same seed, so that they differ in the alignment only.",
             is_output_node=True,
             inputs=[
                 io.Image.Input("base", tooltip="Images without alignment: the upper row."),
                 io.Image.Input(
-                    "aligned", tooltip="As many images with it, of the same seeds: the lower row."
+                    "aligned",
+                    tooltip="The same number of images with alignment, from the same seeds: the lower row.",
                 ),
                 RewardType.Input(
-                    "reward", tooltip="From Reward Model Loader; best one the alignment was not trained with."
+                    "reward",
+                    tooltip="From Reward Model Loader; preferably one that was not used in training.",
                 ),
                 prompt_input(),
                 _label_input("base"),
                 _label_input("aligned"),
             ],
             outputs=[
-                io.Image.Output(display_name="grid", tooltip="All images with their scores as one image."),
+                io.Image.Output(display_name="grid", tooltip="All images and their scores in one image."),
                 io.Float.Output(
                     display_name="gain",
-                    tooltip="Mean score of aligned less that of base; above 0 = aligned is better.",
+                    tooltip="Mean score of aligned minus mean score of base; above 0 = aligned is better.",
                 ),
                 io.String.Output(
-                    display_name="table", tooltip="Scores of each pair and how many aligned wins, as text."
+                    display_name="table",
+                    tooltip="The scores of each pair and the number of wins of aligned, as text.",
                 ),
             ],
         )
@@ -64,9 +67,9 @@ class HyperAlignCompare(io.ComfyNode):
         aligned_label: str = "aligned",
     ) -> io.NodeOutput:
         """Returns the grid, the mean gain and a table."""
-        images = comfy_batches.paired(base, aligned)
-        prompts = comfy_rewards.prompts_for(prompt, len(base))
-        scores = reward.judge(images, prompts * 2).scores
+        images = paired(base, aligned)
+        prompts = prompts_for(prompt, len(base))
+        scores = reward.score(images, prompts * 2)
         before, after = scores[: len(base)], scores[len(base) :]
         labels = base_label.strip(), aligned_label.strip()
         image = _grid(base, aligned, before, after, labels)
@@ -81,7 +84,7 @@ def _label_input(row: str) -> io.String.Input:
         f"{row}_label",
         default=row,
         optional=True,
-        tooltip=f"What stands before the scores of {row}, such as the name of a setting; empty = the score alone.",
+        tooltip=f"Text before the scores of {row}, such as the name of a setting; empty = the score only.",
     )
 
 

@@ -13,7 +13,7 @@ DARK, LIGHT = (24, 24, 27), (250, 250, 250)
 
 
 def to_pil(image_HWC: Tensor) -> Image.Image:
-    """Returns one image of 1, 3 or 4 channels in [0, 1] as 8-bit RGB; alpha is left out."""
+    """Returns one image of 1, 3 or 4 channels in [0, 1] as 8-bit RGB; alpha is dropped."""
     pixels = image_HWC.detach().float().cpu().clamp(0, 1)[..., :3].mul(255).round().byte().numpy()
     if pixels.shape[-1] == 1:
         pixels = pixels.repeat(3, axis=-1)
@@ -36,7 +36,7 @@ def with_badges(images_BHWC: Tensor, texts: Sequence[str]) -> Tensor:
 
 
 def grid(rows: Sequence[Tensor], gap: int = 4) -> Tensor:
-    """Returns one image (1, H, W, 3) of rows (B, h, w, 3) of images of one size; short rows end white."""
+    """Returns one image (1, H, W, 3) of rows (B, h, w, 3) of images of one size; short rows are filled up with white."""
     columns = max(len(row) for row in rows)
     lines: list[Tensor] = []
     for row_BHWC in rows:

@@ -1,4 +1,4 @@
-"""Writing what a hypernetwork generates into a file for any LoRA loader."""
+"""Saving generated weights as a file for any LoRA loader."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..hyperalign.hosts.comfy import export as comfy_export
+from ..hyperalign.hosts.comfy.export import DEFAULT_PREFIX, export_lora, workflow_metadata
 from .aliases import aliases
 from .sockets import HyperAlignType, seed_input, strength_input
 
 
 class HyperAlignExportLora(io.ComfyNode):
-    """Saves the weights of one prompt, seed and time as a plain LoRA."""
+    """Saves the weights generated for one prompt, seed and time as a plain LoRA."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -22,23 +22,22 @@ class HyperAlignExportLora(io.ComfyNode):
             display_name="Export HyperAlign as LoRA",
             category="HyperAlign",
             **aliases("save lora", "extract lora", "bake", "hypernetwork to lora"),
-            description="Saves the weights a hypernetwork writes for one prompt, seed and time as a plain LoRA in "
-            "output/loras, for Load LoRA here or for diffusers. The LoRA no longer follows the image in the making.",
+            description="Saves the weights that a hypernetwork generates for one prompt, seed and time as a plain LoRA in "
+            "output/loras, for Load LoRA or for diffusers. Unlike the hypernetwork, the LoRA does not adapt to the "
+            "image being generated.",
             is_output_node=True,
             inputs=_inputs(),
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
-            outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
+            outputs=[io.String.Output(display_name="path", tooltip="Path of the saved file.")],
         )
 
     @classmethod
     def execute(
         cls, model: Any, hypernetwork: Any, positive: Any, latent_image: Any, **settings: Any
     ) -> io.NodeOutput:
-        """Writes the file and returns its path."""
-        workflow = comfy_export.workflow_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo)
-        path = comfy_export.export_lora(
-            model, hypernetwork, positive, latent_image, metadata=workflow, **settings
-        )
+        """Saves the file and returns its path."""
+        workflow = workflow_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo)
+        path = export_lora(model, hypernetwork, positive, latent_image, metadata=workflow, **settings)
         return io.NodeOutput(str(path), ui=ui.PreviewText(str(path)))
 
 
@@ -49,30 +48,29 @@ def _inputs() -> list[io.Input]:
         ),
         HyperAlignType.Input("hypernetwork", tooltip="From HyperAlign Loader."),
         io.Conditioning.Input(
-            "positive", tooltip="The one prompt the LoRA is made for, from CLIP Text Encode."
+            "positive",
+            tooltip="Conditioning of the prompt that the LoRA is exported for, from CLIP Text Encode.",
         ),
         io.Latent.Input(
             "latent_image",
-            tooltip="At time 1 an empty latent of the image's size; below 1 a finished image (from KSampler or "
-            "VAE Encode), which is noised to that time. Of a batch, the first image.",
+            tooltip="At time 1: an empty latent of the image's size. Below 1: a finished latent (from KSampler or "
+            "VAE Encode), to which noise of that time is added. Only the first latent of a batch is used.",
         ),
-        seed_input(
-            "Number that decides the noise the hypernetwork looks at, as in KSampler. 0 is a seed like any."
-        ),
+        seed_input("Seed of the noise in the hypernetwork's input, as in KSampler. 0 is a valid seed."),
         io.Float.Input(
             "time",
             default=1.0,
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="When the hypernetwork looks, as a fraction of the noise. 1 = at pure noise, what variant I uses for "
-            "the whole run; 0 = at the finished image. It counts down, against start_percent of Apply HyperAlign.",
+            tooltip="Time at which the weights are generated, as a fraction of the noise. 1 = pure noise, where variant I "
+            "generates its weights; 0 = the finished image. It decreases during sampling, unlike start_percent.",
         ),
         strength_input(),
         io.String.Input(
             "filename_prefix",
-            default=comfy_export.DEFAULT_PREFIX,
-            tooltip="Path below the output folder, completed by a number. What lies in loras/ is offered by Load LoRA "
-            "after a refresh (R).",
+            default=DEFAULT_PREFIX,
+            tooltip="Path in the output folder; a number is appended. Load LoRA offers the files in loras/ after a "
+            "refresh (R).",
         ),
     ]

@@ -1,11 +1,10 @@
-"""The list of nodes, and what happens once at start-up."""
+"""The list of nodes, and the registration of model folders."""
 
 from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..hyperalign.hosts.comfy import files as comfy_files
-from ..hyperalign.hosts.comfy import reward_files as comfy_reward_files
+from ..hyperalign.hosts.comfy import files, reward_files
 from .best_of_n import HyperAlignBestOfN
 from .compare import HyperAlignCompare
 from .export import HyperAlignExportLora
@@ -23,7 +22,7 @@ class HyperAlignExtension(ComfyExtension):
     """HyperAlign's nodes."""
 
     async def on_load(self) -> None:
-        """Tells the host where hypernetworks and rewards lie."""
+        """Registers the folders of hypernetworks and reward models."""
         _register_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
@@ -49,5 +48,5 @@ class HyperAlignExtension(ComfyExtension):
 
 
 def _register_folders() -> None:
-    comfy_files.register_folders()
-    comfy_reward_files.register_folder()
+    files.register_folders()
+    reward_files.register_folder()

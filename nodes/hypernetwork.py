@@ -7,9 +7,9 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..hyperalign.errors import HyperAlignError
-from ..hyperalign.hosts.comfy import files as comfy_files
-from ..hyperalign.hosts.comfy import model as comfy
-from ..hyperalign.hosts.comfy import trace as comfy_trace
+from ..hyperalign.hosts.comfy import files
+from ..hyperalign.hosts.comfy.model import apply, load
+from ..hyperalign.hosts.comfy.trace import recorder_for, wanted
 from .aliases import aliases
 from .choices import choice_problem
 from .sockets import HyperAlignType, strength_curve_input, strength_input, trace_output, variant_input
@@ -18,7 +18,7 @@ TRACE_OUTPUT = 1
 
 
 class HyperAlignLoader(io.ComfyNode):
-    """Loads a file of models/hyperalign."""
+    """Loads a file from models/hyperalign."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -29,14 +29,14 @@ class HyperAlignLoader(io.ComfyNode):
             category="HyperAlign",
             **aliases("load hypernetwork", "alignment", "hyperlora", "model loader"),
             description="Loads a HyperAlign hypernetwork from models/hyperalign and shows what it was trained for. A "
-            "hypernetwork is a small network that looks at the image in the making and generates weights into the "
-            "diffusion model; connect it to Apply HyperAlign or HyperAlign Sampler.",
+            "hypernetwork is a small network that reads the latent being denoised and generates weights for the "
+            "diffusion model. Connect it to Apply HyperAlign or HyperAlign Sampler.",
             inputs=[
                 io.Combo.Input(
                     "hypernetwork",
-                    options=comfy_files.file_names(),
-                    tooltip="The hypernetwork file (.safetensors in models/hyperalign; the tiny_ ones come with the "
-                    "pack and fit HyperAlign Tiny Model). It must have been trained for your base model.",
+                    options=files.file_names(),
+                    tooltip="The hypernetwork file (.safetensors in models/hyperalign; files that start with tiny_ are "
+                    "included and fit HyperAlign Tiny Model). It must have been trained for your base model.",
                 ),
             ],
             outputs=[
@@ -44,32 +44,32 @@ class HyperAlignLoader(io.ComfyNode):
                     display_name="hypernetwork", tooltip="For Apply HyperAlign or HyperAlign Sampler."
                 ),
                 io.String.Output(
-                    display_name="info", tooltip="Base model, variant, sizes and training, as text."
+                    display_name="info", tooltip="Base model, variant, sizes and training data, as text."
                 ),
             ],
         )
 
     @classmethod
     def validate_inputs(cls, hypernetwork: str = "") -> bool | str:
-        """Reads the header before anything runs; the host leaves out a linked input's value."""
+        """Checks the file's header before anything runs; the host passes no value for a linked input."""
         try:
             if hypernetwork != "":
-                comfy_files.check_file(str(hypernetwork))
+                files.check_file(str(hypernetwork))
         except HyperAlignError as error:
             return str(error)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, hypernetwork: str) -> tuple[float, int]:
-        """Makes the host load a file again once it was replaced."""
-        status = comfy_files.file_path(hypernetwork).stat()
+        """Makes the host load the file again after it was replaced."""
+        status = files.file_path(hypernetwork).stat()
         return status.st_mtime, status.st_size
 
     @classmethod
     def execute(cls, hypernetwork: str) -> io.NodeOutput:
         """Returns the hypernetwork and its description."""
-        loaded = comfy.load(comfy_files.file_path(hypernetwork))
-        info = comfy_files.describe(loaded.header)
+        loaded = load(files.file_path(hypernetwork))
+        info = files.describe(loaded.header)
         return io.NodeOutput(loaded, info, ui=ui.PreviewText(info))
 
 
@@ -84,8 +84,8 @@ class HyperAlignApply(io.ComfyNode):
             display_name="Apply HyperAlign",
             category="HyperAlign",
             **aliases("hypernetwork", "align model", "human preference", "prompt adherence", "lora"),
-            description="Makes a MODEL sample with weights that a hypernetwork writes for the image in the making. "
-            "Works with any sampler; a second one replaces the first.",
+            description="Patches a MODEL with weights that a hypernetwork generates for the image during sampling. Works "
+            "with any sampler. A second Apply HyperAlign replaces the first.",
             inputs=[
                 io.Model.Input(
                     "model", tooltip="The base model the hypernetwork was trained for. It is not changed."
@@ -98,7 +98,8 @@ class HyperAlignApply(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Where in the run it begins to act, as a fraction of the noise range. 0 = from pure noise on.",
+                    tooltip="Point in sampling at which HyperAlign starts, as a fraction of the noise range. 0 = from the "
+                    "start (pure noise).",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -106,8 +107,8 @@ class HyperAlignApply(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Where in the run it stops acting, as a fraction of the noise range. 1 = acts to the end; "
-                    "must lie above start_percent, so 0 is refused.",
+                    tooltip="Point in sampling at which HyperAlign ends, as a fraction of the noise range. 1 = to the end; "
+                    "must be above start_percent, so 0 is rejected.",
                 ),
                 variant_input(),
                 strength_curve_input(),
@@ -115,21 +116,21 @@ class HyperAlignApply(io.ComfyNode):
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The aligned model, for any sampler."),
                 trace_output(
-                    "For HyperAlign Trace, together with the sampled LATENT: filled while a sampler runs the model. "
-                    "Costs nothing while it is not connected."
+                    "For HyperAlign Trace, together with the sampled LATENT: recorded while a sampler runs the model. "
+                    "Nothing is recorded unless it is connected."
                 ),
             ],
         )
 
     @classmethod
     def validate_inputs(cls, variant: str = "auto") -> bool | str:
-        """Refuses an unknown variant before anything runs; the host itself checks the numbers."""
+        """Rejects an unknown variant before anything runs; the host itself checks numbers."""
         return choice_problem(cls, variant=variant) or True
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> str:
-        """Makes the host run it again, and the samplers behind it, once somebody wants the trace."""
-        return comfy_trace.wanted(TRACE_OUTPUT)
+        """Makes the host run the node and its samplers again when the trace output gets connected."""
+        return wanted(TRACE_OUTPUT)
 
     @classmethod
     def execute(
@@ -142,9 +143,9 @@ class HyperAlignApply(io.ComfyNode):
         variant: Any,
         strength_curve: Any = None,
     ) -> io.NodeOutput:
-        """Returns the patched clone and the recorder of its runs, None where nobody wants it."""
-        recorder = comfy_trace.recorder_for(TRACE_OUTPUT)
-        aligned = comfy.apply(
+        """Returns the patched clone, and the recorder of its runs or None if trace is not connected."""
+        recorder = recorder_for(TRACE_OUTPUT)
+        aligned = apply(
             model, hypernetwork, strength, start_percent, end_percent, variant, strength_curve, recorder
         )
         return io.NodeOutput(aligned, recorder)

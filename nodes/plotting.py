@@ -1,4 +1,4 @@
-"""Lines, text and colour scales on a supersampled canvas; what the images of traces share."""
+"""A supersampled canvas with lines, text, axes and colour scales, shared by all plots."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .drawing import DARK, LIGHT, to_tensor
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
-"""Left, top, right and bottom in pixels of the finished image, as everywhere here."""
+"""Left, top, right and bottom, in pixels of the finished image like all coordinates here."""
 INSIDE, LINE, FAINT = (39, 39, 42), (82, 82, 91), (175, 175, 184)
 BLUE, YELLOW, PINK, GREEN = (56, 189, 248), (250, 204, 21), (244, 114, 182), (74, 222, 128)
 SCALE_STOPS = ((42, 16, 84), (62, 74, 137), (38, 130, 142), (53, 183, 121), (253, 231, 37))
-"""From little to much: of rising lightness, so that grey prints and the colour-blind keep the order."""
+"""From low to high, with rising lightness, so that the order survives grey prints and colour blindness."""
 FACTOR = 2
-"""Drawn larger and shrunk, for smooth lines."""
+"""Supersampling factor, for smooth lines."""
 
 
 class Canvas:
@@ -57,7 +57,8 @@ class Canvas:
         for place in range(int(length / (2 * dash)) + 1):
             ends = (min(2 * place * dash, length), min((2 * place + 1) * dash, length))
             first, last = (
-                [s + (e - s) * way / length for s, e in zip(start, end, strict=True)] for way in ends
+                [s + (e - s) * distance / length for s, e in zip(start, end, strict=True)]
+                for distance in ends
             )
             self.line([(first[0], first[1]), (last[0], last[1])], colour, 1)
 
@@ -105,15 +106,15 @@ def tick_text(value: float, step: float) -> str:
     return f"{value + 0.0:.{decimals}f}"
 
 
-def mixed(first: Colour, second: Colour, way: float) -> Colour:
+def mixed(first: Colour, second: Colour, fraction: float) -> Colour:
     """Returns a colour between two."""
-    red, green, blue = (round(a + (b - a) * way) for a, b in zip(first, second, strict=True))
+    red, green, blue = (round(a + (b - a) * fraction) for a, b in zip(first, second, strict=True))
     return red, green, blue
 
 
-def scale_colour(part: float) -> Colour:
+def scale_colour(value: float) -> Colour:
     """Returns the colour of a value in [0, 1]."""
-    place = min(max(part, 0.0), 1.0) * (len(SCALE_STOPS) - 1)
+    place = min(max(value, 0.0), 1.0) * (len(SCALE_STOPS) - 1)
     index = min(int(place), len(SCALE_STOPS) - 2)
     return mixed(SCALE_STOPS[index], SCALE_STOPS[index + 1], place - index)
 

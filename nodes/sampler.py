@@ -6,9 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..hyperalign.hosts.comfy import model as host
-from ..hyperalign.hosts.comfy import sampling as comfy_sampling
-from ..hyperalign.hosts.comfy import trace as comfy_trace
+from ..hyperalign.hosts.comfy.model import apply
+from ..hyperalign.hosts.comfy.sampling import SAMPLERS, SCHEDULERS, check_steps, ksample
+from ..hyperalign.hosts.comfy.trace import recorder_for, wanted
 from .aliases import aliases
 from .choices import choice_problem
 from .sockets import (
@@ -25,7 +25,7 @@ TRACE_OUTPUT = 1
 
 
 class HyperAlignSampler(io.ComfyNode):
-    """The host's own sampling on an aligned model."""
+    """Samples with ComfyUI's own samplers on an aligned model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -36,8 +36,8 @@ class HyperAlignSampler(io.ComfyNode):
             category="HyperAlign",
             **aliases("ksampler", "aligned ksampler", "sample"),
             description="KSampler with a hypernetwork: the same as Apply HyperAlign followed by KSampler. The hypernetwork "
-            "looks at the image in the making and generates weights into the model, so that the image follows the "
-            "prompt and people's preference better. Preview and progress are the usual ones.",
+            "reads the latent being denoised and generates weights for the model, so that the image matches the "
+            "prompt and human preference better. Preview and progress bar are those of KSampler.",
             inputs=[
                 *_sockets(),
                 *sampling_widgets(),
@@ -48,7 +48,7 @@ class HyperAlignSampler(io.ComfyNode):
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The denoised latents, for VAE Decode."),
                 trace_output(
-                    "For HyperAlign Trace or HyperAlign Trace PCA. Costs nothing while it is not connected."
+                    "For HyperAlign Trace or HyperAlign Trace PCA. Nothing is recorded unless it is connected."
                 ),
             ],
         )
@@ -57,14 +57,14 @@ class HyperAlignSampler(io.ComfyNode):
     def validate_inputs(
         cls, variant: str = "auto", sampler_name: str = "euler", scheduler: str = "normal"
     ) -> bool | str:
-        """Refuses unknown choices before anything runs; the host itself checks the numbers."""
+        """Rejects unknown choices before anything runs; the host itself checks numbers."""
         chosen = {"variant": variant, "sampler_name": sampler_name, "scheduler": scheduler}
         return choice_problem(cls, **chosen) or True
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> str:
-        """Makes the host sample again once somebody wants the trace."""
-        return comfy_trace.wanted(TRACE_OUTPUT)
+        """Makes the host sample again when the trace output gets connected."""
+        return wanted(TRACE_OUTPUT)
 
     @classmethod
     def execute(
@@ -77,13 +77,13 @@ class HyperAlignSampler(io.ComfyNode):
         strength_curve: Any = None,
         **sampling: Any,
     ) -> io.NodeOutput:
-        """Returns the sampled latents and the recorder of the run, None where nobody wants it."""
-        comfy_sampling.check_steps(sampling["steps"])
-        recorder = comfy_trace.recorder_for(TRACE_OUTPUT)
-        aligned = host.apply(
+        """Returns the sampled latents, and the recorder of the run or None if trace is not connected."""
+        check_steps(sampling["steps"])
+        recorder = recorder_for(TRACE_OUTPUT)
+        aligned = apply(
             model, hypernetwork, strength, variant=variant, strength_curve=strength_curve, recorder=recorder
         )
-        latent = comfy_sampling.ksample(aligned, latent=latent_image, **sampling)
+        latent = ksample(aligned, latent=latent_image, **sampling)
         return io.NodeOutput(latent, recorder)
 
 
@@ -94,22 +94,20 @@ def _sockets() -> list[io.Input]:
         ),
         HyperAlignType.Input("hypernetwork", tooltip="From HyperAlign Loader."),
         *conditioning_inputs(),
-        io.Latent.Input("latent_image", tooltip="The latents to start from; empty ones for a new image."),
+        io.Latent.Input("latent_image", tooltip="The latents to denoise; empty latents for a new image."),
     ]
 
 
 def sampling_widgets() -> list[io.Input]:
     """Returns KSampler's widgets, for every node that samples."""
     return [
-        seed_input(
-            "Number that decides the starting noise; the same seed gives the same image. 0 is a seed like any."
-        ),
+        seed_input("Seed of the initial noise; the same seed gives the same image. 0 is a valid seed."),
         io.Int.Input(
             "steps",
             default=25,
             min=1,
             max=10000,
-            tooltip="Number of denoising steps; more is slower and finer. 0 steps cannot be sampled and are refused.",
+            tooltip="Number of denoising steps; more steps take longer and give finer details. 0 is rejected.",
         ),
         io.Float.Input(
             "cfg",
@@ -118,21 +116,21 @@ def sampling_widgets() -> list[io.Input]:
             max=100.0,
             step=0.1,
             round=0.01,
-            tooltip="How closely the prompt is followed, as a guidance factor. 1 = no guidance (twice as fast); "
-            "0 = the negative prompt alone; too high burns the colours.",
+            tooltip="Classifier-free guidance scale: how closely the prompt is followed. 1 = no guidance (twice as fast); "
+            "0 = the negative prompt only; too high oversaturates the colours.",
         ),
         io.Combo.Input(
             "sampler_name",
-            options=comfy_sampling.SAMPLERS,
+            options=SAMPLERS,
             default="euler",
-            tooltip="The host's denoising algorithm. Second-order ones evaluate the model several times per step; "
+            tooltip="ComfyUI's sampling algorithm. Second-order samplers evaluate the model several times per step; "
             "variant S generates weights at each evaluation.",
         ),
         io.Combo.Input(
             "scheduler",
-            options=comfy_sampling.SCHEDULERS,
+            options=SCHEDULERS,
             default="normal",
-            tooltip="How noise falls over the steps.",
+            tooltip="How the noise level decreases over the steps.",
         ),
         io.Float.Input(
             "denoise",
@@ -140,6 +138,6 @@ def sampling_widgets() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="Fraction of noise put on the input latents. 1 = a new image; 0 = the input unchanged.",
+            tooltip="Amount of denoising applied to the input latents. 1 = a new image; 0 = the input unchanged.",
         ),
     ]

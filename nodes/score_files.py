@@ -1,4 +1,4 @@
-"""Saved images that know their scores, and a table of them beside."""
+"""Saving images with their scores in the metadata, and a table of scores next to them."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import folder_paths
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ..hyperalign.hosts.comfy.rewards import Judgement
+from ..hyperalign.hosts.comfy.rewards import BatchScores
 from .drawing import to_pil
 
 COLUMNS = ("file", "prompt", "reward", "score", "breakdown")
 
 
 def save_scored(
-    images_BHWC: Tensor, judgement: Judgement, prefix: str, sidecar: str, workflow: Mapping[str, Any]
+    images_BHWC: Tensor, batch: BatchScores, prefix: str, sidecar: str, workflow: Mapping[str, Any]
 ) -> list[Path]:
-    """Writes each image as PNG with its scores, and adds a line to the sidecar for each.
+    """Saves each image as PNG with its scores, and adds a line per image to the sidecar.
 
     Args:
         images_BHWC: the images, in [0, 1].
-        judgement: their scores.
-        prefix: of the file names, below the host's output folder; subfolders are allowed.
+        batch: their scores.
+        prefix: prefix of the file names in the host's output folder; may contain subfolders.
         sidecar: "CSV", "JSONL" or "none".
-        workflow: what the host puts into its own images, by key.
+        workflow: metadata that the host stores in its own images, by key.
 
     Returns:
         The images' paths.
@@ -39,7 +39,7 @@ def save_scored(
         prefix, folder_paths.get_output_directory(), width, height
     )
     paths = [Path(folder) / f"{name}_{counter + index:05}_.png" for index in range(len(images_BHWC))]
-    rows = [_row(judgement, index, path) for index, path in enumerate(paths)]
+    rows = [_row(batch, index, path) for index, path in enumerate(paths)]
     for image_HWC, row, path in zip(images_BHWC, rows, paths, strict=True):
         to_pil(image_HWC).save(path, pnginfo=_metadata(row, workflow), compress_level=4)
     if sidecar != "none":
@@ -47,13 +47,13 @@ def save_scored(
     return paths
 
 
-def _row(judgement: Judgement, index: int, path: Path) -> dict[str, Any]:
+def _row(batch: BatchScores, index: int, path: Path) -> dict[str, Any]:
     return {
         "file": path.name,
-        "prompt": judgement.prompts[index],
-        "reward": judgement.name,
-        "score": judgement.scores[index],
-        "breakdown": {name: scores[index] for name, scores in judgement.breakdown.items()},
+        "prompt": batch.prompts[index],
+        "reward": batch.name,
+        "score": batch.scores[index],
+        "breakdown": {name: scores[index] for name, scores in batch.breakdown.items()},
     }
 
 
@@ -67,7 +67,7 @@ def _metadata(row: Mapping[str, Any], workflow: Mapping[str, Any]) -> PngInfo:
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Adds whole lines in one write, so that an interruption leaves no half of one."""
+    """Appends all lines in one write, so that an interruption leaves no partial line."""
     if path.suffix == ".jsonl":
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     else:

@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..hyperalign.hosts.comfy import batches as batches
+from ..hyperalign.hosts.comfy import batches
 from ..hyperalign.selection import select
 from .aliases import aliases
 from .choices import choice_problem
@@ -26,8 +26,8 @@ class HyperAlignSelect(io.ComfyNode):
             display_name="Select by Reward",
             category="HyperAlign",
             **aliases("filter images", "top k", "pick best", "sort images", "threshold"),
-            description="Keeps the images with the best scores, best first, with their latents, masks and seeds. "
-            "The others come out of outputs of their own. What follows an empty output is quietly skipped.",
+            description="Keeps the images with the best scores, best first, with their latents, masks and seeds. The "
+            "rejected images have their own outputs. Nodes after an empty output are skipped without an error.",
             is_input_list=True,
             inputs=_inputs(),
             outputs=[*_outputs(""), *_outputs("rejected_")],
@@ -35,7 +35,7 @@ class HyperAlignSelect(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, mode: Any = "top-k") -> bool | str:
-        """Refuses an unknown mode before anything runs; inputs are lists here."""
+        """Rejects an unknown mode before anything runs; inputs are lists here."""
         return choice_problem(cls, mode=mode) or True
 
     @classmethod
@@ -50,7 +50,7 @@ class HyperAlignSelect(io.ComfyNode):
         masks: Any = None,
         seeds: list[int] | None = None,
     ) -> io.NodeOutput:
-        """Returns the chosen, then the rejected."""
+        """Returns the selected images, then the rejected images."""
         images = batches.joined("images", images)
         latent = batches.joined_latents(latents) if latents else None
         mask = batches.joined("masks", masks) if masks else None
@@ -62,7 +62,7 @@ class HyperAlignSelect(io.ComfyNode):
 def _half(
     indices: Sequence[int], scores: list[float], images: Any, latent: Any, mask: Any, seeds: list[int] | None
 ) -> list[Any]:
-    """Returns images, latents, masks, indices, seeds and scores; an absent one ends what would follow it."""
+    """Returns images, latents, masks, indices, seeds and scores; an absent output blocks the nodes after it."""
     absent, count = ExecutionBlocker(None), len(scores)
     picked = batches.pick("images", images, indices, count)
     outputs: list[Any] = [
@@ -78,44 +78,48 @@ def _half(
 
 def _inputs() -> list[io.Input]:
     return [
-        io.Image.Input("images", tooltip="The images that were scored, in the same order."),
+        io.Image.Input("images", tooltip="The scored images, in the same order as scores."),
         io.Float.Input(
             "scores",
             force_input=True,
-            tooltip="One score per image, from Reward Score or Best-of-N Sampler; greater is better, 0 is a score like any.",
+            tooltip="One score per image, from Reward Score or Best-of-N Sampler; higher is better, 0 is a valid score.",
         ),
         io.Combo.Input(
             "mode",
             options=["top-k", "threshold", "sort"],
             default="top-k",
-            tooltip="top-k = the k best; threshold = all that reach the threshold; sort = all, none rejected. "
-            "Always best first.",
+            tooltip="top-k = the k best images; threshold = all images whose score reaches threshold; sort = all images, "
+            "none rejected. Always best first.",
         ),
         io.Int.Input(
             "k",
             default=1,
             min=1,
             max=4096,
-            tooltip="How many images top-k keeps; all of fewer. 0 is refused. The other modes do not look at it.",
+            tooltip="Number of images that top-k keeps; all images if there are fewer. Not used in other modes. 0 is rejected.",
         ),
         threshold_input(
-            "The least score that the mode threshold keeps, in the reward's own units; 0 = a score of 0 or more."
+            "Minimum score in mode threshold, on the reward's scale; 0 = a score of 0 or higher."
         ),
-        io.Latent.Input("latents", optional=True, tooltip="The images' latents; they follow the selection."),
+        io.Latent.Input(
+            "latents", optional=True, tooltip="The latents of the images; selected together with them."
+        ),
         io.Mask.Input(
-            "masks", optional=True, tooltip="The images' masks; they follow the selection. One serves all."
+            "masks",
+            optional=True,
+            tooltip="The masks of the images; selected together with them. A single mask applies to all images.",
         ),
         io.Int.Input(
             "seeds",
             optional=True,
             force_input=True,
-            tooltip="The images' seeds as a list, from Best-of-N Sampler; 0 is a seed like any. One serves all.",
+            tooltip="The seeds of the images as a list, from Best-of-N Sampler; 0 is a valid seed. A single seed applies to all images.",
         ),
     ]
 
 
 def _outputs(prefix: str) -> list[io.Output]:
-    which = "rejected" if prefix else "chosen"
+    which = "rejected" if prefix else "selected"
     return [
         io.Image.Output(display_name=f"{prefix}images", tooltip=f"The {which} images, best first."),
         io.Latent.Output(display_name=f"{prefix}latents", tooltip=f"The latents of the {which} images."),
@@ -123,7 +127,7 @@ def _outputs(prefix: str) -> list[io.Output]:
         io.Int.Output(
             display_name=f"{prefix}indices",
             is_output_list=True,
-            tooltip=f"Places of the {which} images in the batch that came in; 0 = the first.",
+            tooltip=f"Indices of the {which} images in the input batch; 0 = the first image.",
         ),
         io.Int.Output(
             display_name=f"{prefix}seeds", is_output_list=True, tooltip=f"The seeds of the {which} images."

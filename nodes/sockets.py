@@ -1,4 +1,4 @@
-"""The pack's own socket types, and inputs that several nodes share."""
+"""The pack's own socket types, and inputs shared by several nodes."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def strength_input() -> io.Float.Input:
         min=-4.0,
         max=4.0,
         step=0.05,
-        tooltip="How strongly the generated weights act, as a factor. 1 = as trained; 0 = off, the image of the "
-        "model without HyperAlign, bit for bit; below 0 pushes the other way.",
+        tooltip="Scale of the generated weights. 1 = as trained; 0 = off, bit-identical to the model without "
+        "HyperAlign; below 0 = the opposite effect.",
     )
 
 
 def strength_curve_input() -> io.Input:
-    """Returns the socket for a strength curve."""
+    """Returns the strength curve socket."""
     return HyperAlignStrengthType.Input(
         "strength_curve",
         optional=True,
-        tooltip="From HyperAlign Strength Curve: multiplies strength over the run and by block. Nothing connected = "
-        "the same strength throughout; 0 = off while the curve is there.",
+        tooltip="From HyperAlign Strength Curve: multiplies strength during sampling and per block. Not connected = "
+        "constant strength; where the curve is 0, HyperAlign is off.",
     )
 
 
@@ -40,46 +40,47 @@ def variant_input() -> io.Combo.Input:
         "variant",
         options=VARIANTS,
         default="auto",
-        tooltip="When weights are generated anew. S = at every model evaluation; P = at a few key times stored in "
-        "the hypernetwork; I = once, at the start (fastest); auto = as the hypernetwork was trained.",
+        tooltip="When weights are generated. S = at every model evaluation; P = at a few key times stored in the "
+        "hypernetwork; I = once, at the start (fastest); auto = the variant that the hypernetwork was trained for.",
     )
 
 
 def prompt_input() -> io.String.Input:
-    """Returns the widget with the prompts that images are judged against."""
+    """Returns the widget for the prompts that images are scored against."""
     return io.String.Input(
         "prompt",
         multiline=True,
         default="a red heart",
-        tooltip="One line = the prompt of all images; or one line per image, in their order. "
-        "0 lines = judged against the empty prompt.",
+        tooltip="One line = the prompt of all images; or one line per image, in the same order. "
+        "Empty = scored against the empty prompt.",
     )
 
 
 def trace_output(tooltip: str) -> io.Output:
-    """Returns the socket of a trace."""
+    """Returns the trace output."""
     return HyperAlignTraceType.Output(display_name="trace", tooltip=tooltip)
 
 
 def conditioning_inputs() -> list[io.Input]:
-    """Returns the sockets for both prompts of a sampler."""
+    """Returns the conditioning sockets of a sampler."""
     return [
-        io.Conditioning.Input("positive", tooltip="What the image should show, from CLIP Text Encode."),
+        io.Conditioning.Input("positive", tooltip="Conditioning of the prompt, from CLIP Text Encode."),
         io.Conditioning.Input(
-            "negative", tooltip="What it should not show, from CLIP Text Encode; unused at cfg 1."
+            "negative",
+            tooltip="Conditioning of the negative prompt, from CLIP Text Encode; not used at cfg 1.",
         ),
     ]
 
 
 def seed_input(tooltip: str) -> io.Int.Input:
-    """Returns the seed widget, as KSampler has it."""
+    """Returns the seed widget, with the same range as KSampler's."""
     return io.Int.Input(
         "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=tooltip
     )
 
 
 def threshold_input(tooltip: str) -> io.Float.Input:
-    """Returns a widget for a score of any reward."""
+    """Returns a score threshold widget; its range fits every reward."""
     return io.Float.Input(
         "threshold", default=0.0, min=-1000.0, max=1000.0, step=0.001, round=0.0001, tooltip=tooltip
     )

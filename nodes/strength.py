@@ -1,4 +1,4 @@
-"""A curve of strengths over the run and over the blocks."""
+"""A strength curve over sampling, with a factor per group of blocks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..hyperalign.strength import EASES, StrengthCurve, parse_values
 from .aliases import aliases
 from .choices import choice_problem
 from .sockets import HyperAlignStrengthType
-from .strength_image import image
+from .strength_plot import strength_plot
 
 MODES = ["ease", "list"]
-DRAWN = 64
-"""Stretches of a hand-drawn curve, straight lines all of them."""
+SEGMENTS = 64
+"""Straight lines that approximate a curve from Curve Editor."""
 
 
 class HyperAlignStrength(io.ComfyNode):
@@ -30,8 +30,8 @@ class HyperAlignStrength(io.ComfyNode):
             node_id="HyperAlignStrength",
             display_name="HyperAlign Strength Curve",
             category="HyperAlign",
-            description="Lets HyperAlign act more or less strongly over the run and in different blocks of the model, "
-            "and shows the curve. From one strength to another, or through a list of numbers.",
+            description="Changes the strength of HyperAlign during sampling and per group of blocks, and plots the curve. "
+            "The curve goes from one strength to another, or through a list of values.",
             **aliases("schedule", "keyframes", "ease", "block weight", "lora block", "fade"),
             is_input_list=True,
             is_output_node=True,
@@ -48,9 +48,9 @@ class HyperAlignStrength(io.ComfyNode):
     def validate_inputs(
         cls, mode: Sequence[str] = ("ease",), ease: Sequence[str] = ("linear",), values: Sequence[str] = ("",)
     ) -> bool | str:
-        """Refuses unknown choices and a bad list before anything runs."""
+        """Rejects unknown choices and an invalid list before anything runs."""
         try:
-            # An empty list may be left behind where one is connected.
+            # The widget may be empty when floats are connected.
             if mode[0] == "list" and values[0].strip():
                 StrengthCurve(parse_values(values[0]))
         except HyperAlignError as error:
@@ -59,16 +59,16 @@ class HyperAlignStrength(io.ComfyNode):
 
     @classmethod
     def execute(cls, floats: Any = None, **widgets: list[Any]) -> io.NodeOutput:
-        """Returns the curve, and shows it in the node."""
+        """Returns the curve, and shows its plot in the node."""
         first = {name: values[0] for name, values in widgets.items()}
         groups = first["early_blocks"], first["middle_blocks"], first["late_blocks"]
         values, ease = _values(first, floats)
         curve = StrengthCurve(values, ease, first["start_percent"], first["end_percent"], groups)
-        return io.NodeOutput(curve, ui=ui.PreviewImage(image(curve), cls=cls))
+        return io.NodeOutput(curve, ui=ui.PreviewImage(strength_plot(curve), cls=cls))
 
 
 def _values(widgets: dict[str, Any], floats: Any) -> tuple[tuple[float, ...], Any]:
-    """Returns the curve's values and how they are eased."""
+    """Returns the curve's values and its ease."""
     if floats is not None:
         return _numbers(floats), "linear"
     if widgets["mode"] == "list":
@@ -77,16 +77,16 @@ def _values(widgets: dict[str, Any], floats: Any) -> tuple[tuple[float, ...], An
 
 
 def _numbers(linked: Any) -> tuple[float, ...]:
-    """Returns the numbers of a link: some packs send a list of outputs, some one output that is a list."""
+    """Returns the numbers of a link: some packs send several outputs, others one output that is a list."""
     if isinstance(linked, Real):
         return (float(linked),)
     height_at: Any = getattr(linked, "interp", None)
-    if height_at is not None:  # what the host's Curve Editor makes
-        return tuple(float(height_at(i / DRAWN)) for i in range(DRAWN + 1))
+    if height_at is not None:  # the output of the host's Curve Editor
+        return tuple(float(height_at(i / SEGMENTS)) for i in range(SEGMENTS + 1))
     if isinstance(linked, Sequence) and not isinstance(linked, str):
         return tuple(number for item in linked for number in _numbers(item))
     raise HyperAlignError(
-        f"floats holds a {type(linked).__name__}; expected numbers. Connect a list of floats or a curve."
+        f"floats contains a {type(linked).__name__}; expected numbers. Connect a list of floats or a curve."
     )
 
 
@@ -100,28 +100,28 @@ def _curve_inputs() -> list[io.Input]:
             "mode",
             options=MODES,
             default="ease",
-            tooltip="ease = from start_strength to end_strength; list = through the numbers of values.",
+            tooltip="ease = from start_strength to end_strength; list = through the numbers in values.",
         ),
         _strength_input(
             "start_strength",
             1.0,
-            "Mode ease: factor on the strength at start_percent. 1 = as trained; 0 = off; below 0 pushes the other way.",
+            "Mode ease: multiplier of strength at start_percent. 1 = as trained; 0 = off; below 0 = the opposite effect.",
         ),
         _strength_input(
-            "end_strength", 0.0, "Mode ease: factor on the strength at end_percent. 1 = as trained; 0 = off."
+            "end_strength", 0.0, "Mode ease: multiplier of strength at end_percent. 1 = as trained; 0 = off."
         ),
         io.Combo.Input(
             "ease",
             options=list(EASES),
             default="linear",
-            tooltip="Mode ease: how it gets there. linear = evenly; ease_in = slowly at first; ease_out = slowly at "
-            "last; ease_in_out = both.",
+            tooltip="Mode ease: the transition between both strengths. linear = constant rate; ease_in = slow start; "
+            "ease_out = slow end; ease_in_out = both.",
         ),
         io.String.Input(
             "values",
             default="1, 1, 0.5, 0",
-            tooltip="Mode list: factors on the strength with commas between, spread evenly from start_percent to "
-            "end_percent with straight lines between them. 1 = as trained; 0 = off.",
+            tooltip="Mode list: multipliers of strength, separated by commas, evenly spaced from start_percent to "
+            "end_percent and linearly interpolated. 1 = as trained; 0 = off.",
         ),
     ]
 
@@ -134,8 +134,8 @@ def _window_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="Where in the run the curve begins, as a fraction of the noise range; before it HyperAlign is off. "
-            "0 = from pure noise on.",
+            tooltip="Point in sampling at which the curve starts, as a fraction of the noise range; HyperAlign is off "
+            "before it. 0 = from the start (pure noise).",
         ),
         io.Float.Input(
             "end_percent",
@@ -143,8 +143,8 @@ def _window_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="Where in the run the curve ends, as a fraction of the noise range; after it HyperAlign is off. "
-            "1 = acts to the end; must lie above start_percent, so 0 is refused.",
+            tooltip="Point in sampling at which the curve ends, as a fraction of the noise range; HyperAlign is off after "
+            "it. 1 = to the end; must be above start_percent, so 0 is rejected.",
         ),
     ]
 
@@ -154,20 +154,20 @@ def _block_inputs() -> list[io.Input]:
         _strength_input(
             "early_blocks",
             1.0,
-            "Factor on the early blocks. U-Nets: the down blocks; FLUX: the first half of the double blocks; "
-            "SD 3.5: the first third. 1 = the curve itself; 0 = off there.",
+            "Multiplier for the early blocks. U-Nets: the down blocks; FLUX: the first half of the double blocks; "
+            "SD 3.5: the first third. 1 = the curve unchanged; 0 = off in these blocks.",
         ),
         _strength_input(
             "middle_blocks",
             1.0,
-            "Factor on the middle blocks. U-Nets: the middle block; FLUX: the second half of the double blocks; "
-            "SD 3.5: the second third. 1 = the curve itself; 0 = off there.",
+            "Multiplier for the middle blocks. U-Nets: the middle block; FLUX: the second half of the double blocks; "
+            "SD 3.5: the second third. 1 = the curve unchanged; 0 = off in these blocks.",
         ),
         _strength_input(
             "late_blocks",
             1.0,
-            "Factor on the late blocks. U-Nets: the up blocks; FLUX: the single blocks; SD 3.5: the last third. "
-            "1 = the curve itself; 0 = off there.",
+            "Multiplier for the late blocks. U-Nets: the up blocks; FLUX: the single blocks; SD 3.5: the last third. "
+            "1 = the curve unchanged; 0 = off in these blocks.",
         ),
     ]
 
@@ -177,6 +177,6 @@ def _list_socket() -> io.Input:
         "floats",
         types=[io.Float, io.Custom("FLOATS"), io.Custom("CURVE")],
         optional=True,
-        tooltip="A list of floats from another node, or the curve of Curve Editor. It takes the place of mode and what "
-        "belongs to it. 0 = off, 1 = as trained.",
+        tooltip="A list of floats from another node, or a curve from Curve Editor. Replaces mode and its widgets. "
+        "0 = off, 1 = as trained.",
     )

@@ -1,7 +1,7 @@
-"""The page's texts in other languages: `locales/<language>/{nodeDefs,main}.json`.
+"""The node texts in all languages: `locales/<language>/{nodeDefs,main}.json`.
 
-English is written from the nodes' own schemas: `python3 scripts/locales.py` starts ComfyUI, writes
-locales/en and says what the other languages lack, have too much, or say about a text that has changed.
+English is generated from the nodes' schemas: `python3 scripts/locales.py` starts ComfyUI, writes locales/en
+and reports which texts of the other languages are missing, superfluous or possibly out of date.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FILES = ("nodeDefs.json", "main.json")
 
 
 def english(info: ObjectInfo) -> dict[str, Texts]:
-    """Returns the English texts by file name, as the page looks them up."""
+    """Returns the English texts by file name, in the structure that ComfyUI's front end expects."""
     nodes = own_nodes(info)
     kinds = {kind for node in nodes.values() for kind in _socket_types(node)}
     main = {
@@ -62,7 +62,7 @@ def _text(name: str, tooltip: str | None) -> Texts:
 
 
 def flat(texts: Texts, path: str = "") -> dict[str, str]:
-    """Returns the strings by the path to them, such as HyperAlignApply.inputs.model.tooltip."""
+    """Returns the strings by their paths, such as HyperAlignApply.inputs.model.tooltip."""
     found: dict[str, str] = {}
     for key, value in texts.items():
         place = f"{path}.{key}" if path else key
@@ -71,7 +71,7 @@ def flat(texts: Texts, path: str = "") -> dict[str, str]:
 
 
 def read(language: str, file: str) -> Texts:
-    """Returns a committed file's content, nothing where there is no file."""
+    """Returns the content of a committed file; empty if there is no file."""
     path = LOCALES / language / file
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
@@ -82,33 +82,35 @@ def _write(language: str, file: str, texts: Texts) -> None:
     path.write_text(json.dumps(texts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _work_left(file: str, before: dict[str, str], now: dict[str, str]) -> Iterator[str]:
-    """Yields what a translator has to do after English went from `before` to `now`."""
+def _translation_work(file: str, before: dict[str, str], now: dict[str, str]) -> Iterator[str]:
+    """Yields what a translator has to do after the English texts changed from `before` to `now`."""
     changed = [key for key in now if key in before and before[key] != now[key]]
     for language in TRANSLATED:
         there = flat(read(language, file))
-        yield from (f"{language}/{file} lacks {key}: {now[key]}" for key in now if key not in there)
-        yield from (f"{language}/{file} has {key}, which is gone" for key in there if key not in now)
+        yield from (f"{language}/{file} has no {key}: {now[key]}" for key in now if key not in there)
+        yield from (
+            f"{language}/{file} has {key}, which English does not have" for key in there if key not in now
+        )
         yield from (f"{language}/{file} {key} may be out of date: {now[key]}" for key in changed)
 
 
 def main() -> int:
-    """Writes English and reports on the other languages; returns the process's exit status."""
+    """Writes the English texts and reports on the other languages; returns the exit status."""
     exit_on_termination()
     try:
         info = read_object_info(enter_environment(Path(__file__).resolve()))
     except (ScriptError, HyperAlignError, OSError) as error:
         say(f"Error: {error}")
         return 1
-    left: list[str] = []
+    work: list[str] = []
     for file, texts in english(info).items():
         before = flat(read(ENGLISH, file))
         _write(ENGLISH, file, texts)
-        left += _work_left(file, before, flat(texts))
-    for line in left:
+        work += _translation_work(file, before, flat(texts))
+    for line in work:
         say(line)
-    say(f"Wrote {ENGLISH}; {len(left)} texts of other languages need work.")
-    return 1 if left else 0
+    say(f"Wrote {ENGLISH}; {len(work)} texts of other languages need work.")
+    return 1 if work else 0
 
 
 if __name__ == "__main__":

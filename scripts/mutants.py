@@ -1,5 +1,5 @@
+# pyright: reportMissingImports=false
 """Mutants of a source file: copies with one small fault each, of cosmic-ray's operators and of four more.
-# pyright: reportMissingImports=false, reportUntypedBaseClass=false
 
 Left out is what no test of behaviour may see: docstrings, annotations, type aliases, the words of an error,
 imports, `__all__`, and the arguments of `dataclass` and `lru_cache`.

@@ -1,4 +1,4 @@
-"""The help pages: one for every node, with every input and output, an image and the usual mistakes."""
+"""The help pages: one for every node, with every input and output, an image and common mistakes."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def test_a_page_has_its_nodes_name_and_explains_every_input_and_output(nodes, pa
     node, text = nodes[page.stem], page.read_text(encoding="utf-8")
     assert text.startswith(f"# {node['display_name']}\n")
     bold = set(re.findall(r"\*\*([^*]+)\*\*", text))
-    # A numbered series is named by its ends, what Select by Reward rejects by one of its outputs.
+    # Numbered inputs are documented by first and last, rejected outputs by the first one.
     names = [name for name, *_ in inputs_of(node)] + node["output_name"]
     expected = {name for name in names if not re.fullmatch(r"trace_[2-7]|rejected_.*", name)}
     assert expected - bold == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_says_what_goes_wrong_and_names_a_workflow_that_is_there(page):
+def test_a_page_has_common_mistakes_and_names_an_existing_workflow(page):
     text = page.read_text(encoding="utf-8")
     assert text.count("\n## Common mistakes\n") == 1
     workflow = re.search(r"Example workflow: \*\*(\w+)\*\*", text)
@@ -50,7 +50,7 @@ def test_a_page_says_what_goes_wrong_and_names_a_workflow_that_is_there(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_shows_a_small_image_that_the_host_serves(server, page):
     (source,) = IMAGE.findall(page.read_text(encoding="utf-8"))
-    assert not source.startswith(("/", "http", "."))  # the help panel puts the folder of the pages before it
+    assert not source.startswith(("/", "http", "."))  # the help panel prepends the folder of the pages
     image = DOCS / source
     assert image.stat().st_size <= MOST_BYTES
     with Image.open(image) as opened:
@@ -60,12 +60,12 @@ def test_a_page_shows_a_small_image_that_the_host_serves(server, page):
         assert served.read() == image.read_bytes()
 
 
-def test_the_search_knows_every_node_by_other_words_where_the_host_can(server, nodes):
-    words = {name: node.get("search_aliases") for name, node in nodes.items()}
+def test_every_node_has_search_aliases_if_the_host_supports_them(server, nodes):
+    aliases = {name: node.get("search_aliases") for name, node in nodes.items()}
     if "search_aliases" in server.client.object_info()["KSampler"]:
-        assert [name for name, found in words.items() if not found] == []
+        assert [name for name, found in aliases.items() if not found] == []
     else:
-        assert set(words.values()) == {None}
+        assert set(aliases.values()) == {None}
 
 
 def test_every_node_has_a_description_of_a_paragraph(nodes):

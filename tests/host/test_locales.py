@@ -1,4 +1,4 @@
-"""The page's texts in four languages, key for key against the live schemas."""
+"""The node texts in four languages, compared key by key with the live schemas."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def texts(server):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_english_is_what_the_schemas_say(texts, file):
+def test_english_matches_the_schemas(texts, file):
     assert read(ENGLISH, file) == texts[file], "run `python3 scripts/locales.py`"
 
 

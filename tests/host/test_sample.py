@@ -116,7 +116,7 @@ def test_a_wrong_value_is_refused_before_anything_is_queued(server, tmp_path):
     assert len(server.client.get("/history")) == before
 
 
-def test_a_image_is_uploaded_where_a_node_wants_one(server, tmp_path):
+def test_an_image_is_uploaded_where_a_node_wants_one(server, tmp_path):
     Image.new("RGB", (24, 16), (10, 200, 30)).save(tmp_path / "a photo.png")
     graph = {
         "1": {"class_type": "LoadImage", "inputs": {"image": "nothing.png"}},

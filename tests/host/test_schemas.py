@@ -1,4 +1,4 @@
-"""What saved workflows rely on stays as it was recorded; docs/compatibility.md says what may change."""
+"""The schemas that saved workflows rely on stay as recorded; docs/compatibility.md says what may change."""
 
 from __future__ import annotations
 
@@ -84,13 +84,13 @@ def test_a_change_that_breaks_saved_workflows_is_named(info, change):
     assert any(BREAKING[change] in sentence for sentence in broken)
 
 
-def test_a_node_that_is_gone_is_named(info):
+def test_a_removed_node_is_named(info):
     changed = {name: node for name, node in info.items() if name != "HyperAlignSampler"}
     (sentence,) = breaking_changes(schemas_of(info), schemas_of(changed))
     assert "HyperAlignSampler is gone" in sentence
 
 
-def test_an_appended_optional_input_breaks_nothing_but_waits_to_be_recorded(info):
+def test_an_appended_optional_input_breaks_nothing_but_has_to_be_recorded(info):
     changed = copy.deepcopy(info)
     changed["HyperAlignApply"]["input"].setdefault("optional", {})["fresh"] = ["FLOAT", {"default": 0.0}]
     before, after = schemas_of(info), schemas_of(changed)
@@ -100,7 +100,7 @@ def test_an_appended_optional_input_breaks_nothing_but_waits_to_be_recorded(info
 
 
 @pytest.mark.parametrize("name", ["best_of_n", "compare_base_aligned", "reward_guidance"])
-def test_a_prompt_that_knows_no_optional_widget_still_runs(server, info, name):
+def test_a_prompt_without_optional_widgets_still_runs(server, info, name):
     prompt = to_prompt(load(ROOT / "example_workflows" / f"{name}.json"), info)
     for node in prompt.values():
         optional = info[node["class_type"]]["input"].get("optional", {})

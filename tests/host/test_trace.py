@@ -70,9 +70,9 @@ def test_links_that_come_later_make_the_host_sample_again(server, sampler):
     assert runs(server) == before + 2
     assert len(numbers(traced)["u"]) == 3
     assert numbers(traced)["reward"] is None
-    judged = server.client.run(with_reward(nodes))
+    scored = server.client.run(with_reward(nodes))
     assert runs(server) == before + 3
-    assert [len(row) for row in numbers(judged)["reward"]["scores"]] == [3]
+    assert [len(row) for row in numbers(scored)["reward"]["scores"]] == [3]
     server.client.run(with_reward(nodes))
     assert runs(server) == before + 3
 

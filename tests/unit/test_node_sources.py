@@ -17,7 +17,7 @@ def node_classes() -> list[ast.ClassDef]:
 
 
 @pytest.mark.parametrize("node", node_classes(), ids=lambda node: node.name)
-def test_a_node_id_is_written_out_and_is_the_classs_name(node):
+def test_a_node_id_is_a_literal_and_equals_the_class_name(node):
     schemas = [
         each
         for each in ast.walk(node)

@@ -25,7 +25,7 @@ from hyperalign.trace import (
     gram_root,
     shown_dynamics,
     strengths,
-    written_at,
+    generated_at,
 )
 from hyperalign.trace_pca import pca, relative_spread, spread_of
 
@@ -227,7 +227,7 @@ def test_rows_of_several_shown_tracks_stand_side_by_side():
     other = Track(2, track.weights_GRMF, (1,), (0, 0, 0))
     both = Trace("P", (), trace.targets, trace.times, trace.strengths_EM, (track, other, lone))
     assert both.shown == (track, lone)
-    assert written_at(both) == [0, 1, 2]
+    assert generated_at(both) == [0, 1, 2]
     assert shown_dynamics(both).norms.shape == (3, 3)
     assert shown_dynamics(both).norms[1].tolist()[2] == pytest.approx(50)
     assert block_strengths(both)[1].flatten().tolist() == pytest.approx(
@@ -243,7 +243,7 @@ def test_all_is_told_in_json_by_rows():
     assert numbers["u"] == [1.0, 0.6, 0.333333]
     assert numbers["reward"] == {"name": "judge", "scores": [[0.333333, 2.0, None]]}
     (track,) = numbers["tracks"]
-    assert (track["name"], track["rows"], track["written_at"]) == ("cond", 2, [1, 3])
+    assert (track["name"], track["rows"], track["generated_at"]) == ("cond", 2, [1, 3])
     assert track["norm"] == [[5.0, None, 8.13941], [1.0, None, 4.12311]]
     assert track["cosine"] == [[1.0, None, 0.0], [1.0, None, 0.707107]]
     assert track["relative_change"] == [[0.0, None, 1.41421], [0.0, None, 2.23607]]

@@ -1,4 +1,4 @@
-// Shows in HyperAlign Strength Curve only the widgets that matter. The node is the same without this file.
+// HyperAlign Strength Curve shows only the widgets of the selected mode. The node also works without this file.
 import { app } from "../../../scripts/app.js";
 
 const WIDGETS_OF = { ease: ["start_strength", "end_strength", "ease"], list: ["values"] };
@@ -8,18 +8,18 @@ function isLinked(node, name) {
   return node.inputs.some((input) => input.name === name && input.link != null);
 }
 
-// A connected list takes the place of the mode and of all that belongs to it.
+// A connected list replaces the mode and its widgets.
 function isUsed(node, name, mode) {
   return !isLinked(node, "floats") && (name === "mode" || WIDGETS_OF[mode].includes(name));
 }
 
-// Vue's nodes before front end 1.36 copy their widgets and do not look at them again.
-function vueLooksAgain() {
+// Vue nodes before front end 1.36 copy their widgets once and do not notice changes.
+function vueUpdatesWidgets() {
   const [major, minor] = (window.__COMFYUI_FRONTEND_VERSION__ ?? "1.36").split(".").map(Number);
   return major > 1 || minor >= 36;
 }
 
-// There every widget has its row, and a rule of style hides it.
+// In those versions, each widget is a row that is hidden by a CSS rule.
 function hideRows(node) {
   const rule = ({ index }) => `[data-node-id="${node.id}"] .lg-node-widget:nth-child(${index + 1})`;
   const hidden = node.widgets.map(({ hidden }, index) => ({ hidden, index })).filter(({ hidden }) => hidden);
@@ -28,20 +28,20 @@ function hideRows(node) {
 }
 
 function hideInVue(node) {
-  if (!vueLooksAgain()) return hideRows(node);
+  if (!vueUpdatesWidgets()) return hideRows(node);
   for (const widget of node.widgets) widget.options.hidden = widget.hidden;
-  if (!Object.getOwnPropertyDescriptor(node, "widgets")?.get) return; // drawn on the canvas
+  if (!Object.getOwnPropertyDescriptor(node, "widgets")?.get) return; // node on the canvas
   const widgets = [...node.widgets];
-  node.widgets = []; // the same ones again would not be noticed
+  node.widgets = []; // the same array would not be noticed
   node.widgets = widgets;
 }
 
-function showWhatMatters(node) {
+function showUsedWidgets(node) {
   const mode = node.widgets.find((widget) => widget.name === "mode").value;
   if (!(mode in WIDGETS_OF)) return;
   for (const widget of node.widgets.filter(({ name }) => CURVE_WIDGETS.includes(name))) {
     widget.hidden = !isUsed(node, widget.name, mode) && !isLinked(node, widget.name);
-    // The canvas of front end 1.32 keeps room for hidden widgets, and 4 pixels between any two.
+    // The canvas of front end 1.32 reserves space for hidden widgets, and 4 pixels between any two widgets.
     widget.computeSize = widget.hidden ? () => [0, -4] : undefined;
   }
   hideInVue(node);
@@ -52,7 +52,7 @@ function after(object, name, then) {
   const before = object[name];
   object[name] = function (...values) {
     const result = before?.apply(this, values);
-    requestAnimationFrame(then); // when the front end has done its own
+    requestAnimationFrame(then); // after the front end's own update
     return result;
   };
 }
@@ -61,7 +61,7 @@ app.registerExtension({
   name: "HyperAlign.StrengthCurve",
   nodeCreated(node) {
     if (node.comfyClass !== "HyperAlignStrength") return;
-    const show = () => showWhatMatters(node);
+    const show = () => showUsedWidgets(node);
     const showAndFit = () => {
       show();
       node.setSize([node.size[0], node.computeSize()[1]]);

@@ -37,17 +37,17 @@ def export_lora(
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> Path:
-    """Writes a LoRA below the output folder; returns its path.
+    """Saves a LoRA in the output folder; returns its path.
 
     Args:
         patcher: the base MODEL; it is not changed.
-        loaded: what `comfy.load` returned.
+        loaded: a hypernetwork from `model.load`.
         positive: CONDITIONING of one prompt.
-        latent: LATENT; its first image's size counts, and below time 1 the image itself.
+        latent: LATENT; its first sample gives the size and, below time 1, the clean latent.
         seed: of the noise, as for KSampler.
-        time: u in [0, 1] at which the hypernetwork looks, 1 being pure noise.
-        strength: what the LoRA's own strength 1 stands for.
-        filename_prefix: path below the output folder, completed by a number.
+        time: u in [0, 1] at which the weights are generated, 1 being pure noise.
+        strength: HyperAlign strength that corresponds to LoRA strength 1.
+        filename_prefix: path in the output folder; a number is appended.
         metadata: further header entries.
         dtype: of the file's matrices.
 
@@ -59,8 +59,8 @@ def export_lora(
     check_time(time, has_samples=bool(torch.count_nonzero(latent["samples"])))
     if len(positive) != 1:
         raise HyperAlignError(
-            f"The CONDITIONING holds {len(positive)} prompts; each has weights of its own. "
-            "Export one prompt at a time."
+            f"The CONDITIONING holds {len(positive)} prompts; expected 1, because each prompt has its own "
+            "weights. Export one prompt at a time."
         )
     folder, name, number, *_ = folder_paths.get_save_image_path(
         filename_prefix, folder_paths.get_output_directory()
@@ -69,7 +69,7 @@ def export_lora(
     names = spec_of(patcher.model).lora_names
     tensors = lora_tensors(loaded.hyperalign.network, names, factors, strength, dtype)
     header = loaded.header
-    # The host's CONDITIONING does not tell its text; the workflow in `metadata` does.
+    # The host's CONDITIONING does not contain its text; the workflow in `metadata` does.
     origin = Origin(f"{header.family} {header.schedule.variant}", None, seed, time, strength)
     return save_lora(Path(folder) / f"{name}_{number:05}_.safetensors", tensors, origin, metadata)
 
@@ -82,10 +82,10 @@ def factors_at(
     seed: int,
     time: float,
 ) -> tuple[Tensor, Tensor]:
-    """Returns B_hyper (1, M, b, r) and A_hyper (1, M, r, a) that the live hypernetwork writes at a time.
+    """Returns B_hyper (1, M, b, r) and A_hyper (1, M, r, a) that the hypernetwork generates at a time.
 
-    The host's own sampling makes one step with the aligned MODEL, so that conditions, noise and memory are
-    what they are in any run.
+    ComfyUI samples one step with the aligned MODEL, so that conditioning, noise and memory management are
+    those of any other run.
 
     Raises:
         HyperAlignError: the prompt is not active at that time.
@@ -104,22 +104,22 @@ def factors_at(
     seen: list[tuple[Tensor, Tensor]] = []
     handle = network.register_forward_pre_hook(lambda _, inputs: seen.append(network.factors(inputs[0])))
     try:
-        start = torch.zeros_like(clean) if time == 1.0 else clean  # the host leaves a trace of it else
+        start = torch.zeros_like(clean) if time == 1.0 else clean  # else the host keeps a remainder of it
         euler = comfy.samplers.sampler_object("euler")
         guider.sample(noise, start, euler, sigmas, disable_pbar=True, seed=seed)
     finally:
         handle.remove()
     if not seen:
         raise HyperAlignError(
-            f"The prompt is not active at time {time}; expected CONDITIONING for the whole run. "
+            f"The prompt is not active at time {time}; expected CONDITIONING for all of sampling. "
             "Remove its time range, or choose a time inside it."
         )
     return seen[0]
 
 
 def workflow_metadata(prompt: Any, extra_pnginfo: Mapping[str, Any] | None) -> dict[str, str]:
-    """Returns the workflow as the host's own nodes put it into the files they save."""
+    """Returns the workflow as the host's own nodes store it in the files they save."""
     if args.disable_metadata:
         return {}
-    told = {"prompt": prompt, **(extra_pnginfo or {})}
-    return {key: json.dumps(value) for key, value in told.items() if value is not None}
+    entries = {"prompt": prompt, **(extra_pnginfo or {})}
+    return {key: json.dumps(value) for key, value in entries.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Where the host finds hypernetwork files: models/hyperalign, and the tiny ones inside the pack."""
+"""Folders of hypernetwork files: models/hyperalign, and the tiny hypernetworks inside the pack."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ...provenance import Source
 from ...tiny.weights import HYPERNETWORKS
 
 FOLDER = "hyperalign"
-SHOWN = 8
+MOST_NAMES = 8
+"""Number of files that an error message lists."""
 NONE_FOUND = "(no file in models/hyperalign)"
 
 
@@ -26,7 +27,7 @@ def register_folders() -> None:
 
 
 def file_names() -> list[str]:
-    """Returns the dropdown's entries, never none."""
+    """Returns the dropdown's entries; a placeholder if there is no file."""
     return folder_paths.get_filename_list(FOLDER) or [NONE_FOUND]
 
 
@@ -34,7 +35,7 @@ def file_path(name: str) -> Path:
     """Returns the path of a dropdown's entry.
 
     Raises:
-        HyperAlignError: there is no such file; the message says where to put one.
+        HyperAlignError: there is no such file; the message names the folder for it.
     """
     found = folder_paths.get_full_path(FOLDER, name)
     if found is None:
@@ -43,21 +44,21 @@ def file_path(name: str) -> Path:
 
 
 def _missing(name: str) -> str:
-    """Returns what is missing, what is there and where a file belongs."""
+    """Returns the error message: the missing file, the available files and the folder."""
     folder, names = folder_paths.get_folder_paths(FOLDER)[0], folder_paths.get_filename_list(FOLDER)
     where = f"Put the .safetensors file into {folder} and press R to refresh the list."
     if name == NONE_FOUND:
-        return f"No hypernetwork was there when the workflow was made. {where}"
-    # A workflow from another computer may have it in another subfolder, or with another kind of slash.
-    if alike := [known for known in names if PureWindowsPath(known).name == PureWindowsPath(name).name]:
-        return f"There is no hypernetwork {name!r}, but {', '.join(alike)}. Choose it in the widget."
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    have = ", ".join(names[:SHOWN]) + more or "no file"
-    return f"There is no hypernetwork {name!r}; the folders hold {have}. {where}"
+        return f"The workflow was saved without a hypernetwork; expected one. {where}"
+    # A workflow from another computer may use another subfolder or another path separator.
+    if similar := [known for known in names if PureWindowsPath(known).name == PureWindowsPath(name).name]:
+        return f"There is no hypernetwork {name!r}; found {', '.join(similar)}. Choose it in the widget."
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    available = ", ".join(names[:MOST_NAMES]) + more or "no file"
+    return f"There is no hypernetwork {name!r}; the folders contain {available}. {where}"
 
 
 def describe(header: Header) -> str:
-    """Returns the header in a few lines: what it fits, how it was made, what shaped it with which biases."""
+    """Returns a summary of the header: base model, training, and data sources with their known biases."""
     schedule, network, base = header.schedule, header.network, header.base
     sizes = ", ".join(f"{key} {value}" for key, value in base.items() if key != "family")
     times = ", ".join(f"{time:.2f}" for time in schedule.key_times)
@@ -74,7 +75,7 @@ def describe(header: Header) -> str:
             *(
                 []
                 if header.sources
-                else ["reward and preference dataset: not recorded; ask whoever trained it"]
+                else ["reward and preference dataset: not recorded; ask the author of the file"]
             ),
         ]
     )
@@ -86,5 +87,5 @@ def _described(source: Source) -> str:
 
 
 def check_file(name: str) -> None:
-    """Reads a file's header without a tensor. Raises HyperAlignError."""
+    """Reads a file's header, without its tensors. Raises HyperAlignError."""
     read_header(file_path(name))

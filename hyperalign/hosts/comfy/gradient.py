@@ -1,7 +1,7 @@
-"""Makes the host's networks differentiable to their inputs for the length of one evaluation.
+"""Makes the host's networks differentiable with respect to their inputs during one evaluation.
 
-The host loads and samples in inference mode, whose tensors take no part in a gradient, and casts or moves
-weights at each call into memory that the next layer may reuse.
+The host loads and samples in inference mode, whose tensors cannot be part of a backward pass, and casts or
+moves weights at each call into memory that the next layer may reuse.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch.utils.checkpoint import checkpoint
 from ..forwards import replace_forward, restore_forward
 
 PLAIN: tuple[type[Tensor], ...] = (Tensor, nn.Parameter)
-"""Quantised weights are of other types; they become plain tensors, outside inference mode, when used."""
+"""Types of weights without quantisation; quantised weights become such tensors when they are used."""
 
 
 @contextlib.contextmanager
 def differentiable(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Lets gradients through networks with `normal_weights`; the backward pass belongs inside."""
+    """Enables gradients through networks with `normal_weights`; run the backward pass inside the context."""
     networks = list(networks)
     with cast_again_in_backward(networks), recomputed_in_backward(networks), _training():
         yield
@@ -34,7 +34,7 @@ def differentiable(networks: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def normal_weights(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Puts in each inference weight's place a normal tensor of the same memory, and then back."""
+    """Replaces each inference-mode weight by a normal tensor on the same memory inside the context."""
     replaced: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for module in (module for network in networks for module in network.modules()):
@@ -52,9 +52,9 @@ def normal_weights(networks: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def cast_again_in_backward(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Keeps no layer's cast weights for the backward pass: they are cast a second time there.
+    """Casts each layer's weights again in the backward pass instead of keeping the cast weights.
 
-    Kept, they would be a second model in memory, and the host's buffers would already hold the weights of
+    Kept weights would be a second model in memory, and the host's buffers would already hold the weights of
     later layers.
     """
     modules = (module for network in networks for module in network.modules())
@@ -65,7 +65,7 @@ def cast_again_in_backward(networks: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recomputed_in_backward(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Keeps of each block its inputs only, and computes it a second time in the backward pass."""
+    """Keeps only the inputs of each block and recomputes the block in the backward pass."""
     with _replaced([block for network in networks for block in _blocks(network)], _recompute):
         yield
 
@@ -96,7 +96,7 @@ def _blocks(network: nn.Module) -> Iterator[nn.Module]:
 
 
 def with_attention(options: dict[str, Any]) -> dict[str, Any]:
-    """Returns transformer options with an attention that has a gradient, which faster ones may lack."""
+    """Returns transformer options with differentiable attention; fast kernels may lack a backward pass."""
     return {"optimized_attention_override": _attention, **options}
 
 
@@ -116,14 +116,14 @@ def _recompute(block: nn.Module, original: Callable[..., Any], *args: Any, **kwa
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if not any(tensor.requires_grad for tensor in tensors) or _is_adapted(block):
         return original(*args, **kwargs)
-    # The host writes in its options which block is running, and goes on to the next.
+    # The host stores the current block in its options, which then change for the next block.
     args = tuple(dict(value) if isinstance(value, dict) else value for value in args)
     kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
     return checkpoint(original, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def _is_adapted(block: nn.Module) -> bool:
-    """Tells whether somebody replaced a layer for this call; what he did is gone in the backward pass."""
+    """Returns whether a layer is patched for this call only; the patch is gone in the backward pass."""
     forwards = (module.__dict__.get("forward") for module in block.modules())
     return any(
         forward is not None and getattr(forward, "func", None) not in (_cast_again, _recompute)
@@ -147,7 +147,7 @@ def _is_used_as_it_is(module: Any, x: Tensor) -> bool:
 
 @contextlib.contextmanager
 def _training() -> Iterator[None]:
-    """Has hosts that know the switch do without operations that have no gradient."""
+    """Makes hosts with `in_training` avoid operations that have no gradient."""
     management: Any = comfy.model_management
     before: bool = getattr(management, "in_training", False)
     management.in_training = True

@@ -35,51 +35,53 @@ def apply_guidance(
     prompt: str,
     strength: float,
     window: tuple[float, float],
-    side: int,
+    decode_size: int,
     gradient: Gradient = "prediction",
 ) -> ModelPatcher:
-    """Returns a clone of the MODEL that samples towards a greater reward; a second one replaces the first.
+    """Returns a clone of the MODEL that samples towards a higher reward; a second call replaces the first.
 
     Args:
         patcher: the MODEL; it is not changed.
-        vae: decodes the one-step predictions; copied, as the host's own weights take part in no gradient.
-        reward: judges them.
-        prompt: one line for all rows, or one per row.
-        strength: 0 is the model itself.
-        window: from where to where in the noise range it acts, as fractions; 0 is pure noise.
-        side: latents larger than this on their longer side, in pixels, are decoded at this size.
+        vae: decodes the one-step predictions; copied, because the host's own weights have no gradient.
+        reward: scores them.
+        prompt: one line for all samples of the batch, or one line per sample.
+        strength: size of the correction; 0 turns guidance off.
+        window: start and end of guidance as fractions of the noise range; 0 is pure noise.
+        decode_size: maximum side length in pixels at which predictions are decoded.
         gradient: whether it ends at the one-step prediction or goes through the model.
 
     Raises:
-        HyperAlignError: a value out of range, ranks, or a VAE that does not make images.
+        HyperAlignError: a value out of range, combination rank, or a VAE that is not for images.
     """
     _check(strength, window, reward)
     clone = patcher.clone()
-    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE):
-        clone.remove_wrappers_with_key(kind, KEY)
+    for wrapper in (WrappersMP.OUTER_SAMPLE, WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE):
+        clone.remove_wrappers_with_key(wrapper, KEY)
     clone.remove_additional_models(KEY)
     if strength == 0.0:
         return clone
-    way = GuidanceThroughModel if gradient == "through model" else Guidance
-    way(DecoderCopy(vae, side), reward, prompt, strength, window).add_to(clone)
+    kind = GuidanceThroughModel if gradient == "through model" else Guidance
+    kind(DecoderCopy(vae, decode_size), reward, prompt, strength, window).add_to(clone)
     return clone
 
 
 class DecoderCopy:
-    """A VAE's network whose weights can take part in a gradient, decoding at a bounded size."""
+    """A differentiable copy of a VAE's network that decodes at a bounded size."""
 
-    def __init__(self, vae: Any, side: int) -> None:
+    def __init__(self, vae: Any, decode_size: int) -> None:
         if getattr(vae, "latent_dim", 2) != 2:
-            raise HyperAlignError("The VAE makes video or sound; expected one that makes images.")
+            raise HyperAlignError(
+                "The VAE is for video or audio; expected a VAE for images. Connect the VAE of an image model."
+            )
         with torch.inference_mode(False):
             network: nn.Module = copy.deepcopy(vae.first_stage_model).eval().requires_grad_(False)
         self.patcher = network_patcher(network)
         self._network: Any = network
         self._dtype: torch.dtype = vae.vae_dtype
-        self._largest = max(1, side // int(vae.spacial_compression_decode()))
+        self._largest = max(1, decode_size // int(vae.spacial_compression_decode()))
 
     def __call__(self, latents_BCHW: Tensor) -> Tensor:
-        """Returns images (B, 3, H, W), in [0, 1] but for overshoots."""
+        """Returns images (B, 3, H, W), in [0, 1] except for overshoot."""
         longer = max(latents_BCHW.shape[-2:])
         if longer > self._largest:
             latents_BCHW = F.interpolate(latents_BCHW, scale_factor=self._largest / longer, mode="area")
@@ -87,7 +89,7 @@ class DecoderCopy:
 
 
 class Guidance:
-    """The two wrappers of one application, the gradient ending at the one-step prediction."""
+    """Guidance as two wrappers of a MODEL, with the gradient ending at the one-step prediction."""
 
     def __init__(
         self,
@@ -105,18 +107,18 @@ class Guidance:
         self._window = window
 
     def add_to(self, clone: ModelPatcher) -> None:
-        """Adds the wrappers, and the networks that the host shall load beside the model."""
+        """Adds the wrappers, and the networks that the host has to load together with the model."""
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self.outer_sample)
         clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, self.predict_noise)
         clone.set_additional_models(KEY, self.patchers)
 
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Loads decoder and reward outside inference mode; the host then keeps them beside the model."""
+        """Loads decoder and reward outside inference mode; the host then keeps them loaded with the model."""
         load_models(self.patchers)
         return executor(*args, **kwargs)
 
     def predict_noise(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Moves the one-step prediction of an evaluation inside the window."""
+        """Corrects the one-step prediction of an evaluation inside the window."""
         x0_BCHW: Tensor = executor(*args, **kwargs)
         model, sigma = executor.class_obj.inner_model, float(args[1].flatten()[0])
         if not self._is_active(model, sigma):
@@ -129,7 +131,7 @@ class Guidance:
         return end <= sigma <= start
 
     def _score(self, model: Any, count: int) -> Score:
-        """Returns what scores one-step predictions. Raises HyperAlignError on another number of prompts."""
+        """Returns the score function of predictions. Raises HyperAlignError on a wrong number of prompts."""
         prompts = prompts_for(self._prompt, count)
 
         def score(latents_BCHW: Tensor) -> Tensor:
@@ -140,19 +142,20 @@ class Guidance:
 
 
 class GuidanceThroughModel(Guidance):
-    """Guidance with the gradient going on through the model, to the noisy latent."""
+    """Guidance with the gradient through the model, to the noisy latent."""
 
     def add_to(self, clone: ModelPatcher) -> None:
-        """Adds one wrapper more."""
+        """Adds a third wrapper."""
         super().add_to(clone)
         clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, self.sampler_sample)
 
     def sampler_sample(self, executor: Any, guider: Any, sigmas: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Samples outside inference mode: what one step keeps (generated weights), another may need."""
+        """Samples outside inference mode: generated weights kept from one step may be used in another."""
         active = [self._is_active(guider.inner_model, float(sigma)) for sigma in sigmas[:-1]]
         LOG.info(
-            "Reward Guidance goes through the model in %d of %d steps: 3 to 4 times a plain step's work each "
-            "and memory for what the model's blocks read. A shorter window and smaller images cost less.",
+            "Reward Guidance goes through the model in %d of %d steps: each needs 3 to 4 times the compute "
+            "of a plain step, and memory for the inputs of the model's blocks. A shorter range and smaller "
+            "images cost less.",
             sum(active),
             len(active),
         )
@@ -161,10 +164,10 @@ class GuidanceThroughModel(Guidance):
             return executor(guider, *tensors, **kwargs)
 
     def predict_noise(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Moves the one-step prediction of an evaluation inside the window."""
+        """Corrects the one-step prediction of an evaluation inside the window."""
         guider, sigma = executor.class_obj, float(args[1].flatten()[0])
         networks: list[nn.Module] = [guider.inner_model, *(each.model for each in guider.loaded_models)]
-        # Also outside the window, as a hypernetwork's patch keeps weights over the steps.
+        # Also outside the window, because a hypernetwork's patch keeps weights over the steps.
         with normal_weights(networks):
             if not self._is_active(guider.inner_model, sigma):
                 return executor(*args, **kwargs)
@@ -186,7 +189,7 @@ class GuidanceThroughModel(Guidance):
 
 
 def _recording(model_options: dict[str, Any], sizes: list[Tensor]) -> dict[str, Any]:
-    """Returns options with a differentiable attention, and which note the size of the host's guidance."""
+    """Returns options with a differentiable attention that record the size of the CFG term in `sizes`."""
 
     def record(arguments: dict[str, Any]) -> Any:
         cond_BCHW, uncond_BCHW, *_ = arguments["conds_out"]
@@ -203,25 +206,30 @@ def _recording(model_options: dict[str, Any], sizes: list[Tensor]) -> dict[str, 
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Says what to do where a network of the host or of another patch has no gradient."""
+    """Explains the error if a network of the host or of another patch has no gradient."""
     try:
         yield
     except comfy.model_management.OOM_EXCEPTION:
-        raise  # the host has its own way with it
+        raise  # the host handles it itself
     except RuntimeError as error:
         raise HyperAlignError(
             f"The gradient cannot go through this MODEL: {error} Set gradient to `prediction`, or use a "
-            "model that is not quantised and has no such patch."
+            "model without quantisation and without such a patch."
         ) from error
 
 
 def _check(strength: float, window: tuple[float, float], reward: HostReward) -> None:
     if not math.isfinite(strength):
-        raise HyperAlignError(f"strength is {strength}; expected a number, 0 for off. 0.05 to 0.3 is usual.")
+        raise HyperAlignError(
+            f"strength is {strength}; expected a number, 0 for off. Typical values are 0.05 to 0.3."
+        )
     if not 0.0 <= window[0] < window[1] <= 1.0:
         raise HyperAlignError(
             f"start_percent is {window[0]} and end_percent is {window[1]}; expected "
             "0 <= start_percent < end_percent <= 1. Use 0.1 and 0.7."
         )
     if reward.combination == "rank":
-        raise HyperAlignError("Ranks have no gradient. Combine the rewards as sum or z-score.")
+        raise HyperAlignError(
+            "The rewards have combination rank; expected sum or z-score. Ranks have no gradient: choose "
+            "another combination in the last Reward Model Loader."
+        )

@@ -1,4 +1,4 @@
-"""Where the host finds rewards' weights: models/hyperalign_rewards, and CLIP's vocabulary in the host."""
+"""Folders of reward model weights: models/hyperalign_rewards, and CLIP's vocabulary in the host."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from ...rewards import download, loading
 from ...rewards.ensemble import Calibration, calibrate, load_calibrations, save_calibrations
 from ...rewards.loading import PUBLISHED
 from ...rewards.weights import find
-from .rewards import HostReward, Judgement, hosted
+from .rewards import BatchScores, HostReward, hosted
 
 LOG = logging.getLogger(__name__)
 FOLDER = "hyperalign_rewards"
 CALIBRATIONS = "calibrations.json"
 
-_READ: dict[str, tuple[list[tuple[Path, int, int]], HostReward]] = {}
-"""What was read last for each name, and from which files: a node runs again when its weight changes. The
-host decides how long: what it unloads under pressure, or when asked to free memory, is dropped here."""
+_LOADED: dict[str, tuple[list[tuple[Path, int, int]], HostReward]] = {}
+"""The loaded reward of each name with its file states, because a node runs again when its weight widget
+changes. A reward that the host unloads, to free memory, is removed."""
 
 
 def register_folder() -> None:
-    """Adds models/hyperalign_rewards to the host's list, after those of extra_model_paths.yaml."""
+    """Adds models/hyperalign_rewards to the host's folders, after those of extra_model_paths.yaml."""
     own = str(Path(folder_paths.models_dir) / FOLDER)
     paths: list[str] = list(folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))[0])
     paths += [path for path in (own,) if path not in paths]
@@ -41,27 +41,27 @@ def register_folder() -> None:
 
 
 def load(name: str, *, fetch: bool = False) -> HostReward:
-    """Loads one of `loading.NAMES`, in half precision where the device is made for it.
+    """Loads one of `loading.NAMES`, in half precision if the device supports it well.
 
-    What was read before is returned again, unless its files have changed or the host has unloaded it.
+    A reward that is already loaded is returned again, unless its files have changed or the host unloaded it.
 
     Args:
         name: one of `loading.NAMES`.
-        fetch: download what is missing first, with the host's progress bar.
+        fetch: download missing files first, with the host's progress bar.
 
     Raises:
-        HyperAlignError: a file is missing, damaged or holds code; or there is no network.
+        HyperAlignError: a file is missing, damaged or contains code; or there is no network.
     """
     if fetch and name in PUBLISHED and problem(name) is not None:
         download.download(name, _folder(name), _progress())
-    if name in _READ and _READ[name][0] == _state(name):
-        return _READ[name][1]
+    if name in _LOADED and _LOADED[name][0] == _file_states(name):
+        return _LOADED[name][1]
     half = comfy.model_management.should_use_fp16(comfy.model_management.get_torch_device())
     dtype = torch.float16 if half else torch.float32
     reward = loading.load(name, _folder(name), dtype=dtype, tokenizer_folder=_host_vocabulary())
     found = hosted(reward)
     found.patchers[0].add_callback(CallbacksMP.ON_DETACH, partial(_forget, name))
-    _READ[name] = _state(name), found  # only now, as reading converts a published .pt
+    _LOADED[name] = _file_states(name), found  # only now, because loading converts a published .pt
     return found
 
 
@@ -72,53 +72,54 @@ def problem(name: str) -> str | None:
     try:
         loading.check_files(name, _folder(name), _host_vocabulary())
     except HyperAlignError as error:
-        return f"{error} Or switch on download in Reward Model Loader."
+        return f"{error} Or turn on download in Reward Model Loader."
     return None
 
 
 def calibrations() -> dict[str, Calibration]:
-    """Returns what `store_calibrations` wrote; nothing where it never did. Raises HyperAlignError."""
+    """Returns the stored calibrations by reward name; none if there is no file. Raises HyperAlignError."""
     path = _own_folder() / CALIBRATIONS
     return load_calibrations(path) if path.is_file() else {}
 
 
 def calibrated_at() -> float:
-    """Returns when `store_calibrations` last wrote, in seconds since 1970; 0 if it never did."""
+    """Returns when calibrations were last stored, in seconds since 1970; 0 if never."""
     path = _own_folder() / CALIBRATIONS
     return path.stat().st_mtime if path.is_file() else 0.0
 
 
-def store_calibrations(judgement: Judgement) -> None:
-    """Keeps each member's mean and deviation over these images, for z-scores.
+def store_calibrations(batch: BatchScores) -> None:
+    """Stores each reward's mean and standard deviation over these images, for z-scores.
 
-    A damaged file is written anew: calibrating is the way to repair it.
+    A damaged file is replaced: calibrating is the way to repair it.
 
     Raises HyperAlignError on fewer than two images or equal scores.
     """
-    found = {name: calibrate(torch.tensor(scores)) for name, scores in judgement.breakdown.items()}
+    found = {name: calibrate(torch.tensor(scores)) for name, scores in batch.breakdown.items()}
     folder = _own_folder()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         before = calibrations()
     except HyperAlignError as error:
-        LOG.warning("%s It is written anew, with %s alone.", error, ", ".join(found))
+        LOG.warning("%s The file is replaced by one with %s only.", error, ", ".join(found))
         before = {}
     save_calibrations(folder / CALIBRATIONS, before | found)
 
 
 def _forget(name: str, patcher: ModelPatcher, *_: object) -> None:
-    """Drops a reward that the host unloads.
+    """Removes a reward that the host unloads.
 
-    The host still needs the patcher in that moment; its own record of it keeps it until the host drops that.
+    The host still needs the patcher at that moment, so its own record keeps the reward alive until the host
+    drops the record.
     """
-    entry = _READ.pop(name, None)
+    entry = _LOADED.pop(name, None)
     for record in comfy.model_management.current_loaded_models:
         if record.model is patcher:
             record.hyperalign_reward = entry
 
 
-def _state(name: str) -> list[tuple[Path, int, int]]:
-    """Returns the files of a reward with their times and sizes. Raises HyperAlignError if one is missing."""
+def _file_states(name: str) -> list[tuple[Path, int, int]]:
+    """Returns path, modification time and size of a reward's files. Raises HyperAlignError without one."""
     if name not in PUBLISHED:
         return []
     paths = [find(file, _folder(name)) for file in PUBLISHED[name].files]
@@ -130,7 +131,7 @@ def _own_folder() -> Path:
 
 
 def _folder(name: str) -> Path:
-    """Returns the first folder that has all of a reward's files, or else the first of all."""
+    """Returns the first folder that has all files of a reward, else the first folder."""
     files = PUBLISHED[name].files if name in PUBLISHED else ()
     for folder in map(Path, folder_paths.get_folder_paths(FOLDER)):
         published = [folder / file.path for file in files]
@@ -144,7 +145,7 @@ def _host_vocabulary() -> Path:
 
 
 def _progress() -> download.Progress:
-    """Returns what moves the host's progress bar, and ends the download when the user cancels."""
+    """Returns a callback that moves the host's progress bar and stops the download when the user cancels."""
     bar = comfy.utils.ProgressBar(1)
     blocks = itertools.count()
 

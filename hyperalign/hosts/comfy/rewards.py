@@ -1,4 +1,4 @@
-"""Rewards under the host's memory management, alone or several as one, and their scores in words."""
+"""Rewards under the host's memory management, single or as an ensemble, and their scores as text."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from ...rewards.ensemble import Calibration, Combination, Ensemble
 from .model import network_patcher
 
 BATCH = 16
-"""Images judged at once, so that memory does not grow with the batch that was connected."""
+"""Number of images scored at once, so that memory does not grow with the connected batch."""
 
 
 class NotFinite(HyperAlignError):
     """A score is NaN or infinite.
 
     Args:
-        name: the reward it is of.
-        index: the first such image, from 0.
-        scores: those of all images, for who goes on without such an image.
+        name: the reward.
+        index: index of the first such image.
+        scores: scores of all images, for callers that continue without the image.
     """
 
     def __init__(self, name: str, index: int, scores: list[float]) -> None:
         super().__init__(
             f"{name} gives image {index + 1} of {len(scores)} a score that is NaN or infinite; expected a "
             "number. The reward overflows in half precision or its weights are damaged: start ComfyUI with "
-            "--force-fp32, or get its weight file again."
+            "--force-fp32, or download its weight file again."
         )
         self.scores = scores
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A reward with the patcher that lets the host load and unload it."""
+    """A reward with the patcher through which the host loads and unloads it."""
 
     reward: Reward
     patcher: ModelPatcher
@@ -58,14 +58,14 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
-    """What a reward, or an ensemble, says of a batch of images."""
+class BatchScores:
+    """Scores of a batch of images by a reward or an ensemble."""
 
     name: str
     prompts: list[str]
     scores: list[float]
     breakdown: dict[str, list[float]]
-    """Each member's own scores, by its name."""
+    """The scores of each member, by its name."""
 
     @property
     def mean(self) -> float:
@@ -75,11 +75,11 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class HostReward:
-    """One reward or several as an ensemble; each is loaded by itself when its turn comes."""
+    """One reward, or several as an ensemble; each is loaded separately when it is used."""
 
     members: tuple[Member, ...]
     ensemble: Ensemble | None = None
-    """How several are combined; None for one alone."""
+    """How several rewards are combined; None for a single reward."""
     combination: Combination = "sum"
 
     @property
@@ -89,15 +89,15 @@ class HostReward:
 
     @property
     def patchers(self) -> list[ModelPatcher]:
-        """The members' patchers, for who needs all of them loaded at once."""
+        """The members' patchers, for callers that need all of them loaded at once."""
         return [member.patcher for member in self.members]
 
-    def judge(self, images_BHWC: Tensor, prompts: Sequence[str]) -> Judgement:
-        """Returns the scores of images and what they are made of.
+    def score_batch(self, images_BHWC: Tensor, prompts: Sequence[str]) -> BatchScores:
+        """Returns the scores of images, and those of each member.
 
         Raises:
-            NotFinite: a score is no number.
-            HyperAlignError: another number of prompts, or what a reward refuses.
+            NotFinite: a score is NaN or infinite.
+            HyperAlignError: a wrong number of prompts, or an input that a reward rejects.
         """
         if len(prompts) != len(images_BHWC):
             raise HyperAlignError(
@@ -112,16 +112,16 @@ class HostReward:
             for index, score in enumerate(column):
                 if not math.isfinite(score):
                     raise NotFinite(name, index, scores)
-        return Judgement(self.name, list(prompts), scores, breakdown)
+        return BatchScores(self.name, list(prompts), scores, breakdown)
 
     def score(self, images_BHWC: Tensor, prompts: Sequence[str]) -> list[float]:
-        """Returns one score per image. Raises as `judge`."""
-        return self.judge(images_BHWC, prompts).scores
+        """Returns one score per image. Raises as `score_batch`."""
+        return self.score_batch(images_BHWC, prompts).scores
 
     def differentiable(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Returns scores (B,) with their gradient; `patchers` must be loaded. Raises HyperAlignError."""
-        judge = self.members[0].reward if self.ensemble is None else self.ensemble
-        return judge.score(images_BCHW, prompts)
+        reward = self.members[0].reward if self.ensemble is None else self.ensemble
+        return reward.score(images_BCHW, prompts)
 
 
 def hosted(reward: Reward) -> HostReward:
@@ -136,9 +136,9 @@ def chained(
     combination: Combination,
     calibrations: Mapping[str, Calibration],
 ) -> HostReward:
-    """Returns a reward alone, or added to those before it, whose combination it decides.
+    """Returns a single reward, or a chain with the reward appended and its combination.
 
-    Raises HyperAlignError where `Ensemble` does.
+    Raises HyperAlignError as `Ensemble`.
     """
     before = () if chain is None else chain.members
     members = (*before, replace(own.members[0], weight=weight))
@@ -149,17 +149,17 @@ def chained(
 
 
 def load_models(patchers: Sequence[ModelPatcher]) -> None:
-    """Has the host load networks of ours, whole, so that gradients can go through them."""
-    # Weights moved in the host's inference mode could never take part in a gradient.
+    """Makes the host load networks of this pack completely, so that gradients can go through them."""
+    # Weights that are moved in inference mode cannot be part of a backward pass.
     with torch.inference_mode(False):
         comfy.model_management.load_models_gpu(list(patchers), force_full_load=True)
 
 
 def prompts_for(text: str, count: int) -> list[str]:
-    """Returns one prompt per image: one line serves all, or there is a line for each.
+    """Returns one prompt per image: a single line applies to all images, else there is one line per image.
 
     Raises:
-        HyperAlignError: another number of lines.
+        HyperAlignError: a wrong number of lines.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
     if len(lines) == 1:
@@ -172,14 +172,14 @@ def prompts_for(text: str, count: int) -> list[str]:
     return lines
 
 
-def score_table(judgement: Judgement) -> str:
-    """Returns a text table: one line per image with the score, each member's where there are several."""
-    several = len(judgement.breakdown) > 1
-    columns = [judgement.scores, *(judgement.breakdown.values() if several else ())]
+def score_table(batch: BatchScores) -> str:
+    """Returns a text table: one line per image with its score, and each member's if there are several."""
+    several = len(batch.breakdown) > 1
+    columns = [batch.scores, *(batch.breakdown.values() if several else ())]
     rows = zip(*columns, strict=True)
     lines = [
         f"{index:>3}  {'  '.join(f'{value:+8.4f}' for value in row)}  {prompt}"
-        for index, (row, prompt) in enumerate(zip(rows, judgement.prompts, strict=True))
+        for index, (row, prompt) in enumerate(zip(rows, batch.prompts, strict=True))
     ]
-    heading = f"{judgement.name}" + (f"  (score | {' | '.join(judgement.breakdown)})" if several else "")
-    return "\n".join([heading, *lines, f"mean {judgement.mean:+8.4f}"])
+    heading = f"{batch.name}" + (f"  (score | {' | '.join(batch.breakdown)})" if several else "")
+    return "\n".join([heading, *lines, f"mean {batch.mean:+8.4f}"])

@@ -1,4 +1,4 @@
-"""The host's own sampling, as its KSampler node calls it, with our checks in front."""
+"""The host's own sampling, called as by its KSampler node, after our own checks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ SCHEDULERS: list[str] = comfy.samplers.KSampler.SCHEDULERS
 
 
 def check_steps(steps: int) -> None:
-    """Raises HyperAlignError unless there is something to sample."""
+    """Raises HyperAlignError unless there is at least one step."""
     if steps < 1:
-        raise HyperAlignError(f"steps is {steps}; expected at least 1. 20 to 30 is usual.")
+        raise HyperAlignError(f"steps is {steps}; expected at least 1. Typical values are 20 to 30.")
 
 
 def ksample(
@@ -34,7 +34,7 @@ def ksample(
     latent: dict[str, Any],
     denoise: float,
 ) -> dict[str, Any]:
-    """Returns the LATENT that the host's KSampler would give, with its progress bar and preview.
+    """Returns the LATENT of the host's KSampler, with its progress bar and preview.
 
     Raises HyperAlignError if steps is below 1.
     """

@@ -1,8 +1,8 @@
 """Best-of-N and noise search with the host's own sampling: previews, progress over all samples, Cancel.
 
-Cancelling raises the host's InterruptProcessingException out of a sampler step, which also clears its
-flag. Caught once a sample is finished, the host goes on with the next node, as if the search had been
-planned that long.
+Cancelling raises the host's InterruptProcessingException in a sampler step, which also clears the host's
+flag. If it is caught after a sample is finished, the host continues with the next node, as after a complete
+search.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from torch import Tensor
 
 from ...errors import HyperAlignError
 from ...search import Candidate, Plan, Search
-from . import trajectory as comfy_trajectory
+from . import trajectory
 from .rewards import HostReward, NotFinite
 from .sampling import check_steps
 
 CANCELLED: Counter[int] = Counter()
-"""How often a search from a seed was cut short: part of the host's cache key, or else the host would give
-what was found until then for the whole search the next time."""
+"""Number of cancelled searches by seed. It is part of the host's cache key: otherwise the host would return
+the result of the cancelled search the next time."""
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """The best samples of a search, best first, and all that was tried."""
+class SearchResult:
+    """The best samples of a search, best first, and all candidates."""
 
     latents: Tensor
     images_BHWC: Tensor
     scores: list[float]
     seeds: list[int]
     tried: list[tuple[int, float]]
-    """Seed and score of all; NaN or infinite for a candidate that failed."""
+    """Seed and score of each candidate; NaN or infinite if it failed."""
     cancelled: bool
 
     def table(self, reward: str, planned: int) -> str:
-        """Returns a text table of all candidates; the kept ones and those that failed are marked."""
+        """Returns a text table of all candidates; kept and failed ones are marked."""
         shown = [f"{score:+8.4f}" if math.isfinite(score) else "  failed" for _, score in self.tried]
         lines = [
             f"{index:>3}  seed {seed:<20} {score}{'  *' if seed in self.seeds else ''}"
@@ -60,7 +60,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """What the host's KSampler is called with, but for seed and noise."""
+    """The arguments of the host's KSampler, except seed and noise."""
 
     model: ModelPatcher
     positive: Any
@@ -73,27 +73,27 @@ class Sampling:
     denoise: float
 
     def start(self) -> Tensor:
-        """Returns the latent (1, ...) to start from. Raises HyperAlignError unless it is one image's."""
+        """Returns the latent (1, ...) to start from. Raises HyperAlignError if it is not of one image."""
         start = comfy.sample.fix_empty_latent_channels(self.model, self.latent["samples"])
         if len(start) != 1:
             raise HyperAlignError(
-                f"Found {len(start)} latents to start from; expected 1: the node draws its own batches. Set "
-                "the empty latent's batch_size to 1."
+                f"Found {len(start)} latents to start from; expected 1, because the node creates its own "
+                "batches. Set batch_size of the empty latent to 1."
             )
         if start.ndim == 5 and start.shape[2] != 1:
             raise HyperAlignError(
-                f"Found a latent of {start.shape[2]} frames; expected 1: images are searched, no videos. "
-                "Set the empty latent's length to 1."
+                f"Found a latent of {start.shape[2]} frames; expected 1: the search is for images, not for "
+                "videos. Set length of the empty latent to 1."
             )
         return start
 
     def noise(self, start: Tensor, seed: int) -> Tensor:
-        """Returns the noise (1, ...) that KSampler would start from with this seed."""
+        """Returns the noise (1, ...) that KSampler starts from with this seed."""
         noise: Any = comfy.sample.prepare_noise(start, seed)
         return noise
 
     def run(self, start: Tensor, candidates: Sequence[Candidate], callback: Callable[..., None]) -> Tensor:
-        """Returns the samples (B, ...) of candidates; the host's generator starts from the first's seed."""
+        """Returns the samples (B, ...) of candidates; the host's generator has the seed of the first one."""
         noise = torch.cat([candidate.noise for candidate in candidates])
         return comfy.sample.sample(
             self.model, noise, self.steps, self.cfg, self.sampler_name, self.scheduler, self.positive,
@@ -108,63 +108,57 @@ class Sampling:
         candidate: Candidate,
         callback: Callable[..., None],
         plan: Plan,
-        rate: comfy_trajectory.Rate,
+        score: trajectory.Score,
     ) -> Tensor:
-        """Returns the sample (1, ...) of a candidate with every step's noise searched."""
-        sampler = comfy_trajectory.sampler(self.sampler_name, plan, candidate.seed, rate)
-        sigmas = comfy_trajectory.sigmas(
-            self.model, self.sampler_name, self.scheduler, self.steps, self.denoise
-        )
+        """Returns the sample (1, ...) of a candidate, with a search over the noise of every step."""
+        sampler = trajectory.sampler(self.sampler_name, plan, candidate.seed, score)
+        sigmas = trajectory.sigmas(self.model, self.sampler_name, self.scheduler, self.steps, self.denoise)
         return comfy.sample.sample_custom(
             self.model, candidate.noise, self.cfg, sampler, sigmas, self.positive, self.negative, start,
             noise_mask=self.latent.get("noise_mask"), callback=callback, seed=candidate.seed,
         )  # fmt: skip
 
 
-def search(sampling: Sampling, plan: Plan, reward: HostReward, vae: Any, prompt: str) -> Found:
-    """Samples candidates one batch after the other and keeps the best; memory does not grow with them.
+def search(sampling: Sampling, plan: Plan, reward: HostReward, vae: Any, prompt: str) -> SearchResult:
+    """Samples candidates batch by batch and keeps the best; memory does not grow with their number.
 
-    When the user cancels, what is best so far is returned; before the first sample is finished there is
-    nothing to return, and the host's exception goes on. A sample that diverged has failed, and the search
-    goes on without it.
+    When the user cancels, the best samples so far are returned; if no sample is finished yet, the host's
+    exception is raised. A sample that diverges counts as failed, and the search continues without it.
 
     Raises:
-        HyperAlignError: no step, other than one image's latent, ranks, a sampler whose steps cannot be
-            searched, what the reward refuses, or every sample diverged.
+        HyperAlignError: no step, a LATENT of other than one image, combination rank, a sampler whose steps
+            cannot be searched, an input that the reward rejects, or every sample diverged.
     """
     check_steps(sampling.steps)
     if plan.mode == "epsilon-greedy-steps":
-        comfy_trajectory.check_sampler(sampling.sampler_name)
+        trajectory.check_sampler(sampling.sampler_name)
     if reward.combination == "rank":
         raise HyperAlignError(
-            "Ranks compare the images of one batch, but a search draws them one after the other. Combine "
-            "the rewards as sum or z-score."
+            "Ranks compare the images of one batch, but a search generates them one after the other; "
+            "expected combination sum or z-score. Choose it in the last Reward Model Loader."
         )
     start = sampling.start()
     state = Search[tuple[Tensor, Tensor]](plan, partial(sampling.noise, start))
     progress = Progress(sampling, plan)
 
-    def judged(latents: Tensor) -> tuple[Tensor, list[float]]:
-        images_BHWC = decoded(vae, latents)
-        return images_BHWC, _scores(reward, images_BHWC, prompt)
+    def score(latents: Tensor) -> list[float]:
+        return _scores(reward, decoded(vae, latents), prompt)
 
-    def rate(latents: Tensor) -> list[float]:
-        return judged(latents)[1]
-
-    def drawn(candidates: Sequence[Candidate]) -> Tensor:
+    def sample(candidates: Sequence[Candidate]) -> Tensor:
         callback = progress.callback(len(state.tried), len(candidates))
         if plan.mode == "epsilon-greedy-steps":
-            return sampling.run_searched(start, candidates[0], callback, plan, rate)
+            return sampling.run_searched(start, candidates[0], callback, plan, score)
         return sampling.run(start, candidates, callback)
 
     cancelled = False
     try:
         while candidates := state.propose():
-            latents = drawn(candidates)
-            images_BHWC, scores = judged(latents)
-            # Clones: a row alone would keep the memory of its whole batch.
-            rows = zip(latents.cpu(), images_BHWC.cpu(), strict=True)
-            state.record(candidates, scores, [(latent.clone(), image.clone()) for latent, image in rows])
+            latents = sample(candidates)
+            images_BHWC = decoded(vae, latents)
+            scores = _scores(reward, images_BHWC, prompt)
+            # Clones, because a view of one sample would keep the memory of its whole batch.
+            pairs = zip(latents.cpu(), images_BHWC.cpu(), strict=True)
+            state.record(candidates, scores, [(latent.clone(), image.clone()) for latent, image in pairs])
             progress.show_best(state)
             throw_exception_if_processing_interrupted()
     except InterruptProcessingException:
@@ -174,14 +168,14 @@ def search(sampling: Sampling, plan: Plan, reward: HostReward, vae: Any, prompt:
         CANCELLED[plan.seed] += 1
     if not state.kept:
         raise HyperAlignError(
-            f"All {len(state.tried)} samples have NaN or infinite pixels or scores; expected an image. The "
-            "sampler, the VAE or the reward diverged: lower cfg, or start ComfyUI with --fp32-vae."
+            f"All {len(state.tried)} samples have NaN or infinite pixels or scores; expected finite numbers. "
+            "The sampler, the VAE or the reward diverged: lower cfg, or start ComfyUI with --fp32-vae."
         )
-    return _found(state, cancelled)
+    return _result(state, cancelled)
 
 
 class Progress:
-    """The host's progress bar over all samples, with the best so far beside the one in the making."""
+    """The host's progress bar over all samples, with a preview of the best image and the current one."""
 
     def __init__(self, sampling: Sampling, plan: Plan) -> None:
         self._steps = sampling.steps
@@ -192,7 +186,7 @@ class Progress:
         self._best: Any = None
 
     def callback(self, done: int, batch: int) -> Callable[..., None]:
-        """Returns what the host calls after each step of a batch, `done` samples being finished."""
+        """Returns the host's step callback for a batch, after `done` finished samples."""
 
         def after_step(step: int, x0: Tensor, _x: Tensor, total: int) -> None:
             value = done * self._steps + round((step + 1) / total * self._steps * batch)
@@ -210,7 +204,7 @@ class Progress:
         self._bar.update_absolute(len(state.tried) * self._steps, preview=shown)
 
     def _preview(self, x0: Tensor) -> Any:
-        """Returns the image in the making, to the right of the best one; None where previews are off."""
+        """Returns the current image, to the right of the best one; None if previews are off."""
         if self._previewer is None:
             return None
         kind, current, limit = self._previewer.decode_latent_to_preview_image("JPEG", x0)
@@ -224,7 +218,7 @@ class Progress:
 
 
 def decoded(vae: Any, latents: Tensor) -> Tensor:
-    """Returns the images (B, H, W, C) of latents; frames are laid out as by the host's VAE Decode.
+    """Returns the images (B, H, W, C) of latents; frames are flattened as in the host's VAE Decode.
 
     Raises HyperAlignError unless there is one image per latent.
     """
@@ -232,29 +226,29 @@ def decoded(vae: Any, latents: Tensor) -> Tensor:
     images_BHWC = images.flatten(0, 1) if images.ndim == 5 else images
     if len(images_BHWC) != len(latents):
         raise HyperAlignError(
-            f"The VAE makes {len(images_BHWC)} images of {len(latents)} latents; expected one of each. "
-            "Connect the VAE of a model that draws images, no videos."
+            f"The VAE makes {len(images_BHWC)} images of {len(latents)} latents; expected one image per "
+            "latent. Connect the VAE of an image model, not of a video model."
         )
     return images_BHWC
 
 
 def _scores(reward: HostReward, images_BHWC: Tensor, prompt: str) -> list[float]:
-    """Returns one score per image, NaN for one that diverged: a reward would refuse the whole batch."""
-    whole_B = images_BHWC.isfinite().flatten(1).all(dim=1)
-    if not bool(whole_B.any()):
+    """Returns one score per image, NaN for diverged images, for which a reward would reject the batch."""
+    finite_B = images_BHWC.isfinite().flatten(1).all(dim=1)
+    if not bool(finite_B.any()):
         return [math.nan] * len(images_BHWC)
-    prompts = [prompt] * int(whole_B.sum())
+    prompts = [prompt] * int(finite_B.sum())
     try:
-        judged = reward.score(images_BHWC[whole_B], prompts)
+        scores = reward.score(images_BHWC[finite_B], prompts)
     except NotFinite as error:
-        judged = error.scores
-    scores = iter(judged)
-    return [next(scores) if whole else math.nan for whole in whole_B.tolist()]
+        scores = error.scores
+    remaining = iter(scores)
+    return [next(remaining) if is_finite else math.nan for is_finite in finite_B.tolist()]
 
 
-def _found(state: Search[tuple[Tensor, Tensor]], cancelled: bool) -> Found:
+def _result(state: Search[tuple[Tensor, Tensor]], cancelled: bool) -> SearchResult:
     latents, images = zip(*(scored.sample for scored in state.kept), strict=True)
-    return Found(
+    return SearchResult(
         torch.stack(latents),
         torch.stack(images),
         [scored.score for scored in state.kept],

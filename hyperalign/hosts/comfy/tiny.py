@@ -42,7 +42,7 @@ UNET_CONFIG: dict[str, Any] = {
     "legacy": False,
     "dtype": torch.float32,
 }
-"""The host's words for `tiny.weights.UNET_CONFIG`."""
+"""`tiny.weights.UNET_CONFIG` in the host's format."""
 
 VAE_CONFIG: dict[str, Any] = {
     "embed_dim": LATENT_CHANNELS,
@@ -59,18 +59,18 @@ VAE_CONFIG: dict[str, Any] = {
         "dropout": 0.0,
     },
 }
-"""The host's words for `tiny.weights.AUTOENCODER_CONFIG`."""
+"""`tiny.weights.AUTOENCODER_CONFIG` in the host's format."""
 
 
 class TinyLatent(comfy.latent_formats.LatentFormat):
-    """Latents of the embedded autoencoder: 4 channels, 4 pixels wide."""
+    """Latents of the embedded autoencoder: 4 channels, 4 pixels per latent."""
 
     latent_channels = LATENT_CHANNELS
     spacial_downscale_ratio = PIXELS_PER_LATENT  # the host's spelling; newer releases read it
 
 
 class TinyConfig(comfy.supported_models_base.BASE):
-    """The host's description of the embedded U-Net; noise schedule and prediction are the defaults, SD's."""
+    """The host's config of the embedded U-Net; noise schedule and prediction type are the defaults (SD)."""
 
     unet_extra_config = {"num_heads": -1, "num_head_channels": 32}  # noqa: RUF012 - the host's convention
     latent_format = TinyLatent
@@ -90,7 +90,7 @@ def load_tiny() -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
 
 
 def empty_latents(batch: int) -> Tensor:
-    """Returns zeros (B, 4, 16, 16) where the host keeps its latents."""
+    """Returns zeros (B, 4, 16, 16) on the device where the host keeps latents."""
     size = (batch, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
     return torch.zeros(size, device=comfy.model_management.intermediate_device())
 
@@ -103,7 +103,7 @@ def build_model(state: Mapping[str, Tensor], scaling_factor: float) -> ModelPatc
     unknown = sorted(set(state) - set(names))
     if unknown:
         raise HyperAlignError(
-            f"The tiny U-Net's file has unknown weights ({unknown[0]}). Install the pack again."
+            f"The tiny U-Net's file has unknown weights ({unknown[0]}). Reinstall the pack."
         )
     model = comfy.model_base.BaseModel(config, device=comfy.model_management.unet_offload_device())
     _fill(model.diffusion_model, {names[key]: value for key, value in state.items()}, "unet")
@@ -134,7 +134,7 @@ def build_clip(state: Mapping[str, Tensor]) -> comfy.sd.CLIP:
 
 
 class TinyTokenizer:
-    """Words to chunks of 16 (token, weight) pairs, with the host's (word:1.2) syntax."""
+    """Splits text into chunks of 16 (token, weight) pairs, with the host's (word:1.2) syntax."""
 
     def __init__(
         self, embedding_directory: Any = None, tokenizer_data: Mapping[str, Any] | None = None
@@ -163,12 +163,12 @@ class TinyTokenizer:
         return [(pair, VOCABULARY[pair[0]]) for pair in token_weight_pair]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns nothing: the vocabulary is code."""
+        """Returns nothing: the vocabulary is part of the code."""
         return {}
 
 
 class TinyClip(nn.Module, comfy.sd1_clip.ClipTokenWeightEncoder):
-    """The host's text model interface around TinyTextEncoder."""
+    """TinyTextEncoder behind the host's text model interface."""
 
     special_tokens = {"start": START, "end": END, "pad": PAD}  # noqa: RUF012 - the host's convention
 
@@ -183,10 +183,10 @@ class TinyClip(nn.Module, comfy.sd1_clip.ClipTokenWeightEncoder):
         self.dtypes = {dtype or torch.float32}
 
     def set_clip_options(self, options: Mapping[str, Any]) -> None:
-        """Ignores the host's options: the encoder has no other layer to stop at."""
+        """Ignores the host's options: the encoder has no intermediate layer to stop at (clip skip)."""
 
     def reset_clip_options(self) -> None:
-        """Has nothing to reset."""
+        """Does nothing: there are no options to reset."""
 
     def encode_token_weights(self, token_weight_pairs: Mapping[str, Any]) -> Any:
         """Returns context (1, 16 * chunks, 128) with weighted tokens moved away from the empty prompt."""
@@ -210,7 +210,7 @@ def _framed(pairs: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def _vae_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Converts diffusers' names; the host's map counts up blocks for four levels, this model has three."""
+    """Converts diffusers' names; the host's mapping counts up blocks of four levels, this model has three."""
     converted: dict[str, Tensor] = convert_vae_state_dict(dict(state))
     levels = len(VAE_CONFIG["ddconfig"]["ch_mult"])
     for level in range(levels):
@@ -225,5 +225,5 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], part: str) -> None:
     except RuntimeError as error:
         raise HyperAlignError(
             f"The weights in {part}.safetensors do not fit this release ({error}). "
-            "Install the pack again, or rebuild them with `python train/tiny/build.py`."
+            "Reinstall the pack, or rebuild them with `python train/tiny/build.py`."
         ) from error

@@ -1,4 +1,4 @@
-"""Traces inside ComfyUI: whether anybody wants one, which run is meant, and what a reward says of it."""
+"""Traces in ComfyUI: whether a node reads one, selecting a run, and the reward scores of its predictions."""
 
 from __future__ import annotations
 
@@ -19,37 +19,39 @@ from .rewards import HostReward, prompts_for
 
 Latent = dict[str, Any]
 Wanted = Literal["", "weights", "weights and predictions"]
-WEIGHTS_ALONE = "HyperAlignTracePca"
-MAY_JUDGE = "HyperAlignTrace"
+WEIGHTS_ONLY = "HyperAlignTracePca"
+"""The node that never reads predictions."""
+WITH_REWARD = "HyperAlignTrace"
+"""The node that reads predictions if a reward is connected."""
 
 
 def wanted(output: int) -> Wanted:
-    """Returns what the nodes linked to an output of the executing node want recorded.
+    """Returns what the nodes linked to an output of the executing node need recorded.
 
-    The host asks for a node's fingerprint before it looks for a cached result, in the same context, so that a
-    fingerprint with this in it makes the node and the samplers behind it run again once a link appears.
+    The host computes a node's fingerprint before it looks up a cached result, in the same context. With this
+    value in the fingerprint, the node and its samplers run again when a link is added.
     """
     linked = list(_readers(output))
     if not linked:
         return ""
-    if any(_may_judge(node) for node in linked):
+    if any(_may_read_predictions(node) for node in linked):
         return "weights and predictions"
     return "weights"
 
 
 def recorder_for(output: int) -> Recorder | None:
-    """Returns a recorder of what is wanted of an output of the executing node; None if it is not linked."""
-    what = wanted(output)
-    return Recorder(keeps_predictions=what == "weights and predictions") if what else None
+    """Returns a recorder for an output of the executing node; None if it is not linked."""
+    content = wanted(output)
+    return Recorder(keeps_predictions=content == "weights and predictions") if content else None
 
 
 def select(recorder: Recorder, latent: Latent | None) -> Recording:
-    """Returns the run that sampled a LATENT, or else the last one. Raises HyperAlignError."""
+    """Returns the run that sampled a LATENT, or the last run if `latent` is None. Raises HyperAlignError."""
     return recorder.select(None if latent is None else latent["samples"])
 
 
 def select_all(recorders: Sequence[Recorder], latents: Sequence[Latent]) -> list[Recording]:
-    """Returns every run that sampled one of the LATENTs; of recorders without such a run the last one.
+    """Returns every run that sampled one of the LATENTs; for recorders without such a run, the last one.
 
     Raises HyperAlignError if nothing was recorded.
     """
@@ -61,17 +63,18 @@ def select_all(recorders: Sequence[Recorder], latents: Sequence[Latent]) -> list
     return found
 
 
-def judge(trace: Trace, vae: Any, reward: HostReward, prompt: str) -> Rewards:
-    """Returns what a reward says of each step's one-step prediction. Raises HyperAlignError."""
+def score_predictions(trace: Trace, vae: Any, reward: HostReward, prompt: str) -> Rewards:
+    """Returns the reward scores of each step's one-step prediction. Raises HyperAlignError."""
     if vae is None:
         raise HyperAlignError(
-            "A reward is connected but no vae, which makes images of the steps. Connect it."
+            "A reward is connected, but no vae; expected one to decode the predictions. Connect the "
+            "model's VAE."
         )
     latents_EBCHW = trace.predictions_EBCHW
     if latents_EBCHW is None or latents_EBCHW.ndim != 5:
         raise HyperAlignError(
-            "The trace holds no one-step predictions of images. Connect trace straight to HyperAlign "
-            "Trace; video is not judged."
+            "The trace contains no one-step predictions of images, which a reward needs. Connect the trace "
+            "output directly to HyperAlign Trace; predictions of videos cannot be scored."
         )
     progress = comfy.utils.ProgressBar(len(latents_EBCHW))
     scores: list[list[float]] = []
@@ -94,8 +97,8 @@ def _readers(output: int) -> Iterator[dict[str, Any]]:
             yield node
 
 
-def _may_judge(node: dict[str, Any]) -> bool:
-    """Returns whether a node, or one behind a node that is not ours, may ask for predictions."""
-    if node["class_type"] == MAY_JUDGE:
+def _may_read_predictions(node: dict[str, Any]) -> bool:
+    """Returns whether a node, or a node after one of another pack, may read predictions."""
+    if node["class_type"] == WITH_REWARD:
         return is_link(node["inputs"].get("reward"))
-    return node["class_type"] != WEIGHTS_ALONE
+    return node["class_type"] != WEIGHTS_ONLY

@@ -1,7 +1,7 @@
 """Search over the noise of every denoising step, with the host's own samplers one step at a time.
 
-The baseline that the paper calls epsilon-greedy (arXiv 2506.03164): a candidate for a step's noise is judged
-by the image foreseen after that step.
+The baseline that the paper calls epsilon-greedy (arXiv 2506.03164): a noise candidate of a step is scored by
+the image predicted after that step.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ...errors import HyperAlignError
 from ...search import Plan, epsilon_greedy
 
 SAMPLERS = ("euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "ddpm", "lcm")
-"""Those that add noise once a step and keep nothing from one step to the next."""
+"""Samplers that add noise once per step and keep no state between steps."""
 
-Rate = Callable[[Tensor], list[float]]
-"""Scores of latents (B, ...) in the VAE's scale."""
+Score = Callable[[Tensor], list[float]]
+"""Returns the scores of latents (B, ...) in the VAE's scale."""
 
 
 def check_sampler(name: str) -> None:
@@ -33,26 +33,26 @@ def check_sampler(name: str) -> None:
     if name not in SAMPLERS:
         raise HyperAlignError(
             f"epsilon-greedy-steps searches the noise that a sampler adds at every step, but {name} adds "
-            f"none, or remembers earlier steps. Choose one of {', '.join(SAMPLERS)}, or another mode."
+            f"none, or keeps state of earlier steps. Choose one of {', '.join(SAMPLERS)}, or another mode."
         )
 
 
-def sampler(name: str, plan: Plan, seed: int, rate: Rate) -> comfy.samplers.KSAMPLER:
-    """Returns a sampler of the host that searches every step's noise for one latent.
+def sampler(name: str, plan: Plan, seed: int, score: Score) -> comfy.samplers.KSAMPLER:
+    """Returns a host sampler that searches the noise of every step for one latent.
 
     Args:
         name: one of `SAMPLERS`.
-        plan: candidates per round, rounds, radius, epsilon, and how many are tried at once.
-        seed: of every noise.
-        rate: judges foreseen latents.
+        plan: candidates per round, rounds, radius, epsilon and batch size.
+        seed: seed of all noise.
+        score: scores predicted latents.
     """
     return comfy.samplers.KSAMPLER(
-        _TrajectorySearch(getattr(k_diffusion, f"sample_{name}"), plan, seed, rate)
+        _TrajectorySearch(getattr(k_diffusion, f"sample_{name}"), plan, seed, score)
     )
 
 
 def sigmas(model: Any, name: str, scheduler: str, steps: int, denoise: float) -> Tensor:
-    """Returns the noise levels that the host's KSampler would go through."""
+    """Returns the noise levels of the host's KSampler."""
     return comfy.samplers.KSampler(
         model, steps, model.load_device, name, scheduler, denoise, model.model_options
     ).sigmas
@@ -60,12 +60,12 @@ def sigmas(model: Any, name: str, scheduler: str, steps: int, denoise: float) ->
 
 @dataclass(frozen=True, slots=True)
 class _TrajectorySearch:
-    """What the host calls as a sampler's function."""
+    """A sampler function for the host."""
 
     one_step: Callable[..., Tensor]
     plan: Plan
     seed: int
-    rate: Rate
+    score: Score
 
     @torch.no_grad()
     def __call__(
@@ -84,13 +84,13 @@ class _TrajectorySearch:
             mean = step.take(torch.zeros_like(x))
             if callback is not None:
                 callback({"x": x, "i": index, "denoised": step.predictions[0]})
-            finished = float(sigmas[index + 1]) == 0.0  # nothing is added to a finished image
-            x = mean if finished else step.take(epsilon_greedy(self.plan, step.fresh, step.rate, chance))
+            finished = float(sigmas[index + 1]) == 0.0  # no noise is added to a finished image
+            x = mean if finished else step.take(epsilon_greedy(self.plan, step.fresh, step.scores, chance))
         return x
 
 
 class _Step:
-    """One step from one latent (1, ...), with any noise: the model looks at the latent only once."""
+    """One step from one latent (1, ...) with any noise; the model is evaluated at this latent only once."""
 
     def __init__(
         self,
@@ -101,9 +101,9 @@ class _Step:
         extra_args: dict[str, Any],
         generator: torch.Generator,
     ) -> None:
-        self.inner_model = model.inner_model  # the host's samplers look for it
+        self.inner_model = model.inner_model  # used by the host's samplers
         self.predictions: list[Tensor] = []
-        """What the model foresaw from the latent, and on the way for samplers of order 2."""
+        """The model's predictions at the latent and, for samplers of order 2, at intermediate points."""
         self._search = search
         self._model = model
         self._x = x
@@ -113,7 +113,7 @@ class _Step:
         self._calls = 0
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        """Is the model to the host's sampler; noise is added last, so all runs of a step ask the same."""
+        """Acts as the model of the host's sampler; noise is added last, so every run makes the same calls."""
         self._calls += 1
         if self._calls > len(self.predictions):
             self.predictions.append(self._model(x, sigma, **extra_args))
@@ -122,31 +122,31 @@ class _Step:
     def take(self, noise: Tensor) -> Tensor:
         """Returns the latents (B, ...) after the step with noise (B, ...)."""
 
-        def given(_sigma: Tensor, _sigma_next: Tensor) -> Tensor:
+        def noise_sampler(_sigma: Tensor, _sigma_next: Tensor) -> Tensor:
             return noise
 
         self._calls = 0
         x = self._x.expand_as(noise)
         return self._search.one_step(
-            self, x, self._sigmas, self._extra_args, disable=True, noise_sampler=given
+            self, x, self._sigmas, self._extra_args, disable=True, noise_sampler=noise_sampler
         )
 
     def fresh(self) -> Tensor:
         """Returns standard normal noise (1, ...)."""
         return torch.randn(self._x.shape, generator=self._generator).to(self._x)
 
-    def rate(self, candidates: list[Tensor]) -> list[float]:
-        """Returns the score of the image foreseen after the step, for each noise."""
+    def scores(self, candidates: list[Tensor]) -> list[float]:
+        """Returns the score of the image predicted after the step, for each noise."""
         size, scores = self._search.plan.batch, list[float]()
         for at in range(0, len(candidates), size):
             x = self.take(torch.cat(candidates[at : at + size]))
             x0 = self._model(x, self._sigmas[1].expand(len(x)), **self._extra_args)
-            scores += self._search.rate(self.inner_model.inner_model.process_latent_out(x0))
+            scores += self._search.score(self.inner_model.inner_model.process_latent_out(x0))
             self._load_model()
         return scores
 
     def _load_model(self) -> None:
-        """Has the host put the model back, if VAE or reward took its place."""
+        """Makes the host load the model again, if VAE or reward replaced it."""
         guider = self.inner_model
         comfy.model_management.throw_exception_if_processing_interrupted()
         comfy.sampler_helpers.prepare_sampling(

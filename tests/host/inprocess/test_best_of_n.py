@@ -15,8 +15,8 @@ import torch
 PROMPT = "a red heart"
 
 
-class Judge:
-    """A reward that does something after it judged."""
+class Scorer:
+    """A reward that calls a function after each score."""
 
     def __init__(self, reward: Any, after: Any) -> None:
         self.name, self.combination = reward.name, reward.combination
@@ -165,10 +165,10 @@ def test_a_search_of_steps_keeps_finished_images_when_cancelled(comfy, best, rew
     from comfy.model_management import interrupt_current_processing
 
     # Three images each: two steps of three rounds of two noises, and the finished one.
-    judge = Judge(reward, lambda self: len(self.seen) == 20 and interrupt_current_processing())
-    _, _, scores, seeds, table = best(**STEPS, reward=judge, count=100)
+    scorer = Scorer(reward, lambda self: len(self.seen) == 20 and interrupt_current_processing())
+    _, _, scores, seeds, table = best(**STEPS, reward=scorer, count=100)
     assert "1 of 100 (cancelled" in table
-    assert (scores, seeds) == ([judge.seen[12]], [40])
+    assert (scores, seeds) == ([scorer.seen[12]], [40])
 
 
 def test_a_sampler_without_noise_of_its_own_cannot_be_searched(best):
@@ -185,11 +185,11 @@ def test_an_early_stop_leaves_the_rest_undrawn(best):
 def test_cancel_in_the_middle_returns_the_best_so_far(comfy, best, reward, node):
     from comfy.model_management import interrupt_current_processing, processing_interrupted
 
-    judge = Judge(reward, lambda self: len(self.seen) == 3 and interrupt_current_processing())
+    scorer = Scorer(reward, lambda self: len(self.seen) == 3 and interrupt_current_processing())
     before = node.fingerprint_inputs(seed=40)
-    _, images, scores, _, table = best(reward=judge, count=100)
-    assert len(judge.seen) == 3
-    assert scores == [max(judge.seen)]
+    _, images, scores, _, table = best(reward=scorer, count=100)
+    assert len(scorer.seen) == 3
+    assert scores == [max(scorer.seen)]
     assert scores == pytest.approx(reward.score(images, [PROMPT]), rel=1e-4)
     assert "3 of 100 (cancelled, best so far)" in table
     assert not processing_interrupted()
@@ -211,8 +211,8 @@ def test_a_cancelled_search_runs_again_where_a_node_gives_the_seed(comfy, best, 
         return asyncio.run(IsChangedCache("test", DynamicPrompt(prompt), None).get("2"))
 
     before = key(["1", 0]), key(45), key(46)
-    judge = Judge(reward, lambda self: len(self.seen) == 1 and interrupt_current_processing())
-    best(reward=judge, count=100, seed=45)
+    scorer = Scorer(reward, lambda self: len(self.seen) == 1 and interrupt_current_processing())
+    best(reward=scorer, count=100, seed=45)
     after = key(["1", 0]), key(45), key(46)
     assert [first != second for first, second in zip(before, after, strict=True)] == [True, True, False]
 
@@ -342,12 +342,12 @@ def test_frames_are_laid_out_as_by_the_host_s_decoder_and_videos_are_refused(pac
 def test_memory_does_not_grow_with_the_number_of_samples(best, reward):
     sizes = []
 
-    def weigh(judge: Judge) -> None:
-        if len(judge.seen) in (3, 16):
+    def weigh(scorer: Scorer) -> None:
+        if len(scorer.seen) in (3, 16):
             gc.collect()
             sizes.append(sum(t.nbytes for t in gc.get_objects() if type(t) is torch.Tensor))
 
-    best(reward=Judge(reward, weigh), count=16, steps=1)
+    best(reward=Scorer(reward, weigh), count=16, steps=1)
     image = 64 * 64 * 3 * 4
     assert sizes[1] <= sizes[0] + 3 * image  # 13 more have been drawn
 

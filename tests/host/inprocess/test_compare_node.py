@@ -69,5 +69,5 @@ def test_the_grid_has_both_images_of_every_seed(compare, reward, count, columns,
 
 @pytest.mark.parametrize("other", [torch.zeros(2, 64, 96, 3), torch.zeros(3, 32, 96, 3)])
 def test_batches_that_are_no_pairs_are_refused(compare, reward, other):
-    with pytest.raises(Exception, match="expected as many of the same size"):
+    with pytest.raises(Exception, match="expected the same number of images of the same size"):
         compare.execute(images(3), other, reward, PROMPT)

@@ -36,7 +36,7 @@ def guide(parts: Any) -> Any:
     def run(
         strength: float = 0.1,
         window: tuple[float, float] = WHOLE,
-        side: int = 512,
+        decode_size: int = 512,
         gradient: Any = "prediction",
         **changes: Any,
     ) -> Any:
@@ -48,7 +48,9 @@ def guide(parts: Any) -> Any:
             **changes,
         }
         with torch.inference_mode():
-            return apply_guidance(**inputs, strength=strength, window=window, side=side, gradient=gradient)
+            return apply_guidance(
+                **inputs, strength=strength, window=window, decode_size=decode_size, gradient=gradient
+            )
 
     return run
 
@@ -310,7 +312,7 @@ def test_the_copied_decoder_is_the_vae_s_and_bounded_in_size(comfy, parts):
     [
         ({"strength": float("nan")}, "strength is nan; expected a number"),
         ({"window": (0.5, 0.5)}, "0 <= start_percent < end_percent <= 1"),
-        ({"vae": SimpleNamespace(latent_dim=3)}, "video or sound"),
+        ({"vae": SimpleNamespace(latent_dim=3)}, "video or audio; expected a VAE for images"),
     ],
 )
 def test_what_cannot_guide_is_refused(guide, options, message):

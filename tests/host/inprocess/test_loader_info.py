@@ -43,6 +43,6 @@ def test_a_file_made_with_hpsv2_names_its_audits(header):
         assert said in text
 
 
-def test_a_file_that_says_nothing_is_said_to(header):
-    silent = dataclasses.replace(header, training={}, sources=())
-    assert "reward and preference dataset: not recorded; ask whoever trained it" in described(silent)
+def test_missing_sources_are_reported(header):
+    unsourced = dataclasses.replace(header, training={}, sources=())
+    assert "reward and preference dataset: not recorded; ask the author of the file" in described(unsourced)

@@ -102,14 +102,14 @@ def images(count: int = 3, channels: int = 3) -> torch.Tensor:
 def test_a_chain_is_a_weighted_sum_of_its_members(nodes):
     alone = [loaded(nodes, name).score(images(), [PROMPT] * 3) for name in (TINY, VALIDATION)]
     chain = loaded(nodes, VALIDATION, -0.5, chain=loaded(nodes, TINY, 2.0))
-    judgement = chain.judge(images(), [PROMPT] * 3)
-    assert judgement.name == f"{TINY} + {VALIDATION}"
-    assert judgement.breakdown == {TINY: pytest.approx(alone[0]), VALIDATION: pytest.approx(alone[1])}
+    batch = chain.score_batch(images(), [PROMPT] * 3)
+    assert batch.name == f"{TINY} + {VALIDATION}"
+    assert batch.breakdown == {TINY: pytest.approx(alone[0]), VALIDATION: pytest.approx(alone[1])}
     expected = [2.0 * first - 0.5 * second for first, second in zip(*alone, strict=True)]
-    assert judgement.scores == pytest.approx(expected, abs=1e-5)
+    assert batch.scores == pytest.approx(expected, abs=1e-5)
 
 
-def test_ranks_are_over_the_whole_batch_also_where_it_is_judged_in_parts(nodes):
+def test_ranks_are_over_the_whole_batch_also_if_it_is_scored_in_parts(nodes):
     count = 19
     chain = loaded(nodes, VALIDATION, 1.0, "rank", chain=loaded(nodes))
     scores = chain.score(images(count), [PROMPT] * count)
@@ -309,10 +309,10 @@ def test_scores_that_are_no_numbers_are_refused_and_nothing_is_kept(nodes, pack,
     hosted = importlib.import_module(f"{pack.__name__}.hyperalign.hosts.comfy.rewards").hosted
     overflowing = hosted(Overflowing(float(value)))
     for weight, chain in ((1.0, None), (0.0, loaded(nodes))):
-        reward = nodes.comfy_rewards.chained(chain, overflowing, weight, "sum", {})
+        reward = nodes.chained(chain, overflowing, weight, "sum", {})
         message = refusal(
-            lambda judge=reward: nodes.HyperAlignRewardScore.execute(
-                judge, images(), PROMPT, save=True, calibrate=True
+            lambda reward=reward: nodes.HyperAlignRewardScore.execute(
+                reward, images(), PROMPT, save=True, calibrate=True
             )
         )
         assert "overflowing gives image 2 of 3 a score that is NaN or infinite" in message
@@ -338,7 +338,7 @@ def test_very_long_images_are_scored_and_shown(nodes, folders, size):
     assert shown.size == (size[1], size[0] + 14)
 
 
-def test_an_empty_prompt_is_judged_as_one(nodes):
+def test_an_empty_prompt_is_a_valid_prompt(nodes):
     assert nodes.HyperAlignRewardScore.execute(loaded(nodes), images(), " \n ").result[0] == loaded(
         nodes
     ).score(images(), [""] * 3)

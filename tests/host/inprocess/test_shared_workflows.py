@@ -128,7 +128,7 @@ def test_a_file_in_another_subfolder_is_offered(check: Any, models: Path, name: 
     (models / "hyperalign" / "mine").mkdir()
     shutil.copy(HYPERNETWORKS / "tiny_s.safetensors", models / "hyperalign" / "mine" / "mine.safetensors")
     message = said(check(aligned(name)), "2")
-    assert f"but {Path('mine') / 'mine.safetensors'}. Choose it in the widget." in message
+    assert f"found {Path('mine') / 'mine.safetensors'}. Choose it in the widget." in message
 
 
 def test_a_workflow_made_where_no_file_was_says_where_one_belongs(check: Any, models: Path) -> None:

@@ -222,7 +222,7 @@ def test_a_hand_drawn_curve_is_followed(node):
         ({"floats": []}, "list has 0 values"),
         ({"floats": [[]]}, "list has 0 values"),
         ({"floats": [1.0, math.nan]}, "value 2 is nan"),
-        ({"floats": ["1, 0"]}, "floats holds a str; expected numbers"),
+        ({"floats": ["1, 0"]}, "floats contains a str; expected numbers"),
         ({"mode": "list", "values": " "}, "list has 0 values"),
         ({"start_percent": 0.7, "end_percent": 0.2}, "start_percent is 0.7 and end_percent is 0.2"),
     ],

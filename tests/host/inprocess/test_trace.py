@@ -207,7 +207,7 @@ def test_nothing_is_recorded_unless_the_output_is_linked(comfy, linked):
         (("SomeonesListMaker", {"item": ["7", 1]}), True),
     ],
 )
-def test_predictions_are_recorded_where_a_reward_may_judge_them(comfy, linked, reader, predictions):
+def test_predictions_are_recorded_if_a_reward_may_score_them(comfy, linked, reader, predictions):
     from hyperalign.hosts.comfy.trace import recorder_for
 
     with linked(reader):
@@ -246,11 +246,11 @@ def test_the_trace_node_draws_and_tells_all_rows(trace_nodes, tiny, sample, make
     assert output.ui.as_dict()["images"]
 
 
-def test_a_reward_judges_every_step(pack, trace_nodes, tiny, sample, make_hyperalign):
+def test_a_reward_scores_every_step(pack, trace_nodes, tiny, sample, make_hyperalign):
     from hyperalign.hosts.comfy.model import apply
 
     rewards = importlib.import_module(f"{pack.__name__}.hyperalign.hosts.comfy.rewards")
-    judge = rewards.hosted(
+    reward = rewards.hosted(
         importlib.import_module(f"{pack.__name__}.hyperalign.rewards.tiny").load("tiny reward")
     )
     recorder = Recorder(keeps_predictions=True)
@@ -258,15 +258,15 @@ def test_a_reward_judges_every_step(pack, trace_nodes, tiny, sample, make_hypera
     prompt = "a red heart"
     with torch.inference_mode():
         node = trace_nodes.HyperAlignTrace
-        image, text = node.execute(recorder, {"samples": latents}, judge, tiny.vae, prompt).result
+        image, text = node.execute(recorder, {"samples": latents}, reward, tiny.vae, prompt).result
         plain = node.execute(recorder).result[0]
-        final = judge.score(tiny.vae.decode(latents), [prompt] * 2)
+        final = reward.score(tiny.vae.decode(latents), [prompt] * 2)
     scores = json.loads(text)["reward"]["scores"]
     assert [len(row) for row in scores] == [4, 4]
     assert [row[-1] for row in scores] == pytest.approx(final, abs=1e-3)
     assert image.shape[1] > plain.shape[1]
     with pytest.raises(Exception, match="no vae"):
-        node.execute(recorder, None, judge, None, prompt)
+        node.execute(recorder, None, reward, None, prompt)
 
 
 def test_an_empty_trace_says_what_to_connect(trace_nodes):

@@ -1,4 +1,4 @@
-"""The image of a PCA of traces: one panel per step, all in the same plane."""
+"""The plot of a PCA of traces: one panel per step, all in the same plane."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ COLOURS: tuple[Colour, ...] = (
 )  # fmt: skip
 
 
-def trace_pca_image(spread: Spread) -> Tensor:
-    """Returns where the weights lie at each step as one image (1, H, W, 3)."""
+def trace_pca_plot(spread: Spread) -> Tensor:
+    """Returns the scatter plots of the weights at each step as one image (1, H, W, 3)."""
     panels = len(spread.evaluations)
     columns, rows = min(COLUMNS, panels), math.ceil(panels / COLUMNS)
     width = max(LEFT + columns * (SIDE + 18) + 10, 640)
     canvas = Canvas(width, HEAD + rows * (SIDE + GAP) - GAP + FOOT)
     count = len(set(spread.traces))
-    canvas.text((16, 24), "Weights of several images", size=20)
-    facts = f"{len(spread.traces)} rows of {count} {'traces' if count > 1 else 'trace'}, in the plane where they differ most"
+    canvas.text((16, 24), "PCA of the generated weights", size=20)
+    facts = f"{len(spread.traces)} samples from {count} {'traces' if count > 1 else 'trace'}, on their two principal components"
     canvas.text((16, 50), facts, FAINT, 14)
     (low_x, high_x), (low_y, high_y) = _range(spread.places_SN2[..., 0]), _range(spread.places_SN2[..., 1])
     for panel in range(panels):
@@ -73,7 +73,7 @@ def _labels_y(canvas: Canvas, y: Axis, left: float) -> None:
 
 def _foot(canvas: Canvas, spread: Spread, count: int) -> None:
     first, second = (f"{part:.0%}" for part in spread.explained)
-    text = f"across: first component, {first} of the variance      up: second, {second}"
+    text = f"horizontal: PC 1, {first} of the variance      vertical: PC 2, {second}"
     canvas.text((LEFT, canvas.height - 40), text, FAINT, 13)
     at = float(LEFT)
     for place, colour in enumerate(_colours(count)):
@@ -95,7 +95,7 @@ def _inner(axis: Axis) -> list[float]:
 
 
 def _colours(count: int) -> list[Colour]:
-    """Returns a colour per trace: told apart by name while few, along the rainbow when many."""
+    """Returns a colour per trace: from a palette for few, evenly spaced hues for many."""
     if count <= len(COLOURS):
         return [*COLOURS[:count]]
     shades = (colorsys.hls_to_rgb(0.85 * place / count, 0.65, 0.8) for place in range(count))
