@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, FluxPipeline
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperalign.errors import HyperAlignError
@@ -132,6 +132,7 @@ def test_checkpointed_activations_give_the_same_gradient(
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 3), height=st.integers(1, 4), width=st.integers(1, 4), channels=st.integers(1, 4))
 def test_packing_is_flux_pipelines_own_and_can_be_undone(
     rows: int, height: int, width: int, channels: int
