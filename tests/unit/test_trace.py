@@ -22,10 +22,10 @@ from hyperalign.trace import (
     block_strengths,
     coordinates,
     dynamics,
+    generated_at,
     gram_root,
     shown_dynamics,
     strengths,
-    generated_at,
 )
 from hyperalign.trace_pca import pca, relative_spread, spread_of
 
