@@ -42,7 +42,7 @@ def compile_blocks(model: Any) -> None:
 def test_compiled_blocks_stay_compiled(
     pipe: Any, make_for: Any, draw: Callable[..., torch.Tensor], variant: str
 ) -> None:
-    """Prefix blocks stay as they are, the others are adapted: at most one graph more of each kind of block."""
+    """Blocks are adapted or not: at most one graph more of each kind of block."""
     made = make_for(pipe, schedule=Schedule("P", (0.6,)))
     base = draw(pipe)
     with hyperalign.attach(pipe, made, variant=variant):

@@ -65,7 +65,7 @@ def test_matrices_are_multiplied_in_single_precision() -> None:
 
 def test_weights_of_several_rows_and_numbers_that_overflow_are_refused() -> None:
     network, (b_hyper, a_hyper) = made()
-    with pytest.raises(HyperAlignError, match="2 rows"):
+    with pytest.raises(HyperAlignError, match="2 samples"):
         lora_tensors(network, KOHYA, (b_hyper.expand(2, -1, -1, -1), a_hyper.expand(2, -1, -1, -1)))
     with pytest.raises(HyperAlignError, match=r"2 tensors .*k_x_q.lora_up.weight"):
         lora_tensors(network, KOHYA, (b_hyper, a_hyper), 1e9)

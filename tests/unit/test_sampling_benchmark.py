@@ -90,5 +90,5 @@ def test_reductions_are_told_and_impossible_widths_refused() -> None:
     assert true_size("flux").reductions("flux") == []
     small = Size(256, 512, 2, 38)
     assert small.reductions("flux") == ["256 px instead of 1024", "2 double blocks instead of 19"]
-    with pytest.raises(HyperAlignError, match="narrow is 7; expected a divisor of 24"):
+    with pytest.raises(HyperAlignError, match="width divisor is 7; expected a divisor of 24"):
         build("flux", Size(64, 4, 1, 1, narrow=7), CPU, torch.float32)

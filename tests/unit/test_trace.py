@@ -243,7 +243,7 @@ def test_all_is_told_in_json_by_rows():
     assert numbers["u"] == [1.0, 0.6, 0.333333]
     assert numbers["reward"] == {"name": "judge", "scores": [[0.333333, 2.0, None]]}
     (track,) = numbers["tracks"]
-    assert (track["name"], track["rows"], track["generated_at"]) == ("cond", 2, [1, 3])
+    assert (track["name"], track["samples"], track["generated_at"]) == ("cond", 2, [1, 3])
     assert track["norm"] == [[5.0, None, 8.13941], [1.0, None, 4.12311]]
     assert track["cosine"] == [[1.0, None, 0.0], [1.0, None, 0.707107]]
     assert track["relative_change"] == [[0.0, None, 1.41421], [0.0, None, 2.23607]]

@@ -12,6 +12,7 @@ from hyperalign.rewards import clip
 from hyperalign.rewards.clip import ClipNetwork, ClipReward, ClipShape, Tower
 from hyperalign.rewards.images import crop_to_square
 
+PUBLISHED = clip.VIT_H_14, clip.VIT_L_14  # at import: tests of whole rewards make them smaller
 SHAPE = ClipShape(Tower(16, 1, 2), Tower(8, 1, 2), 12, "gelu", side=8, patch=4, vocabulary=9)
 
 
@@ -35,7 +36,7 @@ def test_clip_reads_the_centre_of_224_pixels_normalised() -> None:
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
     deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711])
     expected = (crop_to_square(image, 224).movedim(1, -1) - mean) / deviation
-    torch.testing.assert_close(clip.prepare(image).movedim(1, -1), expected)
+    torch.testing.assert_close(clip.preprocess(image).movedim(1, -1), expected)
 
 
 def test_the_sizes_are_told_in_transformers_words() -> None:
@@ -51,7 +52,7 @@ def test_the_sizes_are_told_in_transformers_words() -> None:
 
 
 def test_the_published_sizes() -> None:
-    h, l = clip.VIT_H_14, clip.VIT_L_14  # noqa: E741
+    h, l = PUBLISHED  # noqa: E741
     assert (h.vision, h.text) == (Tower(1280, 32, 16), Tower(1024, 24, 16))
     assert (l.vision, l.text) == (Tower(1024, 24, 16), Tower(768, 12, 12))
     assert [(s.embedding, s.activation) for s in (h, l)] == [(1024, "gelu"), (768, "quick_gelu")]
@@ -75,20 +76,20 @@ def test_a_score_is_the_cosine_and_scaled_if_asked_for(network: ClipNetwork) -> 
         float(network.embed_images(halved(images[i : i + 1])) @ network.embed_texts(tokenize([prompt])).T)
         for i, prompt in enumerate(prompts)
     ]
-    plain = ClipReward("plain", network, tokenize, halved)
+    plain = ClipReward("plain", network, halved, tokenize)
     assert plain.score(images, prompts).tolist() == pytest.approx(cosines, abs=1e-5)
-    scaled = ClipReward("scaled", network, tokenize, halved, scaled=True)
+    scaled = ClipReward("scaled", network, halved, tokenize, scaled=True)
     factor = float(network.clip.logit_scale.exp())
     assert scaled.score(images, prompts).tolist() == pytest.approx([factor * c for c in cosines], abs=1e-4)
     torch.testing.assert_close(plain.embed_images(images), network.embed_images(halved(images)))
 
 
 def test_half_precision_is_compared_in_single_precision_and_autocast_kept_out(network: ClipNetwork) -> None:
-    reward = ClipReward("plain", network, tokenize, halved)
+    reward = ClipReward("plain", network, halved, tokenize)
     images = torch.rand(1, 3, 8, 8)
     alone = reward.score(images, ["a"]), reward.embed_images(images)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(ClipReward("again", network, tokenize, halved).score(images, ["a"]), alone[0])
+        assert torch.equal(ClipReward("again", network, halved, tokenize).score(images, ["a"]), alone[0])
         assert torch.equal(reward.embed_images(images), alone[1])
     half = ClipNetwork(SHAPE).bfloat16().requires_grad_(False)
     assert half.embed_images(torch.rand(1, 3, 8, 8).bfloat16()).dtype == torch.float32
@@ -96,14 +97,14 @@ def test_half_precision_is_compared_in_single_precision_and_autocast_kept_out(ne
 
 
 def test_each_reward_remembers_its_own_prompts(network: ClipNetwork) -> None:
-    one, other = (ClipReward(name, network, tokenize, halved) for name in ("one", "other"))
+    one, other = (ClipReward(name, network, halved, tokenize) for name in ("one", "other"))
     assert one._texts is not other._texts
     one.score(torch.rand(1, 3, 8, 8), ["a"])
     assert list(one._texts._features) == ["a"] and not other._texts._features
 
 
 def test_what_is_no_image_or_no_text_is_refused(network: ClipNetwork) -> None:
-    reward = ClipReward("plain", network, tokenize, halved)
+    reward = ClipReward("plain", network, halved, tokenize)
     with pytest.raises(HyperAlignError, match="images of shape"):
         reward.score(torch.rand(3, 8, 8), ["a"] * 3)
     with pytest.raises(HyperAlignError, match="images of shape"):

@@ -153,12 +153,12 @@ def test_a_word_s_checksum_picks_its_token() -> None:
 
 
 def test_tokens_without_files_look_like_those_with() -> None:
-    clip, bert = CLIP.stand_in(["a b"]), BERT.stand_in(["a b"])
+    clip, bert = CLIP.hash_tokenizer(["a b"]), BERT.hash_tokenizer(["a b"])
     assert (clip.shape, bert.shape) == ((1, 77), (1, 35))
     assert (clip[0, 0], clip[0, 3], bert[0, 0], bert[0, 3]) == (49406, 49407, 101, 102)
-    assert CLIP.stand_in.words == range(1, 49406)  # pyright: ignore[reportFunctionMemberAccess]
-    assert BERT.stand_in.words == range(1996, 30522)  # pyright: ignore[reportFunctionMemberAccess]
-    assert (CLIP.names, BERT.names) == (("vocab.json", "merges.txt"), ("vocab.txt",))
+    assert CLIP.hash_tokenizer.words == range(1, 49406)  # pyright: ignore[reportFunctionMemberAccess]
+    assert BERT.hash_tokenizer.words == range(1996, 30522)  # pyright: ignore[reportFunctionMemberAccess]
+    assert (CLIP.file_names, BERT.file_names) == (("vocab.json", "merges.txt"), ("vocab.txt",))
 
 
 class Encoder:
