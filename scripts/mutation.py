@@ -67,10 +67,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "hyperalign/rewards/images.py": (REWARDS + "rewards_pixels.py",),
     "hyperalign/rewards/text.py": (REWARDS + "rewards_text.py",),
     "hyperalign/rewards/clip.py": (REWARDS + "rewards_clip.py",),
-    "train/randomness.py": (TRAIN + "draws.py",),
+    "train/randomness.py": (TRAIN + "randomness.py",),
     "train/trainer.py": (TRAIN + "trainer_step.py", TRAIN + "trainer_run.py", TRAIN + "trainer_processes.py"),
     "train/objective.py": (TRAIN + "objective.py",),
-    "train/noise.py": (TRAIN + "process.py",),
+    "train/noise.py": (TRAIN + "noise.py",),
     "train/relative_distance.py": (TRAIN + "relative_distance.py",),
     "train/rollout.py": (TRAIN + "rollout.py",),
 }

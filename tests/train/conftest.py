@@ -18,30 +18,29 @@ from hyperalign.checkpoint import Header, HyperAlign
 from hyperalign.hosts.diffusers.adapter import Adapter, Call, unet_call
 from hyperalign.hypernetwork import HyperNetworkConfig
 from hyperalign.schedule import Schedule
-from train.config import EvalConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
-from train.materials import Materials, PromptList
+from train.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig, ValidationConfig
+from train.inputs import PromptList, RunInputs
 from train.models.base import Conditions
-from train.noise import Diffusion, Process
+from train.noise import DiffusionSchedule, NoiseSchedule
 from train.objective import Rewards
-from train.setup import new_hyperalign
-from train.trainer import Trainer
+from train.trainer import Trainer, new_hyperalign
 
 NETWORK = HyperNetworkConfig(rank=2, a=3, b=3, width=8, layers=1, heads=1)
 OBJECTIVE = {
-    "prompts": 2, "rollout_steps": 4, "timesteps": 2, "preferred": 3, "reward_weight": 0.5,
-    "preference_weight": 3.0, "guidance": 2.0, "rewards": {"tiny reward": 2.0},
+    "prompt_batch": 2, "rollout_steps": 4, "timesteps": 2, "preference_batch": 3, "reward_weight": 0.5,
+    "preference_weight": 3.0, "guidance_scale": 2.0, "rewards": {"tiny reward": 2.0},
 }  # fmt: skip
-OPTIM = {"steps": 1, "warmup": 0, "lr": 1e-2, "clip": 1e9, "bf16": False}
+OPTIM = {"steps": 1, "warmup_steps": 0, "lr": 1e-2, "max_grad_norm": 1e9, "bf16": False}
 
 
 class SmallBase:
-    """A U-Net behind the `Base` and `Texts` protocols; it attends in every block, or in the middle alone."""
+    """A U-Net behind the `Base` and `PromptEncoder` protocols; it attends in every block, or in the middle alone."""
 
     cfg = True
     latent_shape = (4, 4, 4)
     device = torch.device("cpu")
 
-    def __init__(self, process: Process, everywhere: bool = True) -> None:
+    def __init__(self, noise_schedule: NoiseSchedule, everywhere: bool = True) -> None:
         torch.manual_seed(0)
         kind = "CrossAttn" if everywhere else ""
         self.backbone = UNet2DConditionModel(
@@ -50,7 +49,7 @@ class SmallBase:
             up_block_types=(f"{kind}UpBlock2D",),
         )  # fmt: skip
         self.backbone.eval().requires_grad_(False)
-        self.process = process
+        self.noise_schedule = noise_schedule
 
     def call(self, x_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Call:
         dtype = self.backbone.dtype
@@ -83,8 +82,10 @@ def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def make_base() -> Callable[..., Any]:
-    """Returns a small base model for a noise process."""
-    return lambda process=None, everywhere=True: SmallBase(process or Diffusion(), everywhere)
+    """Returns a small base model for a noise schedule."""
+    return lambda noise_schedule=None, everywhere=True: SmallBase(
+        noise_schedule or DiffusionSchedule(), everywhere
+    )
 
 
 @pytest.fixture(scope="session")
@@ -112,14 +113,14 @@ def adapted() -> Callable[..., Adapter]:
 def normal() -> Callable[..., Tensor]:
     """Returns latents for the small base model, decided by a seed."""
 
-    def latents(rows: int, seed: int = 0) -> Tensor:
-        return torch.randn(rows, 4, 4, 4, generator=torch.Generator().manual_seed(seed))
+    def latents(count: int, seed: int = 0) -> Tensor:
+        return torch.randn(count, 4, 4, 4, generator=torch.Generator().manual_seed(seed))
 
     return latents
 
 
-class SampledImages:
-    """A stream of preferred images behind the `Preferred` protocol: its n-th is the n-th whoever asks."""
+class NumberedImages:
+    """A stream of preference images behind the `PreferenceDataset` protocol: its n-th is the n-th whoever asks."""
 
     def __init__(self) -> None:
         self.places: list[tuple[int, int]] = []
@@ -139,8 +140,8 @@ def letters(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return images.square().mean(dim=(1, 2, 3)) * (1 + lengths) / 100
 
 
-class Evaluations:
-    """Notes each evaluation: the first number of the network that is judged, its header and the grid."""
+class Validations:
+    """Notes each validation: the first number of the network, its header and the grid."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[float, Header, Path]] = []
@@ -169,16 +170,19 @@ def small_run(make_base: Callable[..., Any], tmp_path: Path) -> Callable[..., Tr
             model=ModelConfig(**sections.get("model", {})),
             objective=ObjectiveConfig(**OBJECTIVE | sections.get("objective", {})),
             optim=OptimConfig(**OPTIM | sections.get("optim", {})),
-            eval=EvalConfig(**{"every": 0} | sections.get("eval", {})),
-            run=RunConfig(out=out or tmp_path, **{"save_every": 100, "keep": 99} | sections.get("run", {})),
+            validation=ValidationConfig(**{"every": 0} | sections.get("validation", {})),
+            run=RunConfig(
+                out=out or tmp_path,
+                **{"checkpoint_every": 100, "keep_checkpoints": 99} | sections.get("run", {}),
+            ),
         )
         base = base or make_base(everywhere=False)
-        world = Materials(
-            base=base, texts=base, prompts=PromptList(["a", "bcd", "efghi", "jk"]), preferred=SampledImages(),
-            rewards=Rewards({"tiny reward": reward}, config.objective.rewards), evaluate=Evaluations(),
-            origin={"reward": "letters", "preference_data": "EmojiScenes"},
+        inputs = RunInputs(
+            base=base, texts=base, prompts=PromptList(["a", "bcd", "efghi", "jk"]), preference=NumberedImages(),
+            rewards=Rewards({"tiny reward": reward}, config.objective.rewards), validate=Validations(),
+            provenance={"reward": "letters", "preference_data": "EmojiScenes"},
         )  # fmt: skip
-        run = Trainer(config, world, accelerator or Accelerator(cpu=True))
+        run = Trainer(config, inputs, accelerator or Accelerator(cpu=True))
         if off_zero and run.step == 0:
             source = torch.Generator().manual_seed(2)
             for matrix in run.network.b_aux:

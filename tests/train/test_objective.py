@@ -1,4 +1,4 @@
-"""The losses against the formulas they stand for, and which rows' gradient they carry."""
+"""The losses against the formulas they stand for, and which predictions' gradient they carry."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hyperalign.schedule import Schedule
-from train.noise import Diffusion, Flow, Process, alphas_cumprod
+from train.noise import DiffusionSchedule, FlowSchedule, NoiseSchedule, alphas_cumprod
 from train.objective import (
     Rewards,
     States,
@@ -28,10 +28,10 @@ SCHEDULES = [Schedule("S"), Schedule("P", (0.6,)), Schedule("I")]
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.variant)
 INFINITE = float("inf")
 PROMPTS = ["a dog", "two cats", ""]
-TIMES = torch.tensor([20.0, 400.0, 900.0])
+TIMESTEPS = torch.tensor([20.0, 400.0, 900.0])
 
 
-def some_states(base: Any, normal: Any, schedule: Schedule = SCHEDULES[0], t_B: Tensor = TIMES) -> States:
+def some_states(base: Any, normal: Any, schedule: Schedule = SCHEDULES[0], t_B: Tensor = TIMESTEPS) -> States:
     cond, uncond = base.conditions(PROMPTS), base.conditions([""] * 3)
     return noised_states(base, schedule, normal(3), normal(3, 1), t_B, cond, uncond, PROMPTS)
 
@@ -45,7 +45,7 @@ BRIGHT = Rewards({"bright": brightness}, {"bright": 1.0})
 
 
 def by_hand(base: Any, adapter: Any, states: States, texts: Any) -> Tensor:
-    """Returns the output with weights written at (x_gen, t_gen), first one, then the other."""
+    """Returns the output with weights generated at (x_gen, t_gen), first one, then the other."""
     read = base.call(states.x_gen, states.t_gen_B, texts)
     cores = adapter.network(adapter.perceive(read))
     return adapter.forward(base.call(states.x, states.t_B, texts), cores)
@@ -77,10 +77,10 @@ def test_rewards_are_added_up_with_their_weights() -> None:
 
 
 def numbered_states() -> States:
-    """Three rows that say where they come from."""
-    rows = torch.tensor([0.0, 1.0, 2.0])
-    cond, uncond = {"context": rows + 40}, {"context": rows + 50}
-    return States(rows, rows + 10, rows + 20, rows + 30, cond, uncond, ["zero", "one", "two"])
+    """Three samples that say where they come from."""
+    samples = torch.tensor([0.0, 1.0, 2.0])
+    cond, uncond = {"context": samples + 40}, {"context": samples + 50}
+    return States(samples, samples + 10, samples + 20, samples + 30, cond, uncond, ["zero", "one", "two"])
 
 
 def numbers(states: States) -> list[list[float]]:
@@ -89,23 +89,23 @@ def numbers(states: States) -> list[list[float]]:
     return [part.tolist() for part in parts]
 
 
-def test_some_rows_of_states() -> None:
-    part = numbered_states().rows(slice(1, 3))
+def test_some_samples_of_states() -> None:
+    part = numbered_states()[slice(1, 3)]
     assert numbers(part) == [[1, 2], [11, 12], [21, 22], [31, 32], [41, 42], [51, 52]]
     assert part.prompts == ["one", "two"]
     assert (len(part), len(numbered_states())) == (2, 3)
 
 
-def test_all_rows_and_then_all_of_them_again() -> None:
-    twice = numbered_states().rows(slice(0, 2)).twice()
+def test_all_samples_and_then_all_of_them_again() -> None:
+    twice = numbered_states()[slice(0, 2)].twice()
     lists = [[0, 1, 0, 1], [10, 11, 10, 11], [20, 21, 20, 21], [30, 31, 30, 31], [40, 41, 40, 41]]
     assert numbers(twice) == [*lists, [50, 51, 50, 51]]
     assert twice.prompts == ["zero", "one", "zero", "one"]
 
 
-def test_where_guidance_is_an_input_there_are_no_rows_without_prompt() -> None:
+def test_where_guidance_is_an_input_there_are_no_empty_prompts() -> None:
     states = dataclasses.replace(numbered_states(), uncond=None)
-    assert states.rows(slice(0, 1)).uncond is None
+    assert states[slice(0, 1)].uncond is None
     assert states.twice().uncond is None
 
 
@@ -115,7 +115,7 @@ def test_records_cannot_be_changed(record: Any) -> None:
         setattr(record, dataclasses.fields(record)[0].name, None)
 
 
-def test_states_of_a_rollout_lie_pick_by_pick_with_the_states_their_weights_came_from() -> None:
+def test_states_of_a_rollout_follow_pick_by_pick_with_the_states_their_weights_came_from() -> None:
     states = [torch.tensor([10.0 * i, 10.0 * i + 1]) for i in range(3)]
     path = Trajectory(states, [9.0, 7.0, 5.0], [0, 0, 2], 2, [], states[0])
     cond, uncond = {"context": torch.tensor([1.0, 2.0])}, {"context": torch.tensor([3.0, 4.0])}
@@ -129,7 +129,7 @@ def test_states_of_a_rollout_lie_pick_by_pick_with_the_states_their_weights_came
 
 
 @pytest.mark.parametrize(
-    ("schedule", "written"),
+    ("schedule", "generated"),
     [
         (Schedule("S"), [0.1, 0.5, 0.8]),
         (Schedule("P", (0.6, 0.3)), [0.3, 0.6, 1.0]),
@@ -137,11 +137,11 @@ def test_states_of_a_rollout_lie_pick_by_pick_with_the_states_their_weights_came
     ],
     ids=lambda value: getattr(value, "variant", ""),
 )
-def test_noised_images_take_the_weights_of_the_time_when_a_run_writes_them(
-    make_base: Any, normal: Any, schedule: Schedule, written: list[float]
+def test_noised_images_take_the_weights_of_the_timestep_where_a_run_generates_them(
+    make_base: Any, normal: Any, schedule: Schedule, generated: list[float]
 ) -> None:
-    u_B, u_gen_B = torch.tensor([0.1, 0.5, 0.8]), torch.tensor(written)
-    states = some_states(make_base(Flow(10.0, 3.0)), normal, schedule, 10 * u_B)
+    u_B, u_gen_B = torch.tensor([0.1, 0.5, 0.8]), torch.tensor(generated)
+    states = some_states(make_base(FlowSchedule(10.0, 3.0)), normal, schedule, 10 * u_B)
     assert torch.equal(states.t_B, 10 * u_B)
     torch.testing.assert_close(states.t_gen_B, 10 * u_gen_B)
     for x, u in ((states.x, u_B), (states.x_gen, u_gen_B)):
@@ -153,7 +153,9 @@ def test_noised_images_take_the_weights_of_the_time_when_a_run_writes_them(
 
 
 @pytest.mark.parametrize(("variant", "u"), [("I", 1.0), ("P", 0.6)])
-def test_a_diffusion_writes_at_a_whole_timestep(small_base: Any, normal: Any, variant: Any, u: float) -> None:
+def test_a_diffusion_generates_at_a_whole_timestep(
+    small_base: Any, normal: Any, variant: Any, u: float
+) -> None:
     states = some_states(small_base, normal, Schedule(variant, (0.6,) if variant == "P" else ()))
     assert states.t_gen_B[1].item() == round(u * 999)
     assert states.t_gen_B.dtype == states.t_B.dtype
@@ -163,7 +165,7 @@ def test_a_diffusion_writes_at_a_whole_timestep(small_base: Any, normal: Any, va
 
 
 @each_schedule
-def test_weights_come_from_the_state_that_wrote_them(
+def test_weights_come_from_the_state_that_generated_them(
     small_base: Any, adapted: Any, normal: Any, schedule: Schedule
 ) -> None:
     adapter, states = adapted(small_base, schedule), some_states(small_base, normal, schedule)
@@ -177,7 +179,7 @@ def test_weights_come_from_the_state_that_wrote_them(
 
 @pytest.mark.parametrize("conditional_only", [False, True])
 @each_schedule
-def test_guidance_starts_from_the_output_without_prompt(
+def test_guidance_starts_from_the_unconditional_output(
     small_base: Any, adapted: Any, normal: Any, schedule: Schedule, conditional_only: bool
 ) -> None:
     adapter, states = adapted(small_base, schedule), some_states(small_base, normal, schedule)
@@ -199,7 +201,7 @@ def test_both_halves_carry_the_gradient_unless_told_otherwise(
 
     def of(**options: bool) -> tuple[Tensor, Tensor]:
         output = guided_prediction(adapter, small_base, states, 4.0, **options)
-        loss, _ = reward_loss(adapter, small_base, BRIGHT, states, guidance=4.0, cap=1e6, **options)
+        loss, _ = reward_loss(adapter, small_base, BRIGHT, states, guidance_scale=4.0, cap=1e6, **options)
         return gradient(output.square().mean(), adapter), gradient(loss, adapter)
 
     for plain, both, half in zip(of(), of(conditional_only=False), of(conditional_only=True), strict=True):
@@ -222,22 +224,24 @@ def test_batches_taken_apart_predict_the_same(
     adapter, states = adapted(small_base, schedule), some_states(small_base, normal, schedule)
     with torch.no_grad():
         whole = guided_prediction(adapter, small_base, states, 4.0)
-        rows = [guided_prediction(adapter, small_base, states.rows(slice(i, i + 1)), 4.0) for i in range(3)]
-    close(torch.cat(rows), whole)
+        samples = [guided_prediction(adapter, small_base, states[slice(i, i + 1)], 4.0) for i in range(3)]
+    close(torch.cat(samples), whole)
 
 
 # Losses
 
 
 @pytest.mark.parametrize("reached_by", [None, "none of them", "one", "all"])
-@pytest.mark.parametrize("process", [Diffusion(), Flow(1000.0, 3.0)], ids=["diffusion", "flow"])
+@pytest.mark.parametrize(
+    "noise_schedule", [DiffusionSchedule(), FlowSchedule(1000.0, 3.0)], ids=["diffusion", "flow"]
+)
 def test_the_reward_loss_by_hand(
-    make_base: Any, adapted: Any, normal: Any, process: Process, reached_by: str | None
+    make_base: Any, adapted: Any, normal: Any, noise_schedule: NoiseSchedule, reached_by: str | None
 ) -> None:
-    base = make_base(process)
+    base = make_base(noise_schedule)
     adapter, states = adapted(base), some_states(base, normal)
     cond, uncond = (by_hand(base, adapter, states, texts) for texts in (states.cond, states.uncond))
-    x0, _ = process.predictions(states.x, uncond + 4.0 * (cond - uncond), states.t_B)
+    x0, _ = noise_schedule.predictions(states.x, uncond + 4.0 * (cond - uncond), states.t_B)
     images = x0[:, :3] / 2 + 0.5
     total = 2.0 * brightness(images, PROMPTS) + images[:, 0].mean(dim=(1, 2))
     low, middle, high = sorted(total.tolist())
@@ -249,7 +253,7 @@ def test_the_reward_loss_by_hand(
     rewards = Rewards(
         {"bright": brightness, "first": lambda x, _: x[:, 0].mean(dim=(1, 2))}, {"bright": 2.0, "first": 1.0}
     )
-    loss, scores = reward_loss(adapter, base, rewards, states, guidance=4.0, cap=cap)
+    loss, scores = reward_loss(adapter, base, rewards, states, guidance_scale=4.0, cap=cap)
     assert set(scores) == {"bright", "first", "reward"}
     close(scores["reward"], total.detach())
     close(scores["bright"], brightness(images, PROMPTS).detach())
@@ -271,32 +275,32 @@ def test_images_are_scored_in_full_precision(small_base: Any, adapted: Any, norm
         def decode(self, latents_BCHW: Tensor) -> Tensor:
             return super().decode(latents_BCHW).half()
 
-    base = Half(small_base.process)
+    base = Half(small_base.noise_schedule)
     reward_loss(
         adapted(base), base, Rewards({"look": look}, {"look": 1.0}), some_states(base, normal),
-        guidance=1.0, cap=INFINITE,
+        guidance_scale=1.0, cap=INFINITE,
     )  # fmt: skip
     assert seen == [torch.float32]
 
 
-@pytest.mark.parametrize("snr_cap", [INFINITE, 5.0])
+@pytest.mark.parametrize("snr_gamma", [INFINITE, 5.0])
 @pytest.mark.parametrize("schedule", SCHEDULES[::2], ids=lambda schedule: schedule.variant)
 def test_the_preference_loss_is_the_weighted_denoising_error(
-    small_base: Any, adapted: Any, normal: Any, schedule: Schedule, snr_cap: float
+    small_base: Any, adapted: Any, normal: Any, schedule: Schedule, snr_gamma: float
 ) -> None:
     adapter, states = adapted(small_base, schedule), some_states(small_base, normal, schedule)
-    loss = preference_loss(adapter, small_base, normal(3), normal(3, 1), states, snr_cap)
+    loss = preference_loss(adapter, small_base, normal(3), normal(3, 1), states, snr_gamma)
     eps = by_hand(small_base, adapter, states, states.cond)
     snr_B = [abar / (1 - abar) for abar in alphas_cumprod()[[20, 400, 900]].tolist()]
     assert snr_B[0] > 5.0 > snr_B[1]
-    weights = [min(1.0, snr_cap / snr) for snr in snr_B]
+    weights = [min(1.0, snr_gamma / snr) for snr in snr_B]
     errors = [(eps[i] - normal(3, 1)[i]).square().mean() for i in range(3)]
     expected = sum(weight * error for weight, error in zip(weights, errors, strict=True)) / 3
     close(loss, torch.as_tensor(expected))
     close(gradient(loss, adapter), gradient(torch.as_tensor(expected), adapter))
 
 
-def test_the_preference_loss_weighs_all_times_alike_unless_told_otherwise(
+def test_the_preference_loss_weighs_all_timesteps_alike_unless_told_otherwise(
     small_base: Any, adapted: Any, normal: Any
 ) -> None:
     given = (adapted(small_base), small_base, normal(3), normal(3, 1), some_states(small_base, normal))
@@ -305,7 +309,7 @@ def test_the_preference_loss_weighs_all_times_alike_unless_told_otherwise(
 
 
 def test_a_flows_preference_loss_is_the_velocitys_error(make_base: Any, adapted: Any, normal: Any) -> None:
-    base = make_base(Flow(1000.0, 3.0))
+    base = make_base(FlowSchedule(1000.0, 3.0))
     adapter, states = adapted(base), some_states(base, normal)
     loss = preference_loss(adapter, base, normal(3), normal(3, 1), states, 5.0)
     error = by_hand(base, adapter, states, states.cond) - (normal(3, 1) - normal(3))

@@ -19,8 +19,8 @@ from torch import Tensor
 from hyperalign.errors import HyperAlignError
 
 Runs = Callable[..., Any]
-ONE = {"prompts": 2, "preferred": 4, "rollout_steps": 3, "timesteps": 1}
-EACH = ONE | {"prompts": 1, "preferred": 2}
+ONE = {"prompt_batch": 2, "preference_batch": 4, "rollout_steps": 3, "timesteps": 1}
+EACH = ONE | {"prompt_batch": 1, "preference_batch": 2}
 
 
 def in_two_processes(job: Callable[[int], Any], folder: Path) -> list[Any]:
@@ -90,10 +90,10 @@ def test_two_processes_train_as_one_with_twice_the_batch(small_run: Runs, tmp_pa
     # The main process alone tells and writes.
     assert other_row == {}
     assert {path.name for path in (tmp_path / "out0").iterdir()} == {
-        "hypernetwork.md", "hypernetwork.safetensors", "log.jsonl", "states",
+        "checkpoints", "hypernetwork.md", "hypernetwork.safetensors", "log.jsonl",
     }  # fmt: skip
     assert list((tmp_path / "out1").iterdir()) == []
-    assert torch.load(next((tmp_path / "out0" / "states").iterdir()))["processes"] == 2
+    assert torch.load(next((tmp_path / "out0" / "checkpoints").iterdir()))["processes"] == 2
 
 
 def test_the_rewards_gradient_norm_is_of_a_process_own_half(small_run: Runs, tmp_path: Path) -> None:

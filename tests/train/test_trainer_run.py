@@ -22,7 +22,7 @@ from train.trainer import Trainer
 
 Runs = Callable[..., Any]
 THREE: dict[str, Any] = {"steps": 3}
-QUICK: dict[str, Any] = {"prompts": 1, "rollout_steps": 2, "timesteps": 1}
+QUICK: dict[str, Any] = {"prompt_batch": 1, "rollout_steps": 2, "timesteps": 1}
 
 
 @pytest.fixture
@@ -45,11 +45,11 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
 
 
 def states_of(out: Path) -> list[int]:
-    return sorted(int(path.stem.removeprefix("state-")) for path in (out / "states").glob("*.pt"))
+    return sorted(int(path.stem.removeprefix("step-")) for path in (out / "checkpoints").glob("*.pt"))
 
 
 def newest(out: Path) -> dict[str, Any]:
-    return torch.load(sorted((out / "states").iterdir())[-1])
+    return torch.load(sorted((out / "checkpoints").iterdir())[-1])
 
 
 def weights(module: Any) -> Tensor:
@@ -97,7 +97,7 @@ def test_threads_are_set_where_the_recipe_names_them(small_run: Runs, tmp_path: 
 @pytest.mark.parametrize(
     ("model", "recomputes"),
     [
-        ({"base": "sd15"}, True), ({"base": "sd15", "checkpointing": "decoder"}, False),
+        ({"base": "sd15"}, True), ({"base": "sd15", "gradient_checkpointing": "decoder"}, False),
         ({"base": "tiny"}, False),
     ],
     ids=str,
@@ -111,20 +111,22 @@ def test_a_real_backbone_recomputes_where_the_recipe_says(
 def test_without_an_accelerator_it_makes_its_own(small_run: Runs, tmp_path: Path) -> None:
     run = small_run(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
-    assert Trainer(run.config, run.materials).device.type == run.accelerator.device.type
+    assert Trainer(run.config, run.inputs).device.type == run.accelerator.device.type
 
 
 # Saving and evaluating
 
 
 @pytest.mark.parametrize(
-    ("every", "save_every", "evaluated", "saved"),
+    ("every", "checkpoint_every", "evaluated", "saved"),
     [(2, 100, [2, 4, 5], [2, 4, 5]), (0, 2, [], [2, 4, 5]), (5, 3, [5], [3, 5]), (0, 100, [], [5])],
 )
 def test_when_a_run_is_evaluated_and_saved(
-    small_run: Runs, tmp_path: Path, every: int, save_every: int, evaluated: list[int], saved: list[int]
+    small_run: Runs, tmp_path: Path, every: int, checkpoint_every: int, evaluated: list[int], saved: list[int]
 ) -> None:
-    run = small_run(optim={"steps": 5}, eval={"every": every}, run={"save_every": save_every})
+    run = small_run(
+        optim={"steps": 5}, validation={"every": every}, run={"checkpoint_every": checkpoint_every}
+    )
     averages: list[float] = []
     rows: list[dict[str, Any]] = []
 
@@ -134,7 +136,7 @@ def test_when_a_run_is_evaluated_and_saved(
             averages.append(float(run.average.b_aux[0].flatten()[0]))
 
     run.fit(note)
-    seen = run.materials.evaluate.seen
+    seen = run.inputs.validate.seen
     assert [grid for _, _, grid in seen] == [tmp_path / "grids" / f"0000{step}.png" for step in evaluated]
     assert [first for first, _, _ in seen] == averages
     assert [row["step"] + 1 for row in rows if "validation" in row] == evaluated
@@ -169,7 +171,7 @@ def test_the_finished_hypernetwork_says_how_it_was_made(small_run: Runs, tmp_pat
     state = newest(tmp_path)
     assert (state["step"], state["images_seen"], state["skipped"], state["processes"]) == (2, 6, 0, 1)
     assert (state["metrics"], state["unlogged"], state["key_times"]) == ({}, {}, [])
-    assert json.loads(state["recipe"])["optim.weight_decay"] == 0.3
+    assert json.loads(state["identity"])["optim.weight_decay"] == 0.3
 
 
 class Tracker(GeneralTracker):
@@ -198,7 +200,7 @@ def test_trackers_are_told_the_numbers_of_each_step_and_the_end(small_run: Runs)
     tracker = Tracker()
     accelerator = Accelerator(cpu=True, log_with=[tracker])
     accelerator.init_trackers("run")
-    small_run(accelerator=accelerator, optim={"steps": 2}, eval={"every": 2}).fit()
+    small_run(accelerator=accelerator, optim={"steps": 2}, validation={"every": 2}).fit()
     assert [step for step, _ in tracker.rows] == [0, 1]
     assert "validation/letters" in tracker.rows[1][1]
     assert all(isinstance(value, float) for _, row in tracker.rows for value in row.values())
@@ -237,7 +239,7 @@ def test_what_was_counted_goes_on(small_run: Runs, tmp_path: Path) -> None:
     def nan(images: Tensor, prompts: Any) -> Tensor:
         return images.mean(dim=(1, 2, 3)) * float("nan")
 
-    settings: dict[str, Any] = {"optim": THREE, "eval": {"every": 1}, "reward": nan}
+    settings: dict[str, Any] = {"optim": THREE, "validation": {"every": 1}, "reward": nan}
     with pytest.raises(End):
         small_run(**settings).fit(ends_at(1))
     resumed = small_run(**settings)
@@ -247,10 +249,10 @@ def test_what_was_counted_goes_on(small_run: Runs, tmp_path: Path) -> None:
 
 
 def test_lines_of_steps_that_no_state_knows_are_taken_back(small_run: Runs, tmp_path: Path) -> None:
-    small_run(optim=THREE, run={"save_every": 1}).fit()
+    small_run(optim=THREE, run={"checkpoint_every": 1}).fit()
     whole = rows_of(tmp_path)
-    (tmp_path / "states" / "state-000003.pt").unlink()
-    resumed = small_run(optim=THREE, run={"save_every": 1})
+    (tmp_path / "checkpoints" / "step-000003.pt").unlink()
+    resumed = small_run(optim=THREE, run={"checkpoint_every": 1})
     assert rows_of(tmp_path) == whole[:1]  # the state holds the line of its own last step
     resumed.fit()
     assert rows_of(tmp_path) == whole
@@ -260,9 +262,9 @@ def test_lines_of_steps_that_no_state_knows_are_taken_back(small_run: Runs, tmp_
 def test_a_run_that_ended_in_its_evaluation_begins_with_it(
     small_run: Runs, tmp_path: Path, ended_at: int
 ) -> None:
-    settings: dict[str, Any] = {"optim": THREE, "eval": {"every": 2}}
+    settings: dict[str, Any] = {"optim": THREE, "validation": {"every": 2}}
     run = small_run(**settings)
-    evaluate = run.materials.evaluate
+    evaluate = run.inputs.validate
 
     class Broken(type(evaluate)):
         def __call__(self, *given: Any) -> Any:
@@ -277,7 +279,7 @@ def test_a_run_that_ended_in_its_evaluation_begins_with_it(
     assert newest(tmp_path)["unlogged"]["step"] == ended_at - 1
     resumed = small_run(**settings)
     resumed.fit()
-    grids = [grid.stem for _, _, grid in resumed.materials.evaluate.seen]
+    grids = [grid.stem for _, _, grid in resumed.inputs.validate.seen]
     assert grids == [f"0000{step}" for step in (2, 3) if step >= ended_at]
     rows = rows_of(tmp_path)
     assert [row["step"] for row in rows] == [0, 1, 2]
@@ -298,7 +300,7 @@ def test_a_step_that_was_cut_off_inside_its_passes_is_taken_again_from_its_start
     settings: dict[str, Any] = {"optim": THREE, "objective": {"state": "noised"}}
     small_run(tmp_path / "whole", **settings).fit()
     run = small_run(tmp_path / "parts", **settings)
-    images = run.materials.preferred
+    images = run.inputs.preference
     batch, calls = images.batch, iter(range(100))
 
     def broken(*given: Any) -> Any:
@@ -325,7 +327,7 @@ def test_a_torn_step_saves_nothing(small_run: Runs, tmp_path: Path) -> None:
     run.optimiser.step = torn
     with pytest.raises(End):
         run.fit()
-    assert not (tmp_path / "states").exists()
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_changed_recipe_is_told_and_another_one_is_refused(

@@ -1,4 +1,4 @@
-"""One step of the trainer on the small base: its gradient, its optimiser, its average and its figures."""
+"""One step of the trainer on the small base: its gradient, its optimiser, its average and its metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from hyperalign import checkpoint
 from hyperalign.errors import HyperAlignError
 from train.objective import noised_states, preference_loss, reward_loss, rollout_states
-from train.randomness import Draws, normal, times
+from train.randomness import StepRandomness, normal, sample_u
 from train.rollout import rollout
 
 Taken = list[Tensor]
@@ -62,25 +62,32 @@ def images_by_hand(
     run: Any, place: int, rows: int, bounds: Any, purpose: int, drop: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor, list[str]]:
     o, base = run.config.objective, run.base
-    rng = Draws(run.config.run.seed, run.step).generator(purpose)
-    x0, captions = run.materials.preferred.batch(place, rows, rng, slice(0, rows))
+    rng = StepRandomness(run.config.run.seed, run.step).generator(purpose)
+    x0, captions = run.inputs.preference.batch(place, rows, rng, slice(0, rows))
     chances = rng.random(rows) if drop else np.ones(rows)
-    u_B = times(rows, bounds, o.time_law, rng)
+    u_B = sample_u(rows, bounds, o.timestep_sampling, rng)
     noise = normal((rows, *base.latent_shape), rng)
     kept = ["" if chance < drop else text for chance, text in zip(chances, captions, strict=True)]
-    return x0, noise, base.process.at(u_B), kept
+    return x0, noise, base.noise_schedule.nearest(u_B), kept
 
 
 def rollout_by_hand(run: Any) -> Tensor:
     """Returns the gradient of L_R from a rollout."""
     o, base = run.config.objective, run.base
-    rng = Draws(run.config.run.seed, run.step).generator(1)
-    prompts = run.materials.prompts.draw(o.prompts, rng)
-    noise = normal((o.prompts, *base.latent_shape), rng)
+    rng = StepRandomness(run.config.run.seed, run.step).generator(1)
+    prompts = run.inputs.prompts.sample(o.prompt_batch, rng)
+    noise = normal((o.prompt_batch, *base.latent_shape), rng)
     picks = sorted(rng.choice(range(o.skip_first, o.rollout_steps), o.timesteps, replace=False))
-    cond, uncond = base.conditions(prompts), base.conditions([""] * o.prompts)
+    cond, uncond = base.conditions(prompts), base.conditions([""] * o.prompt_batch)
     path = rollout(
-        base, run.adapter, run.schedule, cond, uncond, noise, steps=o.rollout_steps, guidance=o.guidance
+        base,
+        run.adapter,
+        run.schedule,
+        cond,
+        uncond,
+        noise,
+        steps=o.rollout_steps,
+        guidance_scale=o.guidance_scale,
     )
     return reward_by_hand(run, rollout_states(path, picks, cond, uncond, prompts))
 
@@ -88,7 +95,7 @@ def rollout_by_hand(run: Any) -> Tensor:
 def noised_by_hand(run: Any, place: int) -> Tensor:
     """Returns the gradient of L_R from noised images."""
     o, base = run.config.objective, run.base
-    rows = o.prompts * o.timesteps
+    rows = o.prompt_batch * o.timesteps
     x0, noise, t_B, captions = images_by_hand(run, place, rows, o.reward_range, purpose=3)
     cond, uncond = base.conditions(captions), base.conditions([""] * rows)
     states = noised_states(base, run.schedule, x0, noise, t_B, cond, uncond, captions)
@@ -96,8 +103,8 @@ def noised_by_hand(run: Any, place: int) -> Tensor:
 
 
 def reward_by_hand(run: Any, states: Any) -> Tensor:
-    o, rewards = run.config.objective, run.materials.rewards
-    given: dict[str, Any] = {"guidance": o.guidance, "cap": o.reward_cap}
+    o, rewards = run.config.objective, run.inputs.rewards
+    given: dict[str, Any] = {"guidance_scale": o.guidance_scale, "cap": o.reward_cap}
     loss, _ = reward_loss(
         run.adapter, run.base, rewards, states, conditional_only=o.conditional_only, **given
     )
@@ -108,11 +115,11 @@ def preference_by_hand(run: Any, place: int = 0) -> tuple[Tensor, Tensor]:
     """Returns L_G and its gradient."""
     o, base = run.config.objective, run.base
     x0, noise, t_B, captions = images_by_hand(
-        run, place, o.preferred, o.preferred_range, purpose=2, drop=o.drop_caption
+        run, place, o.preference_batch, o.preference_range, purpose=2, drop=o.caption_dropout
     )
     texts = base.conditions(captions)
     states = noised_states(base, run.schedule, x0, noise, t_B, texts, None, captions)
-    loss = preference_loss(run.adapter, base, x0, noise, states, o.snr_cap)
+    loss = preference_loss(run.adapter, base, x0, noise, states, o.snr_gamma)
     return loss.detach(), gradient(loss, run)
 
 
@@ -122,9 +129,9 @@ def preference_by_hand(run: Any, place: int = 0) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     "objective",
     [
-        {}, {"reward_cap": 1e3}, {"conditional_only": True}, {"snr_cap": 0.5}, {"guidance": 5.0},
-        {"drop_caption": 0.5}, {"time_law": "logit_normal", "preferred_range": (0.2, 0.4)},
-        {"skip_first": 2, "timesteps": 1, "prompts": 1},
+        {}, {"reward_cap": 1e3}, {"conditional_only": True}, {"snr_gamma": 0.5}, {"guidance_scale": 5.0},
+        {"caption_dropout": 0.5}, {"timestep_sampling": "logit_normal", "preference_range": (0.2, 0.4)},
+        {"skip_first": 2, "timesteps": 1, "prompt_batch": 1},
     ],
     ids=str,
 )  # fmt: skip
@@ -148,14 +155,14 @@ def test_a_steps_gradient_is_the_weighted_sum_of_both_losses_gradients(
 def test_a_loss_without_weight_is_not_computed(small_run: Callable[..., Any], name: str) -> None:
     run = small_run(objective={name: 0.0})
     expected = 0.5 * rollout_by_hand(run) if name == "preference_weight" else 3 * preference_by_hand(run)[1]
-    run.materials.preferred.places.clear()
+    run.inputs.preference.places.clear()
     (taken,), (row,) = fitted(run)
     close(taken, expected)
     rewarded, learned = {"reward", "reward_loss", "tiny reward", "grad_norm_reward"}, {"preference_loss"}
     present, absent = (rewarded, learned) if name == "preference_weight" else (learned, rewarded)
     assert present <= row.keys()
     assert not absent & row.keys()
-    assert len(run.materials.preferred.places) == (name == "reward_weight")
+    assert len(run.inputs.preference.places) == (name == "reward_weight")
     expected_images = 4 if name == "preference_weight" else 3
     assert row["images_per_second"] * row["seconds"] == pytest.approx(expected_images)
     names = [source.name for source in checkpoint.load(run.path).header.sources]
@@ -189,7 +196,7 @@ def test_small_backward_passes_add_up_to_the_whole_batch(
     small_run: Callable[..., Any], tmp_path: Path, state: str, micro_batch: int
 ) -> None:
     def step(name: str, size: int) -> tuple[Tensor, dict[str, Any]]:
-        objective = {"micro_batch": size, "preferred": 4, "state": state}
+        objective = {"micro_batch": size, "preference_batch": 4, "state": state}
         (taken,), (row,) = fitted(small_run(tmp_path / name, objective=objective))
         return taken, row
 
@@ -212,8 +219,8 @@ def test_no_backward_pass_takes_more_rows_than_the_limit(small_run: Callable[...
 
 def test_without_images_a_run_that_needs_them_says_so(small_run: Callable[..., Any]) -> None:
     run = small_run()
-    run.materials = dataclasses.replace(run.materials, preferred=None)
-    with pytest.raises(HyperAlignError, match="needs preferred images; set data.preferred"):
+    run.inputs = dataclasses.replace(run.inputs, preference=None)
+    with pytest.raises(HyperAlignError, match="needs preference images; set data.preference"):
         run.fit()
 
 
@@ -221,13 +228,13 @@ def test_without_images_a_run_that_needs_them_says_so(small_run: Callable[..., A
 
 
 def test_the_gradient_is_clipped_and_its_norm_is_logged_as_it_was(small_run: Callable[..., Any]) -> None:
-    (taken,), (row,) = fitted(small_run(optim={"clip": 1e-3}))
+    (taken,), (row,) = fitted(small_run(optim={"max_grad_norm": 1e-3}))
     assert taken.norm().item() == pytest.approx(1e-3, rel=1e-3)
     assert row["grad_norm"] > 0.01
 
 
 def test_adamw_with_warm_up_and_cosine_by_hand(small_run: Callable[..., Any]) -> None:
-    run = small_run(optim={"steps": 5, "warmup": 2, "lr": 0.01, "weight_decay": 0.1})
+    run = small_run(optim={"steps": 5, "warmup_steps": 2, "lr": 0.01, "weight_decay": 0.1})
     taken, rates = watched(run), list[float]()
     states = [weights(run.network)]
 
@@ -247,7 +254,7 @@ def test_adamw_with_warm_up_and_cosine_by_hand(small_run: Callable[..., Any]) ->
 
 
 def test_the_average_follows_quickly_at_first_and_by_its_decay_later(small_run: Callable[..., Any]) -> None:
-    run = small_run(optim={"steps": 4, "ema": 0.2})
+    run = small_run(optim={"steps": 4, "ema_decay": 0.2})
     average = weights(run.average)
     assert not any(p.requires_grad for p in run.average.parameters())
     decays = iter([1 / 10, 2 / 11, 0.2, 0.2])
@@ -328,8 +335,8 @@ def test_a_run_that_stays_infinite_ends_before_it_counts_the_last_step(
     message = f"not finite for {bad_steps} steps in a row, up to step {bad_steps}. Lower optim.lr"
     with pytest.raises(HyperAlignError, match=message):
         run.fit()
-    (state,) = (tmp_path / "states").iterdir()
-    saved = torch.load(state)
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    saved = torch.load(path)
     assert saved["step"] == bad_steps
     assert saved["skipped"] == bad_steps - 1
     assert saved["images_seen"] == 3 * bad_steps

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from train.randomness import Draws, normal, times
+from train.randomness import StepRandomness, normal, sample_u
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -14,27 +14,31 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def test_seed_step_and_purpose_decide_the_numbers() -> None:
-    found = Draws(3, 7).generator(2).integers(2**40, size=4)
+    found = StepRandomness(3, 7).generator(2).integers(2**40, size=4)
     assert found.tolist() == np.random.default_rng((3, 7, 0, 2)).integers(2**40, size=4).tolist()
-    others = (Draws(4, 7).generator(2), Draws(3, 8).generator(2), Draws(3, 7).generator(1))
+    others = (
+        StepRandomness(4, 7).generator(2),
+        StepRandomness(3, 8).generator(2),
+        StepRandomness(3, 7).generator(1),
+    )
     assert len({int(source.integers(2**40)) for source in others} | {int(found[0])}) == 4
-    several = Draws(3, 7).generator(2, 5).integers(2**40)
+    several = StepRandomness(3, 7).generator(2, 5).integers(2**40)
     assert several == np.random.default_rng((3, 7, 0, 2, 5)).integers(2**40)
 
 
-def test_every_process_draws_the_whole_batch_and_takes_its_rows() -> None:
-    alone, first, second = Draws(1, 2), Draws(1, 2, 0, 2), Draws(1, 2, 1, 2)
+def test_every_process_generates_the_whole_batch_and_takes_its_samples() -> None:
+    alone, first, second = StepRandomness(1, 2), StepRandomness(1, 2, 0, 2), StepRandomness(1, 2, 1, 2)
     assert (alone.process, alone.processes) == (0, 1)
     assert alone.part(3) == first.part(3) == slice(0, 3)
     assert second.part(3) == slice(3, 6)
-    assert Draws(1, 2, 2, 3).part(4) == slice(8, 12)
-    numbers = [draws.generator(1).integers(2**40) for draws in (alone, first, second)]
+    assert StepRandomness(1, 2, 2, 3).part(4) == slice(8, 12)
+    numbers = [randomness.generator(1).integers(2**40) for randomness in (alone, first, second)]
     assert numbers[0] == numbers[1] == numbers[2]
 
 
-def test_draws_cannot_be_changed() -> None:
+def test_the_randomness_of_a_step_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
-        Draws(1, 2).step = 3  # pyright: ignore[reportAttributeAccessIssue]
+        StepRandomness(1, 2).step = 3  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_noise_is_standard_normal_and_decided_by_the_source() -> None:
@@ -45,11 +49,11 @@ def test_noise_is_standard_normal_and_decided_by_the_source() -> None:
     assert noise.std().item() == pytest.approx(1.0, abs=0.02)
 
 
-def test_uniform_times_are_whole_timesteps_from_bound_to_bound() -> None:
-    u = times(500, (0.0, 2 / 999), "uniform", rng())
+def test_uniform_u_are_whole_timesteps_from_bound_to_bound() -> None:
+    u = sample_u(500, (0.0, 2 / 999), "uniform", rng())
     assert u.dtype == torch.float32
     assert (u * 999).round().unique().tolist() == [0.0, 1.0, 2.0]
-    u = times(20_000, (0.2, 0.9), "uniform", rng())
+    u = sample_u(20_000, (0.2, 0.9), "uniform", rng())
     whole = (u * 999).round()
     torch.testing.assert_close(u, whole / 999)
     assert (whole.min().item(), whole.max().item()) == (200.0, 899.0)
@@ -58,9 +62,9 @@ def test_uniform_times_are_whole_timesteps_from_bound_to_bound() -> None:
     assert whole.tolist() == steps.tolist()
 
 
-def test_logit_normal_times_are_a_sigmoid_of_normal_numbers_spread_over_the_bounds() -> None:
-    u = times(1000, (0.25, 0.75), "logit_normal", rng())
+def test_logit_normal_u_are_a_sigmoid_of_normal_numbers_spread_over_the_bounds() -> None:
+    u = sample_u(1000, (0.25, 0.75), "logit_normal", rng())
     x = torch.from_numpy(rng().standard_normal(1000))
     torch.testing.assert_close(u, (0.25 + 0.5 * x.sigmoid()).float())
     assert u.dtype == torch.float32
-    assert times(3, (0.0, 1.0), "logit_normal", rng()).shape == (3,)
+    assert sample_u(3, (0.0, 1.0), "logit_normal", rng()).shape == (3,)

@@ -1,4 +1,4 @@
-"""Noise processes: x0-hat undoes the noise, targets are what an ideal model predicts, times fall."""
+"""Noise schedules: x0-hat undoes the noise, targets are what an ideal model predicts, timesteps fall."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.noise import (
-    Diffusion,
-    Flow,
-    Process,
+    DiffusionSchedule,
+    FlowSchedule,
+    NoiseSchedule,
     alphas_cumprod,
     resolution_shift,
     shifted,
     trailing_timesteps,
 )
 
-PROCESSES: dict[str, Process] = {
-    "eps": Diffusion(),
-    "v": Diffusion("v_prediction"),
-    "flux": Flow(1.0, resolution_shift(4096)),
-    "sd3": Flow(1000.0, 3.0),
+NOISE_SCHEDULES: dict[str, NoiseSchedule] = {
+    "eps": DiffusionSchedule(),
+    "v": DiffusionSchedule("v_prediction"),
+    "flux": FlowSchedule(1.0, resolution_shift(4096)),
+    "sd3": FlowSchedule(1000.0, 3.0),
 }
-each_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+each_noise_schedule = pytest.mark.parametrize("noise_schedule", NOISE_SCHEDULES.values(), ids=NOISE_SCHEDULES)
 
 
 def pair(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,34 +36,36 @@ def pair(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x0, noise
 
 
-@each_process
+@each_noise_schedule
 @given(u=st.floats(0.01, 0.99), seed=st.integers(0, 2**31 - 1))
-def test_an_ideal_output_gives_back_image_and_noise(process: Process, u: float, seed: int) -> None:
+def test_an_ideal_output_gives_back_image_and_noise(
+    noise_schedule: NoiseSchedule, u: float, seed: int
+) -> None:
     x0, noise = pair(seed)
-    t_B = process.at(torch.tensor([u, u], dtype=torch.float64))
-    x_t = process.add_noise(x0, noise, t_B)
-    found_x0, found_noise = process.predictions(x_t, process.target(x0, noise, t_B), t_B)
+    t_B = noise_schedule.nearest(torch.tensor([u, u], dtype=torch.float64))
+    x_t = noise_schedule.add_noise(x0, noise, t_B)
+    found_x0, found_noise = noise_schedule.predictions(x_t, noise_schedule.target(x0, noise, t_B), t_B)
     torch.testing.assert_close(found_x0, x0, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found_noise, noise, atol=1e-5, rtol=1e-5)
 
 
-@each_process
+@each_noise_schedule
 @given(steps=st.integers(1, 60))
-def test_times_fall_from_pure_noise(process: Process, steps: int) -> None:
-    times = process.times(steps)
-    assert times[0] == process.last_time
-    assert len(times) == steps
-    assert all(later < earlier for earlier, later in itertools.pairwise(times))
-    assert times[-1] >= 0
+def test_timesteps_fall_from_pure_noise(noise_schedule: NoiseSchedule, steps: int) -> None:
+    timesteps = noise_schedule.timesteps(steps)
+    assert timesteps[0] == noise_schedule.last_timestep
+    assert len(timesteps) == steps
+    assert all(later < earlier for earlier, later in itertools.pairwise(timesteps))
+    assert timesteps[-1] >= 0
 
 
-@each_process
-def test_without_a_cap_every_time_weighs_the_same(process: Process) -> None:
-    t_B = process.at(torch.linspace(0.02, 0.98, 9))
-    torch.testing.assert_close(process.weight(t_B, float("inf")), torch.ones(9))
+@each_noise_schedule
+def test_with_an_infinite_gamma_every_timestep_weighs_the_same(noise_schedule: NoiseSchedule) -> None:
+    t_B = noise_schedule.nearest(torch.linspace(0.02, 0.98, 9))
+    torch.testing.assert_close(noise_schedule.loss_weight(t_B, float("inf")), torch.ones(9))
 
 
-def test_flux_shifts_its_times_as_diffusers_does() -> None:
+def test_flux_shifts_its_timesteps_as_diffusers_does() -> None:
     import numpy as np
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -72,16 +74,16 @@ def test_flux_shifts_its_times_as_diffusers_does() -> None:
     steps = 12
     mu = calculate_shift(4096, 256, 4096, 0.5, 1.15)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist(), mu=mu)
-    ours = torch.tensor(PROCESSES["flux"].times(steps))
+    ours = torch.tensor(NOISE_SCHEDULES["flux"].timesteps(steps))
     torch.testing.assert_close(ours, scheduler.sigmas[:-1].float(), atol=1e-6, rtol=1e-6)
 
 
-def test_sd3_shifts_its_times_as_diffusers_does() -> None:
+def test_sd3_shifts_its_timesteps_as_diffusers_does() -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
-    ours = torch.tensor(PROCESSES["sd3"].times(4))
+    ours = torch.tensor(NOISE_SCHEDULES["sd3"].timesteps(4))
     torch.testing.assert_close(ours, scheduler.timesteps.float(), atol=1e-3, rtol=1e-5)
 
 
@@ -105,8 +107,8 @@ def test_trailing_timesteps_by_hand() -> None:
     assert trailing_timesteps(3) == [999, 666, 332]
     assert trailing_timesteps(4) == [999, 749, 499, 249]
     assert trailing_timesteps(2, 100) == [99, 49]
-    assert Diffusion().times(4) == [999.0, 749.0, 499.0, 249.0]
-    assert all(isinstance(t, float) for t in Diffusion().times(4))
+    assert DiffusionSchedule().timesteps(4) == [999.0, 749.0, 499.0, 249.0]
+    assert all(isinstance(t, float) for t in DiffusionSchedule().timesteps(4))
 
 
 def test_alpha_bar_is_stable_diffusions() -> None:
@@ -120,7 +122,7 @@ def test_alpha_bar_is_stable_diffusions() -> None:
     torch.testing.assert_close(alphas_cumprod(2, 0.25, 0.04), torch.tensor([0.75, 0.72]))
 
 
-def test_a_shift_moves_times_towards_the_noise() -> None:
+def test_a_shift_moves_timesteps_towards_the_noise() -> None:
     assert shifted(0.5, 3.0) == 0.75
     assert shifted(0.25, 2.0) == pytest.approx(0.4)
     assert shifted(0.3, 1.0) == 0.3
@@ -132,32 +134,39 @@ def test_flux_shifts_by_the_number_of_tokens() -> None:
 
 
 def test_a_diffusion_predicts_the_noise_unless_told_otherwise() -> None:
-    assert Diffusion().prediction == "epsilon"
-    assert Diffusion("v_prediction").prediction == "v_prediction"
+    assert DiffusionSchedule().prediction == "epsilon"
+    assert DiffusionSchedule("v_prediction").prediction == "v_prediction"
 
 
-def test_diffusion_times_are_whole() -> None:
-    assert Diffusion().last_time == 999.0
-    assert Diffusion().at(torch.tensor([0.0, 0.25, 0.5004, 1.0])).tolist() == [0.0, 250.0, 500.0, 999.0]
+def test_diffusion_timesteps_are_whole() -> None:
+    assert DiffusionSchedule().last_timestep == 999.0
+    assert DiffusionSchedule().nearest(torch.tensor([0.0, 0.25, 0.5004, 1.0])).tolist() == [
+        0.0,
+        250.0,
+        500.0,
+        999.0,
+    ]
 
 
 @pytest.mark.parametrize("t_B", [T_B, T_B.long()], ids=["float", "long"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_a_diffusion_mixes_by_the_square_roots_of_alpha_bar(prediction: Any, t_B: torch.Tensor) -> None:
-    x_t = Diffusion(prediction).add_noise(column(2.0, 2.0, 2.0), column(-1.0, -1.0, -1.0), t_B)
+    x_t = DiffusionSchedule(prediction).add_noise(column(2.0, 2.0, 2.0), column(-1.0, -1.0, -1.0), t_B)
     expected = [2.0 * math.sqrt(abar) - math.sqrt(1 - abar) for abar in ABAR_B]
     torch.testing.assert_close(x_t, column(*expected), atol=1e-5, rtol=1e-5)
 
 
 def test_a_predicted_noise_gives_x0_by_hand() -> None:
-    x0, noise = Diffusion().predictions(column(3.0, 3.0, 3.0), column(0.5, 0.5, 0.5), T_B)
+    x0, noise = DiffusionSchedule().predictions(column(3.0, 3.0, 3.0), column(0.5, 0.5, 0.5), T_B)
     expected = [(3.0 - 0.5 * math.sqrt(1 - abar)) / math.sqrt(abar) for abar in ABAR_B]
     torch.testing.assert_close(x0, column(*expected), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(noise, column(0.5, 0.5, 0.5))
 
 
 def test_a_predicted_velocity_gives_x0_and_noise_by_hand() -> None:
-    x0, noise = Diffusion("v_prediction").predictions(column(3.0, 3.0, 3.0), column(0.5, 0.5, 0.5), T_B)
+    x0, noise = DiffusionSchedule("v_prediction").predictions(
+        column(3.0, 3.0, 3.0), column(0.5, 0.5, 0.5), T_B
+    )
     expected_x0 = [3.0 * math.sqrt(abar) - 0.5 * math.sqrt(1 - abar) for abar in ABAR_B]
     expected_noise = [3.0 * math.sqrt(1 - abar) + 0.5 * math.sqrt(abar) for abar in ABAR_B]
     torch.testing.assert_close(x0, column(*expected_x0), atol=1e-5, rtol=1e-5)
@@ -166,32 +175,32 @@ def test_a_predicted_velocity_gives_x0_and_noise_by_hand() -> None:
 
 def test_a_diffusions_targets_by_hand() -> None:
     x0, noise = column(2.0, 2.0, 2.0), column(-1.0, -1.0, -1.0)
-    assert torch.equal(Diffusion().target(x0, noise, T_B), noise)
+    assert torch.equal(DiffusionSchedule().target(x0, noise, T_B), noise)
     expected = [-math.sqrt(abar) - 2.0 * math.sqrt(1 - abar) for abar in ABAR_B]
-    found = Diffusion("v_prediction").target(x0, noise, T_B)
+    found = DiffusionSchedule("v_prediction").target(x0, noise, T_B)
     torch.testing.assert_close(found, column(*expected), atol=1e-5, rtol=1e-5)
 
 
 def test_min_snr_weights_by_hand() -> None:
     snr = [abar / (1 - abar) for abar in ABAR_B]
     assert snr[0] > 5.0 > snr[1]
-    eps = Diffusion().weight(T_B, 5.0)
+    eps = DiffusionSchedule().loss_weight(T_B, 5.0)
     torch.testing.assert_close(eps, torch.tensor([5.0 / snr[0], 1.0, 1.0]), atol=1e-6, rtol=1e-3)
-    v = Diffusion("v_prediction").weight(T_B, 5.0)
+    v = DiffusionSchedule("v_prediction").loss_weight(T_B, 5.0)
     expected = [5.0 / (snr[0] + 1), snr[1] / (snr[1] + 1), snr[2] / (snr[2] + 1)]
     torch.testing.assert_close(v, torch.tensor(expected), atol=1e-6, rtol=1e-3)
 
 
-def test_a_flows_times_by_hand() -> None:
-    flow = Flow(1000.0, 3.0)
-    assert flow.times(4) == pytest.approx([1000.0, 900.0, 750.0, 500.0])
-    assert Flow(1.0, 1.0).times(4) == [1.0, 0.75, 0.5, 0.25]
-    assert flow.at(torch.tensor([0.0, 0.25, 1.0])).tolist() == [0.0, 250.0, 1000.0]
+def test_a_flows_timesteps_by_hand() -> None:
+    flow = FlowSchedule(1000.0, 3.0)
+    assert flow.timesteps(4) == pytest.approx([1000.0, 900.0, 750.0, 500.0])
+    assert FlowSchedule(1.0, 1.0).timesteps(4) == [1.0, 0.75, 0.5, 0.25]
+    assert flow.nearest(torch.tensor([0.0, 0.25, 1.0])).tolist() == [0.0, 250.0, 1000.0]
 
 
-@pytest.mark.parametrize("last_time", [1.0, 1000.0])
-def test_a_flow_is_a_straight_line_from_image_to_noise(last_time: float) -> None:
-    flow, t_B = Flow(last_time, 3.0), last_time * torch.tensor([0.0, 0.25, 1.0])
+@pytest.mark.parametrize("last_timestep", [1.0, 1000.0])
+def test_a_flow_is_a_straight_line_from_image_to_noise(last_timestep: float) -> None:
+    flow, t_B = FlowSchedule(last_timestep, 3.0), last_timestep * torch.tensor([0.0, 0.25, 1.0])
     x0, noise = column(2.0, 2.0, 2.0), column(-1.0, -1.0, -1.0)
     velocity = flow.target(x0, noise, t_B)
     torch.testing.assert_close(velocity, column(-3.0, -3.0, -3.0))
@@ -202,17 +211,19 @@ def test_a_flow_is_a_straight_line_from_image_to_noise(last_time: float) -> None
     torch.testing.assert_close(wrong, (column(1.0, 0.5, -1.0), column(3.0, 2.5, 1.0)))
 
 
-@pytest.mark.parametrize("snr_cap", [0.5, float("inf")])
-def test_a_flow_weighs_every_time_the_same(snr_cap: float) -> None:
-    weights = Flow(1000.0, 3.0).weight(torch.tensor([0, 400, 1000]), snr_cap)
+@pytest.mark.parametrize("snr_gamma", [0.5, float("inf")])
+def test_a_flow_weighs_every_timestep_the_same(snr_gamma: float) -> None:
+    weights = FlowSchedule(1000.0, 3.0).loss_weight(torch.tensor([0, 400, 1000]), snr_gamma)
     assert weights.dtype == torch.float32
     assert weights.tolist() == [1.0, 1.0, 1.0]
 
 
-@each_process
+@each_noise_schedule
 @pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 2, 2), (3, 2, 2, 2)])
-def test_a_row_has_the_time_of_its_own_whatever_its_shape(process: Process, shape: tuple[int, ...]) -> None:
-    t_B = process.at(torch.tensor([0.1, 0.5, 0.9]))
-    rows = process.add_noise(torch.ones(shape), torch.zeros(shape), t_B).reshape(3, -1)
-    assert torch.equal(rows, rows[:, :1].expand_as(rows))
-    assert rows[0, 0] > rows[1, 0] > rows[2, 0]
+def test_a_sample_has_a_timestep_of_its_own_whatever_its_shape(
+    noise_schedule: NoiseSchedule, shape: tuple[int, ...]
+) -> None:
+    t_B = noise_schedule.nearest(torch.tensor([0.1, 0.5, 0.9]))
+    samples = noise_schedule.add_noise(torch.ones(shape), torch.zeros(shape), t_B).reshape(3, -1)
+    assert torch.equal(samples, samples[:, :1].expand_as(samples))
+    assert samples[0, 0] > samples[1, 0] > samples[2, 0]
