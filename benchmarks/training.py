@@ -140,7 +140,7 @@ def shape_of(options: Options) -> ModelSize:
     """Returns the backbone's shape, with what the options reduce."""
     given = {"double_blocks": options.double_blocks, "single_blocks": options.single_blocks}
     changes = {name: value for name, value in given.items() if value is not None}
-    return replace(FULL_SIZES[options.base], narrow=options.narrow, **changes)
+    return replace(FULL_SIZES[options.base], width_divisor=options.narrow, **changes)
 
 
 def config_of(options: Options, out: Path) -> TrainConfig:

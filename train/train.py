@@ -22,6 +22,9 @@ from typing import Any
 if not __package__:
     # `python train/train.py` puts train/ on the path, where this file would hide the package `train`.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from hyperalign.openmp import wait_passively
+
+    wait_passively()  # before torch is imported
 
 import torch
 import tyro

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import HyperAlignError
+from ..openmp import wait_passively
 
 FAILED, INTERRUPTED = 2, 130
 """The exit statuses after an error and after Ctrl-C; a signal's is 128 and its number."""
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = f"found the command {given[0]!r}, expected one of {', '.join(COMMANDS)}."
         sys.stderr.write(f"error: {found}\n\n{usage()}")
         return FAILED
+    wait_passively()  # before the command imports torch
     try:
         return importlib.import_module(f".{command.module}", __package__).main(given[1:])
     except HyperAlignError as error:

@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 def write_base(folder: Path) -> None:
     """A reduced SD 1.5 in diffusers' layout; its text encoder is a name only."""
-    unet: Any = architecture("sd15", ModelSize(narrow=10))
+    unet: Any = architecture("sd15", ModelSize(width_divisor=10))
     unet.save_pretrained(folder / "unet")
     AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -145,7 +145,7 @@ def other_shapes(config: TrainConfig) -> None:
 
 
 def another_family(config: TrainConfig) -> None:
-    unet: Any = architecture("sdxl", ModelSize(narrow=10))
+    unet: Any = architecture("sdxl", ModelSize(width_divisor=10))
     unet.save_config(config.model.path / "unet")
 
 
@@ -193,7 +193,7 @@ def test_what_is_damaged_is_named(config: TrainConfig, what: str) -> None:
 
 def test_a_run_resumes_only_with_its_own_recipe(config: TrainConfig) -> None:
     accelerator, problems = Accelerator(cpu=True), Problems()
-    trainer = Trainer(config, smoke_inputs(config, accelerator, ModelSize(narrow=10)), accelerator)
+    trainer = Trainer(config, smoke_inputs(config, accelerator, ModelSize(width_divisor=10)), accelerator)
     trainer.step = 7
     trainer._save_checkpoint()
     assert f"resumes from step 7 in {config.run.out}" in check_inputs(config, problems, None)

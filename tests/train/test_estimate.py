@@ -58,10 +58,10 @@ from train.preflight.step_costs import (
 from train.trainer import Trainer
 
 SMALL = {
-    "sd15": ModelSize(narrow=10),
-    "sdxl": ModelSize(narrow=10),
-    "flux": ModelSize(double_blocks=3, single_blocks=2, narrow=12),
-    "sd3": ModelSize(double_blocks=4, narrow=12),
+    "sd15": ModelSize(width_divisor=10),
+    "sdxl": ModelSize(width_divisor=10),
+    "flux": ModelSize(double_blocks=3, single_blocks=2, width_divisor=12),
+    "sd3": ModelSize(double_blocks=4, width_divisor=12),
 }
 GIB = 2**30
 ROW = Cost(2.0, 5.0, 3 * GIB, 4 * GIB)

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from hyperalign import checkpoint
 from train.config import TrainConfig
 from train.inputs import smoke_inputs
-from train.models.architectures import FULL_SIZES, smaller
+from train.models.architectures import FULL_SIZES, descending_sizes
 from train.preflight.smoke import SIDE, described, smoke_config
 from train.recipe import load_recipe
 from train.train import main
@@ -40,7 +40,7 @@ def cut_down(path: Path, out: Path) -> TrainConfig:
 @pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
 def test_a_recipe_takes_three_steps_and_writes_a_hypernetwork(path: Path, tmp_path: Path) -> None:
     config = cut_down(path, tmp_path)
-    shape = list(smaller(config.model.base))[-1]
+    shape = list(descending_sizes(config.model.base))[-1]
     accelerator = Accelerator(cpu=True)
     run = Trainer(config, smoke_inputs(config, accelerator, shape), accelerator)
     run.fit()
@@ -60,7 +60,7 @@ def test_a_machine_with_room_runs_the_true_shape() -> None:
     config = smoke_config(load_recipe(RECIPES / "flux_s.toml"))
     assert "of true shape" in described(config, FULL_SIZES["flux"])
     assert f"at {SIDE} pixels" in described(config, FULL_SIZES["flux"])
-    assert "cut down to fit the memory" in described(config, list(smaller("flux"))[1])
+    assert "cut down to fit the memory" in described(config, list(descending_sizes("flux"))[1])
 
 
 def test_smoke_runs_begin_anew_and_leave_the_recipes_own_run_alone(tmp_path: Path) -> None:

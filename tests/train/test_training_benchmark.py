@@ -71,7 +71,7 @@ def test_without_options_it_is_the_recipe_on_the_true_model(base: Any, tmp_path:
     options = Options(base=base)
     config = config_of(options, tmp_path)
     assert reductions(options, config) == []
-    assert shape_of(options) == FULL_SIZES[base] != ModelSize(narrow=2)
+    assert shape_of(options) == FULL_SIZES[base] != ModelSize(width_divisor=2)
     assert min(config.objective.prompt_batch, config.objective.preference_batch) >= 2
     recipe = load_recipe(FOLDER / f"{RECIPES[base]}.toml")
     assert config.objective.micro_batch == min(options.batch, recipe.objective.micro_batch) >= 1

@@ -1,4 +1,4 @@
-"""What the trainer asks of a base model."""
+"""The protocols of base models and prompt encoders in training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hyperalign.hosts.diffusers.adapter import Call
 from train.noise import NoiseSchedule
 
 Conditions = dict[str, Tensor]
-"""What the text encoders made of prompts: named tensors with one row a prompt."""
+"""Outputs of the text encoders: named tensors with one row per prompt."""
 
 
 class Base(Protocol):
@@ -30,7 +30,7 @@ class Base(Protocol):
 
     @property
     def cfg(self) -> bool:
-        """Whether guidance takes a second row without prompt; else the model has it as an input."""
+        """Whether guidance needs an unconditional sample; otherwise the model takes it as an input."""
         ...
 
     @property
@@ -40,15 +40,15 @@ class Base(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """The device of the model."""
         ...
 
     def call(self, x_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Call:
-        """Returns the backbone's arguments for rows (x, t, c)."""
+        """Returns the arguments of the backbone for a batch of latents, timesteps and conditions."""
         ...
 
     def prediction(self, output: Tensor, x_BCHW: Tensor) -> Tensor:
-        """Returns the backbone's output in the shape of the latents, float32."""
+        """Returns the output of the backbone in the shape of the latents, in float32."""
         ...
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class Base(Protocol):
 
 
 class PromptEncoder(Protocol):
-    """Where conditions come from: an encoder at hand or a cache on disk."""
+    """Conditions from a text encoder or from a cache on disk."""
 
     def conditions(self, prompts: Sequence[str]) -> Conditions:
         """Returns the conditions of prompts, on the base model's device; "" is the empty prompt.
@@ -73,29 +73,29 @@ class PromptEncoder(Protocol):
 
 
 def join(*parts: Conditions) -> Conditions:
-    """Returns the rows of all parts, one after the other."""
+    """Concatenates conditions along the batch."""
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def take(conditions: Conditions, rows: slice) -> Conditions:
-    """Returns some rows."""
+    """Returns the conditions of some samples of the batch."""
     return {key: value[rows] for key, value in conditions.items()}
 
 
 def repeat(conditions: Conditions, times: int) -> Conditions:
-    """Returns all rows several times over."""
+    """Repeats the whole batch."""
     return join(*[conditions] * times)
 
 
 def cfg_conditions(
-    base: Base, texts: PromptEncoder, prompts: Sequence[str]
+    base: Base, encoder: PromptEncoder, prompts: Sequence[str]
 ) -> tuple[Conditions, Conditions | None]:
-    """Returns the conditions of prompts and of as many empty ones, all at one padding.
+    """Returns the conditions of prompts and of as many empty prompts, all at one padding.
 
-    None in place of the latter where the base model takes the guidance as an input.
+    The latter are None if the base model takes the guidance as an input.
     """
     if not base.cfg:
-        return texts.conditions(prompts), None
-    rows = texts.conditions([*prompts, *[""] * len(prompts)])
+        return encoder.conditions(prompts), None
     count = len(prompts)
-    return take(rows, slice(0, count)), take(rows, slice(count, None))
+    both = encoder.conditions([*prompts, *[""] * count])
+    return take(both, slice(0, count)), take(both, slice(count, None))

@@ -1,4 +1,4 @@
-"""FLUX.1 dev and schnell: a flow on packed latents; dev takes the guidance as an input."""
+"""FLUX.1 dev and schnell: flow matching on packed latents; dev takes the guidance as an input."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def unpack(tokens_BLC: Tensor, shape: tuple[int, int]) -> Tensor:
     return squares.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
-def places(height: int, width: int, device: torch.device) -> Tensor:
-    """Returns (H/2 * W/2, 3): zero, row and column of each token."""
+def position_ids(height: int, width: int, device: torch.device) -> Tensor:
+    """Returns the position of each token, (H/2 * W/2, 3): zero, row and column."""
     rows, columns = torch.meshgrid(torch.arange(height // PATCH), torch.arange(width // PATCH), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float().to(device)
 
@@ -63,7 +63,7 @@ class Flux(LatentModel):
             "pooled_projections": conditions["pooled_prompt_embeds"].to(dtype),
             "encoder_hidden_states": context,
             "txt_ids": torch.zeros(context.shape[1], 3, device=device),
-            "img_ids": places(x_BCHW.shape[-2], x_BCHW.shape[-1], device),
+            "img_ids": position_ids(x_BCHW.shape[-2], x_BCHW.shape[-1], device),
         }
 
     def prediction(self, output: Tensor, x_BCHW: Tensor) -> Tensor:

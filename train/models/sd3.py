@@ -1,4 +1,4 @@
-"""Stable Diffusion 3.5 medium: a flow with a fixed shift, classifier-free guidance."""
+"""Stable Diffusion 3.5 medium: flow matching with a fixed shift, classifier-free guidance."""
 
 from __future__ import annotations
 

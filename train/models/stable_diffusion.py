@@ -33,7 +33,7 @@ class StableDiffusion(LatentModel):
         self.noise_schedule = DiffusionSchedule(prediction)
 
     def call(self, x_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Call:
-        """Returns the U-Net's arguments; SDXL is also told the sizes: whole images, uncropped."""
+        """Returns the U-Net's arguments; SDXL also receives the image size and a crop at the origin."""
         dtype = self.module.dtype
         call = unet_call(x_BCHW.to(dtype), t_B, conditions["prompt_embeds"].to(dtype))
         if "pooled_prompt_embeds" not in conditions:
