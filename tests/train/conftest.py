@@ -34,7 +34,7 @@ OPTIM = {"steps": 1, "warmup_steps": 0, "lr": 1e-2, "max_grad_norm": 1e9, "bf16"
 
 
 class SmallBase:
-    """A U-Net behind the `Base` and `PromptEncoder` protocols; it attends in every block, or in the middle alone."""
+    """A U-Net as `Base` and `PromptEncoder`; it attends in every block, or in the middle alone."""
 
     cfg = True
     latent_shape = (4, 4, 4)
@@ -120,7 +120,7 @@ def normal() -> Callable[..., Tensor]:
 
 
 class NumberedImages:
-    """A stream of preference images behind the `PreferenceDataset` protocol: its n-th is the n-th whoever asks."""
+    """A stream of preference images as a `PreferenceDataset`: its n-th is the n-th whoever asks."""
 
     def __init__(self) -> None:
         self.places: list[tuple[int, int]] = []
@@ -178,8 +178,8 @@ def small_run(make_base: Callable[..., Any], tmp_path: Path) -> Callable[..., Tr
         )
         base = base or make_base(everywhere=False)
         inputs = RunInputs(
-            base=base, texts=base, prompts=PromptList(["a", "bcd", "efghi", "jk"]), preference=NumberedImages(),
-            rewards=Rewards({"tiny reward": reward}, config.objective.rewards), validate=Validations(),
+            base=base, texts=base, prompts=PromptList(["a", "bcd", "efghi", "jk"]),
+            preference=NumberedImages(), rewards=Rewards({"tiny reward": reward}, config.objective.rewards), validate=Validations(),
             provenance={"reward": "letters", "preference_data": "EmojiScenes"},
         )  # fmt: skip
         run = Trainer(config, inputs, accelerator or Accelerator(cpu=True))

@@ -32,7 +32,7 @@ config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, bf1
 accelerator = Accelerator()
 # Accelerate itself speaks of FSDP on GPUs alone; the sharding works on CPUs too.
 train.inputs.uses_fsdp = lambda _: sys.argv[2] == "shards"
-shape = list(smaller(config.model.base))[-1]
+shape = list(descending_sizes(config.model.base))[-1]
 inputs = smoke_inputs(config, accelerator, shape)
 weights = list(inputs.base.backbone.parameters())
 own = sum((p.to_local() if sys.argv[2] == "shards" else p).numel() for p in weights)

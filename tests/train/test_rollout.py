@@ -1,4 +1,4 @@
-"""Rollouts: each step against its formula with numbers by hand, and which step generated the weights it used."""
+"""Rollouts: each step against its formula with numbers by hand, and whose weights it used."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_the_rewards_gradient_norm_is_of_a_process_own_half(small_run: Runs, tmp
         reduce = accelerator.reduce
 
         def noted(values: Tensor, **options: Any) -> Any:
-            if values.numel() > 20:  # the gradient, not the figures
+            if values.numel() > 20:  # the gradient, not the metrics
                 norms.append(float(values.norm()))
             return reduce(values, **options)
 
@@ -131,7 +131,7 @@ def test_a_process_that_fails_ends_the_others(small_run: Runs, tmp_path: Path) -
 
     first, second = in_two_processes(job, tmp_path)
     assert "this process is broken" in second
-    assert f"{HyperAlignError.__name__}: Another process failed in step 1; it says why." in first
+    assert f"{HyperAlignError.__name__}: Another process failed in step 1 and reports the reason." in first
 
 
 def test_a_process_that_is_asked_to_end_ends_the_others_after_the_step(

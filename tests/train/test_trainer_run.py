@@ -1,4 +1,4 @@
-"""A run of the trainer on the small base: what it saves, when, and with what it goes on."""
+"""A run of the trainer on the small base: what it saves, when, and with what it resumes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     ]
 
 
-def states_of(out: Path) -> list[int]:
+def checkpoints_of(out: Path) -> list[int]:
     return sorted(int(path.stem.removeprefix("step-")) for path in (out / "checkpoints").glob("*.pt"))
 
 
@@ -57,7 +57,7 @@ def weights(module: Any) -> Tensor:
 
 
 def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Two states hold the same, bit for bit."""
+    """Two training checkpoints hold the same, bit for bit."""
     assert found.keys() == expected.keys()
     for part in ("network", "average"):
         assert all(torch.equal(found[part][key], value) for key, value in expected[part].items())
@@ -114,15 +114,15 @@ def test_without_an_accelerator_it_makes_its_own(small_run: Runs, tmp_path: Path
     assert Trainer(run.config, run.inputs).device.type == run.accelerator.device.type
 
 
-# Saving and evaluating
+# Saving and validating
 
 
 @pytest.mark.parametrize(
-    ("every", "checkpoint_every", "evaluated", "saved"),
+    ("every", "checkpoint_every", "validated", "saved"),
     [(2, 100, [2, 4, 5], [2, 4, 5]), (0, 2, [], [2, 4, 5]), (5, 3, [5], [3, 5]), (0, 100, [], [5])],
 )
-def test_when_a_run_is_evaluated_and_saved(
-    small_run: Runs, tmp_path: Path, every: int, checkpoint_every: int, evaluated: list[int], saved: list[int]
+def test_when_a_run_is_validated_and_saved(
+    small_run: Runs, tmp_path: Path, every: int, checkpoint_every: int, validated: list[int], saved: list[int]
 ) -> None:
     run = small_run(
         optim={"steps": 5}, validation={"every": every}, run={"checkpoint_every": checkpoint_every}
@@ -137,11 +137,11 @@ def test_when_a_run_is_evaluated_and_saved(
 
     run.fit(note)
     seen = run.inputs.validate.seen
-    assert [grid for _, _, grid in seen] == [tmp_path / "grids" / f"0000{step}.png" for step in evaluated]
+    assert [grid for _, _, grid in seen] == [tmp_path / "grids" / f"0000{step}.png" for step in validated]
     assert [first for first, _, _ in seen] == averages
-    assert [row["step"] + 1 for row in rows if "validation" in row] == evaluated
-    assert states_of(tmp_path) == saved
-    if evaluated:
+    assert [row["step"] + 1 for row in rows if "validation" in row] == validated
+    assert checkpoints_of(tmp_path) == saved
+    if validated:
         assert rows[-1]["validation"] == {
             "letters": averages[-1],
             "more": {"count": len(seen)},
@@ -168,10 +168,10 @@ def test_the_finished_hypernetwork_says_how_it_was_made(small_run: Runs, tmp_pat
     assert names == ["embedded tiny model", "tiny preference reward", "EmojiScenes"]
     assert loaded.header.sources[1].weight == 2.0
     assert card_path(run.path).read_text(encoding="utf-8") == card(loaded.header, "hypernetwork")
-    state = newest(tmp_path)
-    assert (state["step"], state["images_seen"], state["skipped"], state["processes"]) == (2, 6, 0, 1)
-    assert (state["metrics"], state["unlogged"], state["key_times"]) == ({}, {}, [])
-    assert json.loads(state["identity"])["optim.weight_decay"] == 0.3
+    saved = newest(tmp_path)
+    assert (saved["step"], saved["images_seen"], saved["skipped"], saved["processes"]) == (2, 6, 0, 1)
+    assert (saved["metrics"], saved["unlogged"], saved["key_times"]) == ({}, {}, [])
+    assert json.loads(saved["identity"])["optim.weight_decay"] == 0.3
 
 
 class Tracker(GeneralTracker):
@@ -207,7 +207,7 @@ def test_trackers_are_told_the_numbers_of_each_step_and_the_end(small_run: Runs)
     assert tracker.finished
 
 
-# Going on
+# Resuming
 
 
 class End(BaseException):
@@ -222,12 +222,12 @@ def ends_at(step: int) -> Callable[[dict[str, Any]], None]:
     return on_step
 
 
-def test_a_run_goes_on_exactly(small_run: Runs, tmp_path: Path) -> None:
+def test_a_run_resumes_exactly(small_run: Runs, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"optim": THREE, "objective": {"state": "mixed"}}
     small_run(tmp_path / "whole", **settings).fit()
     with pytest.raises(End):
         small_run(tmp_path / "parts", **settings).fit(ends_at(0))
-    assert states_of(tmp_path / "parts") == [1]
+    assert checkpoints_of(tmp_path / "parts") == [1]
     resumed = small_run(tmp_path / "parts", **settings)
     assert resumed.step == 1
     resumed.fit()
@@ -235,7 +235,7 @@ def test_a_run_goes_on_exactly(small_run: Runs, tmp_path: Path) -> None:
     same(newest(tmp_path / "parts"), newest(tmp_path / "whole"))
 
 
-def test_what_was_counted_goes_on(small_run: Runs, tmp_path: Path) -> None:
+def test_what_was_counted_is_resumed(small_run: Runs, tmp_path: Path) -> None:
     def nan(images: Tensor, prompts: Any) -> Tensor:
         return images.mean(dim=(1, 2, 3)) * float("nan")
 
@@ -248,31 +248,31 @@ def test_what_was_counted_goes_on(small_run: Runs, tmp_path: Path) -> None:
     assert checkpoint.load(saved).header.training["metrics"]["more/count"] == 2.0
 
 
-def test_lines_of_steps_that_no_state_knows_are_taken_back(small_run: Runs, tmp_path: Path) -> None:
+def test_lines_of_steps_that_no_checkpoint_has_are_removed(small_run: Runs, tmp_path: Path) -> None:
     small_run(optim=THREE, run={"checkpoint_every": 1}).fit()
     whole = rows_of(tmp_path)
     (tmp_path / "checkpoints" / "step-000003.pt").unlink()
     resumed = small_run(optim=THREE, run={"checkpoint_every": 1})
-    assert rows_of(tmp_path) == whole[:1]  # the state holds the line of its own last step
+    assert rows_of(tmp_path) == whole[:1]  # the checkpoint holds the line of its own last step
     resumed.fit()
     assert rows_of(tmp_path) == whole
 
 
 @pytest.mark.parametrize("ended_at", [2, 3])
-def test_a_run_that_ended_in_its_evaluation_begins_with_it(
+def test_a_run_that_ended_in_its_validation_begins_with_it(
     small_run: Runs, tmp_path: Path, ended_at: int
 ) -> None:
     settings: dict[str, Any] = {"optim": THREE, "validation": {"every": 2}}
     run = small_run(**settings)
-    evaluate = run.inputs.validate
+    validate = run.inputs.validate
 
-    class Broken(type(evaluate)):
+    class Broken(type(validate)):
         def __call__(self, *given: Any) -> Any:
             if run.step == ended_at:
                 raise End
             return super().__call__(*given)
 
-    evaluate.__class__ = Broken
+    validate.__class__ = Broken
     with pytest.raises(End):
         run.fit()
     assert [row["step"] for row in rows_of(tmp_path)] == list(range(ended_at - 1))
@@ -290,7 +290,7 @@ def test_a_run_that_is_cut_off_in_its_first_step_saves_its_start(small_run: Runs
     run = small_run(reward=lambda images, prompts: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run.fit()
-    assert states_of(tmp_path) == [0]
+    assert checkpoints_of(tmp_path) == [0]
     assert newest(tmp_path)["images_seen"] == 0
 
 
@@ -311,7 +311,7 @@ def test_a_step_that_was_cut_off_inside_its_passes_is_taken_again_from_its_start
     images.batch = broken
     with pytest.raises(End):
         run.fit()
-    assert states_of(tmp_path / "parts") == [1]
+    assert checkpoints_of(tmp_path / "parts") == [1]
     assert newest(tmp_path / "parts")["images_seen"] == 4
     run.fit()
     assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")

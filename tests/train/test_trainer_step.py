@@ -37,7 +37,7 @@ def watched(run: Any) -> Taken:
 
 
 def fitted(run: Any) -> tuple[Taken, list[dict[str, Any]]]:
-    """Trains to the end; returns the gradients and the rows."""
+    """Trains to the end; returns the gradients and the metrics."""
     taken, rows = watched(run), list[dict[str, Any]]()
     run.fit(rows.append)
     return taken, rows
@@ -59,14 +59,14 @@ def gradient(loss: Tensor, run: Any) -> Tensor:
 
 
 def images_by_hand(
-    run: Any, place: int, rows: int, bounds: Any, purpose: int, drop: float = 0.0
+    run: Any, place: int, count: int, bounds: Any, purpose: int, drop: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor, list[str]]:
     o, base = run.config.objective, run.base
     rng = StepRandomness(run.config.run.seed, run.step).generator(purpose)
-    x0, captions = run.inputs.preference.batch(place, rows, rng, slice(0, rows))
-    chances = rng.random(rows) if drop else np.ones(rows)
-    u_B = sample_u(rows, bounds, o.timestep_sampling, rng)
-    noise = normal((rows, *base.latent_shape), rng)
+    x0, captions = run.inputs.preference.batch(place, count, rng, slice(0, count))
+    chances = rng.random(count) if drop else np.ones(count)
+    u_B = sample_u(count, bounds, o.timestep_sampling, rng)
+    noise = normal((count, *base.latent_shape), rng)
     kept = ["" if chance < drop else text for chance, text in zip(chances, captions, strict=True)]
     return x0, noise, base.noise_schedule.nearest(u_B), kept
 
@@ -95,9 +95,9 @@ def rollout_by_hand(run: Any) -> Tensor:
 def noised_by_hand(run: Any, place: int) -> Tensor:
     """Returns the gradient of L_R from noised images."""
     o, base = run.config.objective, run.base
-    rows = o.prompt_batch * o.timesteps
-    x0, noise, t_B, captions = images_by_hand(run, place, rows, o.reward_range, purpose=3)
-    cond, uncond = base.conditions(captions), base.conditions([""] * rows)
+    count = o.prompt_batch * o.timesteps
+    x0, noise, t_B, captions = images_by_hand(run, place, count, o.reward_range, purpose=3)
+    cond, uncond = base.conditions(captions), base.conditions([""] * count)
     states = noised_states(base, run.schedule, x0, noise, t_B, cond, uncond, captions)
     return reward_by_hand(run, states)
 
@@ -206,7 +206,7 @@ def test_small_backward_passes_add_up_to_the_whole_batch(
         assert others[name] == pytest.approx(figures[name], rel=1e-3), name
 
 
-def test_no_backward_pass_takes_more_rows_than_the_limit(small_run: Callable[..., Any]) -> None:
+def test_no_backward_pass_takes_more_samples_than_the_limit(small_run: Callable[..., Any]) -> None:
     seen: list[int] = []
 
     def counting(images: Tensor, prompts: Any) -> Tensor:
@@ -217,7 +217,7 @@ def test_no_backward_pass_takes_more_rows_than_the_limit(small_run: Callable[...
     assert seen == [3, 1]
 
 
-def test_without_images_a_run_that_needs_them_says_so(small_run: Callable[..., Any]) -> None:
+def test_without_preference_images_a_run_that_needs_them_says_so(small_run: Callable[..., Any]) -> None:
     run = small_run()
     run.inputs = dataclasses.replace(run.inputs, preference=None)
     with pytest.raises(HyperAlignError, match="needs preference images; set data.preference"):
@@ -342,10 +342,10 @@ def test_a_run_that_stays_infinite_ends_before_it_counts_the_last_step(
     assert saved["images_seen"] == 3 * bad_steps
 
 
-# The row
+# The metrics
 
 
-def test_a_row_of_the_log(small_run: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_metrics_of_a_step_and_its_line_in_the_log(small_run: Callable[..., Any], tmp_path: Path) -> None:
     run = small_run(optim={"steps": 2})
     _, rows = fitted(run)
     assert set(rows[0]) == {

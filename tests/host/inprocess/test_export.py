@@ -128,7 +128,7 @@ def test_the_node_writes_the_file_and_names_it(pack, tiny, make_hyperalign, tmp_
     from importlib import import_module
 
     node = import_module(f"{pack.__name__}.nodes.export").HyperAlignExportLora
-    loader = import_module(f"{pack.__name__}.hyperalign.hosts.comfy")
+    loader = import_module(f"{pack.__name__}.hyperalign.hosts.comfy.model")
     names = import_module(f"{pack.__name__}.hyperalign.tiny.weights")
     loaded = loader.load(names.HYPERNETWORKS / "tiny_s.safetensors")
     inputs = [item.id for item in node.define_schema().inputs]

@@ -112,15 +112,15 @@ def test_each_evaluation_gets_the_curves_strength_at_its_noise(
     tiny, sample, make_hyperalign, apply, monkeypatch
 ):
     """With the scheduler `normal` and as many values as steps, each step gets a value of its own."""
-    from hyperalign.hosts.comfy import model as comfy
+    from hyperalign.hosts.comfy import adapter
 
-    seen, scaled = [], comfy.scaled
+    seen, scaled = [], adapter.scaled
 
     def spy(cores, strengths):
         seen.append(float(strengths[0]))
         return scaled(cores, strengths)
 
-    monkeypatch.setattr(comfy, "scaled", spy)
+    monkeypatch.setattr(adapter, "scaled", spy)
     values = (1.0, -0.5, 2.0, 0.25)
     sample(apply(tiny.model, make_hyperalign(), strength_curve=StrengthCurve(values)), steps=4)
     assert seen == pytest.approx(values, abs=0.02)

@@ -81,16 +81,16 @@ def test_weights_are_written_when_the_variant_says(traced, variant, written):
 
 
 def test_the_strengths_are_the_lengths_of_the_changes_at_work(traced, monkeypatch):
-    from hyperalign.hosts.comfy import model as host
+    from hyperalign.hosts.layers import AdaptedLayers
 
-    calls: list[tuple[torch.Tensor, float]] = []
-    original = host.TargetHooks.set_cores
+    calls: list[torch.Tensor] = []
+    original = AdaptedLayers.fold
 
-    def spy(hooks, cores_BMDA):
+    def spy(layers, cores_BMDA, *settings):
         calls.append(cores_BMDA.clone())
-        original(hooks, cores_BMDA)
+        return original(layers, cores_BMDA, *settings)
 
-    monkeypatch.setattr(host.TargetHooks, "set_cores", spy)
+    monkeypatch.setattr(AdaptedLayers, "fold", spy)
     curve = StrengthCurve((1.0, 0.5), groups=(1.0, 2.0, 0.5))
     _, trace, network = traced(strength=0.8, curve=curve, sampling={"cfg": 1.0})
     (track,) = trace.tracks
