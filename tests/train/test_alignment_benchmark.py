@@ -10,7 +10,7 @@ from benchmarks.alignment import Options, main
 
 def test_it_measures_prints_and_writes(tmp_path: Path, capsys) -> None:
     out = tmp_path / "alignment.json"
-    main(Options(prompt_batch=6, seeds=(0,), steps=2, out=out))
+    main(Options(prompts=6, seeds=(0,), steps=2, out=out))
     methods = json.loads(out.read_text(encoding="utf-8"))["methods"]
     assert list(methods) == ["base", "tiny_s", "tiny_p", "tiny_i", "tiny_static"]
     assert methods["tiny_s"]["generations_per_run"] == 2

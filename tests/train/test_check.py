@@ -125,7 +125,7 @@ def test_all_problems_are_found_at_once_with_the_usual_sizes(tmp_path: Path) -> 
         run=RunConfig(out=tmp_path / "run", trackers=("no_such_tracker",)),
     )
     found = problems(config)
-    named = ("no reward 'hpsv3'", "not whole", "no prompt file", "validation.prompts is empty",
+    named = ("no reward 'hpsv3'", "is incomplete", "no prompt file", "validation.prompts is empty",
              "latent shards", "model.safetensors (1.7 GB)", "embedded tiny", "no_such_tracker")  # fmt: skip
     for words in named:
         assert sum(words in line for line in found) == 1, words
@@ -249,4 +249,4 @@ def test_the_command_says_it_in_numbered_sentences(
     )
     assert main(["--recipe", str(path), "--check", "--run.out", str(tmp_path / "run")]) == 2
     found = capsys.readouterr().err
-    assert found.startswith("error: the run cannot start, 5 problems:\n1. The base model is not whole")
+    assert found.startswith("error: the run cannot start, 5 problems:\n1. The base model in ")
