@@ -27,7 +27,7 @@ SIDE = 64
 TEXT_LENGTHS = (32, 64)
 SHARE = 0.3
 """Share of the machine's memory that the backbone may fill."""
-PROMPTS = tuple(f"an image of {things}" for things in ("a dog", "an apple", "two cats", "three red hearts"))
+PROMPTS = tuple(f"a picture of {things}" for things in ("a dog", "an apple", "two cats", "three red hearts"))
 TEXT_WIDTHS = {"sd15": (768, 0), "sdxl": (2048, 1280), "flux": (4096, 768), "sd3": (4096, 2048)}
 """Widths of the text encoders' vectors and of the pooled vector."""
 
