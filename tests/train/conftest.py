@@ -179,8 +179,8 @@ def small_run(make_base: Callable[..., Any], tmp_path: Path) -> Callable[..., Tr
         base = base or make_base(everywhere=False)
         inputs = RunInputs(
             base=base, texts=base, prompts=PromptList(["a", "bcd", "efghi", "jk"]),
-            preference=NumberedImages(), rewards=Rewards({"tiny reward": reward}, config.objective.rewards), validate=Validations(),
-            provenance={"reward": "letters", "preference_data": "EmojiScenes"},
+            preference=NumberedImages(), rewards=Rewards({"tiny reward": reward}, config.objective.rewards),
+            validate=Validations(), provenance={"reward": "letters", "preference_data": "EmojiScenes"},
         )  # fmt: skip
         run = Trainer(config, inputs, accelerator or Accelerator(cpu=True))
         if off_zero and run.step == 0:
