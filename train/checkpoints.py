@@ -52,7 +52,8 @@ class TrainingCheckpoints:
                 f"({first_line(error)}). Free some space and run the same command again: it resumes from the "
                 "checkpoint before."
             ) from error
-        for old in self._paths()[: -self.keep]:
+        unfinished = self.folder.glob(".step-*.partial")  # of a process that was killed while it wrote
+        for old in (*self._paths()[: -self.keep], *unfinished):
             old.unlink()
 
     def newest(self) -> Checkpoint | None:

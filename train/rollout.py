@@ -45,7 +45,8 @@ class SampledModel:
         if self.adapter is None:
             output = self.base.backbone(**call)[0]
         else:
-            output = self.adapter.predict(self.run, Chunk(None, 0, tuple(x.shape)), call, self.strength)
+            u = t / self.base.noise_schedule.last_timestep
+            output = self.adapter.predict(self.run, Chunk(None, 0, tuple(x.shape)), call, u, self.strength)
         return self.base.prediction(output, x)
 
 

@@ -205,3 +205,15 @@ def test_no_gradient_runs_through_a_rollout(small_base: Any, adapted: Any, norma
     adapter, cond = adapted(small_base), small_base.conditions(["a"])
     path = rollout(small_base, adapter, Schedule("S"), cond, cond, normal(1), steps=2, guidance_scale=2.0)
     assert not any(x.requires_grad for x in [*path.states, *path.predictions, path.final])
+
+
+def test_weights_are_generated_at_a_key_time_that_a_step_hits_exactly(
+    make_base: Any, adapted: Any, normal: Any
+) -> None:
+    """Key times are measured in double precision; single precision would miss half of them by a step."""
+    base = make_base(FlowSchedule(999.0, 3.0))
+    adapter, cond = adapted(base), base.conditions(["a"])
+    for index, t in enumerate(base.noise_schedule.timesteps(9)[1:], start=1):
+        schedule = Schedule("P", (t / base.noise_schedule.last_timestep,))
+        path = rollout(base, adapter, schedule, cond, None, normal(1), steps=9, guidance_scale=1.0)
+        assert path.generated_at == [0] * index + [index] * (9 - index)

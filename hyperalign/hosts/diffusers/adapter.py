@@ -96,16 +96,16 @@ class Adapter:
         """Returns u in [0, 1] of a call, 1 being pure noise."""
         return float(torch.as_tensor(call["timestep"]).flatten()[0]) / self._spec.last_timestep
 
-    def predict(self, run: Run, chunk: Chunk, call: Call, strength: float = 1.0) -> Tensor:
+    def predict(self, run: Run, chunk: Chunk, call: Call, u: float, strength: float = 1.0) -> Tensor:
         """Returns the prediction of one evaluation of a run, generating weights when its schedule says so.
 
         Args:
             run: decides whether the chunk's weights are generated or reused, and keeps them.
             chunk: the identity of the call's samples within the run.
             call: the base model's arguments.
+            u: its timestep in [0, 1], which is compared with key times exactly.
             strength: of the change; 0 is the base model.
         """
-        u = self.time(call)
         chunks = run.enter_call([chunk], u)
         if not run.due(chunks, u):
             return self.forward(call, run.cores(chunks), strength)

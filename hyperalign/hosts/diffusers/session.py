@@ -76,7 +76,7 @@ class Session:
         if next(self.adapter.network.parameters()).device != x.device:
             self.adapter.network.to(x.device)
         source = self._conditioning(call["encoder_hidden_states"])
-        return self.adapter.predict(self._run, Chunk(source, 0, tuple(x.shape)), call, self.strength)
+        return self.adapter.predict(self._run, Chunk(source, 0, tuple(x.shape)), call, u, self.strength)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the base model's forward."""
