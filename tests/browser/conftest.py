@@ -59,7 +59,7 @@ def comfyui_path() -> Path:
 
 
 @pytest.fixture(scope="session")
-def images(comfyui_path: Path) -> Path:
+def screenshots(comfyui_path: Path) -> Path:
     """How the names of all screenshots begin."""
     version = (comfyui_path / "comfyui_version.py").read_text(encoding="utf-8").split('"')[1]
     folder = BUILD / "browser"
@@ -68,12 +68,12 @@ def images(comfyui_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bare_errors(browser: Browser, comfyui_path: Path, images: Path) -> set[str]:
+def bare_errors(browser: Browser, comfyui_path: Path, screenshots: Path) -> set[str]:
     """What the console complains about when the same things are done in a ComfyUI without any pack."""
     errors: set[str] = set()
     with Server(comfyui_path, "bare", with_pack=False) as server:
         for vue in (False, True):
-            front = FrontEnd(browser, server.url, vue, images.with_name(f"{images.name}-bare"))
+            front = FrontEnd(browser, server.url, vue, screenshots.with_name(f"{screenshots.name}-bare"))
             front.open()
             front.templates_button.click()
             front.dialog.first.wait_for()
@@ -102,9 +102,11 @@ def pack(server: Server) -> Path:
 
 
 @pytest.fixture(scope="session", params=[False, True], ids=["canvas", "vue"])
-def tab(request: pytest.FixtureRequest, browser: Browser, server: Server, images: Path) -> Iterator[FrontEnd]:
+def tab(
+    request: pytest.FixtureRequest, browser: Browser, server: Server, screenshots: Path
+) -> Iterator[FrontEnd]:
     """The page, opened once per way to draw nodes."""
-    front = FrontEnd(browser, server.url, request.param, images)
+    front = FrontEnd(browser, server.url, request.param, screenshots)
     front.open()
     yield front
     front.page.close()

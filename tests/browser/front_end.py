@@ -89,8 +89,8 @@ class FrontEnd:
         errors: What the console has complained about, in the form of `plain`.
     """
 
-    def __init__(self, browser: Browser, url: str, vue: bool, images: Path) -> None:
-        self.url, self.vue, self.images = url, vue, images
+    def __init__(self, browser: Browser, url: str, vue: bool, screenshots: Path) -> None:
+        self.url, self.vue, self.screenshots = url, vue, screenshots
         self.errors: list[str] = []
         self.page: Page = browser.new_page(viewport=VIEWPORT, locale="en-US")
         self.page.set_default_timeout(WAIT_SECONDS * 1000)
@@ -274,7 +274,7 @@ class FrontEnd:
 
     def path(self, name: str) -> Path:
         """Returns where a screenshot of this mode belongs."""
-        return self.images.with_name(f"{self.images.name}-{self.mode}-{name}.png")
+        return self.screenshots.with_name(f"{self.screenshots.name}-{self.mode}-{name}.png")
 
     def keep(self, name: str) -> None:
         """Saves what is on the screen."""

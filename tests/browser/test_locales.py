@@ -16,8 +16,8 @@ NAMES = """type => {
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_nodes_are_shown_in_the_language_of_the_page(browser, server, images, bare_errors, language):
-    front = FrontEnd(browser, server.url, False, images)
+def test_nodes_are_shown_in_the_language_of_the_page(browser, server, screenshots, bare_errors, language):
+    front = FrontEnd(browser, server.url, False, screenshots)
     try:
         front.open(language=language)
         # The front end 1.32 forgets the texts of every pack when it loads a language.
