@@ -193,12 +193,12 @@ def table(results: dict[str, Any]) -> str:
             f"| {row['generations_per_run']} |"
         )
     if versus := results["methods"].get("tiny_s", {}).get("versus_static"):
-        told = ", ".join(
+        differences = ", ".join(
             f"{name.replace('_', ' ')} {v['difference']:+.3f} [{v['low']:+.3f}, {v['high']:+.3f}]"
             for name, v in versus.items()
             if name in ("geneval_overall", "validation_reward")
         )
-        lines.append(f"\ntiny_s against tiny_static: {told}")
+        lines.append(f"\ntiny_s against tiny_static: {differences}")
     return "\n".join(lines)
 
 

@@ -70,7 +70,7 @@ def measure(options: Options, device: torch.device) -> list[dict[str, float]]:
     """Returns the memory after each sample of one search."""
     host = _host(options.device)
     model, clip, vae = host["tiny"].load_tiny()
-    reward = _Weighed(host["rewards"].hosted(host["judges"].load("tiny reward")), device)
+    reward = _Weighed(host["rewards"].hosted(host["tiny_rewards"].load("tiny reward")), device)
     condition = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (PROMPT, "")]
     sampler = "euler_ancestral" if options.mode == "epsilon-greedy-steps" else "euler"
     start = {"samples": torch.zeros(1, 4, 16, 16)}
@@ -82,7 +82,7 @@ def measure(options: Options, device: torch.device) -> list[dict[str, float]]:
 
 
 class _Weighed:
-    """The host's reward, which notes the memory whenever it judges."""
+    """The host's reward, which records the memory whenever it scores."""
 
     combination = "sum"
 
@@ -130,7 +130,7 @@ def _host(device: str) -> dict[str, Any]:
         "tiny": "hyperalign.hosts.comfy.tiny",
         "rewards": "hyperalign.hosts.comfy.rewards",
         "search": "hyperalign.hosts.comfy.search",
-        "judges": "hyperalign.rewards.tiny",
+        "tiny_rewards": "hyperalign.rewards.tiny",
         "plan": "hyperalign.search",
     }
     return {key: importlib.import_module(name) for key, name in names.items()}

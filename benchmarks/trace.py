@@ -49,7 +49,7 @@ from hyperalign.hosts.tracing import Recorder, TracedRun
 from hyperalign.hypernetwork import HyperNetworkConfig
 
 CFG = 4.0
-PIPELINES = {"weights": False, "weights and predictions": True}
+KEEPS_PREDICTIONS = {"weights": False, "weights and predictions": True}
 """What is recorded, and whether one-step predictions are part of it."""
 RECORDING = ("begin_evaluation", "enter_call", "write", "note_strengths")
 """The functions of a traced run that an untraced one has too, or does without."""
@@ -66,7 +66,7 @@ class Options:
     steps: int = 25
     """Steps of a run."""
     batch: int = 1
-    """Images drawn at once."""
+    """Images generated at once."""
     pixels: int = 512
     """Side of the image of sd15; the tiny model has 64."""
     repeats: int = 40
@@ -189,7 +189,7 @@ def measure(options: Options) -> dict[str, Any]:
     name = "trace.json" if options.model == "tiny" else f"trace_sd15_{slug(device)}.json"
     with subject(options) as (model, hyperalign, side, width):
         results["setting"]["latents"] = [options.batch, 4, side, side]
-        recorders = {kind: Recorder(keeps_predictions=judged) for kind, judged in PIPELINES.items()}
+        recorders = {kind: Recorder(keeps_predictions=kept) for kind, kept in KEEPS_PREDICTIONS.items()}
         runs = {
             kind: sampling(apply(model, hyperalign, variant="S", recorder=recorder), options, side, width)
             for kind, recorder in recorders.items()

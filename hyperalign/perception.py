@@ -20,7 +20,7 @@ MAX_IMAGE_TOKENS = 256
 
 
 def token_map(tokens_BLC: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Returns a transformer's image tokens as a map (B, C, H, W); tokens beyond the grid are left out.
+    """Returns a transformer's image tokens as a map (B, C, H, W); tokens beyond the grid are dropped.
 
     What follows the image's own tokens are reference images.
     """

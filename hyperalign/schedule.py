@@ -55,7 +55,7 @@ class Schedule:
     def is_due(self, u: float, generated_in: int | None) -> bool:
         """Returns whether an evaluation at u needs new weights.
 
-        `generated_in` is the segment of the weights at hand, None when there are none.
+        `generated_in` is the segment of the current weights, None when there are none.
         """
         return self.variant == "S" or generated_in is None or self.segment(u) > generated_in
 

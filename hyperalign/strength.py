@@ -163,7 +163,7 @@ def groups_of(family: str, names: Sequence[str]) -> list[int]:
     """Returns the index in GROUPS of each target, by its diffusers name. Raises HyperAlignError."""
     parts = TRANSFORMER_PARTS.get(family, UNET_PARTS)
     places = [_stack_and_block(name) for name in names]
-    # The last block of each stack is adapted in both perception modes, so it tells the stack's length.
+    # The last block of each stack is adapted in both perception modes, so it gives the stack's length.
     lengths: dict[str, int] = {}
     for stack, block in places:
         lengths[stack] = max(lengths.get(stack, 0), block + 1)
@@ -193,7 +193,7 @@ class NoiseRange:
         return cls(tuple(float(percent_to_sigma(percent)) for percent in inside), percents)
 
     def is_of(self, percent_to_sigma: PercentToSigma) -> bool:
-        """Returns whether a model has this noise range, judged by its middle."""
+        """Returns whether a model has this noise range, by comparing its middle."""
         return float(percent_to_sigma(0.5)) == self.sigmas[64]
 
     def percent(self, sigma: float) -> float:

@@ -60,7 +60,7 @@ class BaseSpec(Protocol):
 
     @property
     def last_timestep(self) -> float:
-        """What the model is told of pure noise: u = t / last_timestep."""
+        """The model's timestep input at pure noise: u = t / last_timestep."""
         ...
 
     @property

@@ -64,6 +64,31 @@ def _inputs() -> list[io.Input]:
             tooltip="The prompt that images are scored against, usually that of the sampler: one line for all images of "
             "the batch, or one line per image. Empty = the empty prompt.",
         ),
+        *_strength_inputs(),
+        io.Int.Input(
+            "decode_size",
+            default=512,
+            min=64,
+            max=4096,
+            step=64,
+            tooltip="Maximum side length, in pixels, at which predicted images are decoded for the reward; the size of the "
+            "result does not change. Smaller = less time and memory: 256 needs a quarter of 512. 0 is rejected.",
+        ),
+        io.Combo.Input(
+            "gradient",
+            options=list(GRADIENTS),
+            default="prediction",
+            optional=True,
+            tooltip="What the reward is differentiated with respect to. prediction = the predicted image (MPGD), works with "
+            "every model; through model = the noisy latent, through the model (FreeDoM, DyMO): 3 to 4 times the "
+            "model's compute in each guided step, and 1 GB of memory or more for SD 1.5 at 512 pixels, 2 GB with a "
+            "hypernetwork.",
+        ),
+    ]
+
+
+def _strength_inputs() -> list[io.Input]:
+    return [
         io.Float.Input(
             "strength",
             default=0.1,
@@ -91,24 +116,5 @@ def _inputs() -> list[io.Input]:
             step=0.01,
             tooltip="Point in sampling at which guidance ends, as a fraction of the noise range. 1 = guided to the end; "
             "must be above start_percent, so 0 is rejected. A shorter range costs less.",
-        ),
-        io.Int.Input(
-            "decode_size",
-            default=512,
-            min=64,
-            max=4096,
-            step=64,
-            tooltip="Maximum side length, in pixels, at which predicted images are decoded for the reward; the size of the "
-            "result does not change. Smaller = less time and memory: 256 needs a quarter of 512. 0 is rejected.",
-        ),
-        io.Combo.Input(
-            "gradient",
-            options=list(GRADIENTS),
-            default="prediction",
-            optional=True,
-            tooltip="What the reward is differentiated with respect to. prediction = the predicted image (MPGD), works with "
-            "every model; through model = the noisy latent, through the model (FreeDoM, DyMO): 3 to 4 times the "
-            "model's compute in each guided step, and 1 GB of memory or more for SD 1.5 at 512 pixels, 2 GB with a "
-            "hypernetwork.",
         ),
     ]

@@ -1,7 +1,7 @@
 # pyright: reportMissingImports=false
 """Mutants of a source file: copies with one small fault each, of cosmic-ray's operators and of four more.
 
-Left out is what no test of behaviour may see: docstrings, annotations, type aliases, the words of an error,
+Excluded is what no test of behaviour may see: docstrings, annotations, type aliases, the words of an error,
 imports, `__all__`, and the arguments of `dataclass` and `lru_cache`.
 """
 
@@ -196,7 +196,7 @@ def _edits_of(source: str, node: Any) -> Iterator[Edit]:
     match node:
         case ast.BinOp(op=ast.MatMult() | ast.Mod() | ast.BitOr() | ast.BitAnd()):
             pass
-        case ast.BinOp():  # an operand is left out
+        case ast.BinOp():  # an operand is removed
             yield _span(node), text(node.left)
             if isinstance(node.op, (ast.Add, ast.Mult)):
                 yield _span(node), text(node.right)
@@ -205,11 +205,11 @@ def _edits_of(source: str, node: Any) -> Iterator[Edit]:
             for place in range(len(node.values)):
                 rest = [value for i, value in enumerate(node.values) if i != place]
                 yield _span(node), f"({word.join(text(value) for value in rest)})"
-        case ast.comprehension():  # a condition is turned round, or left out
+        case ast.comprehension():  # a condition is negated, or removed
             for condition in node.ifs:
                 yield _span(condition), f"not {text(condition)}"
                 yield _span(condition), "True"
-        case ast.Call(func=ast.Attribute(value=receiver, attr=name)):  # a method is left out
+        case ast.Call(func=ast.Attribute(value=receiver, attr=name)):  # a method call is removed
             if name not in NO_CHANGE and not (isinstance(receiver, ast.Name) and receiver.id in MODULES):
                 yield _span(node), text(receiver)
         case ast.Expr(value=ast.Call()) | ast.AugAssign() | ast.Raise() | ast.Delete():  # so is a statement

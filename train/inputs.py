@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from hyperalign.tiny.text_encoder import tokenize_batch
 from train.config import TrainConfig
 from train.data.embeddings import CachedPromptEncoder
 from train.data.prompts import load_prompts
+from train.data.random_inputs import PROMPTS, TEXT_WIDTHS, RandomImages, RandomPromptEncoder
 from train.data.shards import LatentShards
 from train.models.architectures import ModelSize, architecture, autoencoder, with_random_weights
 from train.models.attention import use_float32_attention
@@ -33,12 +33,10 @@ from train.models.load import backbone_dtype, check_folder, load_base, make_base
 from train.models.text_encoders import context_tokens, load_text_encoders, text_fingerprint, text_lengths
 from train.models.tiny import Tiny
 from train.objective import Rewards
-from train.preflight.smoke import PROMPTS, TEXT_WIDTHS, RandomImages, RandomTexts, described, smoke_shape
 from train.tiny.dataset import preference_latents
 from train.tiny.inputs import EmojiScenes, GrammarPrompts, tiny_reward
 from train.validation import Validate, reward_validation, tiny_validation
 
-logger = logging.getLogger("hyperalign.train")
 PATIENCE = 90.0
 """Seconds within which network disks show what another machine wrote."""
 
@@ -69,7 +67,7 @@ class RunInputs:
     """Everything that a trainer works with besides its recipe."""
 
     base: Base
-    texts: PromptEncoder
+    encoder: PromptEncoder
     prompts: Prompts
     preference: PreferenceDataset | None
     """None where no loss reads preference images."""
@@ -107,18 +105,16 @@ class PreferenceShards:
         return latents.float(), captions
 
 
-def load_inputs(config: TrainConfig, accelerator: Accelerator, smoke: bool = False) -> RunInputs:
+def load_inputs(config: TrainConfig, accelerator: Accelerator, smoke: ModelSize | None = None) -> RunInputs:
     """Returns what a recipe's run works with. Raises HyperAlignError for whatever is missing.
 
-    `smoke` takes random weights of the true shape instead of the base model, rewards and data.
+    `smoke` takes random weights of that size instead of the base model, rewards and data.
     """
     if config.model.base == "tiny":
         with accelerator.main_process_first():
             return tiny_inputs(config, accelerator.device, accelerator.is_main_process)
-    if smoke:
-        shape = smoke_shape(config, accelerator.device)
-        logger.warning("smoke run: %s", described(config, shape))
-        return smoke_inputs(config, accelerator, shape)
+    if smoke is not None:
+        return smoke_inputs(config, accelerator, smoke)
     return base_inputs(config, accelerator)
 
 
@@ -128,7 +124,7 @@ def base_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
     prompts, validation = training_prompts(config), validation_prompts(config)
     images = open_preference_shards(config, image_encoder(config, torch.device("cpu")).fingerprint)
     captions = images.shards.captions() if images else []
-    texts = cached_texts(config, accelerator, [*prompts, *validation, *captions, ""])
+    encoder = cached_encoder(config, accelerator, [*prompts, *validation, *captions, ""])
     base = load_base(config, accelerator.device)
     if uses_fsdp(accelerator):
         shard_backbone(base.backbone)
@@ -136,11 +132,11 @@ def base_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
     excluded = images.shards.unsafe_summary() if images else ""
     return RunInputs(
         base=base,
-        texts=texts,
+        encoder=encoder,
         prompts=PromptList(prompts),
         preference=images,
         rewards=optimised(rewards, config),
-        validate=reward_validation(config, base, texts, rewards, validation, accelerator),
+        validate=reward_validation(config, base, encoder, rewards, validation, accelerator),
         provenance=provenance(config) | ({"unsafe": excluded} if excluded else {}),
     )
 
@@ -157,7 +153,7 @@ def smoke_inputs(config: TrainConfig, accelerator: Accelerator, shape: ModelSize
     base = make_base(config, backbone, images, "epsilon")
     width, pooled = TEXT_WIDTHS[name]
     lengths = tuple(context_tokens(config, padding) for padding in text_lengths(config))
-    texts = RandomTexts(width, pooled, lengths, device)
+    encoder = RandomPromptEncoder(width, pooled, lengths, device)
     rewards = {
         reward: loading.random_weights(reward, device=device, dtype=dtype)
         for reward in config.objective.rewards
@@ -167,11 +163,11 @@ def smoke_inputs(config: TrainConfig, accelerator: Accelerator, shape: ModelSize
     validation = PROMPTS[: config.validation.prompt_count]
     return RunInputs(
         base=base,
-        texts=texts,
+        encoder=encoder,
         prompts=PromptList(list(PROMPTS)),
         preference=RandomImages(base.latent_shape) if config.objective.needs_preference_images else None,
         rewards=optimised(rewards, config),
-        validate=reward_validation(config, base, texts, rewards, validation, accelerator),
+        validate=reward_validation(config, base, encoder, rewards, validation, accelerator),
         provenance=provenance(config),
     )
 
@@ -183,7 +179,7 @@ def tiny_inputs(config: TrainConfig, device: torch.device, is_main: bool = True)
         use_float32_attention(base.model.unet)
     return RunInputs(
         base=base,
-        texts=base,
+        encoder=base,
         prompts=tiny_prompts(config),
         preference=tiny_preference(config, base),
         rewards=Rewards({"tiny reward": tiny_reward(device)}, config.objective.rewards),
@@ -292,8 +288,10 @@ def provenance(config: TrainConfig) -> dict[str, str]:
     }
 
 
-def cached_texts(config: TrainConfig, accelerator: Accelerator, texts: Sequence[str]) -> CachedPromptEncoder:
-    """Returns the conditions of all texts of a run; computes those that are new, then frees the encoders.
+def cached_encoder(
+    config: TrainConfig, accelerator: Accelerator, prompts: Sequence[str]
+) -> CachedPromptEncoder:
+    """Returns the conditions of all prompts of a run; computes those that are new, then frees the encoders.
 
     Raises:
         HyperAlignError: the encoders cannot be read, their outputs cannot be written, or the processes do
@@ -301,19 +299,21 @@ def cached_texts(config: TrainConfig, accelerator: Accelerator, texts: Sequence[
     """
     folder, lengths = config.data.embeddings / text_fingerprint(config), text_lengths(config)
     cache = CachedPromptEncoder(folder, lengths, accelerator.device)
-    if cache.count_missing(texts):
+    if cache.count_missing(prompts):
         encode = load_text_encoders(config, accelerator.device)
-        cache.fill(texts, encode, accelerator.process_index, accelerator.num_processes)
+        cache.fill(prompts, encode, accelerator.process_index, accelerator.num_processes)
         del encode
         accelerator.free_memory()
     accelerator.wait_for_everyone()
     patience = time.monotonic() + PATIENCE
-    while lacking := (cache := CachedPromptEncoder(folder, lengths, accelerator.device)).count_missing(texts):
+    cache = CachedPromptEncoder(folder, lengths, accelerator.device)
+    while missing := cache.count_missing(prompts):
         if accelerator.num_processes == 1 or time.monotonic() > patience:
             raise HyperAlignError(
-                f"{folder.resolve()} lacks {lacking} embeddings although every process wrote its share. Set "
+                f"{folder.resolve()} lacks {missing} embeddings although every process wrote its share. Set "
                 "data.embeddings to a folder that all machines of the run share, and model.path to one that "
                 "is the same on each, then run again."
             )
         time.sleep(3.0)
+        cache = CachedPromptEncoder(folder, lengths, accelerator.device)
     return cache

@@ -28,7 +28,7 @@ from hyperalign.errors import HyperAlignError
 from hyperalign.files import first_line, replacing, write_text
 from hyperalign.schedule import find_key_times
 from train.inputs import load_inputs
-from train.preflight.smoke import smoke_config
+from train.preflight.smoke import smoke_config, smoke_shape
 from train.recipe import load_recipe
 from train.relative_distance import PROMPTS, STEPS, curve_timesteps, distance_curve, measuring_batch
 
@@ -56,7 +56,9 @@ def measure(options: Options) -> tuple[float, ...]:
     config = load_recipe(options.recipe)
     if options.smoke:
         config = smoke_config(config)
-    inputs = load_inputs(config, Accelerator(), options.smoke)
+    accelerator = Accelerator()
+    smoke = smoke_shape(config, accelerator.device) if options.smoke else None
+    inputs = load_inputs(config, accelerator, smoke)
     guidance_scale = config.objective.guidance_scale
     batch = measuring_batch(config.objective.micro_batch)
     curve = distance_curve(

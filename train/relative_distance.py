@@ -58,14 +58,14 @@ def distance_curve(
 
     At most `batch` prompts are sampled at once.
     """
-    base, texts = inputs.base, inputs.texts
+    base, encoder = inputs.base, inputs.encoder
     rng = StepRandomness(seed, 0).generator(1)
     chosen = inputs.prompts.sample(prompts, rng)
     noise = normal((prompts, *base.latent_shape), rng).to(base.device)
     totals = [0.0] * (steps - 1)
     for first in range(0, prompts, batch):
         chunk = chosen[first : first + batch]
-        cond, uncond = cfg_conditions(base, texts, chunk)
+        cond, uncond = cfg_conditions(base, encoder, chunk)
         trajectory = rollout(
             base, None, Schedule("I"), cond, uncond, noise[first : first + batch],
             steps=steps, guidance_scale=guidance_scale,

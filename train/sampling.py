@@ -38,7 +38,7 @@ def initial_noise(prompt_index: int, seed: int, shape: tuple[int, int, int]) -> 
 @torch.no_grad()
 def sample(
     base: Base,
-    texts: PromptEncoder,
+    encoder: PromptEncoder,
     hyperalign: HyperAlign | None,
     prompts: Sequence[str],
     *,
@@ -58,7 +58,7 @@ def sample(
     started = time.monotonic()
     for first in range(0, len(jobs), batch):
         chunk = jobs[first : first + batch]
-        cond, uncond = cfg_conditions(base, texts, [prompts[index] for index, _ in chunk])
+        cond, uncond = cfg_conditions(base, encoder, [prompts[index] for index, _ in chunk])
         noise = torch.stack([initial_noise(*job, base.latent_shape) for job in chunk]).to(base.device)
         with torch.autocast(base.device.type, torch.bfloat16, enabled=bf16):
             trajectory = rollout(

@@ -39,7 +39,7 @@ from train.log import Metrics, flat
 from train.models.load import download
 from train.preflight.check import check
 from train.preflight.input_checks import check_trackers
-from train.preflight.smoke import remove_checkpoints, smoke_config
+from train.preflight.smoke import remove_checkpoints, smoke_config, smoke_shape
 from train.recipe import as_table, check_choices, load_recipe
 from train.stopping import Stopped
 from train.trainer import Trainer
@@ -94,7 +94,8 @@ def prepare(config: TrainConfig, switches: Switches) -> Trainer:
         with accelerator.main_process_first():
             download(config)
             download_rewards(config)
-    trainer = Trainer(config, load_inputs(config, accelerator, switches.smoke), accelerator)
+    smoke = smoke_shape(config, accelerator.device) if switches.smoke else None
+    trainer = Trainer(config, load_inputs(config, accelerator, smoke), accelerator)
     if config.run.trackers:
         accelerator.init_trackers(config.run.out.name, flat(as_table(config)))
     return trainer

@@ -172,7 +172,7 @@ class Trainer:
         noise = normal((whole, *self.base.latent_shape), rng)[own].to(self.device)
         choices = np.arange(o.skip_first, o.rollout_steps)
         picks = sorted(rng.choice(choices, o.timesteps, replace=False).tolist())
-        cond, uncond = cfg_conditions(self.base, self.inputs.texts, prompts)
+        cond, uncond = cfg_conditions(self.base, self.inputs.encoder, prompts)
         with self._autocast():
             trajectory = rollout(
                 self.base, self.adapter, self.schedule, cond, uncond, noise,
@@ -186,7 +186,7 @@ class Trainer:
         x0, eps, u_B, captions = self._preference_images(
             o.prompt_batch * o.timesteps, o.reward_range, purpose=3
         )
-        cond, uncond = cfg_conditions(self.base, self.inputs.texts, captions)
+        cond, uncond = cfg_conditions(self.base, self.inputs.encoder, captions)
         t_B = self.base.noise_schedule.nearest(u_B)
         return noised_states(self.base, self.schedule, x0, eps, t_B, cond, uncond, captions)
 
@@ -196,7 +196,7 @@ class Trainer:
         x0, eps, u_B, captions = self._preference_images(
             o.preference_batch, o.preference_range, purpose=2, dropout=o.caption_dropout
         )
-        cond = self.inputs.texts.conditions(captions)
+        cond = self.inputs.encoder.conditions(captions)
         t_B = self.base.noise_schedule.nearest(u_B)
         states = noised_states(self.base, self.schedule, x0, eps, t_B, cond, None, captions)
         total = 0.0

@@ -41,7 +41,7 @@ CAPTION_HEIGHT, CAPTION_LINE, CAPTION_LETTERS = 26, 12, 24
 def reward_validation(
     config: TrainConfig,
     base: Base,
-    texts: PromptEncoder,
+    encoder: PromptEncoder,
     rewards: Mapping[str, Reward],
     prompts: Sequence[str],
     accelerator: Accelerator,
@@ -56,7 +56,7 @@ def reward_validation(
     def validate(hyperalign: HyperAlign, grid: Path) -> Metrics:
         batch = config.objective.micro_batch or config.objective.prompt_batch
         images = sample(
-            base, texts, hyperalign, own, seeds=VALIDATION_SEEDS, steps=config.validation.steps,
+            base, encoder, hyperalign, own, seeds=VALIDATION_SEEDS, steps=config.validation.steps,
             guidance_scale=config.objective.guidance_scale, batch=batch,
         )  # fmt: skip
         scores = mean_scores(images, rewards, base.device)

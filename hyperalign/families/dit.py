@@ -49,7 +49,7 @@ class TransformerSpec:
     image_output: int
     """Index of the image tokens among the outputs of ComfyUI's perception block."""
     last_timestep: float
-    """What the model is told of pure noise."""
+    """The model's timestep input at pure noise."""
     lora_names: LoraNames
 
     @property

@@ -178,7 +178,7 @@ def small_run(make_base: Callable[..., Any], tmp_path: Path) -> Callable[..., Tr
         )
         base = base or make_base(everywhere=False)
         inputs = RunInputs(
-            base=base, texts=base, prompts=PromptList(["a", "bcd", "efghi", "jk"]),
+            base=base, encoder=base, prompts=PromptList(["a", "bcd", "efghi", "jk"]),
             preference=NumberedImages(), rewards=Rewards({"tiny reward": reward}, config.objective.rewards),
             validate=Validations(), provenance={"reward": "letters", "preference_data": "EmojiScenes"},
         )  # fmt: skip

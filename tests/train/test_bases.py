@@ -18,6 +18,7 @@ from hyperalign.hypernetwork import HyperNetworkConfig
 from hyperalign.schedule import Schedule
 from hyperalign.targets import PerceptionMode
 from train.config import BaseName, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from train.data.random_inputs import TEXT_WIDTHS, RandomPromptEncoder
 from train.models.architectures import (
     FULL_SIZES,
     ModelSize,
@@ -35,7 +36,6 @@ from train.models.image_encoder import image_encoder
 from train.models.load import PIPELINES, check_folder, load_base, make_base
 from train.models.text_encoders import text_fingerprint
 from train.objective import Rewards, noised_states, preference_loss, reward_loss
-from train.preflight.smoke import TEXT_WIDTHS, RandomTexts
 from train.trainer import new_hyperalign
 
 NAMES: tuple[BaseName, ...] = ("sd15", "sdxl", "flux", "sd3")
@@ -82,7 +82,7 @@ def base(request: pytest.FixtureRequest) -> tuple[BaseName, Base]:
 
 
 def texts(name: BaseName, prompts: list[str]) -> Conditions:
-    return RandomTexts(*TEXT_WIDTHS[name], (8,), CPU).conditions(prompts)
+    return RandomPromptEncoder(*TEXT_WIDTHS[name], (8,), CPU).conditions(prompts)
 
 
 def losses(name: BaseName, base: Base, adapter: Adapter, schedule: Schedule) -> torch.Tensor:

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from hyperalign.errors import HyperAlignError
 from train.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from train.data.embeddings import CachedPromptEncoder
-from train.inputs import cached_texts
+from train.inputs import cached_encoder
 from train.models.text_encoders import load_text_encoders, text_fingerprint
 
 CPU = torch.device("cpu")
@@ -153,7 +153,7 @@ class Machine:
 
 
 def embed(config: TrainConfig, machine: Any) -> CachedPromptEncoder:
-    return cached_texts(config, machine, PROMPTS)
+    return cached_encoder(config, machine, PROMPTS)
 
 
 def test_one_process_embeds_all_prompts_and_the_next_run_reads_them(

@@ -1,25 +1,21 @@
-"""`--smoke`: a recipe cut down to a few steps, on random texts and images; nothing is downloaded.
+"""`--smoke`: a recipe cut down to a few steps, on random inputs; nothing is downloaded.
 
-The base model has its true shape and random weights; `train.inputs.smoke_inputs` puts everything together.
+The base model has its true shape and random weights, or the largest shape that fits the memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
-import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from train.config import TrainConfig
 from train.models.architectures import FULL_SIZES, ModelSize, largest_within
-from train.models.base import Conditions
 
+logger = logging.getLogger("hyperalign.train")
 STEPS = 3
 KEY_TIMES = (0.8, 0.5)
 """For a recipe that would measure its own, as train/keytimes.py --smoke does."""
@@ -27,9 +23,6 @@ SIDE = 64
 TEXT_LENGTHS = (32, 64)
 SHARE = 0.3
 """Share of the machine's memory that the backbone may fill."""
-PROMPTS = tuple(f"a picture of {things}" for things in ("a dog", "an apple", "two cats", "three red hearts"))
-TEXT_WIDTHS = {"sd15": (768, 0), "sdxl": (2048, 1280), "flux": (4096, 768), "sd3": (4096, 2048)}
-"""Widths of the text encoders' vectors and of the pooled vector."""
 
 
 def smoke_config(config: TrainConfig) -> TrainConfig:
@@ -67,51 +60,17 @@ def memory_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-@dataclass(frozen=True, slots=True)
-class RandomTexts:
-    """Random conditions of the true shape, equal for equal prompts, behind the `PromptEncoder` protocol."""
+def smoke_shape(config: TrainConfig, device: torch.device) -> ModelSize | None:
+    """Returns the true shape, or the largest one that fits the machine's memory, and logs which.
 
-    width: int
-    pooled: int
-    lengths: tuple[int, ...]
-    device: torch.device
-
-    def conditions(self, prompts: Sequence[str]) -> Conditions:
-        """Returns random vectors, decided by the prompts."""
-        length = self.lengths[zlib.crc32("\n".join(prompts).encode()) % len(self.lengths)]
-        embeds = {
-            "prompt_embeds": torch.stack([self._vectors(prompt, length, self.width) for prompt in prompts])
-        }
-        if self.pooled:
-            pooled = torch.cat([self._vectors(prompt, 1, self.pooled) for prompt in prompts])
-            embeds["pooled_prompt_embeds"] = pooled
-        return {name: value.to(self.device) for name, value in embeds.items()}
-
-    def _vectors(self, prompt: str, length: int, width: int) -> Tensor:
-        return torch.randn(
-            length, width, generator=torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class RandomImages:
-    """Random latents with captions, behind the `PreferenceDataset` protocol."""
-
-    shape: tuple[int, int, int]
-
-    def batch(
-        self, position: int, count: int, rng: np.random.Generator, part: slice
-    ) -> tuple[Tensor, list[str]]:
-        """Returns latents (B, C, H, W) and captions."""
-        del position
-        latents = torch.from_numpy(rng.standard_normal((count, *self.shape), dtype=np.float32))
-        return latents[part], [PROMPTS[index % len(PROMPTS)] for index in range(count)[part]]
-
-
-def smoke_shape(config: TrainConfig, device: torch.device) -> ModelSize:
-    """Returns the true shape, or the largest one that fits the machine's memory."""
+    The embedded tiny model has None: a smoke run takes it as it is.
+    """
+    if config.model.base == "tiny":
+        return None
     size = 2 if config.optim.bf16 else 4
-    return largest_within(config.model.base, int(SHARE * memory_bytes(device)) // size)
+    shape = largest_within(config.model.base, int(SHARE * memory_bytes(device)) // size)
+    logger.warning("smoke run: %s", described(config, shape))
+    return shape
 
 
 def described(config: TrainConfig, shape: ModelSize) -> str:

@@ -19,13 +19,13 @@ from hyperalign.rewards.networks import dtype_of, encoder_weight, fill, set_chec
 from hyperalign.schedule import Schedule
 from hyperalign.targets import BaseSpec
 from train.config import TrainConfig
+from train.data.random_inputs import TEXT_WIDTHS, RandomPromptEncoder
 from train.inputs import reward_names
 from train.models.autoencoder import Autoencoder
 from train.models.base import Base, Conditions
 from train.models.load import backbone_dtype, make_base
 from train.models.text_encoders import context_tokens, text_lengths
 from train.preflight.costs import NOTHING, Cost, cost_of, operations_until
-from train.preflight.smoke import TEXT_WIDTHS, RandomTexts
 from train.trainer import new_hyperalign
 
 META = torch.device("meta")
@@ -122,7 +122,7 @@ def meta_base(config: TrainConfig, backbone: nn.Module, autoencoder: nn.Module) 
 def meta_conditions(config: TrainConfig, length: int) -> Conditions:
     """Returns the conditions of one text at a padding."""
     width, pooled = TEXT_WIDTHS[config.model.base]
-    return RandomTexts(width, pooled, (context_tokens(config, length),), META).conditions([""])
+    return RandomPromptEncoder(width, pooled, (context_tokens(config, length),), META).conditions([""])
 
 
 def feature_shapes(spec: BaseSpec, side: int) -> list[tuple[int, int, int]]:

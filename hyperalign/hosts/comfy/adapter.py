@@ -40,7 +40,7 @@ class Adapter:
         curve: StrengthCurve | None,
         recorder: Recorder | None,
     ) -> None:
-        self._network: HyperNetwork = hyperalign.network
+        self.network: HyperNetwork = hyperalign.network
         self._header = hyperalign.header
         self._spec = spec
         self._schedule = schedule
@@ -48,7 +48,7 @@ class Adapter:
         names = [target.name for target in hyperalign.header.targets]
         self._strengths = None if curve is None else TargetStrengths(curve, spec.family, names)
         self._strength = strength
-        self._layers = AdaptedLayers(hyperalign.network, [spec.place(name) for name in names])
+        self.layers = AdaptedLayers(hyperalign.network, [spec.place(name) for name in names])
         self._folded: tuple[Tensor, torch.dtype, tuple[LowRank, ...]] | None = None
         self._recorder = recorder
         self._run: Run | None = None
@@ -86,8 +86,10 @@ class Adapter:
         A gradient may go through the call, but not through the generation.
         """
         model, x_BCHW, sigma_B = executor.class_obj, args[0], args[1]
+        if not self._is_active(model, sigma_B):
+            return executor(*args, **kwargs)
         strengths_M = self._target_strengths(model, sigma_B)
-        if not self._is_active(model, sigma_B) or (strengths_M is not None and not strengths_M.any()):
+        if strengths_M is not None and not strengths_M.any():
             return executor(*args, **kwargs)
         run = self._run if self._run is not None else Run(self._schedule)
         u = self._time(model, sigma_B)
@@ -96,31 +98,31 @@ class Adapter:
         if isinstance(run, TracedRun):
             run.note_strengths(strengths_M)
         base = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)
-        call = _Call(self, run, chunks, due, strengths_M, _compute_dtype(model))
+        call = _Call(self, run, chunks, due, u, strengths_M, _compute_dtype(model))
         is_compiled = base is not model.diffusion_model or will_be_compiled(options_of(args, kwargs))
         in_forward = bool(due) and self._generates_in_forward(is_compiled)
-        if due and not in_forward:
-            call.generate([x_BCHW] if self._network.is_static else self._perceive(model, base, args, kwargs))
-        modules = [base.get_submodule(path) for path in self._layers.paths]
-        with self._layers.installed(modules), contextlib.ExitStack() as stack:
+        if not due:
+            call.give_weights()
+        elif not in_forward:
+            call.generate([x_BCHW] if self.network.is_static else self._perceive(model, base, args, kwargs))
+        modules = [base.get_submodule(path) for path in self.layers.paths]
+        with self.layers.installed(modules), contextlib.ExitStack() as stack:
             if in_forward:
                 # The unadapted first blocks of this very forward are the perception.
                 stack.enter_context(collecting(*self._perception(base, x_BCHW), call.generate, traced=True))
-            elif not due:
-                call.give_weights()
             result = executor(*args, **kwargs)
-        call.store(u)
+        call.store()
         return result
 
     def fold(self, cores_BMDA: Tensor, dtype: torch.dtype) -> tuple[LowRank, ...]:
         """Returns the layers' weights of some cores, those of the last call while the same cores serve."""
         if torch.compiler.is_compiling():
-            return self._layers.fold(cores_BMDA, self._strength, dtype)
+            return self.layers.fold(cores_BMDA, self._strength, dtype)
         known = self._folded
         if known is None or known[0] is not cores_BMDA or known[1] != dtype:
             # Guidance takes gradients through the layers, which no tensor of an inference mode lets pass.
             with torch.inference_mode(False), torch.no_grad():
-                known = (cores_BMDA, dtype, self._layers.fold(cores_BMDA, self._strength, dtype))
+                known = (cores_BMDA, dtype, self.layers.fold(cores_BMDA, self._strength, dtype))
             self._folded = known
         return known[2]
 
@@ -130,7 +132,7 @@ class Adapter:
         In `prefix` mode it does. A compiled forward must be the same at every step, and that of P and I
         generates weights at some steps only: there the perception blocks run once more, uncompiled.
         """
-        if self._network.is_static or self._header.mode == "separate":
+        if self.network.is_static or self._header.mode == "separate":
             return False
         return not is_compiled or self._schedule.variant == "S"
 
@@ -183,7 +185,7 @@ class Adapter:
         return Run(self._schedule) if self._recorder is None else self._recorder.open(self._schedule)
 
     def _reset(self) -> None:
-        self._layers.reset()
+        self.layers.reset()
         self._folded = None
 
     def _note(self, run: TracedRun, model: Any, sigma_B: Tensor, x0_BCHW: Tensor) -> None:
@@ -195,10 +197,10 @@ class Adapter:
 
     def _keep(self, run: Run, samples: object) -> None:
         if self._recorder is not None and isinstance(run, TracedRun):
-            self._recorder.keep(run, self._network, self._strength, samples)
+            self._recorder.keep(run, self.network, self._strength, samples)
 
     def _report(self, run: Run) -> None:
-        reached, targets = self._layers.targets_reached, len(self._network.targets)
+        reached, targets = self.layers.targets_reached, len(self.network.targets)
         LOG.info(
             "HyperAlign run: variant=%s targets=%d/%d evaluations=%d generations=%d",
             run.schedule.variant, reached, targets, run.evaluations, run.generations,
@@ -210,14 +212,6 @@ class Adapter:
                 reached, targets,
             )  # fmt: skip
 
-    def network(self, features: Sequence[Tensor]) -> Tensor:
-        """Returns the cores (B, M, b, a) of some features."""
-        return self._network(features)
-
-    def give(self, weights: Sequence[LowRank]) -> None:
-        """Gives the layers their weights."""
-        self._layers.give(weights)
-
 
 class _Call:
     """One call of the model: which weights it generates, and which it reuses."""
@@ -228,48 +222,47 @@ class _Call:
         run: Run,
         chunks: Sequence[Chunk],
         due: Sequence[int],
+        u: float,
         strengths_M: Tensor | None,
         dtype: torch.dtype,
     ) -> None:
-        self._adapter, self._run, self._chunks, self._due = adapter, run, chunks, due
+        self._adapter, self._run, self._chunks, self._due, self._u = adapter, run, chunks, due, u
         self._strengths_M, self._dtype = strengths_M, dtype
-        self._is_whole = len(due) == len(chunks)
-        self._cores: Tensor | None = None
+        self._generates_all = len(due) == len(chunks)
+        self._unstored: Tensor | None = None
 
     @torch.no_grad()
     def generate(self, features: Sequence[Tensor]) -> None:
-        """Generates the cores of the chunks that are due, and gives the layers their weights."""
-        if not self._is_whole:
-            per_chunk = [feature.chunk(len(self._chunks)) for feature in features]
-            features = [torch.cat([level[index] for index in self._due]) for level in per_chunk]
-        self._cores = self._adapter.network(features)
+        """Generates the cores of the chunks that are due, and gives the layers their weights.
+
+        Where all chunks are due this may be a part of a compiled graph, which leaves the run's state alone.
+        """
+        if self._generates_all:
+            self._unstored = cores_BMDA = self._adapter.network(features)
+            self._give(cores_BMDA)
+            return
+        per_chunk = [feature.chunk(len(self._chunks)) for feature in features]
+        selected = [torch.cat([level[index] for index in self._due]) for level in per_chunk]
+        self._store(self._adapter.network(selected))
         self.give_weights()
 
     def give_weights(self) -> None:
-        """Gives the layers the weights of all chunks."""
-        cores_BMDA = self._all_cores()
+        """Gives the layers the weights that the run keeps."""
+        self._give(self._run.cores(self._chunks))
+
+    def store(self) -> None:
+        """Keeps what a whole generation made in the run."""
+        if self._unstored is not None:
+            self._store(self._unstored)
+
+    def _give(self, cores_BMDA: Tensor) -> None:
         if self._strengths_M is not None:  # what the run keeps for I and P stays unscaled
             cores_BMDA = scaled(cores_BMDA, self._strengths_M)
-        self._adapter.give(self._adapter.fold(cores_BMDA, self._dtype))
+        self._adapter.layers.give(self._adapter.fold(cores_BMDA, self._dtype))
 
-    def store(self, u: float) -> None:
-        """Keeps the generated cores in the run."""
-        if self._cores is None:
-            return
-        for index, cores_RMDA in zip(self._due, self._cores.chunk(len(self._due)), strict=True):
-            self._run.write(self._chunks[index], cores_RMDA, u)
-
-    def _all_cores(self) -> Tensor:
-        if self._cores is None:
-            return self._run.cores(self._chunks)
-        if self._is_whole:
-            return self._cores
-        fresh = dict(zip(self._due, self._cores.chunk(len(self._due)), strict=True))
-        parts = [
-            fresh[index] if index in fresh else self._run.cores([chunk])
-            for index, chunk in enumerate(self._chunks)
-        ]
-        return torch.cat(parts)
+    def _store(self, cores_BMDA: Tensor) -> None:
+        for index, cores_RMDA in zip(self._due, cores_BMDA.chunk(len(self._due)), strict=True):
+            self._run.write(self._chunks[index], cores_RMDA, self._u)
 
 
 def _compute_dtype(model: Any) -> torch.dtype:

@@ -36,7 +36,7 @@ def will_be_compiled(options: Mapping[str, Any]) -> bool:
 
 
 def chunks_of(x_BCHW: Tensor, options: Mapping[str, Any]) -> list[Chunk]:
-    """Returns the conditionings whose rows lie one after the other in a call."""
+    """Returns the conditionings whose samples follow one after the other in a call."""
     roles: Sequence[int] = options.get("cond_or_uncond") or [0]
     sources: Sequence[Any] = options.get("uuids") or [None] * len(roles)
     shape = (x_BCHW.shape[0] // len(roles), *x_BCHW.shape[1:])

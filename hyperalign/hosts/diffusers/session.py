@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """An attached base model: the weights of its run, and the way to let go of it.
+    """An attached base model: the weights of its run, and how to detach from it.
 
     Also a context manager that detaches at its end. The hypernetwork follows the device of its inputs
     and keeps its own precision, float32 as loaded.
@@ -60,7 +60,7 @@ class Session:
         return self._run.generations
 
     def new_run(self) -> None:
-        """Forgets the weights at hand. Runs of a pipeline are noticed without it.
+        """Forgets the current weights. Runs of a pipeline are recognised without it.
 
         Raises:
             HyperAlignError: the base model's attention projections are fused.
@@ -79,7 +79,7 @@ class Session:
         return self.adapter.predict(self._run, Chunk(source, 0, tuple(x.shape)), call, u, self.strength)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for the base model's forward."""
+        """Replaces the base model's forward."""
         if self._inside or not self._attached or self.strength == 0.0:
             return self._original(*args, **kwargs)
         call = dict(self._signature.bind(*args, **kwargs).arguments)
@@ -92,7 +92,7 @@ class Session:
         return Transformer2DModelOutput(sample=prediction) if wants_output else (prediction,)
 
     def detach(self) -> None:
-        """Gives the base model back as it was; a second call does nothing."""
+        """Restores the base model; a second call does nothing."""
         self._attached = False
         restore_forward(self.adapter.base, self.forward, self._original)
 
@@ -116,7 +116,7 @@ class Session:
         self._timesteps, self._u = timesteps, u
 
     def _conditioning(self, context_BLC: Tensor) -> int:
-        """Returns a number for the rows' prompts: true CFG and guidance by skipped layers call once for each.
+        """Returns a number for the samples' prompts: true CFG and skipped-layer guidance call once for each.
 
         Pipelines hand over the same tensor at every step, so that contents are rarely compared.
         """

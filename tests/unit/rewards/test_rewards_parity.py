@@ -146,10 +146,8 @@ def blip_network(state: State, official: ModuleType, vocabularies: Path) -> Netw
         name = "blip.visual_encoder"
         proj = f"{name}.patch_embed.proj"
         patches = F.conv2d(pixels[None], state[f"{proj}.weight"], state[f"{proj}.bias"], shape.patch)
-        x = (
-            torch.cat([state[f"{name}.cls_token"][0], patches[0].flatten(1).T])
-            + state[f"{name}.pos_embed"][0]
-        )
+        tokens = torch.cat([state[f"{name}.cls_token"][0], patches[0].flatten(1).T])
+        x = tokens + state[f"{name}.pos_embed"][0]
         for i in range(shape.vision.layers):
             block = f"{name}.blocks.{i}"
             q, k, v = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", x, 1e-6)).chunk(3, -1)
@@ -177,9 +175,8 @@ def blip_network(state: State, official: ModuleType, vocabularies: Path) -> Netw
         return x
 
     def score(pixels: Tensor, prompt: str) -> float:
-        x = encode(words.encode(prompt).ids, encode_image(pixels))[
-            0
-        ]  # unpadded: what follows [SEP] is masked
+        tokens = words.encode(prompt).ids  # unpadded: tokens after [SEP] are masked
+        x = encode(tokens, encode_image(pixels))[0]
         for place in (0, 2, 4, 6, 7):
             x = linear(f"mlp.layers.{place}", x)
         return (float(x) - 0.16717362830052426) / 1.0333394966054072
