@@ -121,8 +121,17 @@ class Trainer:
         seconds = time.monotonic() - started
         return metrics | {"seconds": seconds} | self._speed(seconds)
 
+    def _gradients(self) -> Metrics:
+        """Adds up the gradient of L = w_R L_R + w_G L_G (Eq 10), one loss after the other; returns metrics."""
+        metrics: Metrics = {}
+        if self.config.objective.reward_weight:
+            metrics |= self._reward_pass()
+        if self.config.objective.preference_weight:
+            metrics |= self._preference_pass()
+        return metrics
+
     def _passes(self) -> Metrics:
-        """Accumulates the gradients of both losses (Eq 10); returns the metrics.
+        """Returns the metrics of `_gradients`, averaged over the processes.
 
         A process that fails reports it at the next exchange, so that the others do not wait for it. With a
         sharded backbone the processes exchange in each pass, and the launcher ends them.
@@ -130,10 +139,7 @@ class Trainer:
         metrics: Metrics = {}
         failure: Exception | None = None
         try:
-            if self.config.objective.reward_weight:
-                metrics |= self._reward_pass()
-            if self.config.objective.preference_weight:
-                metrics |= self._preference_pass()
+            metrics = self._gradients()
         except Exception as error:
             if self.accelerator.num_processes == 1 or uses_fsdp(self.accelerator):
                 raise
