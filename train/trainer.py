@@ -122,7 +122,7 @@ class Trainer:
         return metrics | {"seconds": seconds} | self._speed(seconds)
 
     def _gradients(self) -> Metrics:
-        """Adds up the gradient of L = w_R L_R + w_G L_G (Eq 10), one loss after the other; returns metrics."""
+        """Adds up the gradient of L = w_R L_R + w_G L_G (Eq 10), one loss after the other."""
         metrics: Metrics = {}
         if self.config.objective.reward_weight:
             metrics |= self._reward_pass()
@@ -141,7 +141,7 @@ class Trainer:
         try:
             metrics = self._gradients()
         except Exception as error:
-            if self.accelerator.num_processes == 1 or uses_fsdp(self.accelerator):
+            if uses_fsdp(self.accelerator):
                 raise
             failure = error
         if not any_process(failure is not None, self.accelerator):
