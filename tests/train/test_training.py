@@ -88,6 +88,7 @@ def test_an_interrupted_run_continues_the_exact_loss_curve(tmp_path: Path) -> No
 
 
 def test_sigterm_saves_and_the_run_goes_on_from_there(tmp_path: Path) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
     run = trainer(small(tmp_path))
 
     def preempt(row: dict[str, Any]) -> None:
@@ -97,7 +98,7 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         run.fit(preempt)
     assert trainer(small(tmp_path)).step == 2
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_a_damaged_state_gives_way_to_the_one_before(tmp_path: Path, caplog: Any) -> None:
