@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -51,11 +51,8 @@ class _Layer:
     """First output of each target, within `rows`."""
     rows: slice | None
     """The outputs that are adapted; None for all."""
-
-    @property
-    def outputs(self) -> int:
-        """How many outputs `rows` has."""
-        return 0 if self.rows is None else self.rows.stop - self.rows.start
+    shape: tuple[int, int]
+    """Input features, and how many outputs are adapted."""
 
 
 class AdaptedLayers:
@@ -65,17 +62,33 @@ class AdaptedLayers:
     sees one code for all layers, and new weights as new inputs.
     """
 
-    def __init__(self, network: HyperNetwork, places: Sequence[Place]) -> None:
-        """Takes the place of each target, in the network's order."""
+    def __init__(
+        self,
+        network: HyperNetwork,
+        places: Sequence[Place],
+        constant: Mapping[str, tuple[int, int]] | None = None,
+    ) -> None:
+        """Groups targets that share a layer.
+
+        Args:
+            network: the hypernetwork.
+            places: the place of each of its targets, in its order.
+            constant: further layers, by path, with their input and output features. Their weights are always
+                zero: torch.compile then has one graph for them and for the adapted layers of like blocks.
+        """
         self._network = network
         self._layers = _layers(network, places)
+        self._constant = range(len(self._layers), len(self._layers) + len(constant or {}))
+        self._layers += [_Layer(path, (), (), None, shape) for path, shape in (constant or {}).items()]
         self._adaptations = [_Adaptation(layer.rows) for layer in self._layers]
         self._by_inputs = _by_width([target.in_features for target in network.targets])
         self._by_outputs = _by_width([target.out_features for target in network.targets])
+        self._kept_zeros: dict[tuple[int, torch.dtype, torch.device], tuple[LowRank, ...]] = {}
+        """Of one batch size, precision and device."""
 
     @property
     def paths(self) -> list[str]:
-        """Path of each layer in the base model; fewer than targets where projections are fused."""
+        """Path of each layer in the base model; targets of a fused projection share one."""
         return [layer.path for layer in self._layers]
 
     @property
@@ -99,17 +112,39 @@ class AdaptedLayers:
         downs: dict[int, Tensor] = {}
         for group in self._by_inputs:
             a_aux_MAI = torch.stack([network.aux(index)[0] for index in group]).to(device, cores_BMDA.dtype)
-            core_BMDA = torch.stack([cores_BMDA[:, index] for index in group], dim=1)
-            down_BMID = down_matrix(a_aux_MAI, core_BMDA).to(dtype)
+            core_MBDA = torch.stack([cores_BMDA[:, index] for index in group])
+            down_MBID = down_matrix(a_aux_MAI[:, None], core_MBDA).to(dtype)
             for position, index in enumerate(group):
-                downs[index] = down_BMID[:, position]
+                downs[index] = down_MBID[position]
         ups: dict[int, Tensor] = {}
         for group in self._by_outputs:
             b_aux_MOD = torch.stack([network.aux(index)[1] for index in group]).to(device)
             up_MDO = up_matrix(b_aux_MOD, strength).to(dtype)
             for position, index in enumerate(group):
                 ups[index] = up_MDO[position]
-        return tuple(_fused(layer, downs, ups) for layer in self._layers)
+        adapted = tuple(_fused(layer, downs, ups) for layer in self._layers[: self._constant.start])
+        return adapted + self._zeros(len(cores_BMDA), dtype, device)
+
+    def give_constant(self, samples: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Gives the layers that are not adapted their zeros: they may run before weights are generated."""
+        for index, zeros in zip(self._constant, self._zeros(samples, dtype, device), strict=True):
+            self._adaptations[index].down_BID, self._adaptations[index].up_DO = zeros.down_BID, zeros.up_DO
+
+    def _zeros(self, samples: int, dtype: torch.dtype, device: torch.device) -> tuple[LowRank, ...]:
+        """Returns weights of zero, with the strides of those that are folded: torch.compile guards them."""
+        key = (samples, dtype, device)
+        if key not in self._kept_zeros:
+            width = self._network.config.b
+            self._kept_zeros = {
+                key: tuple(
+                    LowRank(
+                        torch.zeros(samples, width, inputs, dtype=dtype, device=device).transpose(-1, -2),
+                        torch.zeros(outputs, width, dtype=dtype, device=device).transpose(-1, -2),
+                    )
+                    for inputs, outputs in (self._layers[index].shape for index in self._constant)
+                )
+            }
+        return self._kept_zeros[key]
 
     def give(self, weights: Sequence[LowRank], inside: Sequence[int] | None = None) -> None:
         """Gives the layers (those `inside`) their weights, at the latest when the first of them runs."""
@@ -191,11 +226,14 @@ def _layers(network: HyperNetwork, places: Sequence[Place]) -> list[_Layer]:
 def _layer(network: HyperNetwork, places: Sequence[Place], path: str, indices: Sequence[int]) -> _Layer:
     starts = [places[index].first_row for index in indices]
     rows = [start for start in starts if start is not None]
+    target = network.targets[indices[0]]
     if not rows:
-        return _Layer(path, tuple(indices), (0,), None)
+        return _Layer(path, tuple(indices), (0,), None, (target.in_features, target.out_features))
     ends = [start + network.targets[index].out_features for start, index in zip(rows, indices, strict=True)]
     first = min(rows)
-    return _Layer(path, tuple(indices), tuple(row - first for row in rows), slice(first, max(ends)))
+    offsets = tuple(row - first for row in rows)
+    shape = (target.in_features, max(ends) - first)
+    return _Layer(path, tuple(indices), offsets, slice(first, max(ends)), shape)
 
 
 def _fused(layer: _Layer, downs: dict[int, Tensor], ups: dict[int, Tensor]) -> LowRank:
@@ -204,7 +242,7 @@ def _fused(layer: _Layer, downs: dict[int, Tensor], ups: dict[int, Tensor]) -> L
         return LowRank(downs[layer.targets[0]], ups[layer.targets[0]])
     blocks = [ups[index] for index in layer.targets]
     width = blocks[0].shape[0]
-    up_DO = blocks[0].new_zeros(width * len(blocks), layer.outputs)
+    up_DO = blocks[0].new_zeros(width * len(blocks), layer.shape[1])
     for number, (offset, block) in enumerate(zip(layer.offsets, blocks, strict=True)):
         up_DO[number * width : (number + 1) * width, offset : offset + block.shape[1]] = block
     return LowRank(torch.cat([downs[index] for index in layer.targets], dim=-1), up_DO)

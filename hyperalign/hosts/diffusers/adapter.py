@@ -62,7 +62,8 @@ class Adapter:
         self.network = hyperalign.network
         self.header = hyperalign.header
         self._spec = spec
-        self._layers = AdaptedLayers(hyperalign.network, [Place(t.name) for t in hyperalign.header.targets])
+        names = [target.name for target in hyperalign.header.targets]
+        self._layers = AdaptedLayers(hyperalign.network, [Place(name) for name in names], _like(base, names))
         self._modules = [base.get_submodule(path) for path in self._layers.paths]
         self._perception_blocks = _perception_blocks(base, spec, hyperalign.header.perception_blocks)
         self._weights: list[Sequence[LowRank]] | None = None
@@ -146,7 +147,9 @@ class Adapter:
             self._layers.give(weights[0])
 
         collector = collecting(self._perception_blocks, self._feature_map(call), generate)
+        x = call[latents_argument(self.base)]
         with collector, self._adapted(weights):
+            self._layers.give_constant(len(x), x.dtype, x.device)
             prediction = self.base(**call)[0]
         return prediction, cores[0]
 
@@ -190,6 +193,23 @@ class Adapter:
         if isinstance(spec, TransformerSpec):
             return ImageTokens(_grid(spec, call), index=1)
         return first_output
+
+
+def _like(base: nn.Module, adapted: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Returns input and output features of a compiled block's layers that are adapted in blocks of its class.
+
+    torch.compile makes one graph for all blocks of a class whose layers run the same code. A block before the
+    first adapted layer would be another kind of block, with a graph of its own.
+    """
+    modules: dict[str, Any] = dict(base.named_modules())
+    blocks = {name: block for name, block in modules.items() if block._compiled_call_impl is not None}
+    kinds: dict[type[nn.Module], set[str]] = {}
+    for name, block in blocks.items():
+        inside = {path.removeprefix(f"{name}.") for path in adapted if path.startswith(f"{name}.")}
+        kinds.setdefault(type(block), set()).update(inside)
+    paths = {f"{name}.{layer}" for name, block in blocks.items() for layer in kinds[type(block)]}
+    layers = {path: modules[path] for path in sorted(paths - set(adapted)) if modules.get(path) is not None}
+    return {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
 
 
 def check_projections(base: nn.Module) -> None:
