@@ -28,6 +28,8 @@ CHECKS = (
 )
 UNIT = ("tests/unit",)
 BROWSER = "tests/browser"
+MAX_WORKERS = 4
+"""Each holds up to 4 GB: PyTorch, a ComfyUI and a server."""
 EVERYTHING = ("tests/unit", "tests/train", "tests/host", BROWSER)
 
 
@@ -47,14 +49,27 @@ def main(arguments: list[str]) -> int:
     environment = os.environ | {"COMFYUI_PATH": str(tree)}
     wait_passively(environment)
     failed = [] if fast else [check[0] for check in CHECKS if _run(_tool(check), environment) != 0]
+    workers = [] if named or fast else _workers(environment)
     # Those named are among what is passed on.
-    if _run([sys.executable, "-m", "pytest", *([] if named else places), *passed_on], environment) != 0:
+    command = [sys.executable, "-m", "pytest", *workers, *([] if named else places), *passed_on]
+    if _run(command, environment) != 0:
         failed.append("pytest")
     if skipped:
         say(f"The browser tests were skipped: {skipped}")
     if failed:
         say(f"Failed: {', '.join(failed)}.")
     return 1 if failed else 0
+
+
+def _workers(environment: dict[str, str]) -> list[str]:
+    """Returns pytest's options for one process per core, and leaves each of them one thread.
+
+    A file's tests stay in one process and files keep their order: those of the browser must be a process's
+    last (tests/browser/conftest.py).
+    """
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    workers = str(min(os.cpu_count() or 1, MAX_WORKERS))
+    return ["-n", workers, "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def _prepare_browser(places: list[str]) -> str:

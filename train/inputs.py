@@ -145,7 +145,7 @@ def smoke_inputs(config: TrainConfig, accelerator: Accelerator, shape: ModelSize
     """Returns random weights, texts and images for a recipe from `smoke_config`."""
     device, dtype, name = accelerator.device, backbone_dtype(config), config.model.base
     with torch.device("meta"):
-        backbone, decoder = architecture(name, shape), autoencoder(name)
+        backbone, decoder = architecture(name, shape), autoencoder(name, shape)
     backbone = with_random_weights(backbone, device, dtype)
     if uses_fsdp(accelerator):
         shard_backbone(backbone)

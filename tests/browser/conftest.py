@@ -68,10 +68,10 @@ def screenshots(comfyui_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bare_errors(browser: Browser, comfyui_path: Path, screenshots: Path) -> set[str]:
+def bare_errors(browser: Browser, comfyui_path: Path, worker_id: str, screenshots: Path) -> set[str]:
     """What the console complains about when the same things are done in a ComfyUI without any pack."""
     errors: set[str] = set()
-    with Server(comfyui_path, "bare", with_pack=False) as server:
+    with Server(comfyui_path, f"bare-{worker_id}", with_pack=False) as server:
         for vue in (False, True):
             front = FrontEnd(browser, server.url, vue, screenshots.with_name(f"{screenshots.name}-bare"))
             front.open()
@@ -88,10 +88,10 @@ def bare_errors(browser: Browser, comfyui_path: Path, screenshots: Path) -> set[
 
 
 @pytest.fixture(scope="session")
-def server(comfyui_path: Path, bare_errors: set[str]) -> Iterator[Server]:
+def server(comfyui_path: Path, worker_id: str, bare_errors: set[str]) -> Iterator[Server]:
     """One server with the pack, started when the bare one has ended."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as in tests/host
-    with Server(comfyui_path, "browser") as running:
+    with Server(comfyui_path, f"browser-{worker_id}") as running:
         yield running
 
 

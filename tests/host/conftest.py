@@ -29,9 +29,9 @@ def comfyui_path() -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(comfyui_path: Path) -> Iterator[RunningHost]:
-    """One server with this pack installed, for the whole session."""
+def server(comfyui_path: Path, worker_id: str) -> Iterator[RunningHost]:
+    """One server with this pack installed, for the whole session of one of pytest-xdist's workers."""
     # pytest tears fixtures down on KeyboardInterrupt, but dies at once of SIGTERM.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with Server(comfyui_path, "tests") as running:
+    with Server(comfyui_path, f"tests-{worker_id}") as running:
         yield RunningHost(running, ComfyClient(running.url), running.url)

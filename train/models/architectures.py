@@ -34,6 +34,8 @@ FULL_SIZES: dict[BaseName, ModelSize] = {
 }
 UNET_DIVISORS = (2, 10)
 """Divisors of a U-Net's 320 channels whose quotients are multiples of 32, as its norms require."""
+AUTOENCODER_DIVISOR = 4
+"""The largest divisor of an autoencoder's 128 channels that leaves its norms their 32 groups."""
 MIN_BLOCKS = 5
 """The four perception blocks and one adapted block."""
 
@@ -44,8 +46,9 @@ def architecture(base: BaseName, size: ModelSize) -> nn.Module:
     return make(size)
 
 
-def autoencoder(base: BaseName) -> nn.Module:
-    """Returns the autoencoder: 8 times smaller latents of 4 or 16 channels."""
+def autoencoder(base: BaseName, size: ModelSize | None = None) -> nn.Module:
+    """Returns the autoencoder: 8 times smaller latents of 4 or 16 channels. None is its true size."""
+    divisor = 1 if size is None or size.width_divisor == 1 else AUTOENCODER_DIVISOR
     scale, shift, channels = {
         "sd15": (0.18215, None, 4),
         "sdxl": (0.13025, None, 4),
@@ -55,7 +58,7 @@ def autoencoder(base: BaseName) -> nn.Module:
     return AutoencoderKL(
         down_block_types=cast("tuple[str]", ("DownEncoderBlock2D",) * 4),
         up_block_types=cast("tuple[str]", ("UpDecoderBlock2D",) * 4),
-        block_out_channels=cast("tuple[int]", (128, 256, 512, 512)),
+        block_out_channels=cast("tuple[int]", tuple(c // divisor for c in (128, 256, 512, 512))),
         layers_per_block=2, latent_channels=channels, scaling_factor=scale, shift_factor=shift,
     )  # fmt: skip
 
