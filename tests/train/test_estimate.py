@@ -101,7 +101,7 @@ def meta_models(base: BaseName, shape: ModelSize) -> tuple[nn.Module, nn.Module]
         return architecture(base, shape), inputs.autoencoder(base)
 
 
-def small_decoder(base: BaseName) -> nn.Module:
+def small_decoder(base: BaseName, _size: ModelSize | None = None) -> nn.Module:
     true: Any = autoencoder(base)
     return AutoencoderKL.from_config({**true.config, "block_out_channels": (32, 32, 64, 64)})
 

@@ -17,12 +17,13 @@ pytest.importorskip("resvg_py", reason="the build extra is not installed")
 from hyperalign.tiny.prompts import COLORS, RELATIONS, Content, Group, caption, sample_content
 from hyperalign.tiny.text_encoder import WIDTH, TinyTextEncoder, tokenize_batch
 from hyperalign.tiny.weights import load_part
+from train.tiny import base, evaluator_metrics, evaluators
 from train.tiny.base import FACTS, fact_loss, noun_facts
 from train.tiny.build import main
 from train.tiny.scenes import CONFUSED_CAPTIONS, LOOK_ALIKES, confused_content
 
 ART = Path(__file__).parents[2] / "build" / "tiny" / "art"
-SHARE = 0.002
+SHARE = 0.0007
 PARTS = ("autoencoder", "text_encoder", "unet", "reward", "validation_reward", "detector", "style")
 LEFT = Content("position", (Group("dog"), Group("cat")), "left of")
 HEARTS = Content("counting", (Group("heart", "blue", 3),))
@@ -75,7 +76,12 @@ def test_confused_captions_swap_look_alikes_and_nothing_else() -> None:
     assert claims.count(swapped) / 1000 == pytest.approx(CONFUSED_CAPTIONS, abs=0.05)
 
 
-def test_the_whole_model_builds_from_nothing(tmp_path: Path) -> None:
+def test_the_whole_model_builds_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "BATCH", 8)
+    monkeypatch.setattr(evaluators, "GROUPS", 4)
+    monkeypatch.setattr(evaluators, "BATCH", 16)
+    for count in ("IMAGES", "PER_FAMILY", "TUNING_PER_FAMILY"):
+        monkeypatch.setattr(evaluator_metrics, count, 12)
     if ART.exists():
         shutil.copytree(ART, tmp_path / "out" / "art")
     weights = tmp_path / "weights"

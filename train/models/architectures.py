@@ -133,7 +133,8 @@ def _sd15(size: ModelSize) -> nn.Module:
 def _sdxl(size: ModelSize) -> nn.Module:
     channels = tuple(_divided(c, size.width_divisor, 32) for c in (320, 640, 1280))
     heads: Any = tuple(max(1, c // 64) for c in channels)  # diffusers names the width of a head so
-    layers: Any = (1, 2, 10)  # diffusers declares a shorter tuple
+    # The smallest size is shallower too. diffusers declares a shorter tuple.
+    layers: Any = (1, 2, 10) if size.width_divisor < UNET_DIVISORS[-1] else (1, 1, 2)
     return UNet2DConditionModel(
         sample_size=128, block_out_channels=channels, layers_per_block=2, cross_attention_dim=2048,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from train.tiny.pairs import render_all, sample_captioned, sample_near_miss
 from train.tiny.scenes import Scene, sample_scene
 
 Metrics = dict[str, float | dict[str, float]]
+IMAGES = 600
 PER_FAMILY = 100
+TUNING_PER_FAMILY = 30
 THRESHOLDS = tuple(0.1 * i for i in range(1, 9))
 
 
@@ -29,12 +31,12 @@ def _share(wins: Tensor) -> float:
 
 @torch.no_grad()
 def reward_metrics(
-    reward: TinyReward | TinyValidationReward, art: Art, split: Split | None = None, count: int = 600
+    reward: TinyReward | TinyValidationReward, art: Art, split: Split | None = None
 ) -> Metrics:
     """Returns the share of jittered validation pairs that a reward orders correctly, and mean margins."""
     rng = random.Random(9001)
     generator = torch.Generator().manual_seed(9001)
-    rights = [sample_captioned(rng, split) for _ in range(count)]
+    rights = [sample_captioned(rng, split) for _ in range(IMAGES)]
     misses = [sample_near_miss(rng, content, None) for content, _ in rights]
     preferred = [sample_scene(rng, content, "fluent") for content, _ in rights]
     clean = render_all(preferred, art)
@@ -77,17 +79,32 @@ def _evaluation_scenes(seed: int, per_family: int) -> tuple[list[Content], list[
     return contents, right, wrong
 
 
-def _detector_results(
-    detector: TinyDetector, art: Art, seed: int, per_family: int, threshold: float, bend: float
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, slots=True)
+class _Examples:
+    """Prompts, with jittered images of right scenes and of near misses."""
+
+    contents: list[Content]
+    right: Tensor
+    wrong: Tensor
+
+
+def _examples(art: Art, seed: int, per_family: int, bend: float) -> _Examples:
     contents, right, wrong = _evaluation_scenes(seed, per_family)
+    images = [
+        jitter(render_all(scenes, art), torch.Generator().manual_seed(seed), bend)
+        for scenes in (right, wrong)
+    ]
+    return _Examples(contents, *images)
 
-    def correct(scenes: list[Scene]) -> Tensor:
-        images = jitter(render_all(scenes, art), torch.Generator().manual_seed(seed), bend)
+
+def _detector_results(detector: TinyDetector, examples: _Examples, threshold: float) -> tuple[Tensor, Tensor]:
+    """Returns for each prompt whether the right image is accepted, and whether the near miss is refused."""
+
+    def accepted(images: Tensor) -> Tensor:
         found = detector.detect(images, threshold)
-        return torch.tensor([is_correct(c, d) for c, d in zip(contents, found, strict=True)])
+        return torch.tensor([is_correct(c, d) for c, d in zip(examples.contents, found, strict=True)])
 
-    return correct(right), ~correct(wrong)
+    return accepted(examples.right), ~accepted(examples.wrong)
 
 
 def tune_threshold(detector: TinyDetector, art: Art) -> float:
@@ -95,7 +112,8 @@ def tune_threshold(detector: TinyDetector, art: Art) -> float:
 
     Of equally good ones it is the middle, the furthest from both kinds of error.
     """
-    results = [torch.cat(_detector_results(detector, art, 9002, 30, t, bend=1.5)) for t in THRESHOLDS]
+    examples = _examples(art, 9002, TUNING_PER_FAMILY, bend=1.5)
+    results = [torch.cat(_detector_results(detector, examples, t)) for t in THRESHOLDS]
     correct = [result.sum().item() for result in results]
     best = [t for t, count in zip(THRESHOLDS, correct, strict=True) if count == max(correct)]
     return best[len(best) // 2]
@@ -104,7 +122,7 @@ def tune_threshold(detector: TinyDetector, art: Art) -> float:
 def detector_metrics(detector: TinyDetector, art: Art) -> Metrics:
     """Returns the share of correct results on jittered true scenes and near misses, per family."""
     threshold = float(detector.threshold)
-    accepted, refused = _detector_results(detector, art, 9003, PER_FAMILY, threshold, bend=1.0)
+    accepted, refused = _detector_results(detector, _examples(art, 9003, PER_FAMILY, 1.0), threshold)
     families = [family for family in FAMILIES for _ in range(PER_FAMILY)]
     return {
         "threshold": round(threshold, 3),
@@ -116,8 +134,8 @@ def detector_metrics(detector: TinyDetector, art: Art) -> Metrics:
 
 
 @torch.no_grad()
-def style_metrics(classifier: TinyStyleClassifier, art: Art, count: int = 600) -> Metrics:
+def style_metrics(classifier: TinyStyleClassifier, art: Art) -> Metrics:
     """Returns the share of jittered validation scenes whose style is classified correctly."""
-    _, scenes, _ = _evaluation_scenes(9004, count // len(FAMILIES))
+    _, scenes, _ = _evaluation_scenes(9004, IMAGES // len(FAMILIES))
     chance = classifier(jitter(render_all(scenes, art), torch.Generator().manual_seed(9004), bend=1.0))
     return {"accuracy": _share((chance > 0.5) == torch.tensor([scene.style == "fluent" for scene in scenes]))}
