@@ -89,6 +89,9 @@ class ObjectiveConfig:
     """Send the reward's gradient through the conditional prediction alone: half the memory."""
     preference_batch: int = 48
     """Preference images of each step in each process."""
+    preference_guidance: float = 1.0
+    """FLUX.1's input guidance in the preference loss. Its target is the plain velocity, to which dev predicts
+    a guided one above 1: training at the sampling guidance would undo its distillation."""
     preference_range: tuple[float, float] = (0.0, 1.0)
     """Range of u for preference images; high timesteps decide the composition, low ones the details."""
     timestep_sampling: TimestepSampling = "uniform"
@@ -96,7 +99,7 @@ class ObjectiveConfig:
     snr_gamma: float = float("inf")
     """Gamma of min-SNR weighting of the preference loss (Hang et al. 2023); inf is Eq 9 unweighted."""
     caption_dropout: float = 0.1
-    """Share of preference images that train with an empty caption."""
+    """Share of preference images that train with an empty caption, where sampling uses CFG (not FLUX.1)."""
     micro_batch: int = 0
     """Images in one backward pass, gradients accumulated; 0 takes all at once."""
 
@@ -250,6 +253,9 @@ class TrainConfig:
         _require(o.snr_gamma > 0, "objective.snr_gamma", o.snr_gamma, "above 0")
         _require(0 <= o.caption_dropout < 1, "objective.caption_dropout", o.caption_dropout, "0 up to 1")
         _require(o.guidance_scale >= 1, "objective.guidance_scale", o.guidance_scale, "1 or more")
+        _require(
+            o.preference_guidance >= 0, "objective.preference_guidance", o.preference_guidance, "0 or more"
+        )
         _require(o.micro_batch >= 0, "objective.micro_batch", o.micro_batch, "0 or more")
 
     def schedule(self) -> Schedule:

@@ -159,7 +159,10 @@ def reward_loss(
     cap: float,
     conditional_only: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns L_R = mean relu(cap - R(D(x0-hat), c)), or -R without a cap, and each reward's scores.
+    """Returns L_R = mean relu(cap - R(D(x0-hat), c)), or -R without a cap, and each reward's scores (B,).
+
+    An image that is not finite adds nothing to the loss, and its scores are NaN. Where it leaves NaN in the
+    gradient, the trainer skips the step.
 
     Args:
         adapter: the adapted base model.
@@ -172,9 +175,20 @@ def reward_loss(
     """
     output = guided_prediction(adapter, base, states, guidance_scale, conditional_only)
     x0, _ = base.noise_schedule.predictions(states.x, output, states.t_B)
-    total, each = rewards(base.decode(x0).float(), states.prompts)
-    loss = F.relu(cap - total).mean() if cap < float("inf") else -total.mean()
-    return loss, {name: scores.detach() for name, scores in (each | {"reward": total}).items()}
+    images, finite_B = without_nan(base.decode(x0).float())
+    total, each = rewards(images, states.prompts)
+    loss_B = F.relu(cap - total) if cap < float("inf") else -total
+    nothing = float("nan")
+    scores = {
+        name: torch.where(finite_B, s_B.detach(), nothing) for name, s_B in (each | {"reward": total}).items()
+    }
+    return torch.where(finite_B, loss_B, 0.0).mean(), scores
+
+
+def without_nan(images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the images, grey where one is not finite, and which of them are finite (B,)."""
+    finite_B = torch.isfinite(images_BCHW).flatten(1).all(dim=1)
+    return torch.where(finite_B[:, None, None, None], images_BCHW, 0.5), finite_B
 
 
 def preference_loss(

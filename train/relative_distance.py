@@ -65,7 +65,7 @@ def distance_curve(
     totals = [0.0] * (steps - 1)
     for first in range(0, prompts, batch):
         chunk = chosen[first : first + batch]
-        cond, uncond = cfg_conditions(base, encoder, chunk)
+        cond, uncond = cfg_conditions(base, encoder, chunk, guidance_scale)
         trajectory = rollout(
             base, None, Schedule("I"), cond, uncond, noise[first : first + batch],
             steps=steps, guidance_scale=guidance_scale,

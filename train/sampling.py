@@ -13,6 +13,7 @@ from hyperalign.checkpoint import HyperAlign
 from hyperalign.hosts.diffusers.adapter import Adapter
 from hyperalign.schedule import Schedule
 from train.models.base import Base, PromptEncoder, cfg_conditions
+from train.objective import without_nan
 from train.rollout import rollout
 
 BATCH = 32
@@ -24,9 +25,11 @@ class SampledImages:
 
     prompts: list[str]
     images: Tensor
-    """(P, S, 3, H, W) in [0, 1], on the CPU."""
+    """(P, S, 3, H, W) in [0, 1], on the CPU; grey where the sampled one was not finite."""
     seconds_per_image: float
     generations_per_run: int
+    not_finite: float
+    """Share of images that were not finite: they are scored as grey ones, and a run goes on."""
 
 
 def initial_noise(prompt_index: int, seed: int, shape: tuple[int, int, int]) -> Tensor:
@@ -58,7 +61,7 @@ def sample(
     started = time.monotonic()
     for first in range(0, len(jobs), batch):
         chunk = jobs[first : first + batch]
-        cond, uncond = cfg_conditions(base, encoder, [prompts[index] for index, _ in chunk])
+        cond, uncond = cfg_conditions(base, encoder, [prompts[index] for index, _ in chunk], guidance_scale)
         noise = torch.stack([initial_noise(*job, base.latent_shape) for job in chunk]).to(base.device)
         with torch.autocast(base.device.type, torch.bfloat16, enabled=bf16):
             trajectory = rollout(
@@ -68,5 +71,6 @@ def sample(
             images.append(base.decode(trajectory.final).float().clamp(0.0, 1.0).cpu())
         generations = trajectory.generations
     seconds = (time.monotonic() - started) / len(jobs)
-    stacked = torch.cat(images).unflatten(0, (len(prompts), len(seeds)))
-    return SampledImages(list(prompts), stacked, seconds, generations)
+    shown, finite = without_nan(torch.cat(images))
+    stacked = shown.unflatten(0, (len(prompts), len(seeds)))
+    return SampledImages(list(prompts), stacked, seconds, generations, float((~finite).float().mean()))

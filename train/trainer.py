@@ -31,7 +31,7 @@ from train.checkpoints import Checkpoint, TrainingCheckpoints, announce_changes,
 from train.config import TrainConfig
 from train.inputs import RunInputs
 from train.log import Metrics, TimeLeft, TrainingLog, flat
-from train.models.base import cfg_conditions
+from train.models.base import cfg_conditions, with_guidance
 from train.models.fsdp import uses_fsdp
 from train.objective import States, noised_states, preference_loss, reward_loss, rollout_states
 from train.processes import any_process, average_gradients, gradient_norm, mean_metrics
@@ -157,17 +157,24 @@ class Trainer:
         o = self.config.objective
         kind = o.state if o.state != "mixed" else ("rollout", "noised")[self.step % 2]
         states = self._rollout_states() if kind == "rollout" else self._noised_states()
-        totals: dict[str, float] = {}
+        losses, scores = list[Tensor](), dict[str, list[Tensor]]()
         for part, share in self._micro_batches(len(states)):
             with self._autocast():
-                loss, scores = reward_loss(
+                loss, found = reward_loss(
                     self.adapter, self.base, self.inputs.rewards, states[part],
                     guidance_scale=o.guidance_scale, cap=o.reward_cap, conditional_only=o.conditional_only,
                 )  # fmt: skip
             self.accelerator.backward(o.reward_weight * share * loss)
-            for name, value in {"reward_loss": loss, **scores}.items():
-                totals[name] = totals.get(name, 0.0) + share * value.mean().item()
-        return {**totals, "grad_norm_reward": gradient_norm(self.network.parameters())}
+            losses.append(share * loss.detach())
+            for name, score_B in found.items():
+                scores.setdefault(name, []).append(score_B)
+        metrics = {name: torch.cat(parts) for name, parts in scores.items()}
+        return {
+            "reward_loss": float(sum(losses)),
+            **{name: float(score_B.nanmean()) for name, score_B in metrics.items()},
+            "not_finite": float(metrics["reward"].isnan().float().mean()),
+            "grad_norm_reward": gradient_norm(self.network.parameters()),
+        }
 
     def _rollout_states(self) -> States:
         """Samples prompts with the current hypernetwork; returns the states before some of the steps."""
@@ -178,7 +185,7 @@ class Trainer:
         noise = normal((whole, *self.base.latent_shape), rng)[own].to(self.device)
         choices = np.arange(o.skip_first, o.rollout_steps)
         picks = sorted(rng.choice(choices, o.timesteps, replace=False).tolist())
-        cond, uncond = cfg_conditions(self.base, self.inputs.encoder, prompts)
+        cond, uncond = cfg_conditions(self.base, self.inputs.encoder, prompts, o.guidance_scale)
         with self._autocast():
             trajectory = rollout(
                 self.base, self.adapter, self.schedule, cond, uncond, noise,
@@ -192,17 +199,19 @@ class Trainer:
         x0, eps, u_B, captions = self._preference_images(
             o.prompt_batch * o.timesteps, o.reward_range, purpose=3
         )
-        cond, uncond = cfg_conditions(self.base, self.inputs.encoder, captions)
+        cond, uncond = cfg_conditions(self.base, self.inputs.encoder, captions, o.guidance_scale)
         t_B = self.base.noise_schedule.nearest(u_B)
         return noised_states(self.base, self.schedule, x0, eps, t_B, cond, uncond, captions)
 
     def _preference_pass(self) -> Metrics:
         """L_G on noised preference images (Eq 9)."""
         o = self.config.objective
+        # Only CFG samples with the empty prompt.
+        dropout = o.caption_dropout if self.base.cfg else 0.0
         x0, eps, u_B, captions = self._preference_images(
-            o.preference_batch, o.preference_range, purpose=2, dropout=o.caption_dropout
+            o.preference_batch, o.preference_range, purpose=2, dropout=dropout
         )
-        cond = self.inputs.encoder.conditions(captions)
+        cond = with_guidance(self.base, self.inputs.encoder.conditions(captions), o.preference_guidance)
         t_B = self.base.noise_schedule.nearest(u_B)
         states = noised_states(self.base, self.schedule, x0, eps, t_B, cond, None, captions)
         total = 0.0

@@ -94,7 +94,7 @@ def mean_scores(
     jobs = [
         (prompt, image) for prompt, row in zip(images.prompts, images.images, strict=True) for image in row
     ]
-    means = {"seconds_per_image": images.seconds_per_image}
+    means = {"seconds_per_image": images.seconds_per_image, "not_finite": images.not_finite}
     with torch.no_grad():
         for name, reward in rewards.items():
             scores = [reward.score(image[None].to(device), [prompt]) for prompt, image in jobs]

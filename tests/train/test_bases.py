@@ -30,7 +30,7 @@ from train.models.architectures import (
     with_random_weights,
 )
 from train.models.autoencoder import Autoencoder
-from train.models.base import Base, Conditions
+from train.models.base import Base, Conditions, with_guidance
 from train.models.flux import Flux, pack, position_ids, unpack
 from train.models.image_encoder import image_encoder
 from train.models.load import PIPELINES, check_folder, load_base, make_base
@@ -92,7 +92,8 @@ def losses(name: BaseName, base: Base, adapter: Adapter, schedule: Schedule) -> 
     prompts = ["a cat", "two trees"]
     uncond = texts(name, ["", ""]) if base.cfg else None
     t_B = base.noise_schedule.nearest(torch.tensor([0.5, 0.8]))
-    states = noised_states(base, schedule, x0, noise, t_B, texts(name, prompts), uncond, prompts)
+    cond = with_guidance(base, texts(name, prompts), 3.0)
+    states = noised_states(base, schedule, x0, noise, t_B, cond, uncond, prompts)
     bright = Rewards({"bright": lambda images, _: images.square().mean(dim=(1, 2, 3))}, {"bright": 1.0})
     reward, _ = reward_loss(adapter, base, bright, states, guidance_scale=3.0, cap=float("inf"))
     return reward + preference_loss(adapter, base, x0, noise, states)
@@ -152,7 +153,7 @@ def test_schnell_has_neither_shift_nor_guidance() -> None:
     with torch.device("meta"):
         transformer = architecture("flux", SMALL["flux"])
     transformer.register_to_config(guidance_embeds=False)
-    model = Flux(transformer, Autoencoder(AutoencoderTiny()), 64, 3.5)
+    model = Flux(transformer, Autoencoder(AutoencoderTiny()), 64)
     assert model.noise_schedule.timesteps(4) == [1.0, 0.75, 0.5, 0.25]
     call = model.call(torch.zeros(1, 4, 8, 8), torch.ones(1), texts("flux", ["a cat"]))
     assert call["guidance"] is None

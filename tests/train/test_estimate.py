@@ -36,6 +36,7 @@ from train.config import (
 )
 from train.inputs import smoke_inputs
 from train.models.architectures import FULL_SIZES, ModelSize, architecture, autoencoder
+from train.models.base import with_guidance
 from train.preflight.costs import NOTHING, Cost, Tally, cost_of, flash_attention, matrix_rate
 from train.preflight.estimate import (
     ASSUMED_SHARE,
@@ -120,7 +121,7 @@ def test_a_row_of_a_reduced_backbone_costs_what_torch_counts() -> None:
         model = meta_base(config, *meta_models(base, SMALL[base]))
         with META:
             x, t = torch.randn(1, *model.latent_shape), torch.ones(1)
-        call = model.call(x, t, meta_conditions(config, 32))
+        call = model.call(x, t, with_guidance(model, meta_conditions(config, 32), 1.0))
         for value in call.values():  # else torch's counter leaves out half of cross-attention's backward pass
             if isinstance(value, Tensor):
                 value.requires_grad_()
@@ -162,7 +163,8 @@ def test_true_backbones_cost_what_others_have_published(
     model = meta_base(config, *meta_models(base, FULL_SIZES[base]))
     with META:
         x, t = torch.randn(1, *model.latent_shape), torch.ones(1)
-    call = model.call(x, t, meta_conditions(config, 512 if base == "flux" else 77))
+    conditions = meta_conditions(config, 512 if base == "flux" else 77)
+    call = model.call(x, t, with_guidance(model, conditions, 1.0))
     with torch.no_grad():
         found = cost_of(lambda: model.backbone(**call)[0]).forward
     assert found - attention == pytest.approx(published, rel=1e-3)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hyperalign.rewards import clip
+from hyperalign.rewards.loading import random_weights
 from hyperalign.schedule import Schedule
 from train.noise import DiffusionSchedule, FlowSchedule, NoiseSchedule, alphas_cumprod
 from train.objective import (
@@ -281,6 +283,31 @@ def test_images_are_scored_in_full_precision(small_base: Any, adapted: Any, norm
         guidance_scale=1.0, cap=INFINITE,
     )  # fmt: skip
     assert seen == [torch.float32]
+
+
+def test_an_image_that_is_not_finite_costs_its_sample_alone(
+    small_base: Any, adapted: Any, normal: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Published rewards refuse NaN: they would otherwise return it as a score."""
+    small = clip.ClipShape(clip.Tower(64, 2, 4), clip.Tower(48, 2, 4), 32, "quick_gelu", patch=32)
+    monkeypatch.setattr(clip, "VIT_L_14", small)
+    reward = random_weights("clip", dtype=torch.float32)
+
+    class Diverging(type(small_base)):
+        def decode(self, latents_BCHW: Tensor) -> Tensor:
+            images = super().decode(latents_BCHW)
+            return torch.cat([images[:1].detach() * float("nan"), images[1:]])
+
+    base = Diverging(small_base.noise_schedule)
+    adapter, states = adapted(base), some_states(base, normal)
+    chosen = Rewards({"clip": reward.score}, {"clip": 1.0})
+    loss, scores = reward_loss(adapter, base, chosen, states, guidance_scale=1.0, cap=INFINITE)
+    others, _ = reward_loss(
+        adapted(small_base), small_base, chosen, states[slice(1, 3)], guidance_scale=1.0, cap=INFINITE
+    )
+    assert scores["clip"].isnan().tolist() == scores["reward"].isnan().tolist() == [True, False, False]
+    close(loss, others * 2 / 3)
+    assert bool(gradient(loss, adapter).isfinite().all())
 
 
 @pytest.mark.parametrize("snr_gamma", [INFINITE, 5.0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ import torch
 from accelerate import Accelerator
 
 from hyperalign import checkpoint
+from hyperalign.hosts.diffusers.adapter import Call
 from hyperalign.rewards import clip
 from train.config import TrainConfig
+from train.data.random_inputs import RandomPromptEncoder
 from train.inputs import smoke_inputs
 from train.models.architectures import FULL_SIZES, descending_sizes
+from train.models.base import Conditions
 from train.preflight.smoke import SIDE, described, smoke_config
 from train.recipe import load_recipe
 from train.train import main
@@ -62,6 +66,45 @@ def test_a_recipe_takes_three_steps_and_writes_a_hypernetwork(path: Path, tmp_pa
     assert loaded.header.perception_blocks == (4 if config.model.base in ("flux", "sd3") else 0)
     assert max(float(b.abs().max()) for b in loaded.network.b_aux) > 0
     assert (tmp_path / "grids" / "00003.png").is_file()
+
+
+def test_flux_is_rewarded_at_its_sampling_guidance_and_regresses_without_one(tmp_path: Path) -> None:
+    """FLUX.1 dev predicts guided velocities; those of plain images are the targets of no guidance."""
+    config = cut_down(RECIPES / "flux_s.toml", tmp_path)
+    accelerator = Accelerator(cpu=True)
+    inputs = smoke_inputs(config, accelerator, list(descending_sizes("flux"))[-1])
+    run = Trainer(config, inputs, accelerator)
+    asked, call = list[float](), run.base.call
+
+    def spy(x: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> Call:
+        asked.extend(conditions["guidance"].tolist())
+        return call(x, t, conditions)
+
+    run.base.call = spy
+    run._reward_pass()
+    assert set(asked) == {3.5}
+    asked.clear()
+    run._preference_pass()
+    assert set(asked) == {1.0}
+
+
+def test_no_caption_of_flux_is_dropped_as_it_samples_without_the_empty_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = cut_down(RECIPES / "flux_s.toml", tmp_path)
+    config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, caption_dropout=0.9))
+    accelerator = Accelerator(cpu=True)
+    run = Trainer(config, smoke_inputs(config, accelerator, list(descending_sizes("flux"))[-1]), accelerator)
+    captions, conditions = list[str](), RandomPromptEncoder.conditions
+
+    def spy(self: RandomPromptEncoder, prompts: Sequence[str]) -> Conditions:
+        captions.extend(prompts)
+        return conditions(self, prompts)
+
+    monkeypatch.setattr(RandomPromptEncoder, "conditions", spy)
+    run._preference_pass()
+    assert len(captions) == config.objective.preference_batch
+    assert "" not in captions
 
 
 def test_a_machine_with_room_runs_the_true_shape() -> None:

@@ -18,6 +18,7 @@ from hyperalign import checkpoint
 from hyperalign.card import card, card_path
 from hyperalign.errors import HyperAlignError
 from train.recipe import as_table
+from train.sampling import sample
 from train.trainer import Trainer
 
 Runs = Callable[..., Any]
@@ -33,6 +34,18 @@ def small_run(small_run: Runs) -> Runs:
         return small_run(*given, objective=QUICK | (objective or {}), **named)
 
     return trainer_of
+
+
+class DivergesOnce:
+    """A decoder whose first image of the second step is NaN."""
+
+    def __init__(self, base: Any) -> None:
+        self.base, self.run, self.decode = base, None, base.decode
+
+    def __call__(self, latents_BCHW: Tensor) -> Tensor:
+        images = self.decode(latents_BCHW)
+        step: Any = self.run
+        return images * float("nan") if step.step == 1 else images
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
@@ -339,3 +352,24 @@ def test_a_changed_recipe_is_told_and_another_one_is_refused(
     assert "optim.lr was 0.01 and is 0.5" in caplog.text
     with pytest.raises(HyperAlignError, match="another recipe"):
         small_run(optim={"weight_decay": 0.5})
+
+
+def test_an_image_that_is_not_finite_costs_its_step_and_is_counted(small_run: Runs, tmp_path: Path) -> None:
+    run = small_run(optim=THREE)
+    run.base.decode = diverging = DivergesOnce(run.base)
+    diverging.run = run
+    run.fit()
+    rows = rows_of(tmp_path)
+    assert [row["not_finite"] for row in rows] == [0.0, 1.0, 0.0]
+    assert rows[-1]["skipped_in_all"] == sum(row["skipped"] for row in rows) <= 1
+    assert checkpoint.load(run.path)
+
+
+def test_a_validation_scores_an_image_that_is_not_finite_as_grey(small_run: Runs, make_base: Any) -> None:
+    base = make_base(everywhere=False)
+    decode = base.decode
+    base.decode = lambda x: torch.cat([decode(x)[:1] * float("nan"), decode(x)[1:]])
+    found = sample(base, base, None, ["a", "b"], seeds=(0, 1), steps=1, guidance_scale=1.0)
+    assert found.not_finite == 0.25
+    assert bool((found.images[0, 0] == 0.5).all())
+    assert bool(found.images.isfinite().all())

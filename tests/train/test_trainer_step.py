@@ -350,7 +350,7 @@ def test_the_metrics_of_a_step_and_its_line_in_the_log(small_run: Callable[..., 
     _, rows = fitted(run)
     assert set(rows[0]) == {
         "step", "reward", "reward_loss", "tiny reward", "grad_norm_reward", "preference_loss", "grad_norm",
-        "skipped", "skipped_in_all", "seconds", "images_per_second", "seconds_left",
+        "skipped", "skipped_in_all", "not_finite", "seconds", "images_per_second", "seconds_left",
     }  # fmt: skip
     for row in rows:
         assert row["images_per_second"] * row["seconds"] == pytest.approx(2 * 2 + 3)

@@ -87,15 +87,23 @@ def repeat(conditions: Conditions, times: int) -> Conditions:
     return join(*[conditions] * times)
 
 
+def with_guidance(base: Base, conditions: Conditions, guidance_scale: float) -> Conditions:
+    """Returns the conditions with the guidance (B,), if the base model takes it as an input."""
+    if base.cfg:
+        return conditions
+    rows = len(next(iter(conditions.values())))
+    return {**conditions, "guidance": torch.full((rows,), guidance_scale, device=base.device)}
+
+
 def cfg_conditions(
-    base: Base, encoder: PromptEncoder, prompts: Sequence[str]
+    base: Base, encoder: PromptEncoder, prompts: Sequence[str], guidance_scale: float
 ) -> tuple[Conditions, Conditions | None]:
     """Returns the conditions of prompts and of as many empty prompts, all at one padding.
 
     The latter are None if the base model takes the guidance as an input.
     """
     if not base.cfg:
-        return encoder.conditions(prompts), None
+        return with_guidance(base, encoder.conditions(prompts), guidance_scale), None
     count = len(prompts)
     both = encoder.conditions([*prompts, *[""] * count])
     return take(both, slice(0, count)), take(both, slice(count, None))

@@ -41,11 +41,8 @@ class Flux(LatentModel):
 
     cfg = False
 
-    def __init__(
-        self, transformer: nn.Module, autoencoder: Autoencoder, resolution: int, guidance: float
-    ) -> None:
+    def __init__(self, transformer: nn.Module, autoencoder: Autoencoder, resolution: int) -> None:
         super().__init__(transformer, autoencoder, resolution)
-        self.guidance = guidance
         self.takes_guidance = bool(self.module.config.guidance_embeds)
         tokens = (resolution // 8 // PATCH) ** 2
         # schnell was distilled without a shift.
@@ -53,13 +50,12 @@ class Flux(LatentModel):
 
     def call(self, x_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Call:
         """Returns the transformer's arguments."""
-        dtype, device, rows = self.module.dtype, x_BCHW.device, len(x_BCHW)
+        dtype, device = self.module.dtype, x_BCHW.device
         context = conditions["prompt_embeds"].to(dtype)
-        guidance = torch.full((rows,), self.guidance, device=device) if self.takes_guidance else None
         return {
             "hidden_states": pack(x_BCHW).to(dtype),
             "timestep": t_B,
-            "guidance": guidance,
+            "guidance": conditions["guidance"] if self.takes_guidance else None,
             "pooled_projections": conditions["pooled_prompt_embeds"].to(dtype),
             "encoder_hidden_states": context,
             "txt_ids": torch.zeros(context.shape[1], 3, device=device),

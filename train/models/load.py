@@ -150,7 +150,7 @@ def make_base(config: TrainConfig, backbone: nn.Module, autoencoder: Autoencoder
     """Returns a backbone and an autoencoder with the conventions of their family."""
     side = config.model.resolution
     if config.model.base == "flux":
-        return Flux(backbone, autoencoder, side, config.objective.guidance_scale)
+        return Flux(backbone, autoencoder, side)
     if config.model.base == "sd3":
         return StableDiffusion3(backbone, autoencoder, side)
     return StableDiffusion(backbone, autoencoder, side, prediction)

@@ -22,7 +22,7 @@ from train.config import TrainConfig
 from train.data.random_inputs import TEXT_WIDTHS, RandomPromptEncoder
 from train.inputs import reward_names
 from train.models.autoencoder import Autoencoder
-from train.models.base import Base, Conditions
+from train.models.base import Base, Conditions, with_guidance
 from train.models.load import backbone_dtype, make_base
 from train.models.text_encoders import context_tokens, text_lengths
 from train.preflight.costs import NOTHING, Cost, cost_of, operations_until
@@ -75,7 +75,8 @@ def step_costs(config: TrainConfig, backbone: nn.Module, autoencoder: nn.Module)
         core_1MDA = torch.zeros(1, len(hyperalign.header.targets), config.network.b, config.network.a)
         maps = [torch.zeros(1, *s) for s in feature_shapes(spec_of(backbone), base.latent_shape[-1])]
     adapter, lengths = Adapter(backbone, hyperalign), text_lengths(config)
-    call = base.call(x_1CHW, t_1, meta_conditions(config, max(lengths)))
+    conditions = with_guidance(base, meta_conditions(config, max(lengths)), 1.0)
+    call = base.call(x_1CHW, t_1, conditions)
     last = last_perceiving(backbone, hyperalign.header.perception_blocks)
     with torch.no_grad():
         sampling = cost_of(lambda: adapter.forward(call, core_1MDA))

@@ -65,6 +65,7 @@ def sample_all(
         images.images,
         images.seconds_per_image,
         images.generations_per_run,
+        images.not_finite,
         [content for _, content in chosen],
     )
 
@@ -106,4 +107,5 @@ def metrics(samples: Samples) -> dict[str, Any]:
         "diversity": float(scores.diversity.mean()),
         "seconds_per_image": samples.seconds_per_image,
         "generations_per_run": samples.generations_per_run,
+        "not_finite": samples.not_finite,
     }
