@@ -42,6 +42,16 @@ def test_images_come_upright_and_transparency_turns_white() -> None:
     assert clear.image.getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_sixteen_bits_of_grey_keep_their_brightness() -> None:
+    ramp, file = Image.new("I;16", (256, 1)), io.BytesIO()
+    for x in range(256):
+        ramp.putpixel((x, 0), x * 257)
+    ramp.save(file, "PNG")
+    found = decode(ImageFile("a", file.getvalue(), "a"))
+    assert isinstance(found, DecodedImage)
+    assert [found.image.getpixel((x, 0)) for x in (0, 100, 255)] == [(0,) * 3, (100,) * 3, (255,) * 3]
+
+
 def test_an_image_with_an_empty_caption_is_bad() -> None:
     assert decode(ImageFile(" \n", encoded(RED), "x")) == BadImage("x", "its caption is empty")
 

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
-import struct
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ...errors import HyperAlignError
+from ...image_files import DECODING_ERRORS, open_rgb
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-DECODING_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
-"""What Pillow's decoders raise on damaged files."""
 THUMBNAIL_QUALITY = 80
 
 
@@ -57,21 +52,6 @@ def list_images(folder: Path) -> list[str]:
             f"There is no image below {folder}; expected files ending in {', '.join(SUFFIXES)}."
         )
     return sorted(names)
-
-
-def open_rgb(path: Path) -> Image.Image:
-    """Returns an image as a viewer shows it: upright, in RGB, transparent parts on white.
-
-    Raises one of `DECODING_ERRORS` on a file that cannot be decoded.
-    """
-    with Image.open(path) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip instead of scale
-            image = image.point(lambda value: value / 257).convert("L")
-        if not image.has_transparency_data:
-            return image.convert("RGB")
-        layers = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
 
 
 def decode(folder: Path, name: str) -> Tensor | BadImage:

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import io
-import struct
 from dataclasses import dataclass
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from hyperalign.image_files import DECODING_ERRORS, open_rgb
 from train.data.preference.dataset import BadImage, ImageFile
-
-DECODING_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
-"""What Pillow's decoders raise when a file is damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +21,11 @@ class DecodedImage:
 
 
 def decode(file: ImageFile) -> DecodedImage | BadImage:
-    """Returns the image upright and in RGB, transparency composited on white."""
+    """Returns the image upright and in RGB, or why there is none."""
     if not file.caption.strip():
         return BadImage(file.name, "its caption is empty")
     try:
-        with Image.open(io.BytesIO(file.data)) as opened:
-            image = _on_white(ImageOps.exif_transpose(opened))
+        image = open_rgb(io.BytesIO(file.data))
     except DECODING_ERRORS as error:
         return BadImage(file.name, f"it cannot be decoded: {type(error).__name__}: {error}")
     return DecodedImage(file.caption.strip(), image, file.name)
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layers = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
