@@ -43,6 +43,8 @@ class States:
     uncond: Conditions | None
     """The empty prompt for each sample; None where the guidance is an input of the model."""
     prompts: list[str]
+    generates: bool
+    """Whether all weights are generated from the samples themselves: (x_gen, t_gen) is (x, t)."""
 
     def __len__(self) -> int:
         """Returns the number of samples."""
@@ -53,7 +55,7 @@ class States:
         uncond = None if self.uncond is None else take(self.uncond, part)
         return States(
             self.x[part], self.t_B[part], self.x_gen[part], self.t_gen_B[part],
-            take(self.cond, part), uncond, self.prompts[part],
+            take(self.cond, part), uncond, self.prompts[part], self.generates,
         )  # fmt: skip
 
     def twice(self) -> States:
@@ -65,7 +67,7 @@ class States:
         uncond = None if self.uncond is None else repeat(self.uncond, 2)
         return States(
             doubled(self.x), doubled(self.t_B), doubled(self.x_gen), doubled(self.t_gen_B),
-            repeat(self.cond, 2), uncond, self.prompts * 2,
+            repeat(self.cond, 2), uncond, self.prompts * 2, self.generates,
         )  # fmt: skip
 
 
@@ -84,10 +86,12 @@ def rollout_states(
         return x, t.repeat_interleave(len(prompts))
 
     x, t_B = stacked(picks)
-    x_gen, t_gen_B = stacked([trajectory.generated_at[i] for i in picks])
+    generators = [trajectory.generated_at[i] for i in picks]
+    x_gen, t_gen_B = stacked(generators)
     count = len(picks)
     none = None if uncond is None else repeat(uncond, count)
-    return States(x, t_B, x_gen, t_gen_B, repeat(cond, count), none, prompts * count)
+    generates = generators == list(picks)
+    return States(x, t_B, x_gen, t_gen_B, repeat(cond, count), none, prompts * count, generates)
 
 
 def noised_states(
@@ -104,28 +108,23 @@ def noised_states(
 
     That is at t itself for S; for P and I at the timestep where sampling generates the weights it uses at t.
     """
+    x_t = base.noise_schedule.add_noise(x0, eps, t_B)
+    if schedule.variant == "S":
+        return States(x_t, t_B, x_t, t_B, cond, uncond, prompts, generates=True)
     last = base.noise_schedule.last_timestep
     timesteps = [last * schedule.generation_time(t / last) for t in t_B.tolist()]
     t_gen_B = base.noise_schedule.nearest(torch.tensor(timesteps, device=t_B.device) / last).to(t_B)
-    x_t, x_gen = (base.noise_schedule.add_noise(x0, eps, t) for t in (t_B, t_gen_B))
-    return States(x_t, t_B, x_gen, t_gen_B, cond, uncond, prompts)
+    x_gen = base.noise_schedule.add_noise(x0, eps, t_gen_B)
+    return States(x_t, t_B, x_gen, t_gen_B, cond, uncond, prompts, generates=False)
 
 
-def adapted_prediction(
-    adapter: Adapter,
-    base: Base,
-    x: Tensor,
-    t_B: Tensor,
-    x_gen: Tensor,
-    t_gen_B: Tensor,
-    conditions: Conditions,
-) -> Tensor:
+def adapted_prediction(adapter: Adapter, base: Base, states: States, conditions: Conditions) -> Tensor:
     """Returns the output at (x, t) with weights generated at (x_gen, t_gen), with gradient to the network."""
-    call = base.call(x, t_B, conditions)
-    if torch.equal(t_B, t_gen_B):
-        return base.prediction(adapter.generate_and_forward(call)[0], x)
-    cores = adapter.network(adapter.perceive(base.call(x_gen, t_gen_B, conditions)))
-    return base.prediction(adapter.forward(call, cores), x)
+    call = base.call(states.x, states.t_B, conditions)
+    if states.generates:
+        return base.prediction(adapter.generate_and_forward(call)[0], states.x)
+    cores = adapter.network(adapter.perceive(base.call(states.x_gen, states.t_gen_B, conditions)))
+    return base.prediction(adapter.forward(call, cores), states.x)
 
 
 def guided_prediction(
@@ -135,17 +134,14 @@ def guided_prediction(
 
     `conditional_only` sends the gradient through the conditional prediction alone, for half the memory.
     """
-
-    def output(s: States, conditions: Conditions) -> Tensor:
-        return adapted_prediction(adapter, base, s.x, s.t_B, s.x_gen, s.t_gen_B, conditions)
-
     if states.uncond is None:
-        return output(states, states.cond)
+        return adapted_prediction(adapter, base, states, states.cond)
     if conditional_only:
         with torch.no_grad():
-            uncond = output(states, states.uncond)
-        return guided(output(states, states.cond), uncond, guidance_scale)
-    cond, uncond = output(states.twice(), join(states.cond, states.uncond)).chunk(2)
+            uncond = adapted_prediction(adapter, base, states, states.uncond)
+        return guided(adapted_prediction(adapter, base, states, states.cond), uncond, guidance_scale)
+    both = join(states.cond, states.uncond)
+    cond, uncond = adapted_prediction(adapter, base, states.twice(), both).chunk(2)
     return guided(cond, uncond, guidance_scale)
 
 
@@ -195,9 +191,7 @@ def preference_loss(
     adapter: Adapter, base: Base, x0: Tensor, eps: Tensor, states: States, snr_gamma: float = float("inf")
 ) -> Tensor:
     """Returns L_G = E w(t) || output - target ||^2 on noised preference images (Eq 9)."""
-    output = adapted_prediction(
-        adapter, base, states.x, states.t_B, states.x_gen, states.t_gen_B, states.cond
-    )
+    output = adapted_prediction(adapter, base, states, states.cond)
     target = base.noise_schedule.target(x0, eps, states.t_B)
     error_B = (output - target).square().flatten(1).mean(dim=1)
     return (base.noise_schedule.loss_weight(states.t_B, snr_gamma) * error_B).mean()

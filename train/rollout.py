@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ class Trajectory:
     states: list[Tensor]
     timesteps: list[float]
     generated_at: list[int]
-    """For each step, the index of the step that generated the weights it used."""
+    """For each state, the index of the one that its weights are generated from."""
     generations: int
     predictions: list[Tensor]
     """x0-hat of each step."""
@@ -48,6 +49,15 @@ class SampledModel:
             u = t / self.base.noise_schedule.last_timestep
             output = self.adapter.predict(self.run, Chunk(None, 0, tuple(x.shape)), call, u, self.strength)
         return self.base.prediction(output, x)
+
+
+def generation_steps(schedule: Schedule, times: Sequence[float]) -> list[int]:
+    """Returns for each of the times u of a run the index of the one that generates the weights it uses."""
+    steps = list[int]()
+    for index, u in enumerate(times):
+        due = schedule.is_due(u, schedule.segment(times[steps[-1]]) if steps else None)
+        steps.append(index if due else steps[-1])
+    return steps
 
 
 @torch.no_grad()
@@ -83,9 +93,8 @@ def rollout(
     timesteps = base.noise_schedule.timesteps(steps)
     model = SampledModel(base, adapter, schedule, strength)
     conditions = cond if uncond is None else join(cond, uncond)
-    x, states, generated_at, predictions = noise_BCHW, list[Tensor](), list[int](), list[Tensor]()
+    x, states, predictions = noise_BCHW, list[Tensor](), list[Tensor]()
     for index, t in enumerate(timesteps):
-        before = model.run.generations
         states.append(x)
         if index == until:
             break
@@ -93,7 +102,6 @@ def rollout(
             output = model.predict(x, t, conditions)
         else:
             output = guided(*model.predict(torch.cat([x, x]), t, conditions).chunk(2), guidance_scale)
-        generated_at.append(index if model.run.generations > before or not generated_at else generated_at[-1])
         x0, eps = base.noise_schedule.predictions(x, output, torch.full((x.shape[0],), t, device=x.device))
         predictions.append(x0)
         if index + 1 == steps:
@@ -101,4 +109,6 @@ def rollout(
         else:
             t_next_B = torch.full_like(x[:, 0, 0, 0], timesteps[index + 1])
             x = base.noise_schedule.add_noise(x0, eps, t_next_B)
+    times = [t / base.noise_schedule.last_timestep for t in timesteps[: len(states)]]
+    generated_at = generation_steps(schedule, times)
     return Trajectory(states, timesteps, generated_at, model.run.generations, predictions, x)

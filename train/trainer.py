@@ -189,7 +189,7 @@ class Trainer:
         with self._autocast():
             trajectory = rollout(
                 self.base, self.adapter, self.schedule, cond, uncond, noise,
-                steps=o.rollout_steps, guidance_scale=o.guidance_scale, until=max(picks) + 1,
+                steps=o.rollout_steps, guidance_scale=o.guidance_scale, until=max(picks),
             )  # fmt: skip
         return rollout_states(trajectory, picks, cond, uncond, prompts)
 

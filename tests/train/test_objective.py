@@ -82,7 +82,9 @@ def numbered_states() -> States:
     """Three samples that say where they come from."""
     samples = torch.tensor([0.0, 1.0, 2.0])
     cond, uncond = {"context": samples + 40}, {"context": samples + 50}
-    return States(samples, samples + 10, samples + 20, samples + 30, cond, uncond, ["zero", "one", "two"])
+    return States(
+        samples, samples + 10, samples + 20, samples + 30, cond, uncond, ["zero", "one", "two"], False
+    )
 
 
 def numbers(states: States) -> list[list[float]]:
@@ -163,6 +165,15 @@ def test_a_diffusion_generates_at_a_whole_timestep(
     assert states.t_gen_B.dtype == states.t_B.dtype
 
 
+def test_s_generates_from_the_samples_themselves_however_timesteps_are_rounded(
+    small_base: Any, normal: Any
+) -> None:
+    states = some_states(small_base, normal, t_B=torch.tensor([20.0, 400.00003, 899.99994]))
+    assert states.generates
+    assert states.x_gen is states.x
+    assert states.t_gen_B is states.t_B
+
+
 # Predictions
 
 
@@ -171,9 +182,7 @@ def test_weights_come_from_the_state_that_generated_them(
     small_base: Any, adapted: Any, normal: Any, schedule: Schedule
 ) -> None:
     adapter, states = adapted(small_base, schedule), some_states(small_base, normal, schedule)
-    found = adapted_prediction(
-        adapter, small_base, states.x, states.t_B, states.x_gen, states.t_gen_B, states.cond
-    )
+    found = adapted_prediction(adapter, small_base, states, states.cond)
     expected = by_hand(small_base, adapter, states, states.cond)
     close(found, expected)
     close(gradient(found.square().mean(), adapter), gradient(expected.square().mean(), adapter))

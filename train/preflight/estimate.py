@@ -94,13 +94,13 @@ def gradient_work(config: TrainConfig, costs: StepCosts) -> float:
 
 
 def rollout_share(config: TrainConfig) -> float:
-    """Returns the mean share of a rollout that is run: up to the last of its steps with a gradient.
+    """Returns the mean share of a rollout that is run: the steps before the last one with a gradient.
 
     The greatest of k numbers sampled from 1 to n has the mean k (n + 1) / (k + 1).
     """
     o = config.objective
     room = o.rollout_steps - o.skip_first
-    return (o.skip_first + o.timesteps * (room + 1) / (o.timesteps + 1)) / o.rollout_steps
+    return (o.skip_first + o.timesteps * (room + 1) / (o.timesteps + 1) - 1) / o.rollout_steps
 
 
 def step_work(config: TrainConfig, costs: StepCosts) -> Work:
