@@ -41,10 +41,10 @@ def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerat
             grad.copy_(mean.view_as(grad))
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
-    """Returns the norm of this process's gradients so far."""
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return float(torch.stack([grad.norm() for grad in grads]).norm()) if grads else 0.0
+def gradient_of(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Returns this process's gradient so far as one vector, zero where a parameter has none yet."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in parameters]
+    return torch.cat([grad.flatten() for grad in grads])
 
 
 def _mean(values: Tensor, accelerator: Accelerator) -> Tensor:

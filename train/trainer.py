@@ -34,7 +34,7 @@ from train.log import Metrics, TimeLeft, TrainingLog, flat
 from train.models.base import cfg_conditions, with_guidance
 from train.models.fsdp import uses_fsdp
 from train.objective import States, noised_states, preference_loss, reward_loss, rollout_states
-from train.processes import any_process, average_gradients, gradient_norm, mean_metrics
+from train.processes import any_process, average_gradients, gradient_of, mean_metrics
 from train.randomness import StepRandomness, normal, sample_u
 from train.recipe import as_table
 from train.relative_distance import weight_schedule
@@ -145,7 +145,8 @@ class Trainer:
                 raise
             failure = error
         if not any_process(failure is not None, self.accelerator):
-            shared = {name: value for name, value in metrics.items() if name != "grad_norm_reward"}
+            own = {"grad_norm_reward", "grad_norm_preference"}
+            shared = {name: value for name, value in metrics.items() if name not in own}
             return metrics | mean_metrics(shared, self.accelerator)
         raise failure or HyperAlignError(
             f"Another process failed in step {self.step} and reports the reason. Run the same command again "
@@ -173,7 +174,7 @@ class Trainer:
             "reward_loss": float(sum(losses)),
             **{name: float(score_B.nanmean()) for name, score_B in metrics.items()},
             "not_finite": float(metrics["reward"].isnan().float().mean()),
-            "grad_norm_reward": gradient_norm(self.network.parameters()),
+            "grad_norm_reward": float(gradient_of(self.network.parameters()).norm()),
         }
 
     def _rollout_states(self) -> States:
@@ -214,7 +215,7 @@ class Trainer:
         cond = with_guidance(self.base, self.inputs.encoder.conditions(captions), o.preference_guidance)
         t_B = self.base.noise_schedule.nearest(u_B)
         states = noised_states(self.base, self.schedule, x0, eps, t_B, cond, None, captions)
-        total = 0.0
+        total, before = 0.0, gradient_of(self.network.parameters())
         for part, share in self._micro_batches(len(states)):
             with self._autocast():
                 loss = preference_loss(
@@ -222,7 +223,8 @@ class Trainer:
                 )
             self.accelerator.backward(o.preference_weight * share * loss)
             total += share * loss.item()
-        return {"preference_loss": total}
+        added = gradient_of(self.network.parameters()) - before
+        return {"preference_loss": total, "grad_norm_preference": float(added.norm())}
 
     def _preference_images(
         self, count: int, bounds: tuple[float, float], purpose: int, dropout: float = 0.0

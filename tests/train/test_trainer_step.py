@@ -148,6 +148,7 @@ def test_a_steps_gradient_is_the_weighted_sum_of_both_losses_gradients(
     assert row["reward_loss"] == pytest.approx(cap - row["reward"], rel=1e-4)
     assert row["preference_loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert row["grad_norm_reward"] == pytest.approx(0.5 * reward.norm().item(), rel=1e-3)
+    assert row["grad_norm_preference"] == pytest.approx(3.0 * preference.norm().item(), rel=1e-3)
     assert row["grad_norm"] == pytest.approx(taken.norm().item(), rel=1e-4)
 
 
@@ -158,7 +159,8 @@ def test_a_loss_without_weight_is_not_computed(small_run: Callable[..., Any], na
     run.inputs.preference.places.clear()
     (taken,), (row,) = fitted(run)
     close(taken, expected)
-    rewarded, learned = {"reward", "reward_loss", "tiny reward", "grad_norm_reward"}, {"preference_loss"}
+    rewarded = {"reward", "reward_loss", "tiny reward", "grad_norm_reward"}
+    learned = {"preference_loss", "grad_norm_preference"}
     present, absent = (rewarded, learned) if name == "preference_weight" else (learned, rewarded)
     assert present <= row.keys()
     assert not absent & row.keys()
@@ -350,6 +352,7 @@ def test_the_metrics_of_a_step_and_its_line_in_the_log(small_run: Callable[..., 
     _, rows = fitted(run)
     assert set(rows[0]) == {
         "step", "reward", "reward_loss", "tiny reward", "grad_norm_reward", "preference_loss", "grad_norm",
+            "grad_norm_preference",
         "skipped", "skipped_in_all", "not_finite", "seconds", "images_per_second", "seconds_left",
     }  # fmt: skip
     for row in rows:

@@ -268,7 +268,8 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
     for process in done:
         assert process.returncode == 0, process.stderr[-2000:]
     for two, one in zip(curve(tmp_path / "two"), curve(tmp_path / "one"), strict=True):
-        assert two.pop("grad_norm_reward") != one.pop("grad_norm_reward")  # of one process's own half
+        for name in ("grad_norm_reward", "grad_norm_preference"):  # of one process's own half
+            assert two.pop(name) != one.pop(name)
         assert two == pytest.approx(one, rel=1e-4)
     states = [torch.load(tmp_path / name / "checkpoints" / "step-000003.pt") for name in ("two", "one")]
     assert [state["processes"] for state in states] == [2, 1]
