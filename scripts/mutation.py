@@ -85,6 +85,8 @@ class Outcome:
     """What became of a module's mutants."""
 
     survivors: list[Mutant] = field(default_factory=list[Mutant])
+    stale: list[tuple[str, str, str]] = field(default_factory=list[tuple[str, str, str]])
+    """What is listed as an equivalent and is no mutant."""
     killed: int = 0
     equivalents: int = 0
     seconds: float = 0.0
@@ -137,13 +139,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.path[:] = [place for place in sys.path if place != str(ROOT / "scripts")]
     listed = _equivalents()
     wrong = False
+    for unknown in sorted(set(listed) - set(TESTS)):
+        say(f"{EQUIVALENTS.name} lists mutants of {unknown}, of which no tests are known. Take them out.")
+        wrong = True
     for module in options.module or TESTS:
         missing = [test for test in TESTS[module] if not (ROOT / test).is_file()]
         if missing:
             say(f"{module}: there is no {missing[0]}")
             wrong = True
             continue
-        outcome = run(module, listed.get(module, {}), options.jobs)
+        try:
+            outcome = run(module, listed.get(module, {}), options.jobs)
+        except RuntimeError as failure:  # of this module's tests alone: the others can still be counted
+            say(str(failure))
+            wrong = True
+            continue
+        wrong = wrong or bool(outcome.stale)
         _record(module, outcome)
         figures = "  ".join(f"{name} {value}" for name, value in outcome.figures().items())
         say(f"{module}: {figures}")
@@ -161,24 +172,30 @@ def run(module: str, equivalents: dict[tuple[str, str, str], str], jobs: int) ->
     path, outcome, start = ROOT / module, Outcome(), time.perf_counter()
     source = path.read_text(encoding="utf-8")
     mutants = mutants_of(source)
-    for key in set(equivalents) - {mutant.key for mutant in mutants}:
-        raise SystemExit(f"{EQUIVALENTS.name} lists for {module} what is no mutant: {key}. Take it out.")
+    outcome.stale = sorted(set(equivalents) - {mutant.key for mutant in mutants})
+    for key in outcome.stale:
+        say(f"{EQUIVALENTS.name} lists for {module} what is no mutant: {key}. Take it out.")
     alone = _warm_up(module)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         if not _survives(_start(module, source, alone, Path(folder)), 600.0):
-            raise SystemExit(f"The tests of {module} fail as they are: pytest {' '.join(TESTS[module])}")
+            raise RuntimeError(f"The tests of {module} fail as they are: pytest {' '.join(TESTS[module])}")
         limit = 10.0 + 5 * (time.perf_counter() - began)
         waiting = [mutant for mutant in mutants if mutant.key not in equivalents]
         outcome.equivalents = len(mutants) - len(waiting)
+        finders: list[str] = []
         while waiting:
             together, waiting = waiting[:jobs], waiting[jobs:]
-            running = [(mutant, _start(module, mutant.source, alone, Path(folder))) for mutant in together]
+            running = [
+                (mutant, _start(module, mutant.source, alone, Path(folder), finders)) for mutant in together
+            ]
             for mutant, process in running:
                 if _survives(process, limit):
                     outcome.survivors.append(mutant)
-                else:
-                    outcome.killed += 1
+                    continue
+                outcome.killed += 1
+                if (note := _note(Path(folder) / str(process))).is_file():
+                    finders = [test := note.read_text(encoding="utf-8"), *(t for t in finders if t != test)]
     outcome.seconds = time.perf_counter() - start
     return outcome
 
@@ -190,17 +207,19 @@ def _warm_up(module: str) -> bool:
     """
     for alone in (True, False):
         reading, writing = os.pipe()
-        if (process := os.fork()) == 0:
-            status = _test(TESTS[module], alone, Path(tempfile.mkdtemp()))
-            _tell_imports(writing)
-            os._exit(status)
-        os.close(writing)
-        with os.fdopen(reading) as pipe:
-            names = pipe.read().split()
-        if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0:
+        with tempfile.TemporaryDirectory() as folder:
+            if (process := os.fork()) == 0:
+                status = _test(TESTS[module], alone, Path(folder) / "run")
+                _tell_imports(writing)
+                os._exit(status)
+            os.close(writing)
+            with os.fdopen(reading) as pipe:
+                names = pipe.read().split()
+            failed = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        if not failed:
             break
     else:
-        raise SystemExit(f"The tests of {module} fail as they are: pytest {' '.join(TESTS[module])}")
+        raise RuntimeError(f"The tests of {module} fail as they are: pytest {' '.join(TESTS[module])}")
     for name in names:
         with contextlib.suppress(Exception):  # some only their own package may import
             importlib.import_module(name)
@@ -215,7 +234,7 @@ def _tell_imports(writing: int) -> None:
         pipe.write("\n".join(names))
 
 
-def _start(module: str, source: str, alone: bool, folder: Path) -> int:
+def _start(module: str, source: str, alone: bool, folder: Path, first: Sequence[str] = ()) -> int:
     """Splits off a process whose exit status says whether the tests pass with this text as the module."""
     process = os.fork()
     if process == 0:
@@ -224,15 +243,15 @@ def _start(module: str, source: str, alone: bool, folder: Path) -> int:
         place = folder / str(os.getpid())
         status = 1
         try:
-            status = _test(TESTS[module], alone, place)
+            status = _test(TESTS[module], alone, place, first)
         finally:
             shutil.rmtree(place, ignore_errors=True)
             os._exit(status)
     return process
 
 
-def _test(tests: Sequence[str], alone: bool, folder: Path) -> int:
-    """Runs tests in this process, silently; the first that fails ends it."""
+def _test(tests: Sequence[str], alone: bool, folder: Path, first: Sequence[str] = ()) -> int:
+    """Runs tests in this process, silently, the named ones first; the first that fails ends it."""
     import hypothesis
     import pytest
     import torch
@@ -247,27 +266,39 @@ def _test(tests: Sequence[str], alone: bool, folder: Path) -> int:
     hypothesis.settings.load_profile("mutation")
     gc.disable()
     options = ["-q", "--tb=no", "--assert=plain", f"--basetemp={folder}", *["--noconftest"] * alone]
-    without = ("cacheprovider", "unraisableexception", "threadexception", "logging", "doctest", "junitxml")
+    without = ("cacheprovider", "unraisableexception", "threadexception", "doctest", "junitxml")
     options += [word for name in without for word in ("-p", f"no:{name}")]
     places = (str(ROOT / test) for test in tests)
-    return int(pytest.main([*options, *places], plugins=[_FirstFailure(folder)]))
+    return int(pytest.main([*options, *places], plugins=[_FirstFailure(folder, first)]))
 
 
 class _FirstFailure:
-    """Ends the process at the first test that fails: what follows changes nothing. Slow ones are last."""
+    """Ends the process at the first test that fails: what follows changes nothing.
 
-    def __init__(self, folder: Path) -> None:
+    First come the tests that found the last mutants, as a line's mutants are mostly found by the same test;
+    slow ones are last.
+    """
+
+    def __init__(self, folder: Path, first: Sequence[str]) -> None:
         self._folder = folder
+        self._ranks = {test: rank for rank, test in enumerate(first)}
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         """Is called by pytest with all tests."""
-        items.sort(key=lambda item: hasattr(item.obj, "hypothesis"))
+        last = len(self._ranks)
+        items.sort(key=lambda item: (self._ranks.get(item.nodeid, last), hasattr(item.obj, "hypothesis")))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Is called by pytest after each part of a test."""
         if report.failed:
+            _note(self._folder).write_text(report.nodeid, encoding="utf-8")
             shutil.rmtree(self._folder, ignore_errors=True)
             os._exit(1)
+
+
+def _note(folder: Path) -> Path:
+    """Returns where the process with this folder leaves the name of the test that failed."""
+    return folder.with_suffix(".failed")
 
 
 def _survives(process: int, limit: float) -> bool:
