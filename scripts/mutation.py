@@ -71,7 +71,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "hyperalign/rewards/clip.py": (REWARDS + "rewards_clip.py",),
     "train/randomness.py": (TRAIN + "randomness.py",),
     "train/trainer.py": (TRAIN + "trainer_step.py", TRAIN + "trainer_run.py", TRAIN + "trainer_processes.py"),
-    "train/processes.py": (TRAIN + "trainer_step.py", TRAIN + "trainer_processes.py"),
+    "train/processes.py": (TRAIN + "processes.py",),
     "train/objective.py": (TRAIN + "objective.py",),
     "train/noise.py": (TRAIN + "noise.py",),
     "train/relative_distance.py": (TRAIN + "relative_distance.py",),
