@@ -131,7 +131,7 @@ MAIN, OTHER = Process(True), Process(False)
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Returns what a measurement was asked for; it finds 0.75 and 0.25. Others receive 0.5 from the main one."""
+    """Returns what a measurement was asked for; it finds 0.75 and 0.25, and others receive 0.5 from the main."""
     asked: list[dict[str, Any]] = []
 
     def measure(_: Any, **options: Any) -> tuple[float, ...]:
