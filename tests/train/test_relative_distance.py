@@ -131,7 +131,7 @@ MAIN, OTHER = Process(True), Process(False)
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Returns what a measurement was asked for; it finds 0.75 and 0.25, and others receive 0.5 from the main."""
+    """Returns what a measurement is asked for; it finds 0.75 and 0.25, while the main process sends 0.5."""
     asked: list[dict[str, Any]] = []
 
     def measure(_: Any, **options: Any) -> tuple[float, ...]:
