@@ -175,7 +175,7 @@ def run(module: str, equivalents: dict[tuple[str, str, str], str], jobs: int) ->
     outcome.stale = sorted(set(equivalents) - {mutant.key for mutant in mutants})
     for key in outcome.stale:
         say(f"{EQUIVALENTS.name} lists for {module} what is no mutant: {key}. Take it out.")
-    alone = _warm_up(module)
+    alone, reached = _warm_up(module)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         if not _survives(_start(module, source, alone, Path(folder)), 600.0):
@@ -183,11 +183,15 @@ def run(module: str, equivalents: dict[tuple[str, str, str], str], jobs: int) ->
         limit = 10.0 + 5 * (time.perf_counter() - began)
         waiting = [mutant for mutant in mutants if mutant.key not in equivalents]
         outcome.equivalents = len(mutants) - len(waiting)
-        finders: list[str] = []
+        finders: list[str] = []  # the last one first
         while waiting:
             together, waiting = waiting[:jobs], waiting[jobs:]
             running = [
-                (mutant, _start(module, mutant.source, alone, Path(folder), finders)) for mutant in together
+                (
+                    mutant,
+                    _start(module, mutant.source, alone, Path(folder), _likely(mutant, reached, finders)),
+                )
+                for mutant in together
             ]
             for mutant, process in running:
                 if _survives(process, limit):
@@ -200,38 +204,46 @@ def run(module: str, equivalents: dict[tuple[str, str, str], str], jobs: int) ->
     return outcome
 
 
-def _warm_up(module: str) -> bool:
+def _likely(mutant: Mutant, reached: dict[str, list[str]], finders: list[str]) -> list[str]:
+    """Returns the tests that enter the mutant's function, those first that found other mutants last."""
+    entering = reached.get(mutant.function.split(".")[-1], [])
+    return [test for test in finders if test in entering or not entering] + entering
+
+
+def _warm_up(module: str) -> tuple[bool, dict[str, list[str]]]:
     """Imports here whatever of other projects the module's tests import, so that no mutant has to.
 
-    Returns whether they pass without any conftest.py, whose fixtures build whole models.
+    Returns whether they pass without any conftest.py, whose fixtures build whole models, and which of them
+    enter each function of the module, the quickest first.
     """
     for alone in (True, False):
         reading, writing = os.pipe()
         with tempfile.TemporaryDirectory() as folder:
             if (process := os.fork()) == 0:
-                status = _test(TESTS[module], alone, Path(folder) / "run")
-                _tell_imports(writing)
+                watch, place = _Watch(ROOT / module), Path(folder) / "run"
+                status = _test(TESTS[module], alone, place, _FirstFailure(place), watch)
+                with os.fdopen(writing, "w") as pipe:
+                    json.dump([_imported(), watch.reached()], pipe)
                 os._exit(status)
             os.close(writing)
             with os.fdopen(reading) as pipe:
-                names = pipe.read().split()
+                told = pipe.read()
             failed = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         if not failed:
             break
     else:
         raise RuntimeError(f"The tests of {module} fail as they are: pytest {' '.join(TESTS[module])}")
+    names, reached = json.loads(told)
     for name in names:
         with contextlib.suppress(Exception):  # some only their own package may import
             importlib.import_module(name)
     gc.freeze()
-    return alone
+    return alone, reached
 
 
-def _tell_imports(writing: int) -> None:
+def _imported() -> list[str]:
     origins = {name: str(getattr(found, "__file__", "") or "") for name, found in sys.modules.items()}
-    names = [name for name, origin in origins.items() if "site-packages" in origin or "lib/python" in origin]
-    with os.fdopen(writing, "w") as pipe:
-        pipe.write("\n".join(names))
+    return [name for name, origin in origins.items() if "site-packages" in origin or "lib/python" in origin]
 
 
 def _start(module: str, source: str, alone: bool, folder: Path, first: Sequence[str] = ()) -> int:
@@ -243,15 +255,15 @@ def _start(module: str, source: str, alone: bool, folder: Path, first: Sequence[
         place = folder / str(os.getpid())
         status = 1
         try:
-            status = _test(TESTS[module], alone, place, first)
+            status = _test(TESTS[module], alone, place, _FirstFailure(place, first))
         finally:
             shutil.rmtree(place, ignore_errors=True)
             os._exit(status)
     return process
 
 
-def _test(tests: Sequence[str], alone: bool, folder: Path, first: Sequence[str] = ()) -> int:
-    """Runs tests in this process, silently, the named ones first; the first that fails ends it."""
+def _test(tests: Sequence[str], alone: bool, folder: Path, *plugins: object) -> int:
+    """Runs tests in this process, silently; returns pytest's exit status."""
     import hypothesis
     import pytest
     import torch
@@ -269,19 +281,19 @@ def _test(tests: Sequence[str], alone: bool, folder: Path, first: Sequence[str] 
     without = ("cacheprovider", "unraisableexception", "threadexception", "doctest", "junitxml")
     options += [word for name in without for word in ("-p", f"no:{name}")]
     places = (str(ROOT / test) for test in tests)
-    return int(pytest.main([*options, *places], plugins=[_FirstFailure(folder, first)]))
+    return int(pytest.main([*options, *places], plugins=plugins))
 
 
 class _FirstFailure:
-    """Ends the process at the first test that fails: what follows changes nothing.
+    """Ends the process at the first test that fails: what follows changes nothing. Some tests come first.
 
-    First come the tests that found the last mutants, as a line's mutants are mostly found by the same test;
-    slow ones are last.
+    Those are the tests that found the last mutants, as a line's mutants are mostly found by the same test,
+    and then the others that enter the function; of the rest the slow ones are last.
     """
 
-    def __init__(self, folder: Path, first: Sequence[str]) -> None:
+    def __init__(self, folder: Path, first: Sequence[str] = ()) -> None:
         self._folder = folder
-        self._ranks = {test: rank for rank, test in enumerate(first)}
+        self._ranks = {test: rank for rank, test in enumerate(dict.fromkeys(first))}
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         """Is called by pytest with all tests."""
@@ -294,6 +306,39 @@ class _FirstFailure:
             _note(self._folder).write_text(report.nodeid, encoding="utf-8")
             shutil.rmtree(self._folder, ignore_errors=True)
             os._exit(1)
+
+
+class _Watch:
+    """Notes which functions of a file each test enters, and how long it takes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = str(path)
+        self._tests: dict[str, tuple[float, set[str]]] = {}
+        self._began = 0.0
+
+    def reached(self) -> dict[str, list[str]]:
+        """Returns the tests that enter each function, the quickest first."""
+        found: dict[str, list[str]] = {}
+        for test, (_, functions) in sorted(self._tests.items(), key=lambda item: item[1][0]):
+            for function in sorted(functions):
+                found.setdefault(function, []).append(test)
+        return found
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Is called by pytest before each test."""
+        functions = self._tests.setdefault(nodeid, (0.0, set()))[1]
+
+        def see(frame: Any, _event: str, _argument: Any) -> None:
+            if frame.f_code.co_filename == self._path:
+                functions.add(frame.f_code.co_name)
+
+        self._began = time.perf_counter()
+        sys.settrace(see)
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        """Is called by pytest after each test."""
+        sys.settrace(None)
+        self._tests[nodeid] = time.perf_counter() - self._began, self._tests[nodeid][1]
 
 
 def _note(folder: Path) -> Path:
