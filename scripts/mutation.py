@@ -65,7 +65,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "hyperalign/hosts/run_state.py": (UNIT + "run_state.py",),
     "hyperalign/hosts/features.py": (UNIT + "features.py",),
     "hyperalign/hosts/forwards.py": (UNIT + "forwards.py",),
-    "hyperalign/hosts/layers.py": (UNIT + "layers.py", UNIT + "layer_weights.py"),
+    "hyperalign/hosts/layers.py": (UNIT + "layer_weights.py",),
     "hyperalign/rewards/images.py": (REWARDS + "rewards_pixels.py",),
     "hyperalign/rewards/text.py": (REWARDS + "rewards_text.py",),
     "hyperalign/rewards/clip.py": (REWARDS + "rewards_clip.py",),
