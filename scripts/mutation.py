@@ -5,7 +5,8 @@ that has already imported torch, and that module's own tests run in it. Nothing 
 no test can tell from the original is listed, with a reason, in `tests/mutation_equivalents.toml`. Needs
 `pip install cosmic-ray` (the `mutation` extra). The figures go to `benchmarks/results/mutation.json`.
 
-Exit status 1: a module of which less than 90 % are found, or a listed equivalent that is no mutant any more.
+Exit status 1: a module of which less than 90 % are found or whose tests fail as they are, or a listed
+equivalent that is no mutant any more. Each is told, and the other modules are still counted.
 """
 
 from __future__ import annotations
@@ -80,6 +81,10 @@ TESTS: dict[str, tuple[str, ...]] = {
 """The fast tests that are each module's own."""
 
 
+class TestsFail(Exception):
+    """A module's tests fail without any fault put into it."""
+
+
 @dataclass(slots=True)
 class Outcome:
     """What became of a module's mutants."""
@@ -150,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         try:
             outcome = run(module, listed.get(module, {}), options.jobs)
-        except RuntimeError as failure:  # of this module's tests alone: the others can still be counted
+        except TestsFail as failure:  # the other modules can still be counted
             say(str(failure))
             wrong = True
             continue
@@ -179,20 +184,17 @@ def run(module: str, equivalents: dict[tuple[str, str, str], str], jobs: int) ->
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         if not _survives(_start(module, source, alone, Path(folder)), 600.0):
-            raise RuntimeError(f"The tests of {module} fail as they are: pytest {' '.join(TESTS[module])}")
+            raise TestsFail(f"The tests of {module} fail as they are: pytest {' '.join(TESTS[module])}")
         limit = 10.0 + 5 * (time.perf_counter() - began)
         waiting = [mutant for mutant in mutants if mutant.key not in equivalents]
         outcome.equivalents = len(mutants) - len(waiting)
         finders: list[str] = []  # the last one first
         while waiting:
             together, waiting = waiting[:jobs], waiting[jobs:]
-            running = [
-                (
-                    mutant,
-                    _start(module, mutant.source, alone, Path(folder), _likely(mutant, reached, finders)),
-                )
-                for mutant in together
-            ]
+            running: list[tuple[Mutant, int]] = []
+            for mutant in together:
+                first = _likely(mutant, reached, finders)
+                running.append((mutant, _start(module, mutant.source, alone, Path(folder), first)))
             for mutant, process in running:
                 if _survives(process, limit):
                     outcome.survivors.append(mutant)
@@ -232,7 +234,7 @@ def _warm_up(module: str) -> tuple[bool, dict[str, list[str]]]:
         if not failed:
             break
     else:
-        raise RuntimeError(f"The tests of {module} fail as they are: pytest {' '.join(TESTS[module])}")
+        raise TestsFail(f"The tests of {module} fail as they are: pytest {' '.join(TESTS[module])}")
     names, reached = json.loads(told)
     for name in names:
         with contextlib.suppress(Exception):  # some only their own package may import
