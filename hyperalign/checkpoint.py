@@ -99,12 +99,11 @@ def load(path: Path, operations: ModuleType | Any = nn) -> HyperAlign:
     header = read_header(path)
     with torch.device("meta"):  # wrong sizes in a header must not allocate memory
         network = HyperNetwork(header.network, header.targets, header.feature_channels, operations)
-    expected = {_file_name(key, header.targets): key for key in network.state_dict()}
+    wanted = network.state_dict()
+    expected = {_file_name(key, header.targets): key for key in wanted}
     with safe_open(str(path), framework="pt") as file:
         found = {name: tuple(cast("list[int]", file.get_slice(name).get_shape())) for name in file.keys()}
-        _check_shapes(
-            path, found, {name: tuple(network.state_dict()[key].shape) for name, key in expected.items()}
-        )
+        _check_shapes(path, found, {name: tuple(wanted[key].shape) for name, key in expected.items()})
         state = {key: cast(Tensor, file.get_tensor(name)).float() for name, key in expected.items()}
     _check_finite(path, state)
     network.load_state_dict(state, assign=True)

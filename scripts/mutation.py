@@ -5,7 +5,8 @@ that has already imported torch, and that module's own tests run in it. Nothing 
 no test can tell from the original is listed, with a reason, in `tests/mutation_equivalents.toml`. Needs
 `pip install cosmic-ray` (the `mutation` extra). The figures go to `benchmarks/results/mutation.json`.
 
-Exit status 1: a module of which less than 90 % are found, or a listed equivalent that is no mutant any more.
+Exit status 1: a module of which less than 90 % are found or whose tests fail as they are, or a listed
+equivalent that is no mutant any more. Each is told, and the other modules are still counted.
 """
 
 from __future__ import annotations
@@ -65,13 +66,13 @@ TESTS: dict[str, tuple[str, ...]] = {
     "hyperalign/hosts/run_state.py": (UNIT + "run_state.py",),
     "hyperalign/hosts/features.py": (UNIT + "features.py",),
     "hyperalign/hosts/forwards.py": (UNIT + "forwards.py",),
-    "hyperalign/hosts/layers.py": (UNIT + "layers.py", UNIT + "layer_weights.py"),
+    "hyperalign/hosts/layers.py": (UNIT + "layer_weights.py",),
     "hyperalign/rewards/images.py": (REWARDS + "rewards_pixels.py",),
     "hyperalign/rewards/text.py": (REWARDS + "rewards_text.py",),
     "hyperalign/rewards/clip.py": (REWARDS + "rewards_clip.py",),
     "train/randomness.py": (TRAIN + "randomness.py",),
     "train/trainer.py": (TRAIN + "trainer_step.py", TRAIN + "trainer_run.py", TRAIN + "trainer_processes.py"),
-    "train/processes.py": (TRAIN + "trainer_step.py", TRAIN + "trainer_processes.py"),
+    "train/processes.py": (TRAIN + "processes.py",),
     "train/objective.py": (TRAIN + "objective.py",),
     "train/noise.py": (TRAIN + "noise.py",),
     "train/relative_distance.py": (TRAIN + "relative_distance.py",),
@@ -80,11 +81,17 @@ TESTS: dict[str, tuple[str, ...]] = {
 """The fast tests that are each module's own."""
 
 
+class TestsFail(Exception):
+    """A module's tests fail without any fault put into it."""
+
+
 @dataclass(slots=True)
 class Outcome:
     """What became of a module's mutants."""
 
     survivors: list[Mutant] = field(default_factory=list[Mutant])
+    stale: list[tuple[str, str, str]] = field(default_factory=list[tuple[str, str, str]])
+    """What is listed as an equivalent and is no mutant."""
     killed: int = 0
     equivalents: int = 0
     seconds: float = 0.0
@@ -137,13 +144,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.path[:] = [place for place in sys.path if place != str(ROOT / "scripts")]
     listed = _equivalents()
     wrong = False
+    for unknown in sorted(set(listed) - set(TESTS)):
+        say(f"{EQUIVALENTS.name} lists mutants of {unknown}, of which no tests are known. Take them out.")
+        wrong = True
     for module in options.module or TESTS:
         missing = [test for test in TESTS[module] if not (ROOT / test).is_file()]
         if missing:
             say(f"{module}: there is no {missing[0]}")
             wrong = True
             continue
-        outcome = run(module, listed.get(module, {}), options.jobs)
+        try:
+            outcome = run(module, listed.get(module, {}), options.jobs)
+        except TestsFail as failure:  # the other modules can still be counted
+            say(str(failure))
+            wrong = True
+            continue
+        wrong = wrong or bool(outcome.stale)
         _record(module, outcome)
         figures = "  ".join(f"{name} {value}" for name, value in outcome.figures().items())
         say(f"{module}: {figures}")
@@ -161,61 +177,78 @@ def run(module: str, equivalents: dict[tuple[str, str, str], str], jobs: int) ->
     path, outcome, start = ROOT / module, Outcome(), time.perf_counter()
     source = path.read_text(encoding="utf-8")
     mutants = mutants_of(source)
-    for key in set(equivalents) - {mutant.key for mutant in mutants}:
-        raise SystemExit(f"{EQUIVALENTS.name} lists for {module} what is no mutant: {key}. Take it out.")
-    alone = _warm_up(module)
+    outcome.stale = sorted(set(equivalents) - {mutant.key for mutant in mutants})
+    for key in outcome.stale:
+        say(f"{EQUIVALENTS.name} lists for {module} what is no mutant: {key}. Take it out.")
+    alone, reached = _warm_up(module)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         if not _survives(_start(module, source, alone, Path(folder)), 600.0):
-            raise SystemExit(f"The tests of {module} fail as they are: pytest {' '.join(TESTS[module])}")
+            raise TestsFail(f"The tests of {module} fail as they are: pytest {' '.join(TESTS[module])}")
         limit = 10.0 + 5 * (time.perf_counter() - began)
         waiting = [mutant for mutant in mutants if mutant.key not in equivalents]
         outcome.equivalents = len(mutants) - len(waiting)
+        finders: list[str] = []  # the last one first
         while waiting:
             together, waiting = waiting[:jobs], waiting[jobs:]
-            running = [(mutant, _start(module, mutant.source, alone, Path(folder))) for mutant in together]
+            running: list[tuple[Mutant, int]] = []
+            for mutant in together:
+                first = _likely(mutant, reached, finders)
+                running.append((mutant, _start(module, mutant.source, alone, Path(folder), first)))
             for mutant, process in running:
                 if _survives(process, limit):
                     outcome.survivors.append(mutant)
-                else:
-                    outcome.killed += 1
+                    continue
+                outcome.killed += 1
+                if (note := _note(Path(folder) / str(process))).is_file():
+                    finders = [test := note.read_text(encoding="utf-8"), *(t for t in finders if t != test)]
     outcome.seconds = time.perf_counter() - start
     return outcome
 
 
-def _warm_up(module: str) -> bool:
+def _likely(mutant: Mutant, reached: dict[str, list[str]], finders: list[str]) -> list[str]:
+    """Returns the tests that enter the mutant's function, those first that found other mutants last."""
+    entering = reached.get(mutant.function.split(".")[-1], [])
+    return [test for test in finders if test in entering or not entering] + entering
+
+
+def _warm_up(module: str) -> tuple[bool, dict[str, list[str]]]:
     """Imports here whatever of other projects the module's tests import, so that no mutant has to.
 
-    Returns whether they pass without any conftest.py, whose fixtures build whole models.
+    Returns whether they pass without any conftest.py, whose fixtures build whole models, and which of them
+    enter each function of the module, the quickest first.
     """
     for alone in (True, False):
         reading, writing = os.pipe()
-        if (process := os.fork()) == 0:
-            status = _test(TESTS[module], alone, Path(tempfile.mkdtemp()))
-            _tell_imports(writing)
-            os._exit(status)
-        os.close(writing)
-        with os.fdopen(reading) as pipe:
-            names = pipe.read().split()
-        if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0:
+        with tempfile.TemporaryDirectory() as folder:
+            if (process := os.fork()) == 0:
+                watch, place = _Watch(ROOT / module), Path(folder) / "run"
+                status = _test(TESTS[module], alone, place, _FirstFailure(place), watch)
+                with os.fdopen(writing, "w") as pipe:
+                    json.dump([_imported(), watch.reached()], pipe)
+                os._exit(status)
+            os.close(writing)
+            with os.fdopen(reading) as pipe:
+                told = pipe.read()
+            failed = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        if not failed:
             break
     else:
-        raise SystemExit(f"The tests of {module} fail as they are: pytest {' '.join(TESTS[module])}")
+        raise TestsFail(f"The tests of {module} fail as they are: pytest {' '.join(TESTS[module])}")
+    names, reached = json.loads(told)
     for name in names:
         with contextlib.suppress(Exception):  # some only their own package may import
             importlib.import_module(name)
     gc.freeze()
-    return alone
+    return alone, reached
 
 
-def _tell_imports(writing: int) -> None:
+def _imported() -> list[str]:
     origins = {name: str(getattr(found, "__file__", "") or "") for name, found in sys.modules.items()}
-    names = [name for name, origin in origins.items() if "site-packages" in origin or "lib/python" in origin]
-    with os.fdopen(writing, "w") as pipe:
-        pipe.write("\n".join(names))
+    return [name for name, origin in origins.items() if "site-packages" in origin or "lib/python" in origin]
 
 
-def _start(module: str, source: str, alone: bool, folder: Path) -> int:
+def _start(module: str, source: str, alone: bool, folder: Path, first: Sequence[str] = ()) -> int:
     """Splits off a process whose exit status says whether the tests pass with this text as the module."""
     process = os.fork()
     if process == 0:
@@ -224,15 +257,15 @@ def _start(module: str, source: str, alone: bool, folder: Path) -> int:
         place = folder / str(os.getpid())
         status = 1
         try:
-            status = _test(TESTS[module], alone, place)
+            status = _test(TESTS[module], alone, place, _FirstFailure(place, first))
         finally:
             shutil.rmtree(place, ignore_errors=True)
             os._exit(status)
     return process
 
 
-def _test(tests: Sequence[str], alone: bool, folder: Path) -> int:
-    """Runs tests in this process, silently; the first that fails ends it."""
+def _test(tests: Sequence[str], alone: bool, folder: Path, *plugins: object) -> int:
+    """Runs tests in this process, silently; returns pytest's exit status."""
     import hypothesis
     import pytest
     import torch
@@ -247,27 +280,72 @@ def _test(tests: Sequence[str], alone: bool, folder: Path) -> int:
     hypothesis.settings.load_profile("mutation")
     gc.disable()
     options = ["-q", "--tb=no", "--assert=plain", f"--basetemp={folder}", *["--noconftest"] * alone]
-    without = ("cacheprovider", "unraisableexception", "threadexception", "logging", "doctest", "junitxml")
+    without = ("cacheprovider", "unraisableexception", "threadexception", "doctest", "junitxml")
     options += [word for name in without for word in ("-p", f"no:{name}")]
     places = (str(ROOT / test) for test in tests)
-    return int(pytest.main([*options, *places], plugins=[_FirstFailure(folder)]))
+    return int(pytest.main([*options, *places], plugins=plugins))
 
 
 class _FirstFailure:
-    """Ends the process at the first test that fails: what follows changes nothing. Slow ones are last."""
+    """Ends the process at the first test that fails: what follows changes nothing. Some tests come first.
 
-    def __init__(self, folder: Path) -> None:
+    Those are the tests that found the last mutants, as a line's mutants are mostly found by the same test,
+    and then the others that enter the function; of the rest the slow ones are last.
+    """
+
+    def __init__(self, folder: Path, first: Sequence[str] = ()) -> None:
         self._folder = folder
+        self._ranks = {test: rank for rank, test in enumerate(dict.fromkeys(first))}
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         """Is called by pytest with all tests."""
-        items.sort(key=lambda item: hasattr(item.obj, "hypothesis"))
+        last = len(self._ranks)
+        items.sort(key=lambda item: (self._ranks.get(item.nodeid, last), hasattr(item.obj, "hypothesis")))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Is called by pytest after each part of a test."""
         if report.failed:
+            _note(self._folder).write_text(report.nodeid, encoding="utf-8")
             shutil.rmtree(self._folder, ignore_errors=True)
             os._exit(1)
+
+
+class _Watch:
+    """Notes which functions of a file each test enters, and how long it takes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = str(path)
+        self._tests: dict[str, tuple[float, set[str]]] = {}
+        self._began = 0.0
+
+    def reached(self) -> dict[str, list[str]]:
+        """Returns the tests that enter each function, the quickest first."""
+        found: dict[str, list[str]] = {}
+        for test, (_, functions) in sorted(self._tests.items(), key=lambda item: item[1][0]):
+            for function in sorted(functions):
+                found.setdefault(function, []).append(test)
+        return found
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Is called by pytest before each test."""
+        functions = self._tests.setdefault(nodeid, (0.0, set()))[1]
+
+        def see(frame: Any, _event: str, _argument: Any) -> None:
+            if frame.f_code.co_filename == self._path:
+                functions.add(frame.f_code.co_name)
+
+        self._began = time.perf_counter()
+        sys.settrace(see)
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        """Is called by pytest after each test."""
+        sys.settrace(None)
+        self._tests[nodeid] = time.perf_counter() - self._began, self._tests[nodeid][1]
+
+
+def _note(folder: Path) -> Path:
+    """Returns where the process with this folder leaves the name of the test that failed."""
+    return folder.with_suffix(".failed")
 
 
 def _survives(process: int, limit: float) -> bool:

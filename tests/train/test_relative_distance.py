@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from hyperalign.schedule import Schedule, find_key_times
+from train import relative_distance
+from train.config import ModelConfig, ObjectiveConfig, TrainConfig
 from train.inputs import PromptList, RunInputs
 from train.noise import FlowSchedule
 from train.objective import Rewards
 from train.randomness import StepRandomness, normal
-from train.relative_distance import BATCH, base_key_times, curve_timesteps, distance_curve, measuring_batch
+from train.relative_distance import (
+    BATCH,
+    base_key_times,
+    curve_timesteps,
+    distance_curve,
+    measuring_batch,
+    weight_schedule,
+)
 from train.rollout import rollout
 
 
-class Counting(PromptList):
-    """Notes how many prompts are asked for."""
-
-    asked: list[int] = []  # noqa: RUF012
-
-    def sample(self, count: int, rng: Any) -> list[str]:
-        self.asked.append(count)
-        return PromptList.sample(self, count, rng)
-
-
 def inputs_of(base: Any) -> RunInputs:
-    prompts = Counting([f"prompt {number}" for number in range(60)])
-    prompts.asked.clear()
+    prompts = PromptList([f"prompt {number}" for number in range(60)])
     return RunInputs(base, base, prompts, None, Rewards({}, {}), lambda *_: {}, {})
 
 
@@ -101,16 +100,89 @@ def test_key_times_are_found_on_the_curve(small_base: Any) -> None:
     assert len(found) == 2
 
 
-def test_by_default_48_prompts_take_25_steps(small_base: Any) -> None:
-    timesteps: list[float] = []
+def test_by_default_48_prompts_take_25_steps_16_at_once(
+    small_base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
 
-    class Watching(type(small_base)):
-        def call(self, x_BCHW: Any, t_B: Any, conditions: Any) -> Any:
-            timesteps.append(float(t_B[0]))
-            return super().call(x_BCHW, t_B, conditions)
+    def curve(_: RunInputs, **options: Any) -> list[float]:
+        asked.append(options)
+        return [0.0] * 11 + [1.0] + [0.0] * 12
 
-    base = Watching(small_base.noise_schedule)
-    inputs = inputs_of(base)
-    base_key_times(inputs, count=1, guidance_scale=1.0)
-    assert inputs.prompts.asked == [48]
-    assert timesteps == 3 * base.noise_schedule.timesteps(25)
+    monkeypatch.setattr(relative_distance, "distance_curve", curve)
+    inputs = inputs_of(small_base)
+    found = base_key_times(inputs, count=1, guidance_scale=1.5)
+    assert asked == [{"prompts": 48, "steps": 25, "guidance_scale": 1.5, "batch": 16}]
+    assert found == find_key_times(curve(inputs), curve_timesteps(inputs, 25), 1)
+
+
+# When they are measured
+
+
+class Process:
+    """One process of a run, as an accelerator shows it."""
+
+    def __init__(self, is_main: bool) -> None:
+        self.is_main_process = is_main
+
+
+MAIN, OTHER = Process(True), Process(False)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Returns what a measurement is asked for; it finds 0.75 and 0.25, while the main process sends 0.5."""
+    asked: list[dict[str, Any]] = []
+
+    def measure(_: Any, **options: Any) -> tuple[float, ...]:
+        asked.append(options)
+        return 0.75, 0.25
+
+    monkeypatch.setattr(relative_distance, "base_key_times", measure)
+    monkeypatch.setattr(relative_distance, "broadcast_object_list", lambda found: [found[0] or (0.5,)])
+    monkeypatch.setattr(relative_distance, "uses_fsdp", lambda _: False)
+    return asked
+
+
+def schedule_of(
+    small_base: Any, process: Any, saved: Sequence[float] | None = None, **model: Any
+) -> Schedule:
+    config = TrainConfig(
+        model=ModelConfig(**model), objective=ObjectiveConfig(guidance_scale=2.5, micro_batch=3)
+    )
+    return weight_schedule(config, inputs_of(small_base), process, saved)
+
+
+@pytest.mark.parametrize("variant", ["S", "I"])
+def test_variants_without_key_times_measure_none(small_base: Any, asked: list[Any], variant: str) -> None:
+    assert schedule_of(small_base, MAIN, variant=variant) == Schedule(variant)
+    assert schedule_of(small_base, MAIN, [0.3], variant=variant) == Schedule(variant)
+    assert asked == []
+
+
+def test_key_times_of_the_recipe_or_of_a_checkpoint_are_not_measured(
+    small_base: Any, asked: list[Any]
+) -> None:
+    assert schedule_of(small_base, MAIN, [0.3], variant="P", key_times=(0.6,)) == Schedule("P", (0.6,))
+    assert schedule_of(small_base, MAIN, [0.3, 0.2], variant="P") == Schedule("P", (0.3, 0.2))
+    assert asked == []
+
+
+def test_the_main_process_measures_the_key_times_that_are_left_open(
+    small_base: Any, asked: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="hyperalign.train"):
+        found = schedule_of(small_base, MAIN, variant="P", key_count=4)
+    assert found == Schedule("P", (0.75, 0.25))
+    assert asked == [{"count": 4, "guidance_scale": 2.5, "batch": 3}]
+    assert caplog.messages == ["key times of the base model: 0.750, 0.250"]
+
+
+def test_another_process_receives_them_and_measures_only_with_a_sharded_backbone(
+    small_base: Any, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert schedule_of(small_base, OTHER, variant="P") == Schedule("P", (0.5,))
+    assert asked == []
+    monkeypatch.setattr(relative_distance, "uses_fsdp", lambda process: process is OTHER)
+    schedule_of(small_base, OTHER, variant="P")
+    assert len(asked) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -78,3 +79,24 @@ def test_an_input_of_another_precision_gets_the_change_in_the_output_s_precision
         add_delta_(y, x.to(kind), down, up)
         assert y.dtype == output
         torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("x_type", "y_type", "factor_type"),
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32, torch.bfloat16),
+    ],
+)
+def test_input_output_and_factors_may_have_other_precisions(
+    x_type: torch.dtype, y_type: torch.dtype, factor_type: torch.dtype
+) -> None:
+    # [1, 2] down to [1 + 4, 0 + 2] = [5, 2], up to [5 + 2, 10 - 2], added to [1, 1].
+    y = torch.ones(1, 1, 2, dtype=y_type)
+    x = torch.tensor([[[1.0, 2.0]]], dtype=x_type)
+    down = torch.tensor([[[1.0, 0.0], [2.0, 1.0]]], dtype=factor_type)
+    up = torch.tensor([[1.0, 2.0], [1.0, -1.0]], dtype=factor_type)
+    add_delta_(y, x, down, up)
+    assert y.dtype == y_type
+    assert y.tolist() == [[[8.0, 9.0]]]

@@ -220,6 +220,15 @@ def test_a_block_s_strength_is_the_mean_over_its_rows():
     assert lengths[[0, 2], 0].tolist() == pytest.approx([3, (66.25**0.5 + 17**0.5) / 2])
 
 
+def test_a_cosine_is_relative_to_both_lengths():
+    """From (2, 0) to a vector of length 3 at 60 degrees, and to its opposite: the product is 3 of 2 x 3."""
+    weights = torch.zeros(3, 1, len(TARGETS), 2)
+    weights[:, 0, 0] = torch.tensor([[2.0, 0.0], [1.5, 1.5 * 3**0.5], [-1.5, -1.5 * 3**0.5]])
+    trace = make(weights)
+    assert dynamics(trace, trace.tracks[0]).cosines[:, 0].tolist() == pytest.approx([1.0, 0.5, -0.5])
+    assert as_json(trace)["tracks"][0]["samples"] == 1
+
+
 def test_rows_of_several_shown_tracks_stand_side_by_side():
     trace = by_hand()
     (track,) = trace.tracks

@@ -36,11 +36,42 @@ def test_components_are_those_of_the_singular_vectors_with_the_greatest_coordina
     assert pca(points.half())[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("size", [0.1, 10.0])
+def test_the_greatest_coordinate_is_positive_whatever_the_sign_of_the_singular_vector(size: float) -> None:
+    for seed in range(20):
+        points = size * torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+        places, explained = pca(points)
+        parts = torch.linalg.svd(points - points.mean(0), full_matrices=False)
+        expected = parts.U[:, :2] * parts.S[:2]
+        expected *= torch.sign(expected[expected.abs().argmax(dim=0), torch.arange(2)])
+        torch.testing.assert_close(places, expected, atol=1e-4 * size, rtol=1e-3)
+        assert explained.tolist() == pytest.approx((parts.S[:2] ** 2 / (parts.S**2).sum()).tolist(), abs=1e-5)
+
+
+def test_points_on_a_line_have_one_component_and_equal_points_none() -> None:
+    for seed in range(10):
+        start, along, by = torch.randn(3, 6, generator=torch.Generator().manual_seed(seed))
+        places, explained = pca(start + by[:, None] * along)
+        assert explained.tolist() == pytest.approx([1.0, 0.0], abs=1e-5)
+        lengths = (by - by.mean()) * along.norm()
+        torch.testing.assert_close(places[:, 0].abs(), lengths.abs(), atol=1e-4, rtol=1e-4)
+        assert places[:, 1].abs().max() < 1e-2
+    places, explained = pca(torch.ones(3, 2))
+    assert places.tolist() == [[0.0, 0.0]] * 3 and explained.tolist() == [0.0, 0.0]
+
+
+def test_half_precision_is_centred_in_single_precision() -> None:
+    """The mean 1000 2/3 is no number in half precision."""
+    points = torch.tensor([[1000.0, 0.0], [1001.0, 0.0], [1001.0, 1.0]])
+    torch.testing.assert_close(pca(points.half()), pca(points))
+
+
 def test_the_spread_by_hand() -> None:
     """Mean (1, 1): squared distances 2 + 2 of squared lengths 8 + 0. Mean 1: 4 + 0 + 4 of 9 + 1 + 1."""
     points = torch.tensor([[2.0, 2.0], [0.0, 0.0]])
     assert relative_spread(points) == pytest.approx((4 / 8) ** 0.5)
     assert relative_spread(torch.tensor([[3.0], [1.0], [-1.0]])) == pytest.approx((8 / 11) ** 0.5)
+    assert relative_spread(points / 100) == pytest.approx((4 / 8) ** 0.5)
     assert relative_spread(torch.zeros(3, 2)) == 0.0
 
 
@@ -53,7 +84,7 @@ def test_two_points_are_too_few_and_three_are_enough() -> None:
 def test_rows_of_all_traces_lie_in_one_plane_in_order() -> None:
     torch.manual_seed(0)
     one, other = (traced(torch.randn(2, rows, 2, 3), (0, 2), (0, 0, 1)) for rows in (2, 1))
-    spread = spread_of([one, other])
+    spread = spread_of([one, dataclasses.replace(other, times=(0.9, 0.8, 0.7))])
     weights = torch.cat([trace.tracks[0].weights_GRMF.flatten(2) for trace in (one, other)], dim=1)
     assert (spread.evaluations, spread.times, spread.traces) == ((0, 2), (1.0, 0.8), (0, 0, 1))
     places, explained = pca(weights.flatten(0, 1))
@@ -74,7 +105,7 @@ def test_the_conditional_rows_of_all_regions_are_shown() -> None:
 @pytest.mark.parametrize(
     ("written", "steps", "shown"),
     [(4, 6, (0, 1, 2, 3)), (6, 6, (0, 1, 2, 3, 4, 5)), (7, 6, (0, 1, 2, 4, 5, 6)), (11, 3, (0, 5, 10)),
-     (9, 2, (0, 8)), (9, STEPS, (0, 2, 3, 5, 6, 8))],
+     (9, 2, (0, 8)), (1, 1, (0,)), (9, STEPS, (0, 2, 3, 5, 6, 8))],
 )  # fmt: skip
 def test_at_most_six_steps_are_shown_evenly_with_both_ends(written: int, steps: int, shown) -> None:
     assert STEPS == 6
