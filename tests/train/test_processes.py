@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperalign.errors import HyperAlignError
-from train.processes import any_process, average_gradients, gradient_norm, mean_metrics
+from train.processes import any_process, average_gradients, gradient_of, mean_metrics
 
 
 class WithAnother:
@@ -74,9 +74,10 @@ def test_a_lone_process_s_missing_gradient_becomes_zero_and_the_others_stay() ->
     assert [p.grad is not None and p.grad.flatten().tolist() for p in here] == [[1.0, 2.0], [0.0, 0.0]]
 
 
-def test_the_gradients_norm_is_over_those_that_are_there() -> None:
-    assert gradient_norm(parameters([1.0, 2.0], None, [2.0, 4.0])) == pytest.approx(5.0)
-    assert gradient_norm(parameters(None)) == 0.0
+def test_the_gradient_is_one_vector_with_zeros_where_there_is_none() -> None:
+    found = gradient_of(parameters([1.0, 2.0], None, [2.0, 4.0]))
+    assert found.tolist() == [1.0, 2.0, *[0.0] * (len(found) - 4), 2.0, 4.0]
+    assert not gradient_of(parameters(None)).any()
 
 
 def test_a_reduction_that_is_no_tensor_is_refused() -> None:
