@@ -78,8 +78,9 @@ class AdaptedLayers:
         """
         self._network = network
         self._layers = _layers(network, places)
-        self._constant = range(len(self._layers), len(self._layers) + len(constant or {}))
-        self._layers += [_Layer(path, (), (), None, shape) for path, shape in (constant or {}).items()]
+        self._adapted = len(self._layers)
+        self._constant = [_Layer(path, (), (), None, shape) for path, shape in (constant or {}).items()]
+        self._layers += self._constant
         self._adaptations = [_Adaptation(layer.rows) for layer in self._layers]
         self._by_inputs = _by_width([target.in_features for target in network.targets])
         self._by_outputs = _by_width([target.out_features for target in network.targets])
@@ -122,13 +123,14 @@ class AdaptedLayers:
             up_MDO = up_matrix(b_aux_MOD, strength).to(dtype)
             for position, index in enumerate(group):
                 ups[index] = up_MDO[position]
-        adapted = tuple(_fused(layer, downs, ups) for layer in self._layers[: self._constant.start])
-        return adapted + self._zeros(len(cores_BMDA), dtype, device)
+        adapted = tuple(_fused(layer, downs, ups) for layer in self._layers[: self._adapted])
+        return adapted + self._zeros(len(cores_BMDA), dtype, device) if self._constant else adapted
 
     def give_constant(self, samples: int, dtype: torch.dtype, device: torch.device) -> None:
         """Gives the layers that are not adapted their zeros: they may run before weights are generated."""
-        for index, zeros in zip(self._constant, self._zeros(samples, dtype, device), strict=True):
-            self._adaptations[index].down_BID, self._adaptations[index].up_DO = zeros.down_BID, zeros.up_DO
+        adaptations = self._adaptations[self._adapted :]
+        for adaptation, zeros in zip(adaptations, self._zeros(samples, dtype, device), strict=True):
+            adaptation.down_BID, adaptation.up_DO = zeros.down_BID, zeros.up_DO
 
     def _zeros(self, samples: int, dtype: torch.dtype, device: torch.device) -> tuple[LowRank, ...]:
         """Returns weights of zero, with the strides of those that are folded: torch.compile guards them."""
@@ -141,7 +143,7 @@ class AdaptedLayers:
                         torch.zeros(samples, width, inputs, dtype=dtype, device=device).transpose(-1, -2),
                         torch.zeros(outputs, width, dtype=dtype, device=device).transpose(-1, -2),
                     )
-                    for inputs, outputs in (self._layers[index].shape for index in self._constant)
+                    for inputs, outputs in (layer.shape for layer in self._constant)
                 )
             }
         return self._kept_zeros[key]

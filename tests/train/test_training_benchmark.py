@@ -37,7 +37,7 @@ SMALL = Options(
 )  # fmt: skip
 
 
-def small_decoder(base: BaseName) -> nn.Module:
+def small_decoder(base: BaseName, _size: ModelSize | None = None) -> nn.Module:
     true: Any = autoencoder(base)
     return AutoencoderKL.from_config({**true.config, "block_out_channels": (32, 32, 64, 64)})
 
