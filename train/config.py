@@ -16,6 +16,7 @@ BaseName = Literal["tiny", "sd15", "sdxl", "flux", "sd3"]
 State = Literal["rollout", "noised", "mixed"]
 GradientCheckpointing = Literal["all", "decoder", "none"]
 TimestepSampling = Literal["uniform", "logit_normal"]
+AttentionKernel = Literal["flash", "efficient", "cudnn", "math"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +193,9 @@ class RunConfig:
     """Besides log.jsonl: tensorboard, wandb (installed and logged in by you)."""
     threads: int = 0
     """CPU threads; 0 leaves it to PyTorch."""
+    attention_kernels: tuple[AttentionKernel, ...] = ("flash", "efficient", "math")
+    """What computes attention on a GPU: the first of them that takes the shapes. The backward pass of cudnn
+    breaks off FLUX.1's training on an H100."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +223,7 @@ class TrainConfig:
             self.data.scenes >= self.objective.preference_batch,
             "data.scenes", self.data.scenes, "objective.preference_batch or more",
         )  # fmt: skip
+        _require(bool(run.attention_kernels), "run.attention_kernels", run.attention_kernels, "one or more")
         _require(run.checkpoint_every >= 1, "run.checkpoint_every", run.checkpoint_every, "1 or more")
         _require(run.keep_checkpoints >= 1, "run.keep_checkpoints", run.keep_checkpoints, "1 or more")
         _require(

@@ -51,8 +51,13 @@ def sample(
     strength: float = 1.0,
     bf16: bool = False,
     batch: int = BATCH,
+    indices: Sequence[int] | None = None,
 ) -> SampledImages:
-    """Samples every prompt at every seed; `hyperalign` None samples the base model."""
+    """Samples every prompt at every seed; `hyperalign` None samples the base model.
+
+    `indices` are the prompts' places in the whole list, which decide their noise; None for a whole list.
+    """
+    indices = range(len(prompts)) if indices is None else indices
     jobs = [(index, seed) for index in range(len(prompts)) for seed in seeds]
     adapter = Adapter(base.backbone, hyperalign) if hyperalign else None
     schedule = hyperalign.header.schedule if hyperalign else Schedule("I")
@@ -62,7 +67,8 @@ def sample(
     for first in range(0, len(jobs), batch):
         chunk = jobs[first : first + batch]
         cond, uncond = cfg_conditions(base, encoder, [prompts[index] for index, _ in chunk], guidance_scale)
-        noise = torch.stack([initial_noise(*job, base.latent_shape) for job in chunk]).to(base.device)
+        noises = [initial_noise(indices[index], seed, base.latent_shape) for index, seed in chunk]
+        noise = torch.stack(noises).to(base.device)
         with torch.autocast(base.device.type, torch.bfloat16, enabled=bf16):
             trajectory = rollout(
                 base, adapter, schedule, cond, uncond, noise,

@@ -33,6 +33,7 @@ from train.inputs import RunInputs
 from train.log import Metrics, TimeLeft, TrainingLog, flat
 from train.models.base import cfg_conditions, with_guidance
 from train.models.fsdp import uses_fsdp
+from train.models.kernels import attention_kernels
 from train.objective import States, noised_states, preference_loss, reward_loss, rollout_states
 from train.processes import any_process, average_gradients, gradient_of, mean_metrics
 from train.randomness import StepRandomness, normal, sample_u
@@ -117,7 +118,8 @@ class Trainer:
             group["lr"] = self.config.optim.learning_rate(self.step)
         self._images_read = 0
         self.optimiser.zero_grad()
-        metrics: Metrics = {"step": self.step} | self._passes() | self._apply_gradient()
+        with attention_kernels(self.config.run.attention_kernels, self.device):
+            metrics: Metrics = {"step": self.step} | self._passes() | self._apply_gradient()
         seconds = time.monotonic() - started
         return metrics | {"seconds": seconds} | self._speed(seconds)
 
@@ -349,7 +351,8 @@ class Trainer:
 
     def _validate(self) -> Metrics:
         grid = self.config.run.out / "grids" / f"{self.step:05d}.png"
-        metrics = self.inputs.validate(self.averaged(), grid)
+        with attention_kernels(self.config.run.attention_kernels, self.device):
+            metrics = self.inputs.validate(self.averaged(), grid)
         self._validated = flat(metrics)
         return {"validation": metrics}
 

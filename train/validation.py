@@ -51,12 +51,13 @@ def reward_validation(
     Each process takes its share of the prompts, as many as the others.
     """
     processes = accelerator.num_processes
-    own = list(prompts)[accelerator.process_index :: processes][: max(1, len(prompts) // processes)]
+    own = range(accelerator.process_index, len(prompts), processes)[: max(1, len(prompts) // processes)]
 
     def validate(hyperalign: HyperAlign, grid: Path) -> Metrics:
         batch = config.objective.micro_batch or config.objective.prompt_batch
         images = sample(
-            base, encoder, hyperalign, own, seeds=VALIDATION_SEEDS, steps=config.validation.steps,
+            base, encoder, hyperalign, [prompts[index] for index in own], indices=own,
+            seeds=VALIDATION_SEEDS, steps=config.validation.steps,
             guidance_scale=config.objective.guidance_scale, batch=batch,
         )  # fmt: skip
         scores = mean_scores(images, rewards, base.device)

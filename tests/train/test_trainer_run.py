@@ -373,3 +373,12 @@ def test_a_validation_scores_an_image_that_is_not_finite_as_grey(small_run: Runs
     assert found.not_finite == 0.25
     assert bool((found.images[0, 0] == 0.5).all())
     assert bool(found.images.isfinite().all())
+
+
+def test_a_prompts_noise_is_that_of_its_place_in_the_whole_list(make_base: Any) -> None:
+    base, prompts = make_base(everywhere=False), ["a", "b", "c", "d"]
+    given: dict[str, Any] = {"seeds": (0, 1), "steps": 2, "guidance_scale": 2.0, "batch": 2}
+    whole = sample(base, base, None, prompts, **given)
+    part = sample(base, base, None, prompts[1::2], indices=range(1, 4, 2), **given)
+    torch.testing.assert_close(part.images, whole.images[1::2], atol=1e-5, rtol=1e-5)
+    assert (whole.images[1] - whole.images[0]).abs().max() > 1e-2

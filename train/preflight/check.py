@@ -13,6 +13,7 @@ from train.config import TrainConfig
 from train.inputs import reward_names, training_prompts, validation_prompts
 from train.models.load import backbone_dtype
 from train.models.text_encoders import text_lengths
+from train.preflight.attention import try_attention
 from train.preflight.costs import matrix_rate
 from train.preflight.estimate import (
     ASSUMED_SHARE,
@@ -72,6 +73,10 @@ def check(config: TrainConfig) -> str:
     if costs is not None:
         device = present_device()
         rate = matrix_rate(device.device, backbone_dtype(config), repeats=3)
+        if device.device.type == "cuda":
+            lines.append(problems.run(lambda: try_attention(config, device.device)) or "attention: fails")
+        else:
+            lines.append(f"attention on a GPU: {', '.join(config.run.attention_kernels)}, in this order")
         lines = [*sizes(config, costs), *lines, *estimates(config, costs, device, rate)]
     if problems.found:
         listed = "\n".join(f"{number}. {text}" for number, text in enumerate(problems.found, 1))
