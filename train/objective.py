@@ -43,8 +43,8 @@ class States:
     uncond: Conditions | None
     """The empty prompt for each sample; None where the guidance is an input of the model."""
     prompts: list[str]
-    generates: bool
-    """Whether all weights are generated from the samples themselves: (x_gen, t_gen) is (x, t)."""
+    generates: list[bool]
+    """Which samples their own weights are generated from: (x_gen, t_gen) is (x, t)."""
 
     def __len__(self) -> int:
         """Returns the number of samples."""
@@ -55,7 +55,7 @@ class States:
         uncond = None if self.uncond is None else take(self.uncond, part)
         return States(
             self.x[part], self.t_B[part], self.x_gen[part], self.t_gen_B[part],
-            take(self.cond, part), uncond, self.prompts[part], self.generates,
+            take(self.cond, part), uncond, self.prompts[part], self.generates[part],
         )  # fmt: skip
 
     def twice(self) -> States:
@@ -67,7 +67,7 @@ class States:
         uncond = None if self.uncond is None else repeat(self.uncond, 2)
         return States(
             doubled(self.x), doubled(self.t_B), doubled(self.x_gen), doubled(self.t_gen_B),
-            repeat(self.cond, 2), uncond, self.prompts * 2, self.generates,
+            repeat(self.cond, 2), uncond, self.prompts * 2, self.generates * 2,
         )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def rollout_states(
     x_gen, t_gen_B = stacked(generators)
     count = len(picks)
     none = None if uncond is None else repeat(uncond, count)
-    generates = generators == list(picks)
+    generates = [g == i for g, i in zip(generators, picks, strict=True) for _ in prompts]
     return States(x, t_B, x_gen, t_gen_B, repeat(cond, count), none, prompts * count, generates)
 
 
@@ -110,18 +110,18 @@ def noised_states(
     """
     x_t = base.noise_schedule.add_noise(x0, eps, t_B)
     if schedule.variant == "S":
-        return States(x_t, t_B, x_t, t_B, cond, uncond, prompts, generates=True)
+        return States(x_t, t_B, x_t, t_B, cond, uncond, prompts, [True] * len(prompts))
     last = base.noise_schedule.last_timestep
     timesteps = [last * schedule.generation_time(t / last) for t in t_B.tolist()]
     t_gen_B = base.noise_schedule.nearest(torch.tensor(timesteps, device=t_B.device) / last).to(t_B)
     x_gen = base.noise_schedule.add_noise(x0, eps, t_gen_B)
-    return States(x_t, t_B, x_gen, t_gen_B, cond, uncond, prompts, generates=False)
+    return States(x_t, t_B, x_gen, t_gen_B, cond, uncond, prompts, [False] * len(prompts))
 
 
 def adapted_prediction(adapter: Adapter, base: Base, states: States, conditions: Conditions) -> Tensor:
     """Returns the output at (x, t) with weights generated at (x_gen, t_gen), with gradient to the network."""
     call = base.call(states.x, states.t_B, conditions)
-    if states.generates:
+    if all(states.generates):
         return base.prediction(adapter.generate_and_forward(call)[0], states.x)
     cores = adapter.network(adapter.perceive(base.call(states.x_gen, states.t_gen_B, conditions)))
     return base.prediction(adapter.forward(call, cores), states.x)

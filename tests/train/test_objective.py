@@ -83,8 +83,21 @@ def numbered_states() -> States:
     samples = torch.tensor([0.0, 1.0, 2.0])
     cond, uncond = {"context": samples + 40}, {"context": samples + 50}
     return States(
-        samples, samples + 10, samples + 20, samples + 30, cond, uncond, ["zero", "one", "two"], False
+        samples,
+        samples + 10,
+        samples + 20,
+        samples + 30,
+        cond,
+        uncond,
+        ["zero", "one", "two"],
+        [True, False, True],
     )
+
+
+def test_which_samples_generate_their_own_weights_follows_the_samples() -> None:
+    states = numbered_states()
+    assert states[slice(1, 3)].generates == [False, True]
+    assert states.twice().generates == [True, False, True] * 2
 
 
 def numbers(states: States) -> list[list[float]]:
@@ -169,7 +182,7 @@ def test_s_generates_from_the_samples_themselves_however_timesteps_are_rounded(
     small_base: Any, normal: Any
 ) -> None:
     states = some_states(small_base, normal, t_B=torch.tensor([20.0, 400.00003, 899.99994]))
-    assert states.generates
+    assert all(states.generates)
     assert states.x_gen is states.x
     assert states.t_gen_B is states.t_B
 
