@@ -90,15 +90,15 @@ def guidance_size(cond_BCHW: Tensor, uncond_BCHW: Tensor, cfg: float) -> Tensor:
 
 def _direction(scores_B: Tensor, leaf_BCHW: Tensor) -> Tensor:
     """Returns d scores / d leaf with an rms of 1 for each sample. Raises HyperAlignError."""
-    total = scores_B.sum() * GRADIENT_SCALE
-    if not total.requires_grad:
+    loss = -scores_B.sum() * GRADIENT_SCALE
+    if not loss.requires_grad:
         raise HyperAlignError("The reward has no gradient to the image. Choose another reward.")
-    (gradient_BCHW,) = torch.autograd.grad(total, leaf_BCHW)
+    (gradient_BCHW,) = torch.autograd.grad(loss, leaf_BCHW)
     if not bool(torch.isfinite(gradient_BCHW).all()):
         raise HyperAlignError(
             "The reward's gradient is NaN or infinite. Lower the strength, or start later in the run."
         )
-    return gradient_BCHW / _rms(gradient_BCHW).clamp_min(1e-12)
+    return -gradient_BCHW / _rms(gradient_BCHW).clamp_min(1e-12)
 
 
 def _rms(x_BCHW: Tensor) -> Tensor:

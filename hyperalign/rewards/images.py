@@ -48,7 +48,7 @@ def network_pixels(images_BCHW: Tensor, network: nn.Module, preprocess: Preproce
     """Returns the input of a network for images, on its device and in its precision."""
     weight = encoder_weight(network)
     images_BCHW = images_BCHW.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-    return preprocess(clamp_straight_through(rgb(images_BCHW))).to(weight.dtype)
+    return preprocess(clamp_for_descent(rgb(images_BCHW))).to(weight.dtype)
 
 
 def rgb(images_BCHW: Tensor) -> Tensor:
@@ -57,25 +57,33 @@ def rgb(images_BCHW: Tensor) -> Tensor:
         case 1:
             return images_BCHW.expand(-1, 3, -1, -1)
         case 4:
-            color_BCHW, alpha_B1HW = clamp_straight_through(images_BCHW).split([3, 1], dim=1)
+            color_BCHW, alpha_B1HW = clamp_for_descent(images_BCHW).split([3, 1], dim=1)
             return alpha_B1HW * color_BCHW + (1.0 - alpha_B1HW)
         case _:
             return images_BCHW
 
 
-class _ClampStraightThrough(torch.autograd.Function):
+class _ClampForDescent(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
         return x.clamp(0.0, 1.0)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        return grad_outputs[0]
+        (x,), (gradient,) = ctx.saved_tensors, grad_outputs
+        leads_back = gradient * (x - x.clamp(0.0, 1.0)) >= 0.0
+        return torch.where(leads_back, gradient, 0.0)
 
 
-def clamp_straight_through(x: Tensor) -> Tensor:
-    """Returns x clamped to [0, 1], with the gradient of the identity, also for saturated pixels."""
-    return _ClampStraightThrough.apply(x)
+def clamp_for_descent(x: Tensor) -> Tensor:
+    """Returns x clamped to [0, 1]; outside, only a gradient whose descent leads back has an effect.
+
+    The derivative of a clamp is 0 outside, where a saturated pixel would never come back; that of the
+    identity would push it further out for nothing. So what is differentiated must be a loss, to be minimised:
+    of a score, its negative.
+    """
+    return _ClampForDescent.apply(x)
 
 
 def crop_to_square(images_BCHW: Tensor, side: int) -> Tensor:
@@ -87,7 +95,7 @@ def crop_to_square(images_BCHW: Tensor, side: int) -> Tensor:
     shortest = min(height, width)
     size = (int(side * height / shortest), int(side * width / shortest))
     corner = (round((size[0] - side) / 2), round((size[1] - side) / 2))
-    return clamp_straight_through(resize_window(images_BCHW, size, corner, (side, side)))
+    return clamp_for_descent(resize_window(images_BCHW, size, corner, (side, side)))
 
 
 def pad_to_square(images_BCHW: Tensor, side: int) -> Tensor:
@@ -107,7 +115,7 @@ def pad_to_square(images_BCHW: Tensor, side: int) -> Tensor:
 def stretch_to_square(images_BCHW: Tensor, side: int) -> Tensor:
     """Returns images (B, C, side, side), each axis scaled separately: SigLIP's preprocessing."""
     size = (side, side)
-    return clamp_straight_through(resize_window(images_BCHW, size, (0, 0), size))
+    return clamp_for_descent(resize_window(images_BCHW, size, (0, 0), size))
 
 
 def normalise(images_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

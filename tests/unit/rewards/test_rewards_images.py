@@ -86,13 +86,23 @@ def test_a_square_image_is_padded_nowhere_and_a_wide_one_above_and_below() -> No
     assert bool((wide[..., 8:24, :] > 0.99).all())
 
 
-def test_the_clamp_keeps_the_gradient_of_what_it_cuts() -> None:
-    x = torch.tensor([-3.0, 0.5, 7.0], requires_grad=True)
-    clamped = P.clamp_straight_through(x)
-    clamped.backward(torch.tensor([1.0, 2.0, 3.0]))
-    assert clamped.tolist() == [0.0, 0.5, 1.0]
+def test_descent_through_the_clamp_moves_a_pixel_back_and_never_further_out() -> None:
+    x = torch.tensor([-3.0, -3.0, 0.5, 0.5, 7.0, 7.0, 0.0, 1.0], requires_grad=True)
+    clamped = P.clamp_for_descent(x)
+    clamped.backward(torch.tensor([-1.0, 2.0, -3.0, 4.0, 5.0, -6.0, 7.0, -8.0]))
+    assert clamped.tolist() == [0.0, 0.0, 0.5, 0.5, 1.0, 1.0, 0.0, 1.0]
     assert x.grad is not None
-    assert x.grad.tolist() == [1.0, 2.0, 3.0]
+    assert x.grad.tolist() == [-1.0, 0.0, -3.0, 4.0, 5.0, 0.0, 7.0, -8.0]
+
+
+@given(st.lists(st.floats(-4.0, 4.0), min_size=1, max_size=9), st.floats(0.2, 0.8))
+def test_descent_brings_saturated_pixels_to_any_wanted_grey(values: list[float], wanted: float) -> None:
+    """With the clamp's own derivative they would stay where they are."""
+    x = torch.tensor(values, requires_grad=True)
+    for _ in range(60):
+        (gradient,) = torch.autograd.grad((P.clamp_for_descent(x) - wanted).square().sum(), x)
+        x = (x - 0.25 * gradient).detach().requires_grad_()
+    assert torch.allclose(x, torch.full_like(x, wanted), atol=1e-3)
 
 
 def test_grey_is_repeated_and_color_stays_as_it_is() -> None:
@@ -121,7 +131,8 @@ def test_what_left_zero_to_one_lies_on_white_as_if_it_had_been_saved() -> None:
     assert P.rgb(layers).flatten().tolist() == [1.0, 0.5, 0.625]
     P.rgb(layers).sum().backward()
     assert layers.grad is not None
-    assert layers.grad.flatten().tolist() == [0.5, 0.5, 0.5, (1 + 0 + 0.25) - 3]
+    # Descent would make the second colour, below 0, still smaller: it has no gradient.
+    assert layers.grad.flatten().tolist() == [0.5, 0.0, 0.5, (1 + 0 + 0.25) - 3]
 
 
 @pytest.mark.parametrize(

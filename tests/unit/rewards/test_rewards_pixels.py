@@ -167,10 +167,10 @@ def test_colours_are_left_alone_and_transparency_lies_on_white() -> None:
     assert P.rgb(clear).flatten().tolist() == pytest.approx([0.8, 0.85, 1.0])
 
 
-def test_what_is_clamped_has_the_gradient_of_what_is_not() -> None:
-    x = torch.tensor([-2.0, 0.25, 3.0], requires_grad=True)
-    found = P.clamp_straight_through(x)
-    found.backward(torch.tensor([1.0, -2.0, 4.0]))
-    assert found.tolist() == [0.0, 0.25, 1.0]
+def test_what_is_clamped_has_the_gradient_that_leads_back() -> None:
+    x = torch.tensor([-2.0, -2.0, 0.25, 3.0, 3.0], requires_grad=True)
+    found = P.clamp_for_descent(x)
+    found.backward(torch.tensor([1.0, -1.0, -2.0, 4.0, -4.0]))
+    assert found.tolist() == [0.0, 0.0, 0.25, 1.0, 1.0]
     assert x.grad is not None
-    assert x.grad.tolist() == [1.0, -2.0, 4.0]
+    assert x.grad.tolist() == [0.0, -1.0, -2.0, 4.0, 0.0]
