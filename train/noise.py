@@ -13,7 +13,7 @@ is their fraction, 1 at pure noise and 0 at the image.
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from hyperalign.families.unet import LAST_TIMESTEP
 
 TRAIN_STEPS = 1000
+Fraction = TypeVar("Fraction", float, Tensor)
 
 
 def trailing_timesteps(steps: int, train_steps: int = TRAIN_STEPS) -> list[int]:
@@ -34,7 +35,7 @@ def alphas_cumprod(train_steps: int = TRAIN_STEPS, start: float = 0.00085, end: 
     return (1.0 - betas).cumprod(0).float()
 
 
-def shifted(u: float, shift: float) -> float:
+def shifted(u: Fraction, shift: float) -> Fraction:
     """Returns a flow's u moved towards the noise (Esser et al. 2024, eq 23): s u / (1 + (s - 1) u)."""
     return shift * u / (1.0 + (shift - 1.0) * u)
 
@@ -60,6 +61,14 @@ class NoiseSchedule(Protocol):
         """Returns the timesteps nearest to fractions u in [0, 1]."""
         ...
 
+    def at_position(self, position_B: Tensor) -> Tensor:
+        """Returns the timesteps at positions of a run in [0, 1], 1 at its start.
+
+        The sampler's steps are evenly spread over positions, so training at even positions sees what
+        sampling sees.
+        """
+        ...
+
     def add_noise(self, x0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
         """Returns x_t = alpha(t) x0 + sigma(t) eps."""
         ...
@@ -70,6 +79,10 @@ class NoiseSchedule(Protocol):
 
     def target(self, x0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
         """Returns what the model's output should be."""
+        ...
+
+    def signal(self, t_B: Tensor) -> Tensor:
+        """Returns the image's share (B,) of the latents' variance: alpha^2 / (alpha^2 + sigma^2)."""
         ...
 
     def loss_weight(self, t_B: Tensor, snr_gamma: float) -> Tensor:
@@ -97,6 +110,10 @@ class DiffusionSchedule:
         """Returns whole timesteps."""
         return (u_B * self.last_timestep).round()
 
+    def at_position(self, position_B: Tensor) -> Tensor:
+        """Returns whole timesteps: positions are fractions u."""
+        return self.nearest(position_B)
+
     def add_noise(self, x0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
         """Returns x_t = sqrt(abar) x0 + sqrt(1 - abar) eps."""
         abar = self._abar(t_B, x0)
@@ -123,12 +140,16 @@ class DiffusionSchedule:
         abar = self._abar(t_B, x0)
         return abar.sqrt() * eps - (1.0 - abar).sqrt() * x0
 
+    def signal(self, t_B: Tensor) -> Tensor:
+        """Returns abar, as alpha^2 + sigma^2 = 1."""
+        return self._alpha_bar.to(t_B.device)[t_B.long()]
+
     def loss_weight(self, t_B: Tensor, snr_gamma: float) -> Tensor:
         """Returns min-SNR-gamma weights (Hang et al. 2023, arXiv 2303.09556).
 
         They are min(snr, gamma) / snr, or min(snr, gamma) / (snr + 1) for v, with snr = abar / (1 - abar).
         """
-        abar = self._alpha_bar.to(t_B.device)[t_B.long()]
+        abar = self.signal(t_B)
         snr = abar / (1.0 - abar)
         if self.prediction == "epsilon":
             return snr.clamp(max=snr_gamma) / snr
@@ -154,6 +175,10 @@ class FlowSchedule:
         """Returns u in the model's unit."""
         return u_B * self.last_timestep
 
+    def at_position(self, position_B: Tensor) -> Tensor:
+        """Returns positions shifted towards the noise, as the sampler's steps are."""
+        return self.last_timestep * shifted(position_B, self.shift)
+
     def add_noise(self, x0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
         """Returns x_t = (1 - u) x0 + u eps."""
         u = self._u(t_B, x0)
@@ -167,6 +192,11 @@ class FlowSchedule:
     def target(self, x0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
         """Returns the velocity v = eps - x0."""
         return eps - x0
+
+    def signal(self, t_B: Tensor) -> Tensor:
+        """Returns (1 - u)^2 / ((1 - u)^2 + u^2)."""
+        u_B = t_B / self.last_timestep
+        return (1.0 - u_B).square() / ((1.0 - u_B).square() + u_B.square())
 
     def loss_weight(self, t_B: Tensor, snr_gamma: float) -> Tensor:
         """Returns 1: the velocity's error is bounded at every timestep."""

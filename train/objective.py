@@ -99,6 +99,7 @@ def noised_states(
     schedule: Schedule,
     x0: Tensor,
     eps: Tensor,
+    eps_gen: Tensor,
     t_B: Tensor,
     cond: Conditions,
     uncond: Conditions | None,
@@ -106,7 +107,9 @@ def noised_states(
 ) -> States:
     """Returns noised images, whose weights are generated from the same images, noised.
 
-    That is at t itself for S; for P and I at the timestep where sampling generates the weights it uses at t.
+    That is at t itself for S; for P and I at the timestep where sampling generates the weights it uses at t,
+    with noise `eps_gen` of its own. With the same noise the hypernetwork would read off what the model is to
+    predict, which no sampling can give it: at the start of a run the latents are that noise.
     """
     x_t = base.noise_schedule.add_noise(x0, eps, t_B)
     if schedule.variant == "S":
@@ -114,7 +117,7 @@ def noised_states(
     last = base.noise_schedule.last_timestep
     timesteps = [last * schedule.generation_time(t / last) for t in t_B.tolist()]
     t_gen_B = base.noise_schedule.nearest(torch.tensor(timesteps, device=t_B.device) / last).to(t_B)
-    x_gen = base.noise_schedule.add_noise(x0, eps, t_gen_B)
+    x_gen = base.noise_schedule.add_noise(x0, eps_gen, t_gen_B)
     return States(x_t, t_B, x_gen, t_gen_B, cond, uncond, prompts, [False] * len(prompts))
 
 

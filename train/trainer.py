@@ -199,24 +199,22 @@ class Trainer:
     def _noised_states(self) -> States:
         """Returns noised preference images."""
         o = self.config.objective
-        x0, eps, u_B, captions = self._preference_images(
+        x0, eps, eps_gen, t_B, captions = self._preference_images(
             o.prompt_batch * o.timesteps, o.reward_range, purpose=3
         )
         cond, uncond = cfg_conditions(self.base, self.inputs.encoder, captions, o.guidance_scale)
-        t_B = self.base.noise_schedule.nearest(u_B)
-        return noised_states(self.base, self.schedule, x0, eps, t_B, cond, uncond, captions)
+        return noised_states(self.base, self.schedule, x0, eps, eps_gen, t_B, cond, uncond, captions)
 
     def _preference_pass(self) -> Metrics:
         """L_G on noised preference images (Eq 9)."""
         o = self.config.objective
         # Only CFG samples with the empty prompt.
         dropout = o.caption_dropout if self.base.cfg else 0.0
-        x0, eps, u_B, captions = self._preference_images(
+        x0, eps, eps_gen, t_B, captions = self._preference_images(
             o.preference_batch, o.preference_range, purpose=2, dropout=dropout
         )
         cond = with_guidance(self.base, self.inputs.encoder.conditions(captions), o.preference_guidance)
-        t_B = self.base.noise_schedule.nearest(u_B)
-        states = noised_states(self.base, self.schedule, x0, eps, t_B, cond, None, captions)
+        states = noised_states(self.base, self.schedule, x0, eps, eps_gen, t_B, cond, None, captions)
         total, before = 0.0, gradient_of(self.network.parameters())
         for part, share in self._micro_batches(len(states)):
             with self._autocast():
@@ -230,8 +228,8 @@ class Trainer:
 
     def _preference_images(
         self, count: int, bounds: tuple[float, float], purpose: int, dropout: float = 0.0
-    ) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-        """Returns latents, noise, timesteps u and captions of this process's `count` preference images."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
+        """Returns latents, noise, other noise, timesteps and captions of this process's preference images."""
         if self.inputs.preference is None:
             raise HyperAlignError("The run needs preference images; set data.preference.")
         randomness, whole = self._randomness(), count * self.accelerator.num_processes
@@ -241,9 +239,12 @@ class Trainer:
         self._images_read += whole
         chances = rng.random((whole,))[own] if dropout else np.ones(count)
         u_B = sample_u(whole, bounds, self.config.objective.timestep_sampling, rng)[own]
-        eps = normal((whole, *self.base.latent_shape), rng)[own]
+        eps, eps_gen = (
+            normal((whole, *self.base.latent_shape), rng)[own].to(self.device) for _ in ("x_t", "x_gen")
+        )
+        t_B = self.base.noise_schedule.at_position(u_B.to(self.device))
         kept = ["" if chance < dropout else text for text, chance in zip(captions, chances, strict=True)]
-        return x0.to(self.device), eps.to(self.device), u_B.to(self.device), kept
+        return x0.to(self.device), eps, eps_gen, t_B, kept
 
     def _apply_gradient(self) -> Metrics:
         """Ends the step, with an update if the gradient is finite. Raises HyperAlignError."""

@@ -88,12 +88,12 @@ def texts(name: BaseName, prompts: list[str]) -> Conditions:
 def losses(name: BaseName, base: Base, adapter: Adapter, schedule: Schedule) -> torch.Tensor:
     """Both losses of two images, as a training step adds them up."""
     generator = torch.Generator().manual_seed(1)
-    x0, noise = torch.randn(2, 2, *base.latent_shape, generator=generator).unbind()
+    x0, noise, other = torch.randn(3, 2, *base.latent_shape, generator=generator).unbind()
     prompts = ["a cat", "two trees"]
     uncond = texts(name, ["", ""]) if base.cfg else None
     t_B = base.noise_schedule.nearest(torch.tensor([0.5, 0.8]))
     cond = with_guidance(base, texts(name, prompts), 3.0)
-    states = noised_states(base, schedule, x0, noise, t_B, cond, uncond, prompts)
+    states = noised_states(base, schedule, x0, noise, other, t_B, cond, uncond, prompts)
     bright = Rewards({"bright": lambda images, _: images.square().mean(dim=(1, 2, 3))}, {"bright": 1.0})
     reward, _ = reward_loss(adapter, base, bright, states, guidance_scale=3.0, cap=float("inf"))
     return reward + preference_loss(adapter, base, x0, noise, states)

@@ -198,6 +198,27 @@ def test_a_flows_timesteps_by_hand() -> None:
     assert flow.nearest(torch.tensor([0.0, 0.25, 1.0])).tolist() == [0.0, 250.0, 1000.0]
 
 
+@each_noise_schedule
+def test_even_positions_of_a_run_are_the_timesteps_that_the_sampler_takes(
+    noise_schedule: NoiseSchedule,
+) -> None:
+    """So the preference loss sees the timesteps of sampling as often as sampling does."""
+    positions = torch.tensor([1.0 - i / 8 for i in range(8)])
+    found, taken = noise_schedule.at_position(positions), torch.tensor(noise_schedule.timesteps(8))
+    # Diffusion's sampler takes whole timesteps, counted from the other end.
+    assert float((found - taken).abs().max()) <= 1.1e-3 * noise_schedule.last_timestep
+    assert noise_schedule.at_position(torch.zeros(1)).item() == 0.0
+
+
+@each_noise_schedule
+def test_the_signal_is_the_images_share_of_the_variance(noise_schedule: NoiseSchedule) -> None:
+    t_B = noise_schedule.nearest(torch.linspace(0.05, 1.0, 9))
+    one, none = torch.ones(9, 1, dtype=torch.float64), torch.zeros(9, 1, dtype=torch.float64)
+    alpha, sigma = noise_schedule.add_noise(one, none, t_B), noise_schedule.add_noise(none, one, t_B)
+    expected = (alpha.square() / (alpha.square() + sigma.square())).squeeze(1).float()
+    torch.testing.assert_close(noise_schedule.signal(t_B), expected)
+
+
 @pytest.mark.parametrize("last_timestep", [1.0, 1000.0])
 def test_a_flow_is_a_straight_line_from_image_to_noise(last_timestep: float) -> None:
     flow, t_B = FlowSchedule(last_timestep, 3.0), last_timestep * torch.tensor([0.0, 0.25, 1.0])

@@ -35,7 +35,8 @@ TIMESTEPS = torch.tensor([20.0, 400.0, 900.0])
 
 def some_states(base: Any, normal: Any, schedule: Schedule = SCHEDULES[0], t_B: Tensor = TIMESTEPS) -> States:
     cond, uncond = base.conditions(PROMPTS), base.conditions([""] * 3)
-    return noised_states(base, schedule, normal(3), normal(3, 1), t_B, cond, uncond, PROMPTS)
+    x0, eps, eps_gen = normal(3), normal(3, 1), normal(3, 2)
+    return noised_states(base, schedule, x0, eps, eps_gen, t_B, cond, uncond, PROMPTS)
 
 
 def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -161,12 +162,28 @@ def test_noised_images_take_the_weights_of_the_timestep_where_a_run_generates_th
     states = some_states(make_base(FlowSchedule(10.0, 3.0)), normal, schedule, 10 * u_B)
     assert torch.equal(states.t_B, 10 * u_B)
     torch.testing.assert_close(states.t_gen_B, 10 * u_gen_B)
-    for x, u in ((states.x, u_B), (states.x_gen, u_gen_B)):
+    own_noise = normal(3, 1 if schedule.variant == "S" else 2)
+    for x, u, noise in ((states.x, u_B, normal(3, 1)), (states.x_gen, u_gen_B, own_noise)):
         u_B111 = u.view(-1, 1, 1, 1)
-        torch.testing.assert_close(x, (1 - u_B111) * normal(3) + u_B111 * normal(3, 1))
+        torch.testing.assert_close(x, (1 - u_B111) * normal(3) + u_B111 * noise)
     assert states.prompts == PROMPTS
     assert states.uncond is not None
     assert not torch.equal(states.cond["context"], states.uncond["context"])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[1:], ids=lambda schedule: schedule.variant)
+def test_the_hypernetwork_is_not_handed_the_noise_that_the_model_is_to_predict(
+    make_base: Any, normal: Any, schedule: Schedule
+) -> None:
+    """At the start of a flow's run the latents are the noise: the same noise would be half of the target."""
+    base, t_B = make_base(FlowSchedule(1000.0, 3.0)), torch.tensor([1000.0, 900.0, 750.0])
+    cond, x0, eps_gen = base.conditions(PROMPTS), normal(3), normal(3, 2)
+    one, other = (
+        noised_states(base, schedule, x0, normal(3, seed), eps_gen, t_B, cond, None, PROMPTS)
+        for seed in (1, 5)
+    )
+    assert not torch.equal(one.x, other.x)
+    assert torch.equal(one.x_gen, other.x_gen)
 
 
 @pytest.mark.parametrize(("variant", "u"), [("I", 1.0), ("P", 0.6)])

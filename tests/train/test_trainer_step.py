@@ -60,15 +60,15 @@ def gradient(loss: Tensor, run: Any) -> Tensor:
 
 def images_by_hand(
     run: Any, place: int, count: int, bounds: Any, purpose: int, drop: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
     o, base = run.config.objective, run.base
     rng = StepRandomness(run.config.run.seed, run.step).generator(purpose)
     x0, captions = run.inputs.preference.batch(place, count, rng, slice(0, count))
     chances = rng.random(count) if drop else np.ones(count)
     u_B = sample_u(count, bounds, o.timestep_sampling, rng)
-    noise = normal((count, *base.latent_shape), rng)
+    noise, other = normal((count, *base.latent_shape), rng), normal((count, *base.latent_shape), rng)
     kept = ["" if chance < drop else text for chance, text in zip(chances, captions, strict=True)]
-    return x0, noise, base.noise_schedule.nearest(u_B), kept
+    return x0, noise, other, base.noise_schedule.nearest(u_B), kept
 
 
 def rollout_by_hand(run: Any) -> Tensor:
@@ -96,9 +96,9 @@ def noised_by_hand(run: Any, place: int) -> Tensor:
     """Returns the gradient of L_R from noised images."""
     o, base = run.config.objective, run.base
     count = o.prompt_batch * o.timesteps
-    x0, noise, t_B, captions = images_by_hand(run, place, count, o.reward_range, purpose=3)
+    x0, noise, other, t_B, captions = images_by_hand(run, place, count, o.reward_range, purpose=3)
     cond, uncond = base.conditions(captions), base.conditions([""] * count)
-    states = noised_states(base, run.schedule, x0, noise, t_B, cond, uncond, captions)
+    states = noised_states(base, run.schedule, x0, noise, other, t_B, cond, uncond, captions)
     return reward_by_hand(run, states)
 
 
@@ -114,11 +114,11 @@ def reward_by_hand(run: Any, states: Any) -> Tensor:
 def preference_by_hand(run: Any, place: int = 0) -> tuple[Tensor, Tensor]:
     """Returns L_G and its gradient."""
     o, base = run.config.objective, run.base
-    x0, noise, t_B, captions = images_by_hand(
+    x0, noise, other, t_B, captions = images_by_hand(
         run, place, o.preference_batch, o.preference_range, purpose=2, drop=o.caption_dropout
     )
     texts = base.conditions(captions)
-    states = noised_states(base, run.schedule, x0, noise, t_B, texts, None, captions)
+    states = noised_states(base, run.schedule, x0, noise, other, t_B, texts, None, captions)
     loss = preference_loss(run.adapter, base, x0, noise, states, o.snr_gamma)
     return loss.detach(), gradient(loss, run)
 

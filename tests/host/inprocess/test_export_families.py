@@ -97,8 +97,9 @@ def test_one_lora_file_fits_unets_in_both_hosts(comfy, make_hyperalign, tmp_path
     assert not [m for m in caplog.messages if "not loaded" in m.lower()]
     with_lora = euler_in_comfyui(patched, noise, positive, [start, 0.0])
     # One step from pure noise multiplies the prediction by sigma; compare predictions. Merging rounds weights
-    # of another size than the hooks do, so large predictions differ by more.
-    torch.testing.assert_close(with_lora / start, live / start, atol=1e-4, rtol=1e-4)
+    # of another size than the hooks do, and through a whole network that differs by processor: 1.7e-4 with
+    # AVX2, less with AVX-512. The LoRA itself changes predictions by far more.
+    torch.testing.assert_close(with_lora / start, live / start, atol=5e-4, rtol=1e-4)
     assert ((live - base) / start).abs().max() > 1e-2
 
     kinds = {"sd15": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}

@@ -50,8 +50,9 @@ def test_a_batch_of_two_equals_two_single_runs(tiny, sample, make_hyperalign, ap
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5))
     together = sample(model, noise=noise)
     alone = torch.cat([sample(model, noise=noise[:1]), sample(model, noise=noise[1:])])
-    # An untrained model leaves the first noise's deviation of 15 in place; a trained one gives 1.
-    torch.testing.assert_close(together / alone.std(), alone / alone.std(), atol=1e-5, rtol=0)
+    # An untrained model leaves the first noise's deviation of 15 in place; a trained one gives 1. Each of the
+    # run's evaluations rounds anew: 1e-4 as for any two runs of the same computation.
+    torch.testing.assert_close(together / alone.std(), alone / alone.std(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
