@@ -222,7 +222,7 @@ def analyse_diversity(options: Images, config: TrainConfig, accelerator: Acceler
                 first_seed=options.seed, shown=options.shown, progress=bar.update,
             ))  # fmt: skip
     title = (
-        f"Images of one prompt from {options.seeds} noises (Fig 12); below a name the prompt's diversity:\n"
+        f"Images of one prompt from {options.seeds} noises (Fig 12), and below each name its diversity:\n"
         f"mean of 1 - cosine over all pairs of images, in the embedding of {name}"
     )
     report = setting(options, config, prompts) | {"encoder": name, "methods": diversity.as_json(methods)}
