@@ -217,8 +217,8 @@ def analyse_diversity(options: Images, config: TrainConfig, accelerator: Acceler
     ):
         for method, hyperalign in named:
             methods.append(diversity.diversity_of(
-                method, base, encoder, hyperalign, judge.embed_images, prompts, seeds=options.seeds, steps=options.steps,
-                guidance_scale=config.objective.guidance_scale, batch=options.batch,
+                method, base, encoder, hyperalign, judge.embed_images, prompts, seeds=options.seeds,
+                steps=options.steps, guidance_scale=config.objective.guidance_scale, batch=options.batch,
                 first_seed=options.seed, shown=options.shown, progress=bar.update,
             ))  # fmt: skip
     title = (
