@@ -260,8 +260,8 @@ def test_diversity_is_the_mean_distance_of_a_prompts_images(tiny: Tiny) -> None:
     for prompt in range(3):
         units = judge.embed_images(images[prompt])
         pairs = [1.0 - float(units[i] @ units[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
-        assert float(found.values_P[prompt]) == pytest.approx(sum(pairs) / 3, abs=1e-4)
-    assert torch.allclose(found.shown_RS3HW, images[:2], atol=1e-4)
+        assert float(found.values_P[prompt]) == pytest.approx(sum(pairs) / 3, abs=1e-3)
+    assert torch.allclose(found.shown_RS3HW, images[:2], atol=1e-3)
     assert sum(counted) == 9
     assert found.not_finite == 0.0
 
