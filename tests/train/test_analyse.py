@@ -45,7 +45,7 @@ from train.sampling import initial_noise, sample
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "train" / "recipes" / "tiny_s.toml"
-PROMPTS = ["a red heart", "two stars", "a cat left of a dog", "a blue circle"]
+PROMPTS = ["a red heart", "two dogs", "a cat left of a dog", "a blue circle"]
 STEPS, CFG = 6, 4.0
 RUN: dict[str, Any] = {"steps": STEPS, "guidance_scale": CFG}
 
@@ -375,7 +375,7 @@ def test_bad_inputs_are_one_sentence_before_anything_is_sampled(
     monkeypatch.setattr(analyse, "sampling_inputs", lambda *_: pytest.fail("it went on"))
     monkeypatch.chdir(tmp_path)
     few, blocked = tmp_path / "few.txt", tmp_path / "file"
-    few.write_text("a red heart\ntwo stars\n")
+    few.write_text("a red heart\ntwo dogs\n")
     blocked.write_text("")
     weights = ("weights", "--hypernetwork")
     listed = ("--prompts", prompt_file)

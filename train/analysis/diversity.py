@@ -135,25 +135,30 @@ def _smaller(images_S3HW: Tensor) -> Tensor:
 def as_json(methods: Sequence[Diversity]) -> list[dict[str, Any]]:
     """Returns each method's diversity as JSON types, with its ratio to that of the first method, the base's.
 
-    `ratio` is that of the means; `difference` is paired by prompt.
+    The ratio is that of the means; the difference is paired by prompt.
     """
     base_P = methods[0].values_P
     rows: list[dict[str, Any]] = []
     for method in methods:
         values_P = method.values_P
-        ratio, ratio_error = _with_error(
-            lambda rows, v=values_P: v[rows].mean() / base_P[rows].mean(), base_P
-        )
-        change, change_error = _with_error(lambda rows, v=values_P: (v - base_P)[rows].mean(), base_P)
         spread = {name: values[0] for name, values in band(values_P[None]).as_json().items()}
         row: dict[str, Any] = {"method": method.name, "diversity": spread, "not_finite": method.not_finite}
         if method is not methods[0]:
-            row["ratio_to_base"] = {"value": ratio, "standard_error": ratio_error}
-            row["difference_from_base"] = {"mean": change, "standard_error": change_error}
+            pairs_P2 = torch.stack([values_P, base_P], dim=1)
+            row["ratio_to_base"] = _with_error(_ratio, pairs_P2)
+            row["difference_from_base"] = _with_error(_difference, pairs_P2)
         rows.append(row | {"of_each_prompt": rounded(values_P)})
     return rows
 
 
-def _with_error(statistic: Callable[[list[int]], Tensor], like_P: Tensor) -> tuple[float, float]:
-    value = statistic([*range(len(like_P))])
-    return rounded(value), rounded(standard_error(lambda chosen: statistic([*chosen]), len(like_P)))
+def _ratio(pairs_P2: Tensor) -> Tensor:
+    return pairs_P2[:, 0].mean() / pairs_P2[:, 1].mean()
+
+
+def _difference(pairs_P2: Tensor) -> Tensor:
+    return (pairs_P2[:, 0] - pairs_P2[:, 1]).mean()
+
+
+def _with_error(statistic: Callable[[Tensor], Tensor], pairs_P2: Tensor) -> dict[str, Any]:
+    error = standard_error(lambda chosen: statistic(pairs_P2[[*chosen]]), len(pairs_P2))
+    return {"value": rounded(statistic(pairs_P2)), "standard_error": rounded(error)}
