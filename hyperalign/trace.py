@@ -162,12 +162,10 @@ def as_json(trace: Trace, rewards: Rewards | None = None) -> dict[str, Any]:
     return {
         "variant": trace.variant,
         "key_times": [*trace.key_times],
-        "u": _numbers(torch.tensor(trace.times)),
+        "u": rounded(torch.tensor(trace.times)),
         "blocks": blocks,
         "tracks": [_track_json(trace, track) for track in trace.tracks],
-        "reward": None
-        if rewards is None
-        else {"name": rewards.name, "scores": _numbers(rewards.scores_EB.T)},
+        "reward": None if rewards is None else {"name": rewards.name, "scores": rounded(rewards.scores_EB.T)},
     }
 
 
@@ -181,10 +179,10 @@ def _track_json(trace: Trace, track: Track) -> dict[str, Any]:
         "name": track.name,
         "samples": track.weights_GRMF.shape[1],
         "generated_at": [evaluation + 1 for evaluation in track.generated_at],
-        "block_strength": _numbers(block_strengths(alone)[1].T),
-        "norm": _numbers(changes.norms.T),
-        "cosine": _numbers(changes.cosines.T),
-        "relative_change": _numbers(changes.changes.T),
+        "block_strength": rounded(block_strengths(alone)[1].T),
+        "norm": rounded(changes.norms.T),
+        "cosine": rounded(changes.cosines.T),
+        "relative_change": rounded(changes.changes.T),
     }
 
 
@@ -196,7 +194,9 @@ def _at_evaluations(track: Track, values_GR: Tensor) -> Tensor:
     return values_ER
 
 
-def _numbers(values: Tensor) -> Any:
+def rounded(values: Tensor) -> Any:
+    """Returns values as nested lists of numbers with six digits, None where they are not finite."""
+
     def plain(item: Any) -> Any:
         if isinstance(item, list):
             return [plain(part) for part in item]

@@ -58,6 +58,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "hyperalign/selection.py": (UNIT + "selection.py",),
     "hyperalign/guidance.py": (UNIT + "guidance.py",),
     "hyperalign/trace.py": (UNIT + "trace.py",),
+    "hyperalign/trace_energy.py": (UNIT + "trace_energy.py",),
     "hyperalign/trace_pca.py": (UNIT + "trace_pca.py",),
     "hyperalign/families/dit.py": (UNIT + "family_places.py",),
     "hyperalign/families/flux.py": (UNIT + "family_places.py",),

@@ -118,6 +118,22 @@ def load_inputs(config: TrainConfig, accelerator: Accelerator, smoke: ModelSize 
     return base_inputs(config, accelerator)
 
 
+def sampling_inputs(
+    config: TrainConfig, accelerator: Accelerator, prompts: Sequence[str]
+) -> tuple[Base, PromptEncoder]:
+    """Returns a recipe's base model and the conditions of prompts, without what training alone needs.
+
+    Raises:
+        HyperAlignError: base model or text encoders are missing, or the tiny one does not know a word.
+    """
+    if config.model.base == "tiny":
+        tokenize_batch(list(prompts))
+        base = Tiny(load_tiny(accelerator.device))
+        return base, base
+    encoder = cached_encoder(config, accelerator, [*prompts, ""])
+    return load_base(config, accelerator.device), encoder
+
+
 def base_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
     """Returns the inputs of a recipe for a base model in a folder. Raises HyperAlignError."""
     check_folder(config)

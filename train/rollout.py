@@ -36,9 +36,16 @@ class Trajectory:
 class SampledModel:
     """The model that one run samples: the base model, with weights that the run's schedule renews."""
 
-    def __init__(self, base: Base, adapter: Adapter | None, schedule: Schedule, strength: float) -> None:
+    def __init__(
+        self,
+        base: Base,
+        adapter: Adapter | None,
+        schedule: Schedule,
+        strength: float,
+        run: Run | None = None,
+    ) -> None:
         self.base, self.adapter, self.strength = base, adapter, strength
-        self.run = Run(schedule)
+        self.run = Run(schedule) if run is None else run
 
     def predict(self, x: Tensor, t: float, conditions: Conditions) -> Tensor:
         """Returns the model's output for the samples (x, t, conditions), generating weights when due."""
@@ -73,6 +80,7 @@ def rollout(
     guidance_scale: float,
     strength: float = 1.0,
     until: int | None = None,
+    run: Run | None = None,
 ) -> Trajectory:
     """Samples deterministically: DDIM (Song et al. 2021, eq 12 with eta 0), or Euler for a flow.
 
@@ -89,9 +97,10 @@ def rollout(
         guidance_scale: of classifier-free guidance.
         strength: strength of the adaptation.
         until: stop before this step, with its state x_t as the last; None takes all steps.
+        run: keeps the run's weights, as a `TracedRun` does for those who look at them; None for a plain one.
     """
     timesteps = base.noise_schedule.timesteps(steps)
-    model = SampledModel(base, adapter, schedule, strength)
+    model = SampledModel(base, adapter, schedule, strength, run)
     conditions = cond if uncond is None else join(cond, uncond)
     x, states, predictions = noise_BCHW, list[Tensor](), list[Tensor]()
     for index, t in enumerate(timesteps):

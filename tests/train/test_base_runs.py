@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from hyperalign import checkpoint
-from train import encode
+from train import analyse, encode
 from train.config import BaseName
 from train.models.architectures import ModelSize, architecture, with_random_weights
 from train.train import main
@@ -186,3 +186,24 @@ def test_a_folder_becomes_a_hypernetwork(
     assert main(["--recipe", str(path)]) == 0
     assert [file.stat().st_mtime_ns for file in embeddings] == before
     assert (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").count("\n") == 2
+    analyse_it(tmp_path, path)
+
+
+def analyse_it(folder: Path, path: Path) -> None:
+    """Analyses the hypernetwork over prompts that its training has encoded."""
+    named = [
+        "--recipe",
+        str(path),
+        "--prompts",
+        str(folder / "prompts.txt"),
+        "--out",
+        str(folder / "figures"),
+    ]
+    file = str(folder / "run" / "hypernetwork.safetensors")
+    assert analyse.main(["weights", "--hypernetwork", file, "--steps", "2", *named]) == 0
+    few = ["--steps", "2", "--seeds", "2", "--count", "3"]
+    assert analyse.main(["diversity", "--hypernetworks", file, *few, *named]) == 0
+    shares = json.loads((folder / "figures" / "division.json").read_text(encoding="utf-8"))["shares"]
+    assert sum(shares.values()) == pytest.approx(1.0, abs=1e-4)
+    report = json.loads((folder / "figures" / "diversity.json").read_text(encoding="utf-8"))
+    assert report["encoder"] == "tiny validation reward"
