@@ -1,4 +1,4 @@
-"""The files of a report: the table as Markdown, CSV and JSON, the scores of images and prompts, and a page."""
+"""The files of a report: the table as Markdown, CSV and JSON, scores of images and prompts, and a page."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from hyperalign.errors import HyperAlignError
 from hyperalign.files import first_line
 from hyperalign.image_files import BadImage, decode
 from hyperalign.threads import in_order
-from train.config import ModelConfig
+from train.config import RunConfig
 from train.evaluation.cache import Cache
 from train.evaluation.image_sets import Metadata
 from train.evaluation.scorers import Scorer
@@ -105,7 +105,7 @@ def _compute(scorer: Scorer, batches: Sequence[dict[str, Unit]], cache: Cache, w
 @contextlib.contextmanager
 def _float32(device: torch.device) -> Iterator[None]:
     """Computes float32 in float32: cuDNN would take TF32's ten bits by default."""
-    kernels = attention_kernels(ModelConfig().attention_kernels, device)
+    kernels = attention_kernels(RunConfig().attention_kernels, device)
     flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     with flags, kernels:
         yield

@@ -70,7 +70,7 @@ class Metric:
         return float(mean_of_means(*self._samples(self.prompts[name])))
 
     def difference(self, name: str, base: str) -> Difference:
-        """Returns the paired difference of a set to the base; the bootstrap resamples prompts in each stratum.
+        """Returns the paired difference to the base; the bootstrap resamples prompts within each stratum.
 
         A prompt's seeds are resampled with it: images of one prompt are more alike than those of two.
         """
