@@ -1,4 +1,4 @@
-"""The evaluation's numbers: means over strata, paired intervals that are known exactly, the best of a column."""
+"""The evaluation's numbers: means over strata, intervals that are known exactly, the best of a column."""
 
 from __future__ import annotations
 
