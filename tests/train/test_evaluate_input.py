@@ -104,7 +104,7 @@ def test_a_run_that_has_not_finished(refused: Any, tmp_path: Path) -> None:
 
 def test_an_unreadable_image_is_named(refused: Any, tmp_path: Path) -> None:
     file = sample(write_set(tmp_path / "s"), 1, 1)
-    file.write_bytes(file.read_bytes()[:60])
+    file.write_bytes(file.read_bytes()[:45])  # within its pixels
     said = refused()
     assert f"1 of 8 images cannot be used: {file}" in said and "makes only what is missing" in said
 
