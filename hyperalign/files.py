@@ -71,6 +71,15 @@ def check_writable(path: Path, fix: str = "Choose a path that can be written to.
         probe.unlink(missing_ok=True)  # another machine may use the same process number
 
 
+def file_state(path: Path) -> tuple[int, int]:
+    """Returns a file's size in bytes and modification time in ns; zeros if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
 def existing_parent(path: Path) -> Path:
     """Returns a path, or the nearest folder above it that is there."""
     return next(place for place in (path, *path.resolve().parents) if place.exists())

@@ -20,19 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HyperAlignError
-from ..files import cannot_write, check_writable, write_text
-from ..geneval import detector
+from ..files import cannot_write, check_writable, file_state, write_text
 from ..geneval.prompts import parse_prompt, read_metadata
-from ..geneval.scorer import CLIP, GenEval, load
+from ..geneval.scorer import GenEval, load, provide
 from ..geneval.summary import summarise, table
-from ..rewards import download
-from ..rewards.weights import find
+from ..image_files import BadImage, decode
 from ..threads import in_order
 from .common.arguments import command_parser
 from .common.devices import device_of
-from .common.images import BadImage, decode, print_skipped
-from .common.log import SCORES_ARE_KEPT, Log, file_state, log_path
-from .common.options import add_weights_options, provide_reward
+from .common.images import print_skipped
+from .common.log import SCORES_ARE_KEPT, Log, log_path
+from .common.options import add_weights_options
 from .common.progress import progress_bar
 
 AHEAD = 4
@@ -72,7 +70,7 @@ def run(options: argparse.Namespace) -> tuple[list[Scored], list[BadImage]]:
     images = list_samples(folder, options.metadata)
     check_writable(options.out)
     device = device_of(options.device)
-    provide_weights(options.weights, options.tokenizer, options.download)
+    provide(options.weights, options.tokenizer, options.download)
     with Log(log_path(options.out), {"weights": str(options.weights.resolve())}, Scored) as log:
         todo = {name: line for name, line in images.items() if not is_scored(folder, name, line, log)}
         bad: list[BadImage] = []
@@ -84,17 +82,6 @@ def run(options: argparse.Namespace) -> tuple[list[Scored], list[BadImage]]:
     with cannot_write(options.out, SCORES_ARE_KEPT):
         write_text(options.out, "".join(json.dumps(official(folder, row)) + "\n" for row in rows))
     return rows, bad
-
-
-def provide_weights(folder: Path, tokenizer: Path | None, download_missing: bool) -> None:
-    """Downloads missing weight files if asked to, and reads none of the large ones.
-
-    Raises HyperAlignError unless all files are present then.
-    """
-    if download_missing:
-        download.download_file(detector.WEIGHTS.url, folder / detector.WEIGHTS.path)
-    find(detector.WEIGHTS, folder)
-    provide_reward(CLIP, folder, tokenizer, download_missing)
 
 
 def score_all(

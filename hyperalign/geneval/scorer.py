@@ -9,9 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..rewards import loading
+from ..rewards import download, loading
 from ..rewards.clip import ClipReward
 from ..rewards.images import rgb
+from ..rewards.weights import find
 from . import detector
 from .colors import ColorClassifier
 from .prompts import Prompt
@@ -44,6 +45,19 @@ class GenEval:
                     replace(item, color=color) for item, color in zip(group, colors, strict=True)
                 ]
         return evaluate(prompt, colored), colored
+
+
+def provide(folder: Path, tokenizer_folder: Path | None, download_missing: bool) -> list[Path]:
+    """Downloads missing weight files if asked to; returns their paths and reads none of the large ones.
+
+    Raises HyperAlignError unless all files are present then.
+    """
+    if download_missing:
+        download.download_file(detector.WEIGHTS.url, folder / detector.WEIGHTS.path)
+    return [
+        find(detector.WEIGHTS, folder),
+        *download.provide(CLIP, folder, tokenizer_folder, download_missing),
+    ]
 
 
 def load(

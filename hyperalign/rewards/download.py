@@ -17,7 +17,7 @@ from urllib.request import Request, urlopen
 
 from ..errors import HyperAlignError
 from ..files import check_writable, first_line, write_text
-from .loading import published_reward
+from .loading import check_files, published_reward
 from .weights import SUFFIX
 
 HUB = "https://huggingface.co"
@@ -50,6 +50,16 @@ def download(name: str, folder: Path, progress: Progress | None = None) -> list[
     for path, url in files.items():
         download_file(url, path, progress)
     return list(files)
+
+
+def provide(name: str, folder: Path, tokenizer_folder: Path | None, download_missing: bool) -> list[Path]:
+    """Downloads a reward's missing files if asked to; returns its weight files and reads none of them.
+
+    Raises HyperAlignError unless all files are present then.
+    """
+    if download_missing:
+        download(name, folder)
+    return check_files(name, folder, tokenizer_folder)
 
 
 def download_file(url: str, path: Path, progress: Progress | None = None) -> None:

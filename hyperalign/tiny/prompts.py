@@ -7,9 +7,13 @@ it. Training data, preference pairs and the rule-based score all start from a `C
 from __future__ import annotations
 
 import random
+import re
 import zlib
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal, get_args
+
+from ..errors import HyperAlignError
 
 Family = Literal["single_object", "two_object", "counting", "colors", "position", "color_attribution"]
 Relation = Literal["left of", "right of", "above", "below"]
@@ -76,6 +80,51 @@ def plural(noun: str) -> str:
 def caption(content: Content, template: str = "{}") -> str:
     """Returns the prompt for a content."""
     return template.format(content.phrase())
+
+
+def content_of(prompt: str) -> Content:
+    """Returns what a prompt asks for: the inverse of `caption`. Case, commas and full stops do not matter.
+
+    Raises HyperAlignError on a prompt that the grammar does not contain.
+    """
+    text = " ".join(re.findall(r"[^\s,.]+", prompt.lower()))
+    for template in TEMPLATES:
+        prefix = template.removesuffix("{}")
+        content = _read_phrase(text.removeprefix(prefix)) if text.startswith(prefix) else None
+        if content is not None:
+            return content
+    raise HyperAlignError(
+        f"The prompt {prompt!r} is not one of the tiny model's six families, such as 'a red heart', 'three "
+        "dogs' or 'a dog left of a cat'; so nothing can check its images. Use another prompt."
+    )
+
+
+def _read_phrase(text: str) -> Content | None:
+    """Returns the content of a phrase, None if it has none."""
+    groups = _groups()
+    if text in groups:
+        group = groups[text]
+        single: Family = "counting" if group.count > 1 else "colors" if group.color else "single_object"
+        return Content(single, (group,))
+    for joiner in ("and", *RELATIONS):
+        first, found, second = text.partition(f" {joiner} ")
+        if found and first in groups and second in groups:
+            pair = (groups[first], groups[second])
+            colored = {group.color is not None for group in pair}
+            if len(colored) > 1 or any(group.count > 1 for group in pair):
+                return None
+            if joiner != "and":
+                return Content("position", pair, joiner)
+            return Content("color_attribution" if pair[0].color else "two_object", pair)
+    return None
+
+
+@lru_cache(maxsize=1)
+def _groups() -> dict[str, Group]:
+    """Returns every group of the grammar by its phrase."""
+    things = [Group(noun, None, count) for noun in THINGS for count in (1, *COUNT_WORDS)]
+    shapes = [Group(noun, color, count) for noun in SHAPES for color in COLORS for count in (1, *COUNT_WORDS)]
+    return {group.phrase(): group for group in things + shapes}
 
 
 def split_of(content: Content, template: str = "{}") -> Split:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hyperalign.errors import HyperAlignError
-from hyperalign.tiny.prompts import FAMILIES
+from hyperalign.tiny.prompts import FAMILIES, TEMPLATES, caption, content_of, sample_content
 from train.tiny.dataset import training_prompts, validation_prompts
 
 
@@ -22,3 +25,19 @@ def test_asking_for_more_prompts_than_there_are_is_refused(monkeypatch: pytest.M
     monkeypatch.setattr("train.tiny.dataset.MAX_TRIES", 2)
     with pytest.raises(HyperAlignError, match="Ask for fewer"):
         validation_prompts(100_000, seed=0)
+
+
+@given(st.integers(0, 10_000), st.sampled_from(FAMILIES), st.sampled_from(TEMPLATES))
+def test_a_prompt_says_what_it_asks_for(seed: int, family: str, template: str) -> None:
+    content = sample_content(random.Random(seed), family)
+    assert content_of(caption(content, template)) == content
+    assert content_of(f"  {caption(content, template).upper()}. ") == content
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["", "dog", "a dog and", "a picture of", "two dogs and a cat", "a dog and a red heart", "a dog on a cat"],
+)
+def test_a_prompt_of_no_family_is_refused(prompt: str) -> None:
+    with pytest.raises(HyperAlignError, match="six families"):
+        content_of(prompt)

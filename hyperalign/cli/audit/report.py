@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..common.images import BadImage
-from ..common.pages import render
+from ...image_files import BadImage
+from ...pages import render
 from .findings import Finding
 from .statistics import FEWEST, LEVEL, Estimate, Gap
 

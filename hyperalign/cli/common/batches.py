@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ...image_files import BadImage, decode
 from ...threads import in_order
-from .images import BadImage, decode
 from .log import Log, Row
 
 BATCH_PIXELS = 1 << 25

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from PIL import Image
 
-from .images import DECODING_ERRORS
+from ...image_files import DECODING_ERRORS
 
 TEXT_INPUTS = ("text", "prompt", "text_g", "t5xxl", "clip_l", "clip_g", "text_l", "string", "value")
 """The inputs for text of ComfyUI's text encoders, and of the nodes that are connected to them."""

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Generic, Protocol, TextIO, TypeVar, cast
 
 from ...errors import HyperAlignError
-from ...files import cannot_write, first_line, write_text
+from ...files import cannot_write, file_state, first_line, write_text
 
 LOG_VERSION = 1
 SCORES_ARE_KEPT = (
@@ -19,15 +19,6 @@ SCORES_ARE_KEPT = (
     "them."
 )
 """How to fix a table, page or log that cannot be written."""
-
-
-def file_state(path: Path) -> tuple[int, int]:
-    """Returns a file's size in bytes and modification time in ns; zeros if there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return 0, 0
-    return found.st_size, found.st_mtime_ns
 
 
 class ImageRow(Protocol):

@@ -27,16 +27,6 @@ def add_weights_options(parser: argparse.ArgumentParser) -> None:
     add("--device", help="of the networks (default: the GPU if there is one)")
 
 
-def provide_reward(name: str, weights: Path, tokenizer: Path | None, download_missing: bool) -> None:
-    """Downloads a reward model's missing files if asked to, and reads none of the large ones.
-
-    Raises HyperAlignError unless all files are present then.
-    """
-    if download_missing:
-        download.download(name, weights)
-    loading.check_files(name, weights, tokenizer)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoringOptions:
     """The images, the reward models, and how to compute."""
@@ -69,7 +59,7 @@ class ScoringOptions:
     def provide_files(self) -> None:
         """Downloads the rewards' missing files if asked to. Raises HyperAlignError if some stay missing."""
         for name in self.published:
-            provide_reward(name, self.weights, self.tokenizer, self.download)
+            download.provide(name, self.weights, self.tokenizer, self.download)
 
     def check_prompts(self, prompts: Iterable[str]) -> None:
         """Raises HyperAlignError on a prompt with half a character, or with words unknown to a reward."""

@@ -19,10 +19,11 @@ import torch
 
 from ...errors import HyperAlignError
 from ...files import cannot_write, check_writable, write_text
+from ...image_files import BadImage, thumbnail
 from ...threads import in_order
 from ..common.arguments import positive
 from ..common.devices import device_of
-from ..common.images import BadImage, list_images, print_skipped, thumbnail
+from ..common.images import list_images, print_skipped
 from ..common.log import SCORES_ARE_KEPT, Log, log_path
 from ..common.options import ScoringOptions, scoring_parser
 from ..common.progress import progress_bar

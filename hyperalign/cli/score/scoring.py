@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
+from ...files import file_state
+from ...image_files import BadImage
 from ...rewards import Reward
 from ..common.batches import Decoded, score_in_batches
-from ..common.images import BadImage
-from ..common.log import Log, file_state
+from ..common.log import Log
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from ..common.images import BadImage
-from ..common.pages import render
+from ...image_files import BadImage
+from ...pages import render
 from .scoring import Scored
 from .tables import MEAN_Z_SCORE, ranking_scores
 

@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from ...errors import HyperAlignError
-from ...image_files import DECODING_ERRORS, open_rgb
+from ...image_files import DECODING_ERRORS, data_uri, open_rgb
 from ...threads import in_order
 from ..common.comfyui_metadata import embedded_prompt
-from ..common.images import data_uri, list_images
+from ..common.images import list_images
 from ..common.prompts import abridged, find_prompts, prompt_beside
 
 Format = Literal["webp", "jpeg"]

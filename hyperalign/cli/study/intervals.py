@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-LEVEL = 0.95
-RESAMPLES = 4000
-BATCH = 500
-"""How many resamples are in memory at once."""
-
-
-class Interval(NamedTuple):
-    """A 95 % confidence interval."""
-
-    low: float
-    high: float
+from ...intervals import LEVEL, RESAMPLES, Interval, percentile_interval
 
 
 def of_votes(points: Mapping[str, Sequence[float]], seed: int = 0) -> Interval:
@@ -78,8 +68,4 @@ def bootstrap(points: Mapping[str, Sequence[float]], seed: int = 0, resamples: i
     def win_rate(won: NDArray[Any], count: NDArray[Any], axis: int) -> NDArray[Any]:
         return won.sum(axis=axis) / count.sum(axis=axis)
 
-    found: Any = stats.bootstrap(
-        (won, count), win_rate, paired=True, vectorized=True, method="percentile", confidence_level=LEVEL,
-        n_resamples=resamples, batch=BATCH, rng=np.random.default_rng(seed),
-    )  # fmt: skip
-    return Interval(float(found.confidence_interval.low), float(found.confidence_interval.high))
+    return percentile_interval((won, count), win_rate, paired=True, seed=seed, resamples=resamples)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..common.pages import render
+from ...pages import render
 from .trials import Key
 
 TEMPLATE = Path(__file__).with_name("page.html")

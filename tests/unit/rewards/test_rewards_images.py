@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from hyperalign.cli.common.images import decode
 from hyperalign.errors import HyperAlignError
+from hyperalign.image_files import decode
 from hyperalign.rewards import images as P
 from hyperalign.rewards import loading
 

@@ -23,11 +23,10 @@ from scipy import stats
 from hyperalign.cli import main as command
 from hyperalign.cli.common import batches
 from hyperalign.cli.common.batches import batches_of_one_size
-from hyperalign.cli.common.images import BadImage, decode
 from hyperalign.cli.score.scoring import Scored
 from hyperalign.cli.score.sheet import contact_sheet
 from hyperalign.cli.score.tables import ranking_scores
-from hyperalign.image_files import open_rgb
+from hyperalign.image_files import BadImage, decode, open_rgb
 from hyperalign.rewards import loading
 
 TINY, VALIDATION = "tiny reward", "tiny validation reward"

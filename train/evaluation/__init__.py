@@ -1,0 +1,1 @@
+"""From folders of images to a table: what `train/evaluate.py` runs."""
