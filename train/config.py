@@ -105,6 +105,11 @@ class ObjectiveConfig:
     """Images in one backward pass, gradients accumulated; 0 takes all at once."""
 
     @property
+    def optimised(self) -> dict[str, float]:
+        """The rewards that a loss acts on, with their weights."""
+        return {name: weight for name, weight in self.rewards.items() if weight and self.reward_weight}
+
+    @property
     def needs_preference_images(self) -> bool:
         """Whether a loss reads preference images."""
         return self.preference_weight > 0 or (self.reward_weight > 0 and self.state != "rollout")
@@ -176,6 +181,9 @@ class ValidationConfig:
     """Sampling steps."""
     rewards: dict[str, float] = field(default_factory=dict[str, float])
     """Rewards that are measured and never optimised."""
+    diversity_encoder: Path = Path()
+    """Folder of a DINOv2 (facebook/dinov2-base) whose embeddings measure the diversity over seeds; empty
+    takes those of a reward that is not optimised. The tiny model has its own encoder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

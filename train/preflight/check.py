@@ -30,6 +30,7 @@ from train.preflight.input_checks import (
     autoencoder_of,
     backbone_of,
     check_base,
+    check_diversity_encoder,
     check_encoders,
     check_folder_writable,
     check_reward,
@@ -95,6 +96,7 @@ def check_inputs(config: TrainConfig, problems: Problems, costs: StepCosts | Non
     captions = run(lambda: preference_captions(config, shape)) or []
     for name in reward_names(config):
         run(lambda name=name: check_reward(config, name))
+    run(lambda: check_diversity_encoder(config))
     for folder, option in ((config.run.out, "run.out"), (config.data.embeddings, "data.embeddings")):
         run(lambda folder=folder, option=option: check_folder_writable(folder, option))
     run(lambda: check_trackers(config))

@@ -125,7 +125,7 @@ def validation_work(config: TrainConfig, costs: StepCosts, processes: int = 1) -
     """Returns the operations of one validation in each of the processes that share it."""
     if not config.validation.every:
         return 0.0
-    images = max(1, config.validation.prompt_count // processes) * len(VALIDATION_SEEDS)
+    images = -(-config.validation.prompt_count // processes) * len(VALIDATION_SEEDS)
     scored = images * (costs.decoding.forward + costs.scoring.forward)
     return sampling_work(config, costs, images, config.validation.steps) + scored
 
