@@ -18,6 +18,8 @@ OPTIMISER_BYTES = 20
 """For each number of the hypernetwork, in float32: itself, gradient, AdamW's two moments, average."""
 CHECKPOINT_BYTES = 16
 """The same in a training checkpoint, which has no gradient."""
+EXPORT_BYTES = 2
+"""The same in a hypernetwork's file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +181,11 @@ def frozen_bytes(config: TrainConfig, costs: StepCosts) -> int:
 def checkpoint_bytes(config: TrainConfig, costs: StepCosts) -> int:
     """Returns the bytes of the training checkpoints: one more than are kept, while it is written."""
     return (config.run.keep_checkpoints + 1) * CHECKPOINT_BYTES * costs.parameters["hypernetwork"]
+
+
+def export_bytes(config: TrainConfig, costs: StepCosts) -> int:
+    """Returns the bytes of a run's hypernetworks: the last validated ones, the best and the finished one."""
+    return (config.run.keep_exports + 2) * EXPORT_BYTES * costs.parameters["hypernetwork"]
 
 
 def _at_once(config: TrainConfig, images: int) -> int:
