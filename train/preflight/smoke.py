@@ -45,7 +45,9 @@ def smoke_config(config: TrainConfig) -> TrainConfig:
             config.validation, every=STEPS, prompt_count=2, steps=2, diversity_encoder=Path()
         ),
         data=dataclasses.replace(config.data, text_lengths=TEXT_LENGTHS),
-        run=dataclasses.replace(run, checkpoint_every=2, out=run.out.parent / f"{run.out.name}_smoke"),
+        run=dataclasses.replace(
+            run, checkpoint_every=2, init_from=Path(), out=run.out.parent / f"{run.out.name}_smoke"
+        ),
     )  # fmt: skip
 
 
