@@ -18,7 +18,7 @@ from hyperalign.hosts.diffusers.adapter import spec_of
 from hyperalign.hypernetwork import HyperNetwork
 from hyperalign.provenance import Source
 from hyperalign.schedule import Schedule
-from hyperalign.targets import BaseSpec
+from hyperalign.targets import BaseSpec, Target
 from train.config import TrainConfig
 
 
@@ -105,7 +105,7 @@ def _architecture(header: Header) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    """Returns a value for a sentence, of the many targets only their number."""
-    if isinstance(value, tuple) and len(value) > 8:  # pyright: ignore[reportUnknownArgumentType]
-        return f"{len(value)} layers"  # pyright: ignore[reportUnknownArgumentType]
-    return str(value)
+    """Returns a value for a sentence; of the many targets their number and the first one."""
+    if isinstance(value, tuple) and value and isinstance(first := value[0], Target):  # pyright: ignore
+        return f"{len(value)} layers from {first.name}"  # pyright: ignore
+    return str(value)  # pyright: ignore

@@ -17,11 +17,15 @@ from torch import Tensor
 from hyperalign import checkpoint
 from hyperalign.card import card_path
 from hyperalign.errors import HyperAlignError
+from hyperalign.families.unet import TINY
 from train import export
 from train.config import ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig, ValidationConfig
+from train.preflight.input_checks import check_start
+from train.recipe import load_recipe
 from train.results import deciding_rewards, gain_over_base
 
 Runs = Callable[..., Any]
+ROOT = Path(__file__).parents[2]
 QUICK: dict[str, Any] = {"prompt_batch": 1, "rollout_steps": 2, "timesteps": 1}
 BASE = {"validation_reward": 1.0, "spread": {"validation_reward": 2.0}}
 
@@ -252,6 +256,18 @@ def test_another_architecture_is_refused_by_its_fields(
         small_run(tmp_path / "third", objective=QUICK, base=make_base(everywhere=True), run=run)
     with pytest.raises(HyperAlignError, match="There is no file"):
         small_run(tmp_path / "fourth", objective=QUICK, run={"init_from": tmp_path / "none.safetensors"})
+
+
+def test_a_check_says_so_before_the_run(tmp_path: Path) -> None:
+    recipe = load_recipe(ROOT / "train" / "recipes" / "tiny_p.toml")
+    start = ROOT / "hyperalign" / "tiny" / "hypernetworks" / "tiny_s.safetensors"
+    config = dataclasses.replace(
+        recipe, run=dataclasses.replace(recipe.run, out=tmp_path / "run", init_from=start)
+    )
+    check_start(config, TINY)
+    wider = dataclasses.replace(config, network=dataclasses.replace(config.network, width=64))
+    with pytest.raises(HyperAlignError, match=r"network.width is \d+ and should be 64"):
+        check_start(wider, TINY)
 
 
 # A training checkpoint becomes a hypernetwork
