@@ -57,9 +57,6 @@ class Processes:
         rows.append(values)
         return torch.cat([*rows, *[values] * (self.num_processes - len(rows))])
 
-    def reduce(self, values: Tensor, reduction: str) -> Tensor:
-        return values
-
 
 @given(count=st.integers(1, 40), processes=st.integers(1, 9))
 def test_every_prompt_is_scored_once_and_every_process_samples_as_many(count: int, processes: int) -> None:
@@ -70,34 +67,6 @@ def test_every_prompt_is_scored_once_and_every_process_samples_as_many(count: in
         process: Any = Processes(rank, processes, exchange)
         whole = in_order(torch.tensor(share).float(), count, process)
     assert whole.tolist() == list(range(count))
-
-
-@pytest.mark.parametrize("processes", [2, 3, 7])
-def test_the_figures_of_five_prompts_are_those_of_one_process(
-    make_base: Callable[..., Any], tmp_path: Path, processes: int
-) -> None:
-    base = make_base(everywhere=False)
-    config = TrainConfig(
-        objective=ObjectiveConfig(rewards={"other": 1.0}, micro_batch=2),
-        validation=ValidationConfig(steps=2),
-    )
-    prompts = ["a", "bcd", "efghi", "jk", "lmnopqr"]
-    rewards: Any = {"brightness": Brightness()}
-
-    def figures(count: int) -> dict[str, Any]:
-        exchange: dict[int, list[Tensor]] = {}
-        for rank in range(count):
-            process: Any = Processes(rank, count, exchange)
-            validate = reward_validation(config, base, base, rewards, prompts, process)
-            found = validate(None, tmp_path / f"{rank}.png")
-        return {name: value for name, value in found.items() if "seconds" not in name}
-
-    alone = figures(1)
-    shared = figures(processes)
-    assert shared.pop("spread") == pytest.approx(alone.pop("spread"), rel=1e-4)
-    assert shared == pytest.approx(alone, rel=1e-4)
-    assert alone["diversity"] > 0
-    assert not (tmp_path / "1.png").exists()
 
 
 def test_a_prompt_is_validated_at_one_padding_whatever_its_batch(tmp_path: Path) -> None:
