@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
@@ -100,7 +101,8 @@ def check_inputs(config: TrainConfig, problems: Problems, costs: StepCosts | Non
     for name in reward_names(config):
         run(lambda name=name: check_reward(config, name))
     run(lambda: check_diversity_encoder(config))
-    run(lambda: check_start(config, spec_of(backbone_of(config))))
+    if config.run.init_from != Path():
+        run(lambda: check_start(config, spec_of(backbone_of(config))))
     for folder, option in ((config.run.out, "run.out"), (config.data.embeddings, "data.embeddings")):
         run(lambda folder=folder, option=option: check_folder_writable(folder, option))
     run(lambda: check_trackers(config))
