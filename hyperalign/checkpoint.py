@@ -67,7 +67,7 @@ def save(path: Path, network: HyperNetwork, header: Header, dtype: torch.dtype =
     """Writes the file atomically: a reader sees the old file or the whole new one."""
     tensors = {_file_name(key, header.targets): value.detach().to("cpu", dtype).contiguous()
                for key, value in network.state_dict().items()}  # fmt: skip
-    save_atomically(tensors, path, {HEADER_KEY: json.dumps(asdict(header))})
+    save_atomically(tensors, path, {HEADER_KEY: header_text(header)})
 
 
 def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -82,7 +82,12 @@ def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, 
 
 def read_header(path: Path) -> Header:
     """Returns the header without reading a tensor. Raises HyperAlignError."""
-    return _parse_header(_open_metadata(path), path)
+    return parse_header(_open_metadata(path), path)
+
+
+def header_text(header: Header) -> str:
+    """Returns the JSON of a header."""
+    return json.dumps(asdict(header))
 
 
 def load(path: Path, operations: ModuleType | Any = nn) -> HyperAlign:
@@ -161,7 +166,8 @@ def _open_metadata(path: Path) -> str:
     return metadata[HEADER_KEY]
 
 
-def _parse_header(text: str, path: Path) -> Header:
+def parse_header(text: str, path: Path) -> Header:
+    """Returns the header of its JSON, which is from `path`. Raises HyperAlignError."""
     try:
         raw = json.loads(text)
         version = raw["format_version"]

@@ -28,9 +28,20 @@ IGNORED = frozenset({
 """Locations of files and what fits a step into memory: a run computes the same with any of them."""
 MAY_CHANGE = frozenset({
     "model.vae", "objective.conditional_only", "objective.reward_weight", "objective.preference_weight",
-    "optim.lr", "optim.bf16", "data.prompts", "data.preference", "data.text_lengths",
+    "optim.lr", "optim.steps", "optim.bf16", "data.prompts", "data.preference", "data.text_lengths",
 })  # fmt: skip
 """What changes the loss, and may still change within a run."""
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Returns a training checkpoint on the CPU. Raises HyperAlignError if it cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        raise HyperAlignError(
+            f"{path} cannot be read as a training checkpoint ({first_line(error)}); expected a whole file "
+            "step-NNNNNN.pt of a run's folder `checkpoints`. Give another one."
+        ) from error
 
 
 class TrainingCheckpoints:
@@ -119,9 +130,25 @@ def require_same_run(saved: str, config: TrainConfig) -> list[str]:
     return list(changes.values())
 
 
+def require_continuation(checkpoint: Checkpoint, config: TrainConfig) -> list[str]:
+    """Returns each allowed change since a checkpoint, as `require_same_run`.
+
+    Raises:
+        HyperAlignError: it is of another run, or has taken more steps than the recipe has.
+    """
+    changes = require_same_run(checkpoint["identity"], config)
+    if config.optim.steps < checkpoint["step"]:
+        raise HyperAlignError(
+            f"optim.steps is {config.optim.steps}, but the run in {config.run.out} has taken "
+            f"{checkpoint['step']} steps; expected as many or more. Raise it, or make a hypernetwork of an "
+            "earlier training checkpoint with train/export.py."
+        )
+    return changes
+
+
 def announce_changes(checkpoint: Checkpoint, config: TrainConfig, accelerator: Accelerator) -> None:
     """Warns of what changed since a checkpoint. Raises HyperAlignError if it is of another run."""
-    changes = require_same_run(checkpoint["identity"], config)
+    changes = require_continuation(checkpoint, config)
     if changes and accelerator.is_main_process:
         logger.warning("The run continues with changed settings: %s.", "; ".join(changes))
     if checkpoint["processes"] != accelerator.num_processes:

@@ -105,6 +105,11 @@ class ObjectiveConfig:
     """Images in one backward pass, gradients accumulated; 0 takes all at once."""
 
     @property
+    def optimised(self) -> dict[str, float]:
+        """The rewards that a loss acts on, with their weights."""
+        return {name: weight for name, weight in self.rewards.items() if weight and self.reward_weight}
+
+    @property
     def needs_preference_images(self) -> bool:
         """Whether a loss reads preference images."""
         return self.preference_weight > 0 or (self.reward_weight > 0 and self.state != "rollout")
@@ -116,6 +121,8 @@ class OptimConfig:
 
     lr: float = 3e-4
     steps: int = 300
+    """Steps of the run. May grow in a run that goes on: the rate then follows the longer cosine from there,
+    as if the run had been that long from its start."""
     warmup_steps: int = 20
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
@@ -176,6 +183,9 @@ class ValidationConfig:
     """Sampling steps."""
     rewards: dict[str, float] = field(default_factory=dict[str, float])
     """Rewards that are measured and never optimised."""
+    diversity_encoder: Path = Path()
+    """Folder of a DINOv2 (facebook/dinov2-base) whose embeddings measure the diversity over seeds; empty
+    takes those of a reward that is not optimised. The tiny model has its own encoder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +199,10 @@ class RunConfig:
     """Steps between training checkpoints."""
     keep_checkpoints: int = 2
     """How many of the last training checkpoints to keep."""
+    keep_exports: int = 3
+    """How many of the last validated hypernetworks to keep besides the best one."""
+    init_from: Path = Path()
+    """A hypernetwork of the same architecture whose weights a new run begins with; empty begins anew."""
     trackers: tuple[str, ...] = ()
     """Besides log.jsonl: tensorboard, wandb (installed and logged in by you)."""
     threads: int = 0
@@ -226,6 +240,7 @@ class TrainConfig:
         _require(bool(run.attention_kernels), "run.attention_kernels", run.attention_kernels, "one or more")
         _require(run.checkpoint_every >= 1, "run.checkpoint_every", run.checkpoint_every, "1 or more")
         _require(run.keep_checkpoints >= 1, "run.keep_checkpoints", run.keep_checkpoints, "1 or more")
+        _require(run.keep_exports >= 0, "run.keep_exports", run.keep_exports, "0 or more")
         _require(
             self.model.resolution % 64 == 0, "model.resolution", self.model.resolution, "a multiple of 64"
         )

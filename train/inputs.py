@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -145,6 +146,7 @@ def base_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
     if uses_fsdp(accelerator):
         shard_backbone(base.backbone)
     rewards = load_rewards(config, accelerator.device)
+    steady = encoder.at(text_lengths(config)[0])
     excluded = images.shards.unsafe_summary() if images else ""
     return RunInputs(
         base=base,
@@ -152,7 +154,7 @@ def base_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
         prompts=PromptList(prompts),
         preference=images,
         rewards=optimised(rewards, config),
-        validate=reward_validation(config, base, encoder, rewards, validation, accelerator),
+        validate=reward_validation(config, base, steady, rewards, validation, accelerator),
         provenance=provenance(config) | ({"unsafe": excluded} if excluded else {}),
     )
 
@@ -176,6 +178,7 @@ def smoke_inputs(config: TrainConfig, accelerator: Accelerator, shape: ModelSize
     }
     for reward in rewards.values():
         set_checkpointing(reward.module, config.model.recomputes_images)
+    steady = dataclasses.replace(encoder, lengths=lengths[:1])
     validation = PROMPTS[: config.validation.prompt_count]
     return RunInputs(
         base=base,
@@ -183,7 +186,7 @@ def smoke_inputs(config: TrainConfig, accelerator: Accelerator, shape: ModelSize
         prompts=PromptList(list(PROMPTS)),
         preference=RandomImages(base.latent_shape) if config.objective.needs_preference_images else None,
         rewards=optimised(rewards, config),
-        validate=reward_validation(config, base, encoder, rewards, validation, accelerator),
+        validate=reward_validation(config, base, steady, rewards, validation, accelerator),
         provenance=provenance(config),
     )
 

@@ -28,8 +28,13 @@ class SampledImages:
     """(P, S, 3, H, W) in [0, 1], on the CPU; grey where the sampled one was not finite."""
     seconds_per_image: float
     generations_per_run: int
-    not_finite: float
-    """Share of images that were not finite: they are scored as grey ones, and a run goes on."""
+    finite: Tensor
+    """(P, S): whether each image was; the others are scored as grey ones, and a run goes on."""
+
+    @property
+    def not_finite(self) -> float:
+        """Share of images that were not finite."""
+        return float((~self.finite).float().mean())
 
 
 def initial_noise(prompt_index: int, seed: int, shape: tuple[int, int, int]) -> Tensor:
@@ -78,5 +83,5 @@ def sample(
         generations = trajectory.generations
     seconds = (time.monotonic() - started) / len(jobs)
     shown, finite = without_nan(torch.cat(images))
-    stacked = shown.unflatten(0, (len(prompts), len(seeds)))
-    return SampledImages(list(prompts), stacked, seconds, generations, float((~finite).float().mean()))
+    stacked, marks = (values.unflatten(0, (len(prompts), len(seeds))) for values in (shown, finite))
+    return SampledImages(list(prompts), stacked, seconds, generations, marks)

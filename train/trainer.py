@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -19,14 +18,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from hyperalign import checkpoint, provenance
-from hyperalign.card import write_card
-from hyperalign.checkpoint import Header, HyperAlign
+from hyperalign.checkpoint import HyperAlign, header_text
 from hyperalign.errors import HyperAlignError
-from hyperalign.families.dit import TransformerSpec
-from hyperalign.hosts.diffusers.adapter import Adapter, spec_of
-from hyperalign.hypernetwork import HyperNetwork
-from hyperalign.schedule import Schedule
+from hyperalign.hosts.diffusers.adapter import Adapter
 from train.checkpoints import Checkpoint, TrainingCheckpoints, announce_changes, run_identity
 from train.config import TrainConfig
 from train.inputs import RunInputs
@@ -37,30 +31,13 @@ from train.models.kernels import attention_kernels
 from train.objective import States, noised_states, preference_loss, reward_loss, rollout_states
 from train.processes import any_process, average_gradients, gradient_of, mean_metrics
 from train.randomness import StepRandomness, normal, sample_u
-from train.recipe import as_table
 from train.relative_distance import weight_schedule
+from train.results import Results
 from train.rollout import rollout
+from train.start import begin_from, new_hyperalign
 from train.stopping import Stopped, StopRequest
 
 GIB = 2**30
-
-
-def new_hyperalign(config: TrainConfig, backbone: nn.Module, schedule: Schedule) -> HyperAlign:
-    """Returns an untrained hypernetwork for a base model; it changes nothing yet."""
-    spec = spec_of(backbone)
-    blocks = config.model.perception_blocks if isinstance(spec, TransformerSpec) else 0
-    targets = spec.targets(config.model.mode, blocks)
-    network = HyperNetwork(config.network, targets, spec.feature_channels)
-    header = Header(
-        base=spec.fingerprint(),
-        mode=config.model.mode,
-        feature_channels=spec.feature_channels,
-        targets=targets,
-        network=config.network,
-        schedule=schedule,
-        perception_blocks=blocks,
-    )
-    return HyperAlign(network, header)
 
 
 class Trainer:
@@ -88,6 +65,9 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         self.schedule = weight_schedule(config, inputs, self.accelerator, (saved or {}).get("key_times"))
         self.hyperalign = new_hyperalign(config, self.base.backbone, self.schedule)
+        self.results = Results(config, self.hyperalign.header, inputs.provenance)
+        if saved is None and config.run.init_from != Path():
+            self.results.origin = begin_from(config.run.init_from, self.hyperalign)
         self.network = self.hyperalign.network.to(self.device)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         self.adapter = Adapter(self.base.backbone, self.hyperalign)
@@ -99,7 +79,6 @@ class Trainer:
         self.step = self.images_seen = self.skipped = self._skipped_in_a_row = 0
         config.run.out.mkdir(parents=True, exist_ok=True)
         self._identity = json.dumps(run_identity(config))
-        self._validated: Metrics = {}  # of the last validation, for the header
         self._unlogged: Metrics = {}  # of the last step, until it is validated and logged
         self._images_read = 0  # in the current step
         self._between_steps = True  # False during the update, when the weights belong to no step
@@ -119,7 +98,8 @@ class Trainer:
         self._images_read = 0
         self.optimiser.zero_grad()
         with attention_kernels(self.config.run.attention_kernels, self.device):
-            metrics: Metrics = {"step": self.step} | self._passes() | self._apply_gradient()
+            before: Metrics = {"step": self.step} | self.results.baseline_of(self.step)
+            metrics = before | self._passes() | self._apply_gradient()
         seconds = time.monotonic() - started
         return metrics | {"seconds": seconds} | self._speed(seconds)
 
@@ -313,6 +293,7 @@ class Trainer:
         time_left, stop = TimeLeft(self.config.optim.steps), StopRequest()
         try:
             with stop.listening():
+                self._validate_base(stop)
                 while self._unlogged or self.step < self.config.optim.steps:
                     if not self._unlogged:
                         self._unlogged = self._train_step()
@@ -323,7 +304,8 @@ class Trainer:
                     if self._is_validated():
                         self._stop_if(stop.received)
                         with stop.immediate():
-                            self._unlogged |= self._validate()
+                            metrics = self._validate(self.averaged(), self.step)
+                        self._unlogged |= self._kept(metrics)
                     self._report(on_step)
                     self._stop_if(stop.received)
         finally:
@@ -350,12 +332,25 @@ class Trainer:
         every = self.config.validation.every
         return bool(every) and (self.step % every == 0 or self.step == self.config.optim.steps)
 
-    def _validate(self) -> Metrics:
-        grid = self.config.run.out / "grids" / f"{self.step:05d}.png"
+    def _validate_base(self, stop: StopRequest) -> None:
+        """Validates the base model before the first step; a run that goes on has its figures already."""
+        if self.results.baseline or not self.config.validation.every or self.step >= self.config.optim.steps:
+            return
+        self._stop_if(stop.received)
+        with stop.immediate():
+            metrics = self._validate(None, 0)
+        self.results.baseline = {"step": self.step, "metrics": metrics}
+
+    def _validate(self, hyperalign: HyperAlign | None, step: int) -> Metrics:
+        grid = self.config.run.out / "grids" / f"{step:05d}.png"
         with attention_kernels(self.config.run.attention_kernels, self.device):
-            metrics = self.inputs.validate(self.averaged(), grid)
-        self._validated = flat(metrics)
-        return {"validation": metrics}
+            return self.inputs.validate(hyperalign, grid)
+
+    def _kept(self, metrics: Metrics) -> Metrics:
+        """Writes the weights that were validated; returns what the log says about them."""
+        if not self.accelerator.is_main_process:
+            return {"validation": metrics}
+        return self.results.keep(self.average, self.step, metrics)
 
     def _save_checkpoint(self) -> None:
         """Saves the whole state of the run; it is the same in every process, so the main one writes it."""
@@ -368,11 +363,12 @@ class Trainer:
             "optimiser": self.optimiser.state_dict(),
             "images_seen": self.images_seen,
             "skipped": self.skipped,
-            "metrics": self._validated,
             "unlogged": self._unlogged,
             "key_times": list(self.schedule.key_times),
             "processes": self.accelerator.num_processes,
             "identity": self._identity,
+            "header": header_text(self.results.header(self.step)),
+            **self.results.state(),
         }
         self._checkpoints.save(state, self.step)
 
@@ -382,7 +378,7 @@ class Trainer:
         self.optimiser.load_state_dict(saved["optimiser"])
         self.step, self.images_seen = int(saved["step"]), int(saved["images_seen"])
         self.skipped = int(saved["skipped"])
-        self._validated = saved.get("metrics", {})
+        self.results.restore(saved)
         self._unlogged = saved.get("unlogged", {})
 
     # --------------------------------------------------------------------------------------------- the result
@@ -390,7 +386,7 @@ class Trainer:
     @property
     def path(self) -> Path:
         """The file of the finished hypernetwork."""
-        return self.config.run.out / "hypernetwork.safetensors"
+        return self.results.path
 
     def averaged(self) -> HyperAlign:
         """Returns the averaged hypernetwork: what is validated and exported."""
@@ -398,18 +394,6 @@ class Trainer:
 
     def export(self) -> Path:
         """Writes the averaged hypernetwork, with its provenance in the header, and its model card."""
-        recipe = as_table(self.config, paths=False) | {"run": {"seed": self.config.run.seed}}
-        training = {
-            "steps": self.step, **self.inputs.provenance, "metrics": self._validated, "recipe": recipe,
-        }  # fmt: skip
-        header = dataclasses.replace(self.hyperalign.header, training=training, sources=self._sources())
         if self.accelerator.is_main_process:
-            checkpoint.save(self.path, self.average, header)
-            write_card(self.path, header)
+            self.results.finish(self.average, self.step)
         return self.path
-
-    def _sources(self) -> tuple[provenance.Source, ...]:
-        """Returns the models and datasets behind the hypernetwork, with licences and known biases."""
-        o, model = self.config.objective, self.config.model
-        data = self.inputs.provenance.get("preference_data", "")
-        return provenance.sources(model.base, o.rewards if o.reward_weight else {}, data, model.hub)

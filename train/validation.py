@@ -10,25 +10,27 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.nn import functional as F
 
 from hyperalign.checkpoint import HyperAlign
 from hyperalign.files import replacing
 from hyperalign.rewards import Reward
+from hyperalign.tiny.geneval import diversity
 from train.config import TrainConfig
 from train.log import Metrics
 from train.models.base import Base, PromptEncoder
+from train.models.image_embedding import Embed, diversity_embedding
 from train.models.tiny import Tiny
+from train.processes import mean_metrics
 from train.sampling import SampledImages, sample
-from train.tiny.evaluate import metrics, sample_all
+from train.tiny.evaluate import means_and_spread, metrics, sample_all
 
-Validate = Callable[[HyperAlign, Path], Metrics]
+Validate = Callable[[HyperAlign | None, Path], Metrics]
 """Samples validation prompts, writes an image grid to the path and returns the metrics.
 
-Every process calls it; only the main one's metrics count."""
+None in place of a hypernetwork validates the base model. Every process calls it; only the main one's metrics
+count."""
 
 VALIDATION_SEEDS = (0, 1)
 """Seeds of each validation prompt; diversity compares the two images."""
@@ -48,25 +50,35 @@ def reward_validation(
 ) -> Validate:
     """Returns the validation that samples every prompt at two seeds and scores the images by every reward.
 
-    Each process takes its share of the prompts, as many as the others.
-    """
-    processes = accelerator.num_processes
-    own = range(accelerator.process_index, len(prompts), processes)[: max(1, len(prompts) // processes)]
+    The figures are those of all prompts in any number of processes. `encoder` gives a prompt's conditions
+    whatever the others in its batch are.
 
-    def validate(hyperalign: HyperAlign, grid: Path) -> Metrics:
-        batch = config.objective.micro_batch or config.objective.prompt_batch
+    Raises:
+        HyperAlignError: validation.diversity_encoder is not a whole DINOv2.
+    """
+    embed = diversity_embedding(config, rewards, base.device)
+    own = share_of_prompts(len(prompts), accelerator.process_index, accelerator.num_processes)
+
+    def whole(values: Tensor) -> Tensor:
+        return in_order(values, len(prompts), accelerator)
+
+    def validate(hyperalign: HyperAlign | None, grid: Path) -> Metrics:
         images = sample(
             base, encoder, hyperalign, [prompts[index] for index in own], indices=own,
             seeds=VALIDATION_SEEDS, steps=config.validation.steps,
-            guidance_scale=config.objective.guidance_scale, batch=batch,
+            guidance_scale=config.objective.guidance_scale,
+            batch=config.objective.micro_batch or config.objective.prompt_batch,
         )  # fmt: skip
-        scores = mean_scores(images, rewards, base.device)
-        save_shared_grid(images, grid, accelerator)
-        means = {
-            name: _gathered(torch.tensor([value], device=base.device), accelerator).mean().item()
-            for name, value in scores.items()
-        }
-        return means | {"generations_per_run": images.generations_per_run}
+        scores_PS = {name: whole(found) for name, found in image_scores(images, rewards, base.device).items()}
+        shown = dataclasses.replace(images, prompts=list(prompts), images=whole(images.images[:, :1]))
+        if accelerator.is_main_process:
+            save_grid(shown, grid)
+        metrics: Metrics = means_and_spread(scores_PS)
+        if embed is not None:
+            metrics["diversity"] = float(whole(image_diversity(images.images, embed)).mean())
+        metrics["not_finite"] = 1.0 - float(whole(images.finite.float()).mean())
+        seconds = mean_metrics({"seconds_per_image": images.seconds_per_image}, accelerator)
+        return metrics | seconds | {"generations_per_run": images.generations_per_run}
 
     return validate
 
@@ -74,12 +86,13 @@ def reward_validation(
 def tiny_validation(config: TrainConfig, base: Tiny, is_main: bool) -> Validate:
     """Returns the embedded model's validation: its own prompts, scored by its own evaluators."""
 
-    def validate(hyperalign: HyperAlign, grid: Path) -> Metrics:
+    def validate(hyperalign: HyperAlign | None, grid: Path) -> Metrics:
         if not is_main:
             return {}
         images = sample_all(
-            base, hyperalign, config.validation.prompt_count, seeds=(0,), steps=config.validation.steps,
-            guidance_scale=config.objective.guidance_scale, bf16=config.optim.bf16,
+            base, hyperalign, config.validation.prompt_count, seeds=VALIDATION_SEEDS,
+            steps=config.validation.steps, guidance_scale=config.objective.guidance_scale,
+            bf16=config.optim.bf16,
         )  # fmt: skip
         save_grid(images, grid)
         return metrics(images)
@@ -87,36 +100,46 @@ def tiny_validation(config: TrainConfig, base: Tiny, is_main: bool) -> Validate:
     return validate
 
 
-def mean_scores(
+def share_of_prompts(count: int, process: int, processes: int) -> list[int]:
+    """Returns the indices of the prompts of one process: every n-th, as many as every other process has.
+
+    A sharded backbone needs as many forwards in each process, so where the prompts do not divide evenly some
+    processes repeat one, whose scores `in_order` drops.
+    """
+    each = -(-count // processes)
+    return [(place * processes + process) % count for place in range(each)]
+
+
+def in_order(values: Tensor, count: int, accelerator: Accelerator) -> Tensor:
+    """Gathers the rows of all processes' prompts in the order of the prompts, each once, on the CPU."""
+    gathered: Any = accelerator.gather(values.to(accelerator.device))
+    rows: Tensor = gathered.unflatten(0, (accelerator.num_processes, -1))
+    return rows.transpose(0, 1).flatten(0, 1)[:count].cpu()
+
+
+@torch.no_grad()
+def image_scores(
     images: SampledImages, rewards: Mapping[str, Reward], device: torch.device
-) -> dict[str, float]:
-    """Returns each reward's mean, the diversity in the first one's embeddings, and seconds per image."""
-    seeds = images.images.shape[1]
-    jobs = [
-        (prompt, image) for prompt, row in zip(images.prompts, images.images, strict=True) for image in row
-    ]
-    means = {"seconds_per_image": images.seconds_per_image, "not_finite": images.not_finite}
-    with torch.no_grad():
-        for name, reward in rewards.items():
-            scores = [reward.score(image[None].to(device), [prompt]) for prompt, image in jobs]
-            means[name] = float(torch.cat(scores).mean())
-        first = next(iter(rewards.values()))
-        embeddings = torch.cat([first.embed_images(image[None].to(device)) for _, image in jobs])
-    return means | {"diversity": diversity(embeddings.unflatten(0, (len(images.prompts), seeds)))}
+) -> dict[str, Tensor]:
+    """Returns each reward's scores (P, S)."""
+
+    def scores(reward: Reward) -> Tensor:
+        rows = [
+            reward.score(row_S3HW[index : index + 1].to(device), [prompt])
+            for prompt, row_S3HW in zip(images.prompts, images.images, strict=True)
+            for index in range(len(row_S3HW))
+        ]
+        return torch.cat(rows).view(images.images.shape[:2])
+
+    return {name: scores(reward) for name, reward in rewards.items()}
 
 
-def diversity(embeddings_PSD: Tensor) -> float:
-    """Returns the mean cosine distance between the first two seeds' images of each prompt."""
-    first, second = F.normalize(embeddings_PSD.float(), dim=-1)[:, :2].unbind(dim=1)
-    return float((1.0 - (first * second).sum(dim=-1)).mean())
-
-
-def save_shared_grid(images: SampledImages, path: Path, accelerator: Accelerator) -> None:
-    """Writes one image of every prompt of all processes."""
-    first = _gathered(images.images[:, :1].to(accelerator.device), accelerator).cpu()
-    prompts: list[str] = gather_object(images.prompts)
-    if accelerator.is_main_process:
-        save_grid(dataclasses.replace(images, prompts=prompts, images=first), path)
+@torch.no_grad()
+def image_diversity(images_PS3HW: Tensor, embed: Embed) -> Tensor:
+    """Returns the mean cosine distance of each prompt's images over its seeds, (P,)."""
+    flat = images_PS3HW.flatten(0, 1)
+    embeddings = torch.cat([embed(flat[index : index + 1]) for index in range(len(flat))])
+    return diversity(embeddings.unflatten(0, images_PS3HW.shape[:2]))
 
 
 def save_grid(samples: SampledImages, path: Path, rows: int = GRID_ROWS) -> None:
@@ -141,8 +164,3 @@ def _wrapped(text: str) -> list[str]:
     """Returns the first two lines of a caption."""
     lines = textwrap.wrap(text, CAPTION_LETTERS, break_long_words=False, break_on_hyphens=False)
     return lines[:2]
-
-
-def _gathered(values: Tensor, accelerator: Accelerator) -> Tensor:
-    gathered: Any = accelerator.gather(values)
-    return gathered

@@ -23,7 +23,8 @@ from train.inputs import PromptList, RunInputs
 from train.models.base import Conditions
 from train.noise import DiffusionSchedule, NoiseSchedule
 from train.objective import Rewards
-from train.trainer import Trainer, new_hyperalign
+from train.start import new_hyperalign
+from train.trainer import Trainer
 
 NETWORK = HyperNetworkConfig(rank=2, a=3, b=3, width=8, layers=1, heads=1)
 OBJECTIVE = {
@@ -147,8 +148,12 @@ class Validations:
 
     def __init__(self) -> None:
         self.seen: list[tuple[float, Header, Path]] = []
+        self.of_base: list[Path] = []
 
-    def __call__(self, hyperalign: HyperAlign, grid: Path) -> dict[str, Any]:
+    def __call__(self, hyperalign: HyperAlign | None, grid: Path) -> dict[str, Any]:
+        if hyperalign is None:
+            self.of_base.append(grid)
+            return {"letters": 0.0}
         first = float(hyperalign.network.b_aux[0].flatten()[0])
         self.seen.append((first, hyperalign.header, grid))
         return {"letters": first, "more": {"count": len(self.seen)}, "words": "none"}

@@ -66,7 +66,7 @@ def test_both_passes_of_a_step_and_the_validation_run_with_them(
     run = small_run(validation={"every": 1}, run={"attention_kernels": ("math",)})
     run.network.b_aux[0].register_hook(lambda _: backward.append(bool(inside)))
     run.fit()
-    assert chosen == [(("math",), "cpu")] * 2
+    assert chosen == [(("math",), "cpu")] * 3  # the base model's validation, the step, its validation
     assert backward
     assert all(backward)
 

@@ -36,7 +36,7 @@ from train.models.image_encoder import image_encoder
 from train.models.load import PIPELINES, check_folder, load_base, make_base
 from train.models.text_encoders import text_fingerprint
 from train.objective import Rewards, noised_states, preference_loss, reward_loss
-from train.trainer import new_hyperalign
+from train.start import new_hyperalign
 
 NAMES: tuple[BaseName, ...] = ("sd15", "sdxl", "flux", "sd3")
 SMALL = {

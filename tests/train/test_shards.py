@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hyperalign.errors import HyperAlignError
 from train.data.shards import LatentShards, ShardHeader, read_shard_header, shard_path, write_shard
+from train.models.image_encoder import latent_fingerprint
 
 SHAPE = (4, 2, 2)
 
@@ -165,3 +166,12 @@ def test_a_shard_of_a_later_version_is_not_read(tmp_path: Path) -> None:
     write_shard(path, torch.zeros(1, *SHAPE), ShardHeader(["a"], ["a"], "vae", 16, version=2))
     with pytest.raises(HyperAlignError, match="version 2 .* expected version 1"):
         read_shard_header(path)
+
+
+def test_the_precision_of_a_run_does_not_decide_which_shards_it_reads() -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Conv2d(3, 8, 3)
+    full = latent_fingerprint(module, 0.18215, 0.0)
+    assert latent_fingerprint(module.bfloat16(), 0.18215, 0.0) == full
+    assert latent_fingerprint(torch.nn.Conv2d(3, 8, 3), 0.18215, 0.0) != full
+    assert latent_fingerprint(module, 0.13025, 0.0) != full

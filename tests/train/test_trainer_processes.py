@@ -17,6 +17,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor
 
 from hyperalign.errors import HyperAlignError
+from train.config import TrainConfig, ValidationConfig
+from train.validation import reward_validation
 
 Runs = Callable[..., Any]
 ONE = {"prompt_batch": 2, "preference_batch": 4, "rollout_steps": 3, "timesteps": 1}
@@ -94,6 +96,39 @@ def test_two_processes_train_as_one_with_twice_the_batch(small_run: Runs, tmp_pa
     }  # fmt: skip
     assert list((tmp_path / "out1").iterdir()) == []
     assert torch.load(next((tmp_path / "out0" / "checkpoints").iterdir()))["processes"] == 2
+
+
+class Brightness:
+    """A reward that tells images and prompts apart."""
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return images.mean(dim=(1, 2, 3)) + torch.tensor([float(len(prompt)) for prompt in prompts])
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_two_processes_validate_every_prompt_once_with_the_figures_of_one(
+    make_base: Any, tmp_path: Path, count: int
+) -> None:
+    base, prompts = make_base(everywhere=False), ["a", "bcd", "efghi", "jk", "lmnopqr"][:count]
+    config = TrainConfig(validation=ValidationConfig(steps=2))
+    rewards: Any = {"brightness": Brightness()}
+
+    def job(rank: int) -> dict[str, Any]:
+        grid = tmp_path / f"{rank}.png"
+        found = reward_validation(config, base, base, rewards, prompts, Accelerator(cpu=True))(None, grid)
+        return {name: value for name, value in found.items() if "seconds" not in name}
+
+    expected = job(2)
+    spread = expected.pop("spread")
+    for found in in_two_processes(job, tmp_path):
+        assert found.pop("spread") == pytest.approx(spread, rel=1e-4)
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert expected["diversity"] > 0
+    assert (tmp_path / "0.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (tmp_path / "1.png").exists()
 
 
 def test_the_rewards_gradient_norm_is_of_a_process_own_half(small_run: Runs, tmp_path: Path) -> None:

@@ -223,6 +223,19 @@ def test_both_calls_of_true_guidance_have_weights_of_their_own(pipe: Any, make_f
     assert (written[0] - written[1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("pipe", ["sdxl"], indirect=True)
+def test_whoever_samples_sdxl_with_zeros_for_the_empty_prompt_is_told_once_a_run(
+    pipe: Any, make_for: Any, draw: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    zeros = {"negative_prompt_embeds": torch.zeros(1, 8, 48)}
+    with hyperalign.attach(pipe, make_for(pipe)):
+        draw(pipe)
+        assert "zeros" not in caplog.text
+        draw(pipe, **zeros)
+    (told,) = [record.message for record in caplog.records]
+    assert 'Pass negative_prompt="" to encode it' in told
+
+
 def test_what_has_no_denoiser_is_refused(sd15_pipe: Any, make_for: Any) -> None:
     made = make_for(sd15_pipe)
     sd15_pipe.unet = None

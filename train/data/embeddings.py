@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -109,6 +110,12 @@ class CachedPromptEncoder:
             for first in range(0, len(missing), PROMPTS_PER_FILE):
                 chunk = missing[first : first + PROMPTS_PER_FILE]
                 cache.add(chunk, encode(chunk, length))
+
+    def at(self, length: int) -> CachedPromptEncoder:
+        """Returns the same conditions at one padding: a prompt's then do not depend on its batch."""
+        one = copy.copy(self)
+        one.caches = {length: self.caches[length]}
+        return one
 
     def count_missing(self, prompts: Sequence[str]) -> int:
         """Returns how many conditions must still be computed, summed over all paddings."""

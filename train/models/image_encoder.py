@@ -27,8 +27,11 @@ class ImageEncoder:
 
 
 def latent_fingerprint(autoencoder: nn.Module, scale: float, shift: float) -> str:
-    """Returns a hash of the encoder's first weights and of the latents' scale and shift."""
-    first = next(autoencoder.parameters()).detach().float().cpu().numpy().tobytes()
+    """Returns a hash of the encoder's first weights and of the latents' scale and shift.
+
+    The weights are rounded to bfloat16, so that optim.bf16 may change over encoded images.
+    """
+    first = next(autoencoder.parameters()).detach().bfloat16().float().cpu().numpy().tobytes()
     return hashlib.sha256(first + f"{scale} {shift}".encode()).hexdigest()[:16]
 
 

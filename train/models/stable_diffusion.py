@@ -55,7 +55,11 @@ def encode_sd15(pipeline: Any, prompts: Sequence[str], length: int) -> Condition
 
 
 def encode_sdxl(pipeline: Any, prompts: Sequence[str], length: int) -> Conditions:
-    """Returns both CLIPs' 77 vectors of each prompt, and the second one's pooled vector."""
+    """Returns both CLIPs' 77 vectors of each prompt, and the second one's pooled vector.
+
+    The empty prompt, from which CFG leads away, is encoded like any other: so samples ComfyUI. diffusers
+    takes zeros instead (`force_zeros_for_empty_prompt`) unless it is given `negative_prompt=""`.
+    """
     del length
     embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
 from hyperalign.errors import HyperAlignError
 from hyperalign.files import free_bytes
+from hyperalign.hosts.diffusers.adapter import spec_of
 from train.config import TrainConfig
 from train.inputs import reward_names, training_prompts, validation_prompts
 from train.models.load import backbone_dtype
@@ -19,6 +21,7 @@ from train.preflight.estimate import (
     ASSUMED_SHARE,
     Memory,
     checkpoint_bytes,
+    export_bytes,
     step_memory,
     step_seconds,
     step_work,
@@ -30,10 +33,12 @@ from train.preflight.input_checks import (
     autoencoder_of,
     backbone_of,
     check_base,
+    check_diversity_encoder,
     check_encoders,
     check_folder_writable,
     check_reward,
     check_room,
+    check_start,
     check_trackers,
     preference_captions,
     saved_step,
@@ -95,6 +100,9 @@ def check_inputs(config: TrainConfig, problems: Problems, costs: StepCosts | Non
     captions = run(lambda: preference_captions(config, shape)) or []
     for name in reward_names(config):
         run(lambda name=name: check_reward(config, name))
+    run(lambda: check_diversity_encoder(config))
+    if config.run.init_from != Path():
+        run(lambda: check_start(config, spec_of(backbone_of(config))))
     for folder, option in ((config.run.out, "run.out"), (config.data.embeddings, "data.embeddings")):
         run(lambda folder=folder, option=option: check_folder_writable(folder, option))
     run(lambda: check_trackers(config))
@@ -118,6 +126,7 @@ def check_disk(config: TrainConfig, problems: Problems, costs: StepCosts, new: l
     texts = size * sum(count * numbers for count, numbers in zip(new, costs.text_numbers, strict=True))
     needs = {
         "checkpoints": (config.run.out, checkpoint_bytes(config, costs)),
+        "hypernetworks": (config.run.out, export_bytes(config, costs)),
         "embeddings": (config.data.embeddings, texts),
     }
     problems.run(lambda: check_room(needs))
@@ -160,7 +169,7 @@ def estimates(config: TrainConfig, costs: StepCosts, device: Device, rate: float
         speed = f"{speed}; {usual:.1f} steps/h on a GPU for every 100 TFLOP/s that it reaches in training"
     validations = (
         f"estimate of a validation: {validation / TERA:.0f} TFLOP in each process, as much as "
-        f"{validation / work.total:.1f} steps, every {config.validation.every} steps"
+        f"{validation / work.total:.1f} steps, every {config.validation.every} steps and once at the start"
     )
     return [
         f"estimate of a step: {work.total / TERA:.0f} TFLOP in each process ({shares})",

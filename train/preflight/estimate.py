@@ -18,6 +18,8 @@ OPTIMISER_BYTES = 20
 """For each number of the hypernetwork, in float32: itself, gradient, AdamW's two moments, average."""
 CHECKPOINT_BYTES = 16
 """The same in a training checkpoint, which has no gradient."""
+EXPORT_BYTES = 2
+"""The same in a hypernetwork's file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,7 @@ def validation_work(config: TrainConfig, costs: StepCosts, processes: int = 1) -
     """Returns the operations of one validation in each of the processes that share it."""
     if not config.validation.every:
         return 0.0
-    images = max(1, config.validation.prompt_count // processes) * len(VALIDATION_SEEDS)
+    images = -(-config.validation.prompt_count // processes) * len(VALIDATION_SEEDS)
     scored = images * (costs.decoding.forward + costs.scoring.forward)
     return sampling_work(config, costs, images, config.validation.steps) + scored
 
@@ -179,6 +181,11 @@ def frozen_bytes(config: TrainConfig, costs: StepCosts) -> int:
 def checkpoint_bytes(config: TrainConfig, costs: StepCosts) -> int:
     """Returns the bytes of the training checkpoints: one more than are kept, while it is written."""
     return (config.run.keep_checkpoints + 1) * CHECKPOINT_BYTES * costs.parameters["hypernetwork"]
+
+
+def export_bytes(config: TrainConfig, costs: StepCosts) -> int:
+    """Returns the bytes of a run's hypernetworks: the last validated ones, the best and the finished one."""
+    return (config.run.keep_exports + 2) * EXPORT_BYTES * costs.parameters["hypernetwork"]
 
 
 def _at_once(config: TrainConfig, images: int) -> int:

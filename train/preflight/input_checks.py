@@ -20,14 +20,18 @@ from hyperalign.files import check_writable, existing_parent, first_line, free_b
 from hyperalign.hosts.diffusers.adapter import spec_of
 from hyperalign.rewards import loading, tiny
 from hyperalign.rewards.weights import find
-from train.checkpoints import TrainingCheckpoints, require_same_run
+from hyperalign.schedule import Schedule
+from hyperalign.targets import BaseSpec
+from train.checkpoints import TrainingCheckpoints, require_continuation
 from train.config import TrainConfig
 from train.data.embeddings import CachedPromptEncoder
 from train.inputs import open_preference_shards
 from train.models.architectures import FULL_SIZES, architecture, autoencoder
+from train.models.image_embedding import check_dinov2
 from train.models.image_encoder import image_encoder
 from train.models.load import PIPELINES, check_folder
 from train.models.text_encoders import text_fingerprint, text_lengths
+from train.start import check_architecture, new_header
 
 META = torch.device("meta")
 GIB = 2**30
@@ -204,6 +208,20 @@ def check_reward(config: TrainConfig, name: str) -> None:
         recipe.vocabulary.load(config.data.rewards, own if own.is_dir() else None)
 
 
+def check_diversity_encoder(config: TrainConfig) -> None:
+    """Looks at the encoder that a recipe measures diversity by. Raises HyperAlignError."""
+    folder = config.validation.diversity_encoder
+    if folder != Path() and config.validation.every:
+        check_dinov2(folder)
+        check_weights(folder, "model")
+
+
+def check_start(config: TrainConfig, spec: BaseSpec) -> None:
+    """Looks at the hypernetwork that a new run begins with. Raises HyperAlignError if it does not fit."""
+    if config.run.init_from != Path() and not saved_step(config):
+        check_architecture(config.run.init_from, new_header(config, spec, Schedule("S")))
+
+
 def uncached(config: TrainConfig, texts: Sequence[str]) -> list[int]:
     """Returns how many texts must still be encoded, for each padding. Raises HyperAlignError."""
     lengths = text_lengths(config)
@@ -217,7 +235,7 @@ def saved_step(config: TrainConfig) -> int:
     saved = TrainingCheckpoints(config.run.out / "checkpoints", config.run.keep_checkpoints).newest()
     if saved is None:
         return 0
-    require_same_run(saved["identity"], config)
+    require_continuation(saved, config)
     return int(saved["step"])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -40,9 +41,13 @@ def smoke_config(config: TrainConfig) -> TrainConfig:
             preference_batch=2, micro_batch=1,
         ),
         optim=dataclasses.replace(config.optim, steps=STEPS, warmup_steps=1),
-        validation=dataclasses.replace(config.validation, every=STEPS, prompt_count=2, steps=2),
+        validation=dataclasses.replace(
+            config.validation, every=STEPS, prompt_count=2, steps=2, diversity_encoder=Path()
+        ),
         data=dataclasses.replace(config.data, text_lengths=TEXT_LENGTHS),
-        run=dataclasses.replace(run, checkpoint_every=2, out=run.out.parent / f"{run.out.name}_smoke"),
+        run=dataclasses.replace(
+            run, checkpoint_every=2, init_from=Path(), out=run.out.parent / f"{run.out.name}_smoke"
+        ),
     )  # fmt: skip
 
 

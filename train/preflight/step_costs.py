@@ -26,7 +26,7 @@ from train.models.base import Base, Conditions, with_guidance
 from train.models.load import backbone_dtype, make_base
 from train.models.text_encoders import context_tokens, text_lengths
 from train.preflight.costs import NOTHING, Cost, cost_of, operations_until
-from train.trainer import new_hyperalign
+from train.start import new_hyperalign
 
 META = torch.device("meta")
 

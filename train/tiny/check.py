@@ -11,7 +11,7 @@ from hyperalign.families.unet import TINY
 from hyperalign.hypernetwork import HyperNetwork
 from hyperalign.tiny.weights import part_path
 from train.config import TrainConfig
-from train.preflight.input_checks import check_folder_writable, check_trackers, saved_step
+from train.preflight.input_checks import check_folder_writable, check_start, check_trackers, saved_step
 from train.tiny.art import STYLES
 
 PARTS = ("unet", "autoencoder", "text_encoder", "reward", "validation_reward", "detector", "style")
@@ -30,6 +30,7 @@ def check_tiny(config: TrainConfig) -> str:
         )
     check_folder_writable(config.run.out, "run.out")
     check_trackers(config)
+    check_start(config, TINY)
     step = saved_step(config)
     has_art = all((config.data.cache / "art" / f"{style}.json").exists() for style in STYLES)
     if not has_art and shutil.which("npm") is None:

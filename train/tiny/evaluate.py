@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,7 @@ def sample_all(
         images.images,
         images.seconds_per_image,
         images.generations_per_run,
-        images.not_finite,
+        images.finite,
         [content for _, content in chosen],
     )
 
@@ -91,20 +92,26 @@ def score(samples: Samples) -> Scores:
     )
 
 
+def means_and_spread(scores: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Returns the mean of each reward's scores over the images and, as `spread`, their standard deviation."""
+    spread = {name: float(values.std(correction=0)) for name, values in scores.items()}
+    return {name: float(values.mean()) for name, values in scores.items()} | {"spread": spread}
+
+
 def metrics(samples: Samples) -> dict[str, Any]:
-    """Returns the mean of every metric, as the log and the report contain them."""
+    """Returns the mean of every metric, as the log contains them; the diversity where there are two seeds."""
     scores = score(samples)
     marks: list[tuple[Family, bool]] = [
         (content.family, bool(correct))
         for content, row in zip(samples.contents, scores.correct.tolist(), strict=True)
         for correct in row
     ]
-    return {
-        "reward": float(scores.reward.mean()),
-        "validation_reward": float(scores.validation_reward.mean()),
+    rewards = {"reward": scores.reward, "validation_reward": scores.validation_reward}
+    several = samples.images.shape[1] > 1
+    return means_and_spread(rewards) | {
         "geneval": summarise(marks),
         "style": float(scores.style.mean()),
-        "diversity": float(scores.diversity.mean()),
+        **({"diversity": float(scores.diversity.mean())} if several else {}),
         "seconds_per_image": samples.seconds_per_image,
         "generations_per_run": samples.generations_per_run,
         "not_finite": samples.not_finite,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,14 @@ from .adapter import Adapter, Call, check_projections, latents_argument
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+LOG = logging.getLogger(__name__)
+
+ZEROS = (
+    'The pipeline guides away from zeros in place of an empty prompt. Pass negative_prompt="" to encode it: '
+    "hypernetworks are trained with the encoded empty prompt, as ComfyUI samples."
+)
+"""SDXL's pipelines do so without a negative prompt (`force_zeros_for_empty_prompt`)."""
 
 
 class Session:
@@ -123,6 +132,8 @@ class Session:
         for number, known in enumerate(self._contexts):
             if known is context_BLC or (known.shape == context_BLC.shape and torch.equal(known, context_BLC)):
                 return number
+        if self._pipeline is not None and not bool(context_BLC.flatten(1).any(dim=1).all()):
+            LOG.warning(ZEROS)
         self._contexts.append(context_BLC)
         return len(self._contexts) - 1
 
