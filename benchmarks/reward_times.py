@@ -34,10 +34,10 @@ from train.processes import gradient_of
 from train.recipe import load_recipe
 from train.rollout import rollout
 from train.sampling import initial_noise
+from train.start import new_hyperalign
 from train.tiny.dataset import training_prompts
 from train.tiny.evaluate import Scores, sample_all, score
 from train.tiny.inputs import tiny_reward
-from train.trainer import new_hyperalign
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
