@@ -241,7 +241,7 @@ class Trainer:
         self._images_read += whole
         chances = rng.random((whole,))[own] if dropout else np.ones(count)
         u_B = sample_u(whole, bounds, self.config.objective.timestep_sampling, rng)[own]
-        eps = normal((whole, *self.base.latent_shape), rng)[own]
+        eps = normal((whole, *x0.shape[1:]), rng)[own]  # of the bucket
         kept = ["" if chance < dropout else text for text, chance in zip(captions, chances, strict=True)]
         return x0.to(self.device), eps.to(self.device), u_B.to(self.device), kept
 

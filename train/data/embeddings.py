@@ -110,9 +110,9 @@ class CachedPromptEncoder:
                 chunk = missing[first : first + PROMPTS_PER_FILE]
                 cache.add(chunk, encode(chunk, length))
 
-    def count_missing(self, prompts: Sequence[str]) -> int:
-        """Returns how many conditions must still be computed, summed over all paddings."""
-        return sum(len(cache.missing(prompts)) for cache in self.caches.values())
+    def count_missing(self, prompts: Sequence[str]) -> list[int]:
+        """Returns how many conditions must still be computed for each padding."""
+        return [len(cache.missing(prompts)) for cache in self.caches.values()]
 
     def conditions(self, prompts: Sequence[str]) -> Conditions:
         """Returns the prompts' conditions on the device, all at one padding.
