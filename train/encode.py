@@ -51,9 +51,9 @@ class Options:
     """Folder for the latent shards."""
     kind: DatasetKind = "auto"
     """Layout of the source: pickapic (parquet files), pickapic_tars, parquet (columns chosen or image, and
-    a caption), hpd (train.json of HPDv2 or HPDv3, and the images), imagefolder (metadata.jsonl), folder (an
-    image with a .txt, .caption or .json each) or jsonl ({"image": ..., "caption": ...}); auto detects it. Of a list
-    of captions, the image's name decides which one it gets."""
+    a caption), hpd (train.json of HPDv2 or HPDv3, and the images), imagefolder (metadata.jsonl), folder (a
+    .txt, .caption or .json beside each image) or jsonl ({"image": ..., "caption": ...}); auto detects it. Of
+    a list of captions, the image's name decides which one it gets."""
     unsafe_column: str | None = None
     """Column in which the dataset marks unsafe images, which are skipped; default: data.unsafe_column of the
     recipe, "" for none."""
@@ -66,8 +66,7 @@ class Options:
     """Encode each image to the size of the nearest aspect ratio from 1:2 to 2:1, all of about equal area. A
     square crop would cut away what captions name; --no-buckets crops all to squares."""
     limit: int | None = None
-    """Take only the first images of the source, for a trial; ties and unsafe images among pairs count too,
-    where the source yields them."""
+    """Take only the first images of the source, for a trial; those that are skipped count too."""
     batch: int = 16
     """Images per call of the autoencoder."""
     workers: int = 8

@@ -63,7 +63,8 @@ class PreferenceDataset(Protocol):
     ) -> tuple[Tensor, list[str]]:
         """Returns part of a batch: latents (B, C, H, W) and captions.
 
-        The batch holds `count` images at this position of the stream; `part` is what is read of it.
+        The batch holds `count` images of one shape, at this position of the stream; `part` is what is read
+        of it.
         """
         ...
 

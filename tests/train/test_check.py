@@ -106,7 +106,7 @@ def test_a_sound_recipe_is_found_what_it_takes(config: TrainConfig, monkeypatch:
         "for 80 attention projections",
         "a step of 4 processes: 8 rollouts of 10 steps, 16 images with reward gradient, 16 preference",
         "data: 2 prompts, 1 for validation, 2 captions of images",
-        "preference images: 3 images (3 of 64 x 64); 0 left out as smaller than 0, 0 enlarged",
+        "preference images: 3 images (3 of 64 x 64)",
         "starts anew in",
         "(4 texts to encode once)",
         "estimate of peak memory",

@@ -147,7 +147,7 @@ def prepare(item: DatasetItem, side: int, min_side: int, buckets: Sequence[Bucke
     width, height = image.image.size
     bucket = nearest_bucket(height, width, buckets or [(side, side)])
     factor = enlargement(height, width, bucket)
-    if factor * min_side > side:
+    if factor * min_side > side * (1 + 1e-9):  # rounding must not cost an image of just that size
         return None
     pixels = ImageOps.fit(image.image, (bucket[1], bucket[0]), Image.Resampling.LANCZOS)
     return PreparedImage(image.caption, image.name, np.asarray(pixels), factor > 1.0)

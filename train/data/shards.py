@@ -208,11 +208,12 @@ class LatentShards:
         ordered = sorted(zip(self.images.sizes_K.tolist(), self.buckets, strict=True), reverse=True)
         listed = [f"{count} of {width} x {height}" for count, (height, width) in ordered]
         shown = ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more sizes" * (len(listed) > SHOWN))
-        least = max(header.min_side for header in headers)
-        left_out, enlarged = (sum(getattr(h, name) for h in headers) for name in ("too_small", "enlarged"))
-        return (
-            f"{len(self)} images ({shown}); {left_out} left out as smaller than {least}, {enlarged} enlarged"
-        )
+        parts, least = [f"{len(self)} images ({shown})"], max(header.min_side for header in headers)
+        if least:
+            parts.append(f"{sum(header.too_small for header in headers)} left out as smaller than {least}")
+        if enlarged := sum(header.enlarged for header in headers):
+            parts.append(f"{enlarged} enlarged")
+        return ", ".join(parts)
 
     def batch(self, position: int, count: int, seed: int) -> list[int]:
         """Returns the numbers of `count` images of one bucket; `position` images were read before."""
@@ -286,12 +287,11 @@ def _open_shard(path: Path) -> tuple[ShardHeader, Shapes, Any]:
         shapes = {bucket: _shape(file, header, bucket) for bucket in header.sizes()}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise HyperAlignError(f"{path} is not a whole latent shard: {first_line(error)}") from error
-    counts = [sum(shape[0] for shape in shapes.values()), sum(header.sizes().values())]
-    if header.version not in READABLE or not counts[0] == counts[1] == len(header.captions) == len(
-        header.names
-    ):
+    count = sum(shape[0] for shape in shapes.values())
+    counts = {count, sum(header.sizes().values()), len(header.captions), len(header.names)}
+    if header.version not in READABLE or len(counts) > 1:
         raise HyperAlignError(
-            f"{path} is a latent shard of version {header.version} with {counts[0]} latents and "
+            f"{path} is a latent shard of version {header.version} with {count} latents and "
             f"{len(header.captions)} captions; expected version {FORMAT_VERSION} and as many of both."
         )
     return header, shapes, file
