@@ -144,7 +144,7 @@ def test_hpd3_without_images_or_paths_is_named(tmp_path: Path) -> None:
     with pytest.raises(HyperAlignError, match=r"that all.json names, such as images/1.png"):
         open_dataset("auto", tmp_path)
     write(tmp_path / "all.json", [{"prompt": "a", "path1": "images/1.png"}])
-    with pytest.raises(HyperAlignError, match=r"entry 1: path1 is 'images/1.png', path2 None"):
+    with pytest.raises(HyperAlignError, match=r"entry 1: path1 is 'images/1.png' and path2 None"):
         open_dataset("auto", tmp_path)
 
 
