@@ -163,6 +163,9 @@ class DataConfig:
     """Numbers in unsafe_column above this are unsafe."""
     embeddings: Path = Path("build/embeddings")
     """Cache of the text encoders' outputs; one run computes them, later ones read them."""
+    embeddings_limit_gb: float = 200.0
+    """Most that the cache may hold, in GB; a run that would fill it further is refused before it starts. A
+    text of FLUX.1 takes 6.3 MB, one of SDXL 0.3."""
     text_lengths: tuple[int, ...] = (256, 512)
     """Paddings of T5's tokens, sampled for each batch: for FLUX.1, ComfyUI pads to 256, diffusers to 512."""
     rewards: Path = Path("models/hyperalign_rewards")
@@ -246,6 +249,8 @@ class TrainConfig:
         )
         lengths = self.data.text_lengths
         _require(bool(lengths) and min(lengths) > 0, "data.text_lengths", lengths, "numbers above 0")
+        limit = self.data.embeddings_limit_gb
+        _require(limit > 0, "data.embeddings_limit_gb", limit, "above 0")
         above = self.data.unsafe_above
         _require(math.isfinite(above), "data.unsafe_above", above, "a number")
         if self.model.key_times or self.model.variant != "P":

@@ -1,12 +1,12 @@
 """Encodes preference images once, so that training reads latents instead of images.
 
-On one GPU:
+On one GPU, where R is the recipe of the run:
 
-python train/encode.py --recipe train/recipes/sd15_s.toml --source data/pickapic_v2 --out data/pickapic-sd15
+python train/encode.py --recipe R --source data/pickapic_v2 --min-side 1024 --out data/preference-sdxl-1024
 
 On several GPUs:
 
-accelerate launch train/encode.py --recipe R --source data/HPDv2 --kind hpd --out data/hpd-sd15
+accelerate launch train/encode.py --recipe R --source data/HPDv2 --min-side 512 --out data/hpd-sd15
 
 Stop it at any time; the same command resumes where it stopped, on any number of GPUs.
 """
@@ -32,8 +32,9 @@ from hyperalign.errors import HyperAlignError
 from hyperalign.files import first_line
 from train.config import TrainConfig
 from train.data.bad_images import BAD_FILE
+from train.data.buckets import buckets_of
 from train.data.encoding import Counts, encode_dataset
-from train.data.preference import DatasetKind, UnsafeFilter, open_dataset
+from train.data.preference import DatasetKind, FirstImages, UnsafeFilter, open_dataset
 from train.models.image_encoder import image_encoder
 from train.recipe import load_recipe
 
@@ -49,15 +50,23 @@ class Options:
     out: Path
     """Folder for the latent shards."""
     kind: DatasetKind = "auto"
-    """Layout of the source: pickapic (parquet files), pickapic_tars, hpd (train.json and train.tar), folder
-    (images with .txt captions) or jsonl ({"image": ..., "caption": ...}); auto detects it."""
+    """Layout of the source: pickapic (parquet files), pickapic_tars, parquet (columns chosen or image, and
+    a caption), hpd (train.json of HPDv2 or HPDv3, and the images), imagefolder (metadata.jsonl), folder (a
+    .txt, .caption or .json beside each image) or jsonl ({"image": ..., "caption": ...}); auto detects it. Of
+    a list of captions, the image's name decides which one it gets."""
     unsafe_column: str | None = None
     """Column in which the dataset marks unsafe images, which are skipped; default: data.unsafe_column of the
     recipe, "" for none."""
     unsafe_above: float | None = None
     """Numbers in that column above this are unsafe; default: data.unsafe_above of the recipe."""
     min_side: int = 0
-    """Skip images whose short side has fewer pixels; enlarged images teach blur."""
+    """Leave out images smaller than a square of this side in pixels, or than their bucket in proportion:
+    enlarged images teach blur, and none is enlarged where this is the recipe's resolution."""
+    buckets: bool = True
+    """Encode each image to the size of the nearest aspect ratio from 1:2 to 2:1, all of about equal area. A
+    square crop would cut away what captions name; --no-buckets crops all to squares."""
+    limit: int | None = None
+    """Take only the first images of the source, for a trial; those that are skipped count too."""
     batch: int = 16
     """Images per call of the autoencoder."""
     workers: int = 8
@@ -77,6 +86,8 @@ def run(options: Options, accelerator: Accelerator) -> Counts:
     unsafe = unsafe_filter(options, config)
     with accelerator.main_process_first():  # it writes the index of a tar, which the others read
         dataset = open_dataset(options.kind, options.source, unsafe)
+    if options.limit is not None:
+        dataset = FirstImages(dataset, options.limit)
     encoder = image_encoder(config, accelerator.device)
     rank, world = accelerator.process_index, accelerator.num_processes
     bar: tqdm[Any] = tqdm(
@@ -85,7 +96,7 @@ def run(options: Options, accelerator: Accelerator) -> Counts:
 
     def show(counts: Counts) -> None:
         seconds = max(1e-9, float(bar.format_dict["elapsed"]))
-        metrics = {"images": counts.images, "bad": counts.bad, "unsafe": counts.unsafe}
+        metrics = {"images": counts.images, "bad": counts.bad, "too small": counts.too_small}
         bar.set_postfix(metrics, rate=f"{counts.images / seconds:.1f}/s")
         bar.update(counts.units - bar.n)
 
@@ -99,6 +110,7 @@ def run(options: Options, accelerator: Accelerator) -> Counts:
             batch=options.batch,
             workers=options.workers,
             min_side=options.min_side,
+            buckets=buckets_of(encoder.resolution) if options.buckets else None,
             unsafe=unsafe,
             progress=show,
         )
@@ -109,6 +121,18 @@ def skipped(counts: Counts) -> str:
     reasons = {"bad": counts.bad, "too small": counts.too_small, "marked unsafe": counts.unsafe}
     parts = [f"{count} {reason}" for reason, count in reasons.items() if count]
     return f"Skipped: {', '.join(parts)}." if parts else ""
+
+
+def summary(counts: Counts, options: Options) -> str:
+    """Returns what this process encoded, skipped and enlarged in this run."""
+    source = "" if options.limit is None else f" of the first {options.limit} of {options.source}"
+    said = [f"Encoded {counts.images} images{source} in this process to {options.out}.", skipped(counts)]
+    if counts.enlarged:
+        said.append(
+            f"Enlarged: {counts.enlarged}, which teaches blur; --min-side at the recipe's resolution leaves "
+            "them out."
+        )
+    return " ".join(filter(None, said))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -139,8 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     if accelerator.is_main_process:
-        done = f"Encoded {counts.images} images in this process to {options.out}."
-        print(f"{done} {skipped(counts)}".rstrip())
+        print(summary(counts, options))
     return 0
 
 

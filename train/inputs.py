@@ -31,7 +31,13 @@ from train.models.base import Base, PromptEncoder
 from train.models.fsdp import shard_backbone, uses_fsdp
 from train.models.image_encoder import image_encoder
 from train.models.load import backbone_dtype, check_folder, load_base, make_base
-from train.models.text_encoders import context_tokens, load_text_encoders, text_fingerprint, text_lengths
+from train.models.text_encoders import (
+    check_cache_limit,
+    context_tokens,
+    load_text_encoders,
+    text_fingerprint,
+    text_lengths,
+)
 from train.models.tiny import Tiny
 from train.objective import Rewards
 from train.tiny.dataset import preference_latents
@@ -58,7 +64,8 @@ class PreferenceDataset(Protocol):
     ) -> tuple[Tensor, list[str]]:
         """Returns part of a batch: latents (B, C, H, W) and captions.
 
-        The batch holds `count` images at this position of the stream; `part` is what is read of it.
+        The batch holds `count` images of one shape, at this position of the stream; `part` is what is read
+        of it.
         """
         ...
 
@@ -313,12 +320,13 @@ def cached_encoder(
     """Returns the conditions of all prompts of a run; computes those that are new, then frees the encoders.
 
     Raises:
-        HyperAlignError: the encoders cannot be read, their outputs cannot be written, or the processes do
-            not share the folder.
+        HyperAlignError: the cache would grow beyond its limit, the encoders cannot be read, their outputs
+            cannot be written, or the processes do not share the folder.
     """
     folder, lengths = config.data.embeddings / text_fingerprint(config), text_lengths(config)
     cache = CachedPromptEncoder(folder, lengths, accelerator.device)
-    if cache.count_missing(prompts):
+    if any(new := cache.count_missing(prompts)):
+        check_cache_limit(config, new)
         encode = load_text_encoders(config, accelerator.device)
         cache.fill(prompts, encode, accelerator.process_index, accelerator.num_processes)
         del encode
@@ -326,7 +334,7 @@ def cached_encoder(
     accelerator.wait_for_everyone()
     patience = time.monotonic() + PATIENCE
     cache = CachedPromptEncoder(folder, lengths, accelerator.device)
-    while missing := cache.count_missing(prompts):
+    while missing := sum(cache.count_missing(prompts)):
         if accelerator.num_processes == 1 or time.monotonic() > patience:
             raise HyperAlignError(
                 f"{folder.resolve()} lacks {missing} embeddings although every process wrote its share. Set "

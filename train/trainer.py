@@ -219,9 +219,8 @@ class Trainer:
         self._images_read += whole
         chances = rng.random((whole,))[own] if dropout else np.ones(count)
         u_B = sample_u(whole, bounds, self.config.objective.timestep_sampling, rng)[own]
-        eps, eps_gen = (
-            normal((whole, *self.base.latent_shape), rng)[own].to(self.device) for _ in ("x_t", "x_gen")
-        )
+        shape = (whole, *x0.shape[1:])  # of the bucket
+        eps, eps_gen = (normal(shape, rng)[own].to(self.device) for _ in ("x_t", "x_gen"))
         t_B = self.base.noise_schedule.at_position(u_B.to(self.device))
         kept = ["" if chance < dropout else text for text, chance in zip(captions, chances, strict=True)]
         return x0.to(self.device), eps, eps_gen, t_B, kept

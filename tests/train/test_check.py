@@ -52,10 +52,9 @@ def write_base(folder: Path) -> None:
 
 def write_preference(config: TrainConfig, encoder: str, shape: tuple[int, ...] = (4, 8, 8)) -> None:
     captions = ["a", "a a", "a"]
-    write_shard(
-        shard_path(config.data.preference, 0), torch.zeros(3, *shape),
-        ShardHeader(captions, captions, encoder, config.model.resolution),
-    )  # fmt: skip
+    side = config.model.resolution
+    header = ShardHeader(captions, captions, encoder, side)
+    write_shard(shard_path(config.data.preference, 0), {(side, side): torch.zeros(3, *shape)}, header)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +106,7 @@ def test_a_sound_recipe_is_found_what_it_takes(config: TrainConfig, monkeypatch:
         "for 80 attention projections",
         "a step of 4 processes: 8 rollouts of 10 steps, 16 images with reward gradient, 16 preference",
         "data: 2 prompts, 1 for validation, 2 captions of images",
+        "preference images: 3 images (3 of 64 x 64)",
         "starts anew in",
         "(4 texts to encode once)",
         "estimate of peak memory",

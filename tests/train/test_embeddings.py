@@ -52,7 +52,7 @@ def test_only_new_prompts_are_encoded(tmp_path: Path) -> None:
     CachedPromptEncoder(tmp_path, (8,), CPU).fill(prompts(5), Encoder())
     encoder = Encoder()
     texts = CachedPromptEncoder(tmp_path, (8,), CPU)
-    assert texts.count_missing(prompts(7)) == 2
+    assert texts.count_missing(prompts(7)) == [2]
     texts.fill(prompts(7), encoder)
     assert encoder.seen == prompts(7)[5:]
 
@@ -67,7 +67,7 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
 def test_no_prompt_is_skipped_when_processes_start_at_different_times(tmp_path: Path) -> None:
     for rank in range(3):  # each opens the folder after those before it
         CachedPromptEncoder(tmp_path, (8, 4), CPU).fill(prompts(10), Encoder(), rank, 3)
-    assert CachedPromptEncoder(tmp_path, (8, 4), CPU).count_missing(prompts(10)) == 0
+    assert CachedPromptEncoder(tmp_path, (8, 4), CPU).count_missing(prompts(10)) == [0, 0]
 
 
 def test_paddings_vary_over_batches_and_not_over_runs(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_the_prompts_of_a_damaged_file_are_encoded_again(tmp_path: Path) -> None
     for rank, (view, encoder) in enumerate(zip(views, encoders, strict=True)):
         view.fill(prompts(3), encoder, rank, 2)
     assert sorted([*encoders[0].seen, *encoders[1].seen]) == prompts(3)
-    assert CachedPromptEncoder(tmp_path, (8,), CPU).count_missing(prompts(3)) == 0
+    assert CachedPromptEncoder(tmp_path, (8,), CPU).count_missing(prompts(3)) == [0]
     assert path.exists()
 
 

@@ -101,7 +101,7 @@ def whole(pickapic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_preference_image_is_in_the_shards(whole: Path) -> None:
     shards = LatentShards(whole, "pooling", 64)
-    assert (len(shards), shards.shape) == (2100, (4, 16, 16))
+    assert (len(shards), shards.shapes) == (2100, {(64, 64): (4, 16, 16)})
     _, captions = shards.read(range(2100))
     assert captions == [f"scene {i}" for i in range(ROWS) if i % 8]
 
@@ -347,7 +347,7 @@ def test_two_processes_of_the_command_line_encode_every_unit_once(tars: Path, tm
     assert [process.returncode for process in processes] == [0, 0], said
     assert said[0][0] == f"Encoded 2 images in this process to {out}.\n"
     shards = LatentShards(out, resolution=64)
-    assert (len(shards), shards.shape) == (4, (4, 16, 16))
+    assert (len(shards), shards.shapes) == (4, {(64, 64): (4, 16, 16)})
 
 
 def test_the_command_line_reports_errors_in_one_sentence(

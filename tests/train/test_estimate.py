@@ -69,7 +69,7 @@ ROW = Cost(2.0, 5.0, 3 * GIB, 4 * GIB)
 PARTS = StepCosts(
     sampling=Cost(1.0, 0.0, 0, GIB), training=ROW, perception=0.5, generation=Cost(0.1, 0.2, 0, 0),
     decoding=Cost(3.0, 7.0, GIB, 6 * GIB), scoring=Cost(1.0, 2.0, GIB, 2 * GIB),
-    parameters={"backbone": 100, "autoencoder": 10, "hypernetwork": 5}, targets=3, text_numbers=(8, 16),
+    parameters={"backbone": 100, "autoencoder": 10, "hypernetwork": 5}, targets=3,
     cfg=True,
 )  # fmt: skip
 

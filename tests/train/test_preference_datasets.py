@@ -290,7 +290,9 @@ def test_a_folder_pairs_images_with_text_files(tmp_path: Path) -> None:
     bad = everything(dataset)[0]
     assert isinstance(bad, BadImage)
     assert bad.name == "b.png"
-    assert "its caption b.txt cannot be read" in bad.reason
+    assert bad.reason == (
+        "it has no caption: expected b.txt, b.caption, b.json beside it, found no file of its name"
+    )
     with pytest.raises(HyperAlignError, match="has no column 'nsfw'"):
         open_dataset("folder", tmp_path, UnsafeFilter("nsfw"))
 

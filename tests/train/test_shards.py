@@ -16,7 +16,7 @@ from hyperalign.errors import HyperAlignError
 from train.data.shards import LatentShards, ShardHeader, read_shard_header, shard_path, write_shard
 from train.models.image_encoder import latent_fingerprint
 
-SHAPE = (4, 2, 2)
+SHAPE, SIDES = (4, 2, 2), (16, 16)
 
 
 def make(folder: Path, *counts: int, encoder: str = "vae", resolution: int = 16, first: int = 0) -> Path:
@@ -26,7 +26,7 @@ def make(folder: Path, *counts: int, encoder: str = "vae", resolution: int = 16,
         latents = torch.arange(row, row + count).view(-1, 1, 1, 1).expand(-1, *SHAPE).half()
         texts = [f"row {row + i}" for i in range(count)]
         header = ShardHeader(texts, texts, encoder, resolution, f"unit {number}")
-        write_shard(shard_path(folder, number), latents if count else torch.empty(0, 0, 0, 0), header)
+        write_shard(shard_path(folder, number), {SIDES: latents} if count else {}, header)
         row += count
     return folder
 
@@ -39,31 +39,32 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> LatentShards:
 def test_rows_come_with_their_captions(shards: LatentShards) -> None:
     rows = [606, 0, 29, 30, 606]
     latents, captions = shards.read(rows)
-    assert (len(shards), shards.shape, latents.dtype) == (607, SHAPE, torch.float16)
+    assert (len(shards), shards.shapes, latents.dtype) == (607, {SIDES: SHAPE}, torch.float16)
     assert latents[:, 0, 0, 0].tolist() == rows
     assert captions == [f"row {row}" for row in rows]
 
 
 def test_each_caption_is_returned_once(shards: LatentShards, tmp_path: Path) -> None:
     assert shards.captions() == [f"row {row}" for row in range(607)]
-    write_shard(
-        shard_path(tmp_path, 0), torch.zeros(3, *SHAPE), ShardHeader(["a", "b", "a"], [""] * 3, "vae", 16)
-    )
+    header = ShardHeader(["a", "b", "a"], [""] * 3, "vae", 16)
+    write_shard(shard_path(tmp_path, 0), {SIDES: torch.zeros(3, *SHAPE)}, header)
     assert LatentShards(tmp_path).captions() == ["a", "b"]
 
 
 def test_an_epoch_is_a_permutation_that_differs_by_epoch_and_seed(shards: LatentShards) -> None:
-    order = shards.order(3, 0)
+    epoch = shards.images.epoch
+    order = epoch(3, 0)
     assert sorted(order.tolist()) == list(range(607))
-    assert (order == shards.order(3, 0)).all()
-    for other in (shards.order(3, 1), shards.order(4, 0)):
+    assert (order == epoch(3, 0)).all()
+    for other in (epoch(3, 1), epoch(4, 0)):
         assert (order != other).mean() > 0.9
 
 
 def test_any_stretch_of_the_order_touches_few_shards_and_mixes_them(shards: LatentShards) -> None:
-    shard_of = np.searchsorted(np.cumsum(shards.counts), shards.order(0, 0), side="right")
+    ends = np.cumsum(shards.images.counts_SK.sum(axis=1))
+    shard_of = np.searchsorted(ends, shards.images.epoch(0, 0), side="right")
     touched = [len(set(shard_of[i : i + 30].tolist())) for i in range(60, 500, 30)]
-    assert max(touched) <= shards.window + 3
+    assert max(touched) <= shards.images.window + 3
     assert min(touched) >= 3
 
 
@@ -79,7 +80,7 @@ def test_the_stream_needs_its_position_only(shards: LatentShards, position: int,
 def test_the_stream_is_one_epoch_after_the_other(shards: LatentShards) -> None:
     stream = shards.batch(0, 3 * 607, seed=1)
     for epoch in range(3):
-        assert stream[epoch * 607 : (epoch + 1) * 607] == shards.order(1, epoch).tolist()
+        assert stream[epoch * 607 : (epoch + 1) * 607] == shards.images.epoch(1, epoch).tolist()
 
 
 def test_the_index_is_saved_and_follows_the_shards(tmp_path: Path) -> None:
@@ -132,7 +133,8 @@ def test_a_shard_that_breaks_during_a_run_is_replaced_until_it_is_too_much(
 def test_latents_that_are_not_finite_count_as_broken(tmp_path: Path) -> None:
     latents = torch.zeros(3, *SHAPE, dtype=torch.bfloat16)
     latents[1, 0, 0, 0] = torch.nan
-    write_shard(shard_path(tmp_path, 0), latents, ShardHeader(["a", "b", "c"], ["", "", ""], "vae", 16))
+    header = ShardHeader(["a", "b", "c"], ["", "", ""], "vae", 16)
+    write_shard(shard_path(tmp_path, 0), {SIDES: latents}, header)
     shards = LatentShards(tmp_path)
     assert shards.read([1, 2])[1] == ["c", "c"]
     with pytest.raises(HyperAlignError, match="2 of 3 images"):
@@ -147,7 +149,7 @@ def test_shards_of_another_encoder_resolution_or_shape_are_refused(tmp_path: Pat
     with pytest.raises(HyperAlignError, match="is of images with a side of 16; expected 1024"):
         LatentShards(tmp_path, resolution=1024)
     other = ShardHeader(["a"], ["a"], "vae", 16)
-    write_shard(shard_path(tmp_path, 1), torch.zeros(1, 16, 2, 2), other)
+    write_shard(shard_path(tmp_path, 1), {SIDES: torch.zeros(1, 16, 2, 2)}, other)
     with pytest.raises(HyperAlignError, match=r"of the shape \(16, 2, 2\); expected \(4, 2, 2\)"):
         LatentShards(tmp_path)
 
@@ -163,8 +165,9 @@ def test_folders_without_images_are_refused(tmp_path: Path) -> None:
 
 def test_a_shard_of_a_later_version_is_not_read(tmp_path: Path) -> None:
     path = shard_path(tmp_path, 0)
-    write_shard(path, torch.zeros(1, *SHAPE), ShardHeader(["a"], ["a"], "vae", 16, version=2))
-    with pytest.raises(HyperAlignError, match="version 2 .* expected version 1"):
+    header = ShardHeader(["a"], ["a"], "vae", 16, version=3)
+    write_shard(path, {SIDES: torch.zeros(1, *SHAPE)}, header)
+    with pytest.raises(HyperAlignError, match="version 3 .* expected version 2"):
         read_shard_header(path)
 
 

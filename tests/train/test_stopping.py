@@ -47,7 +47,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = [str(index) for index in range(40)]
     header = ShardHeader(["a red circle"] * 40, names, encoder.fingerprint, encoder.resolution)
     latents = torch.randn(40, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    write_shard(shard_path(folder, 0), latents, header)
+    write_shard(shard_path(folder, 0), {(64, 64): latents}, header)
     return folder
 
 

@@ -15,10 +15,18 @@ from diffusers import DDIMScheduler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hyperalign.errors import HyperAlignError
-from train.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
-from train.data.embeddings import CachedPromptEncoder
+from train.config import BaseName, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from train.data.embeddings import CachedPromptEncoder, EmbeddingCache
+from train.data.random_inputs import TEXT_WIDTHS, RandomPromptEncoder
 from train.inputs import cached_encoder
-from train.models.text_encoders import load_text_encoders, text_fingerprint
+from train.models.text_encoders import (
+    check_cache_limit,
+    context_tokens,
+    load_text_encoders,
+    text_bytes,
+    text_fingerprint,
+    text_lengths,
+)
 
 CPU = torch.device("cpu")
 PROMPTS = [f"a {'x' * index}" for index in range(6)]
@@ -169,7 +177,7 @@ def test_one_process_embeds_all_prompts_and_the_next_run_reads_them(
 def test_two_machines_with_one_folder_embed_every_prompt_whichever_is_first(config: TrainConfig) -> None:
     late = Machine(1, meanwhile=lambda: None)
     texts = embed(config, Machine(0, meanwhile=lambda: embed(config, late)))
-    assert texts.count_missing(PROMPTS) == 0
+    assert texts.count_missing(PROMPTS) == [0]
 
 
 def test_two_machines_without_a_shared_folder_stop_with_a_sentence(
@@ -185,3 +193,42 @@ def test_two_machines_without_a_shared_folder_stop_with_a_sentence(
     sentence = r"lacks \d+ embeddings .* Set data.embeddings to a folder that all machines of the run share"
     with pytest.raises(HyperAlignError, match=sentence):
         embed(config, Machine(0, meanwhile=other))
+
+
+@pytest.mark.parametrize(
+    ("base", "megabytes"), [("sd15", 0.118), ("sdxl", 0.318), ("flux", 6.295), ("sd3", 7.561)]
+)
+def test_a_text_takes_what_is_estimated(base: BaseName, megabytes: float, tmp_path: Path) -> None:
+    config = TrainConfig(model=ModelConfig(base=base))
+    for length in text_lengths(config):
+        tokens = context_tokens(config, length)
+        found = RandomPromptEncoder(*TEXT_WIDTHS[base], (tokens,), CPU).conditions(["a", "b"])
+        cache = EmbeddingCache(tmp_path / str(length))
+        cache.add(["a", "b"], {name: value.bfloat16() for name, value in found.items()})
+    stored = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) / 2
+    assert stored == pytest.approx(sum(text_bytes(config)), rel=0.01)
+    assert stored / 1e6 == pytest.approx(megabytes, rel=0.01)
+
+
+def test_a_cache_beyond_its_limit_is_refused_before_the_encoders_are_loaded(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def limited(gigabytes: float) -> TrainConfig:
+        return dataclasses.replace(
+            config, data=dataclasses.replace(config.data, embeddings_limit_gb=gigabytes)
+        )
+
+    monkeypatch.setattr("train.inputs.load_text_encoders", None)
+    sentence = r"of 6 new texts take 0\.0 GB \(0\.2 MB a text\).*Raise it, name fewer data\.prompts"
+    with pytest.raises(HyperAlignError, match=sentence):
+        embed(limited(6 * 236e-6), Accelerator(cpu=True))
+    check_cache_limit(limited(6 * 237e-6), [6])
+    check_cache_limit(limited(1e-9), [0])  # what is there may be read
+    (config.data.embeddings / "other").mkdir(parents=True)
+    (config.data.embeddings / "other" / "a.safetensors").write_bytes(b"0" * 9000)
+    with pytest.raises(HyperAlignError, match="or delete what other runs left there"):
+        check_cache_limit(limited(6 * 237e-6), [6])
+    flux = TrainConfig(model=ModelConfig(base="flux"), data=DataConfig(embeddings=config.data.embeddings))
+    check_cache_limit(flux, [20000, 20000])
+    with pytest.raises(HyperAlignError, match=r"take 251\.8 GB .*set data\.text_lengths to \[256\] alone"):
+        check_cache_limit(flux, [40000, 40000])

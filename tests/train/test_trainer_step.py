@@ -66,7 +66,7 @@ def images_by_hand(
     x0, captions = run.inputs.preference.batch(place, count, rng, slice(0, count))
     chances = rng.random(count) if drop else np.ones(count)
     u_B = sample_u(count, bounds, o.timestep_sampling, rng)
-    noise, other = normal((count, *base.latent_shape), rng), normal((count, *base.latent_shape), rng)
+    noise, other = normal((count, *x0.shape[1:]), rng), normal((count, *x0.shape[1:]), rng)
     kept = ["" if chance < drop else text for chance, text in zip(chances, captions, strict=True)]
     return x0, noise, other, base.noise_schedule.nearest(u_B), kept
 

@@ -30,19 +30,19 @@ class BadImages:
         """Those of them that are bad."""
         self._earlier = self._read()
 
-    def count_finished(self, unit: int, unit_name: str, names: list[str], unsafe: int) -> None:
+    def count_finished(self, unit: int, unit_name: str, names: list[str], left_out: int) -> None:
         """Counts the images of a unit that has its shard.
 
         Args:
             unit: its number.
             unit_name: its name, which is listed if an earlier run could not read the unit.
             names: the images in the shard; those that are listed were repaired since.
-            unsafe: how many images were skipped as unsafe.
+            left_out: how many images were skipped as unsafe or too small.
         """
         good = {*names, unit_name}
         bad = [image for name, image in self._earlier.get(unit, {}).items() if name not in good]
         self.images += bad
-        self.seen += len(names) + unsafe + len(bad)
+        self.seen += len(names) + left_out + len(bad)
 
     def too_many(self) -> bool:
         """Returns whether more than 1 % of the images read so far are bad, and more than one."""

@@ -117,9 +117,9 @@ class CachedPromptEncoder:
         one.caches = {length: self.caches[length]}
         return one
 
-    def count_missing(self, prompts: Sequence[str]) -> int:
-        """Returns how many conditions must still be computed, summed over all paddings."""
-        return sum(len(cache.missing(prompts)) for cache in self.caches.values())
+    def count_missing(self, prompts: Sequence[str]) -> list[int]:
+        """Returns how many conditions must still be computed for each padding."""
+        return [len(cache.missing(prompts)) for cache in self.caches.values()]
 
     def conditions(self, prompts: Sequence[str]) -> Conditions:
         """Returns the prompts' conditions on the device, all at one padding.

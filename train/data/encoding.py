@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from hyperalign.errors import HyperAlignError
 from hyperalign.files import cannot_write, check_writable, free_bytes
 from hyperalign.threads import in_order
 from train.data.bad_images import BadImages
+from train.data.buckets import Bucket, enlargement, nearest_bucket
 from train.data.preference.dataset import (
     BadImage,
     DatasetItem,
@@ -33,8 +33,6 @@ from train.data.shards import MAX_BAD_SHARE, ShardHeader, read_shard_header, sha
 from train.models.image_encoder import ImageEncoder
 
 logger = logging.getLogger("hyperalign.train")
-
-Item = TypeVar("Item")
 
 
 @dataclass(slots=True)
@@ -52,18 +50,31 @@ class Counts:
     bad: int = 0
     """Images skipped because they cannot be used; bad.jsonl lists them."""
     too_small: int = 0
-    """Images skipped because their short side is under `min_side`."""
+    """Images left out because they are smaller than `min_side`."""
+    enlarged: int = 0
+    """Images that are smaller than their bucket and were enlarged."""
     unsafe: int = 0
     """Images skipped because the dataset marks them as unsafe."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedImage:
-    """An image ready for the encoder: square, RGB, (H, W, 3) bytes."""
+    """An image ready for the encoder: of the size of its bucket, RGB, (H, W, 3) bytes."""
 
     caption: str
     name: str
     pixels_HWC: NDArray[np.uint8]
+    enlarged: bool
+
+    @property
+    def bucket(self) -> Bucket:
+        """Height and width."""
+        height, width, _ = self.pixels_HWC.shape
+        return height, width
+
+
+Prepared: TypeAlias = "PreparedImage | BadImage | UnsafeImage | None"
+"""An image, why there is none, or None for one that is too small."""
 
 
 def encode_dataset(
@@ -76,6 +87,7 @@ def encode_dataset(
     batch: int = 16,
     workers: int = 8,
     min_side: int = 0,
+    buckets: Sequence[Bucket] | None = None,
     unsafe: UnsafeFilter | None = None,
     dtype: torch.dtype = torch.float16,
     progress: Callable[[Counts], None] | None = None,
@@ -83,7 +95,7 @@ def encode_dataset(
     """Writes the missing shards of units rank, rank + world, ...
 
     A shard depends on its unit alone, so an interrupted run resumes where it stopped, on any number of
-    processes. Images are resized by their short side and cropped in the middle.
+    processes. Images are resized until they cover their bucket, and cropped in the middle.
 
     Args:
         dataset: the images.
@@ -93,7 +105,9 @@ def encode_dataset(
         world: number of processes.
         batch: images per call of the encoder.
         workers: threads that decode and resize.
-        min_side: images with a shorter side under this are skipped.
+        min_side: images smaller than a square of this side are left out; in a bucket, than one of its shape
+            and in proportion. At the encoder's resolution no image is enlarged.
+        buckets: sizes of which an image takes the one of the nearest ratio; None crops all to the square.
         unsafe: the filter that the dataset was opened with; it is stored in the shards.
         dtype: of the stored latents.
         progress: called after each batch and each unit.
@@ -107,7 +121,7 @@ def encode_dataset(
     units = range(rank, dataset.units(), world)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         run = _EncodingRun(
-            dataset, encoder, out, batch, min_side, str(unsafe or ""), dtype, pool,
+            dataset, encoder, out, batch, min_side, buckets, str(unsafe or ""), dtype, pool,
             progress or (lambda _: None), len(units), bad,
         )  # fmt: skip
         missing = [unit for unit in units if not run.is_finished(unit)]
@@ -118,15 +132,36 @@ def encode_dataset(
     return run.counts
 
 
-def prepare(item: DatasetItem, side: int, min_side: int) -> PreparedImage | BadImage | UnsafeImage | None:
-    """Returns an image as a square of `side` pixels, or None if it is too small."""
+def prepare(item: DatasetItem, side: int, min_side: int, buckets: Sequence[Bucket] | None = None) -> Prepared:
+    """Returns an image in the size of its bucket, or None if it is too small.
+
+    Args:
+        item: of a dataset.
+        side: of the square, in pixels.
+        min_side: as for `encode_dataset`.
+        buckets: the sizes to choose from; None takes the square.
+    """
     image = item if isinstance(item, BadImage | UnsafeImage) else decode(item)
     if isinstance(image, BadImage | UnsafeImage):
         return image
-    if min(image.image.size) < min_side:
+    width, height = image.image.size
+    bucket = nearest_bucket(height, width, buckets or [(side, side)])
+    factor = enlargement(height, width, bucket)
+    if factor * min_side > side * (1 + 1e-9):  # rounding must not cost an image of just that size
         return None
-    square = ImageOps.fit(image.image, (side, side), Image.Resampling.LANCZOS)
-    return PreparedImage(image.caption, image.name, np.asarray(square))
+    pixels = ImageOps.fit(image.image, (bucket[1], bucket[0]), Image.Resampling.LANCZOS)
+    return PreparedImage(image.caption, image.name, np.asarray(pixels), factor > 1.0)
+
+
+@dataclass(slots=True)
+class _Group:
+    """The images of one bucket of a shard so far."""
+
+    waiting: list[PreparedImage] = field(default_factory=list[PreparedImage])
+    """Those of the next batch."""
+    captions: list[str] = field(default_factory=list[str])
+    names: list[str] = field(default_factory=list[str])
+    latents: list[Tensor] = field(default_factory=list[Tensor])
 
 
 @dataclass(slots=True)
@@ -134,11 +169,11 @@ class _EncodedUnit:
     """The contents of a shard so far."""
 
     number: int
-    captions: list[str] = field(default_factory=list[str])
-    names: list[str] = field(default_factory=list[str])
-    latents: list[Tensor] = field(default_factory=list[Tensor])
+    groups: dict[Bucket, _Group] = field(default_factory=dict[Bucket, _Group])
     bad: list[BadImage] = field(default_factory=list[BadImage])
     unsafe: int = 0
+    too_small: int = 0
+    enlarged: int = 0
 
 
 @dataclass(slots=True)
@@ -148,6 +183,7 @@ class _EncodingRun:
     out: Path
     batch: int
     min_side: int
+    buckets: Sequence[Bucket] | None
     unsafe_mark: str
     dtype: torch.dtype
     pool: ThreadPoolExecutor
@@ -166,26 +202,33 @@ class _EncodingRun:
         except HyperAlignError as error:
             logger.warning("encoding again: %s", error)
             return False
+        least = self.min_side if found.version > 1 else found.min_side  # version 1 does not say it
         for what, is_, should in (
             ("was encoded by", found.encoder, self.encoder.fingerprint),
             ("holds images with a side of", found.resolution, self.encoder.resolution),
             ("was made from", found.unit, self.dataset.unit_name(unit)),
             ("excludes as unsafe", found.unsafe_mark or "nothing", self.unsafe_mark or "nothing"),
+            ("leaves out images under", found.min_side, least),
+            ("has", _shape_words(found.bucketed), _shape_words(self.buckets is not None)),
         ):
             if is_ != should:
                 raise HyperAlignError(
                     f"{path} {what} {is_}, not {should}. Choose another --out, or delete it."
                 )
-        self.bad.count_finished(unit, found.unit, found.names, found.unsafe)
+        self.bad.count_finished(unit, found.unit, found.names, found.unsafe + found.too_small)
         return True
 
     def encode_unit(self, number: int) -> None:
         """Encodes a unit and writes its shard. Raises HyperAlignError."""
         unit = _EncodedUnit(number)
         try:
-            for images in _batches(self._prepared(unit), self.batch):
-                self._encode(images, unit)
-                self.progress(self.counts)
+            for image in self._prepared(unit):
+                group = unit.groups.setdefault(image.bucket, _Group())
+                group.waiting.append(image)
+                if len(group.waiting) == self.batch:
+                    self._encode(group, unit)
+            for group in unit.groups.values():
+                self._encode(group, unit)
         except UnreadableUnit as error:
             logger.warning("skipped a unit: %s", error)
             self.counts.unreadable += 1
@@ -198,13 +241,14 @@ class _EncodingRun:
         self.progress(self.counts)
 
     def _prepared(self, unit: _EncodedUnit) -> Iterator[PreparedImage]:
-        def work(item: DatasetItem) -> PreparedImage | BadImage | UnsafeImage | None:
-            return prepare(item, self.encoder.resolution, self.min_side)
+        def work(item: DatasetItem) -> Prepared:
+            return prepare(item, self.encoder.resolution, self.min_side, self.buckets)
 
         for _, result in in_order(self.pool, work, self.dataset.read(unit.number), ahead=2 * self.batch):
             self.bad.seen += 1
             if result is None:
                 self.counts.too_small += 1
+                unit.too_small += 1
             elif isinstance(result, UnsafeImage):
                 self.counts.unsafe += 1
                 unit.unsafe += 1
@@ -213,19 +257,26 @@ class _EncodingRun:
             else:
                 yield result
 
-    def _encode(self, images: list[PreparedImage], unit: _EncodedUnit) -> None:
+    def _encode(self, group: _Group, unit: _EncodedUnit) -> None:
+        """Encodes the images that wait in a group."""
+        images, group.waiting = group.waiting, []
+        if not images:
+            return
         pixels_BHWC = torch.from_numpy(np.stack([image.pixels_HWC for image in images]))
         images_BCHW = pixels_BHWC.permute(0, 3, 1, 2).float() / 255.0
         latents = self.encoder.encode(images_BCHW).to("cpu", self.dtype)
         finite_B = torch.isfinite(latents).flatten(1).all(1)
-        unit.latents.append(latents[finite_B])
+        group.latents.append(latents[finite_B])
         for image, finite in zip(images, finite_B.tolist(), strict=True):
             if finite:
-                unit.captions.append(image.caption)
-                unit.names.append(image.name)
+                group.captions.append(image.caption)
+                group.names.append(image.name)
+                unit.enlarged += image.enlarged
+                self.counts.enlarged += image.enlarged
                 self.counts.images += 1
             else:
                 self._skip(BadImage(image.name, "its latent is not finite"), unit)
+        self.progress(self.counts)
 
     def _skip(self, image: BadImage, unit: _EncodedUnit) -> None:
         logger.warning("skipped %s: %s", image.name, image.reason)
@@ -245,16 +296,21 @@ class _EncodingRun:
 
     def _write(self, unit: _EncodedUnit) -> None:
         path = shard_path(self.out, unit.number)
-        latents = torch.cat(unit.latents) if unit.latents else torch.empty(0, 0, 0, 0, dtype=self.dtype)
+        groups = {bucket: unit.groups[bucket] for bucket in sorted(unit.groups) if unit.groups[bucket].names}
         header = ShardHeader(
-            unit.captions,
-            unit.names,
+            [caption for group in groups.values() for caption in group.captions],
+            [name for group in groups.values() for name in group.names],
             self.encoder.fingerprint,
             self.encoder.resolution,
             self.dataset.unit_name(unit.number),
             unit.unsafe,
             self.unsafe_mark,
+            bucketed=self.buckets is not None,
+            min_side=self.min_side,
+            too_small=unit.too_small,
+            enlarged=unit.enlarged,
         )
+        latents = {bucket: torch.cat(group.latents) for bucket, group in groups.items()}
         with cannot_write(path, self._make_room()):
             for left_over in self.out.glob(f".{path.name}.*.partial"):
                 left_over.unlink()
@@ -270,7 +326,5 @@ class _EncodingRun:
         )
 
 
-def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
+def _shape_words(bucketed: bool) -> str:
+    return "images in buckets of several shapes" if bucketed else "images cropped to squares (--no-buckets)"

@@ -96,15 +96,20 @@ def json_list(path: Path) -> list[Any]:
 
 def caption_of(row: object, where: str) -> str:
     """Returns the text of a string or of an object with one of CAPTION_KEYS. Raises HyperAlignError."""
+    value = caption_value(row, where)
+    if not isinstance(value, str):
+        raise HyperAlignError(f"{where}: the caption is {value!r}; expected a string.")
+    return value
+
+
+def caption_value(row: object, where: str) -> object:
+    """Returns a string itself, or what an object has under one of CAPTION_KEYS. Raises HyperAlignError."""
     if isinstance(row, str):
         return row
     if not isinstance(row, dict):
         raise HyperAlignError(f"{where} is a {type(row).__name__}; expected a string or an object.")
     keys = cast("dict[str, Any]", row)
-    value = keys[caption_column(keys, where)]
-    if not isinstance(value, str):
-        raise HyperAlignError(f"{where}: the caption is {value!r}; expected a string.")
-    return value
+    return keys[caption_column(keys, where)]
 
 
 def caption_column(columns: Iterable[str], where: str) -> str:

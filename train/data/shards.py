@@ -1,31 +1,35 @@
 """Latent shards: `.safetensors` files of encoded preference images, and the stream that training reads.
 
-A shard holds `latents` (N, C, h, w) and a JSON header with captions, names, encoder and resolution.
+A shard holds for each bucket `latents_HEIGHTxWIDTH` (N, C, h, w), and a JSON header with the buckets,
+captions, names, encoder and resolution. Version 1 has squares alone, as `latents`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hyperalign.checkpoint import save_atomically
 from hyperalign.errors import HyperAlignError
 from hyperalign.files import first_line, write_text
+from train.data.buckets import Bucket
+from train.data.order import ImageOrder
 
 logger = logging.getLogger("hyperalign.train")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
 HEADER_KEY = "hyperalign_latents"
 INDEX_FILE = "index.json"
 MAX_BAD_SHARE = 0.01
@@ -34,6 +38,8 @@ MIN_READ = 100
 """The share of bad images is checked once this many were read."""
 SHUFFLE_WINDOW = 4
 """Shards that are mixed with each other at any position of the stream."""
+SHOWN = 3
+"""Buckets that a summary names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +47,12 @@ class ShardHeader:
     """The JSON header of a shard."""
 
     captions: list[str]
+    """Of the images in the order of the buckets."""
     names: list[str]
     encoder: str
     """Fingerprint of the autoencoder and of how its latents are scaled."""
     resolution: int
-    """Side of the square images, in pixels."""
+    """Side of the square, in pixels; other buckets have about as many pixels."""
     unit: str = ""
     """The unit of the dataset that it was made from."""
     unsafe: int = 0
@@ -53,6 +60,29 @@ class ShardHeader:
     unsafe_mark: str = ""
     """The filter they matched, such as `nsfw > 0.5`; empty without a filter."""
     version: int = FORMAT_VERSION
+    buckets: list[list[int]] = field(default_factory=list[list[int]])
+    """Height and width of each bucket, in pixels, and how many images it has."""
+    bucketed: bool = False
+    """Whether images went to the bucket of their ratio; otherwise all were cropped to the square."""
+    min_side: int = 0
+    """Images smaller than this were left out."""
+    too_small: int = 0
+    """How many that were."""
+    enlarged: int = 0
+    """Images that were enlarged, which blurs them."""
+
+    def sizes(self) -> dict[Bucket, int]:
+        """Returns each bucket with its number of images."""
+        return {(height, width): count for height, width, count in self.buckets}
+
+    def caption(self, bucket: Bucket, row: int) -> str:
+        """Returns the caption of a row of a bucket's latents."""
+        before = takewhile(lambda each: tuple(each[:2]) != bucket, self.buckets)
+        return self.captions[sum(count for *_, count in before) + row]
+
+
+Shapes = dict[Bucket, list[int]]
+"""The shape (N, C, h, w) of each bucket's latents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +90,14 @@ class ShardInfo:
     """What `index.json` keeps of a shard; `state` is its size and modification time."""
 
     state: list[int]
-    shape: list[int]
+    shapes: list[list[int]]
+    """Of each bucket: its height and width in pixels, then N, C, h, w of its latents."""
     encoder: str
     resolution: int
+
+    def by_bucket(self) -> Shapes:
+        """Returns the shapes of the latents."""
+        return {(height, width): shape for height, width, *shape in self.shapes}
 
 
 def shard_path(folder: Path, unit: int) -> Path:
@@ -70,19 +105,26 @@ def shard_path(folder: Path, unit: int) -> Path:
     return folder / f"shard-{unit:06d}.safetensors"
 
 
-def write_shard(path: Path, latents_NCHW: Tensor, header: ShardHeader) -> None:
-    """Writes a shard atomically. Raises OSError."""
-    save_atomically({"latents": latents_NCHW.contiguous()}, path, {HEADER_KEY: json.dumps(asdict(header))})
+def write_shard(path: Path, latents: Mapping[Bucket, Tensor], header: ShardHeader) -> None:
+    """Writes the latents (N, C, h, w) of each bucket atomically. Raises OSError."""
+    buckets = [[*bucket, len(latents_NCHW)] for bucket, latents_NCHW in latents.items()]
+    tensors = {latents_name(bucket): latents_NCHW.contiguous() for bucket, latents_NCHW in latents.items()}
+    save_atomically(tensors, path, {HEADER_KEY: json.dumps(asdict(replace(header, buckets=buckets)))})
 
 
-def read_shard_header(path: Path) -> tuple[ShardHeader, tuple[int, ...]]:
-    """Returns header and shape (N, C, h, w) without reading a latent.
+def latents_name(bucket: Bucket) -> str:
+    """Returns the name of a bucket's latents in a shard."""
+    return f"latents_{bucket[0]}x{bucket[1]}"
+
+
+def read_shard_header(path: Path) -> tuple[ShardHeader, Shapes]:
+    """Returns header and shapes without reading a latent.
 
     Raises:
         HyperAlignError: not a whole latent shard of this version.
     """
-    header, shape, _ = _open_shard(path)
-    return header, shape
+    header, shapes, _ = _open_shard(path)
+    return header, shapes
 
 
 class LatentShards:
@@ -104,7 +146,7 @@ class LatentShards:
         Args:
             folder: the output of train/encode.py.
             fingerprint: the expected encoder; None accepts any.
-            resolution: the expected side of the images, in pixels; None accepts any.
+            resolution: the expected side of the square, in pixels; None accepts any.
             window: shards that are mixed with each other at any position of the stream.
 
         Raises:
@@ -112,28 +154,30 @@ class LatentShards:
                 encoder, resolution or shape.
         """
         self.folder = folder
-        self.window = window
         infos, self.damaged = _index(folder)
         _check_damaged(folder, self.damaged, len(infos) + len(self.damaged))
-        infos = {name: info for name, info in infos.items() if info.shape[0]}
+        infos = {name: info for name, info in infos.items() if any(shape[2] for shape in info.shapes)}
         if not infos:
             raise HyperAlignError(f"{folder} holds no encoded image. Make them with train/encode.py.")
         first = next(iter(infos.values()))
         self.fingerprint = fingerprint or first.encoder
         self.resolution = resolution or first.resolution
-        self.shape = tuple(first.shape[1:])
-        """(C, h, w) of a latent."""
+        self.shapes: dict[Bucket, tuple[int, ...]] = {}
+        """(C, h, w) of the latents of each bucket, by its height and width in pixels."""
         for name, info in infos.items():
             self._check(folder / name, info)
         self.names = list(infos)
-        self.counts = np.array([info.shape[0] for info in infos.values()])
-        self._ends = np.cumsum(self.counts)
+        self.buckets = sorted(self.shapes)
+        counts = [
+            [info.by_bucket().get(bucket, [0])[0] for bucket in self.buckets] for info in infos.values()
+        ]
+        self.images = ImageOrder(np.array(counts, dtype=np.int64), window)
+        self._ends = np.cumsum(self.images.counts_SK.sum(axis=1))
         self._shard = lru_cache(maxsize=2 * window + 2)(self._open)
-        self._order = lru_cache(maxsize=2)(self.order)
         self._requested = self._unreadable = 0
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self.images.total
 
     def captions(self) -> list[str]:
         """Returns the distinct captions; reads the header of every shard.
@@ -155,25 +199,28 @@ class LatentShards:
         count, listed = sum(header.unsafe for header in headers), ", ".join(filters)
         return f"{count} of {count + len(self)} images excluded as unsafe ({listed})" if filters else ""
 
-    def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """Returns the indices of all images, shuffled so that any stretch of them touches few shards.
+    def sizes(self) -> str:
+        """Returns how many images each bucket has, the largest first, and what was left out or enlarged.
 
-        The shards are permuted; an image of the k-th is sorted by k plus a uniform share of the window.
+        Reads every header. Raises HyperAlignError if a shard was damaged since the folder was opened.
         """
-        rng = np.random.default_rng((seed, epoch))
-        places = np.repeat(rng.permutation(len(self.counts)), self.counts)
-        return np.argsort(places + self.window * rng.random(len(self)), kind="stable")
+        headers = [read_shard_header(self.folder / name)[0] for name in self.names]
+        ordered = sorted(zip(self.images.sizes_K.tolist(), self.buckets, strict=True), reverse=True)
+        listed = [f"{count} of {width} x {height}" for count, (height, width) in ordered]
+        shown = ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more sizes" * (len(listed) > SHOWN))
+        parts, least = [f"{len(self)} images ({shown})"], max(header.min_side for header in headers)
+        if least:
+            parts.append(f"{sum(header.too_small for header in headers)} left out as smaller than {least}")
+        if enlarged := sum(header.enlarged for header in headers):
+            parts.append(f"{enlarged} enlarged")
+        return ", ".join(parts)
 
     def batch(self, position: int, count: int, seed: int) -> list[int]:
-        """Returns the indices of the images at positions [position, position + count) of the stream."""
-        indices: list[int] = []
-        while len(indices) < count:
-            epoch, start = divmod(position + len(indices), len(self))
-            indices += self._order(seed, epoch)[start : start + count - len(indices)].tolist()
-        return indices
+        """Returns the numbers of `count` images of one bucket; `position` images were read before."""
+        return self.images.batch(position, count, seed)
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
-        """Returns latents (B, C, h, w) as they are stored, and captions.
+        """Returns latents (B, C, h, w) of images of one bucket, as they are stored, and captions.
 
         An image that cannot be read is replaced by another one of the batch and named in the log.
 
@@ -193,28 +240,36 @@ class LatentShards:
         whole = [image or good[i % len(good)] for i, image in enumerate(found)]
         return torch.stack([latent for latent, _ in whole]), [caption for _, caption in whole]
 
-    def _open(self, number: int) -> tuple[ShardHeader, tuple[int, ...], Any]:
+    def _open(self, number: int) -> tuple[ShardHeader, Shapes, Any]:
         return _open_shard(self.folder / self.names[number])
 
     def _image(self, index: int) -> tuple[Tensor, str] | None:
         number = int(np.searchsorted(self._ends, index, side="right"))
-        row = index - int(self._ends[number] - self.counts[number])
+        counts_K = self.images.counts_SK[number]
+        row = index - int(self._ends[number] - counts_K.sum())
+        starts = list(accumulate(counts_K.tolist(), initial=0))
+        place = int(np.searchsorted(starts, row, side="right")) - 1
+        bucket, row = self.buckets[place], row - starts[place]
         try:
             header, _, file = self._shard(number)
-            latent = cast(Tensor, file.get_slice("latents")[row]).clone()
+            latent = cast(Tensor, file.get_slice(_stored_name(header, bucket))[row]).clone()
             if not bool(torch.isfinite(latent).all()):
                 raise HyperAlignError(f"its row {row} is not finite")
         except (SafetensorError, OSError, HyperAlignError) as error:
             logger.warning("skipped an image of %s: %s", self.folder / self.names[number], first_line(error))
             return None
-        return latent, header.captions[row]
+        return latent, header.caption(bucket, row)
 
     def _check(self, path: Path, info: ShardInfo) -> None:
-        for what, found, expected in (
+        channels = next(iter(self.shapes.values()), info.shapes[0][3:])[0]
+        facts: list[tuple[str, object, object]] = [
             ("encoded by", info.encoder, self.fingerprint),
             ("of images with a side of", info.resolution, self.resolution),
-            ("of latents of the shape", tuple(info.shape[1:]), self.shape),
-        ):
+        ]
+        for bucket, (count, *shape) in info.by_bucket().items():
+            expected = self.shapes.setdefault(bucket, (channels, *shape[1:])) if count else tuple(shape)
+            facts.append(("of latents of the shape", tuple(shape), expected))
+        for what, found, expected in facts:
             if found != expected:
                 raise HyperAlignError(
                     f"{path} is {what} {found}; expected {expected}. Encode the images for this recipe "
@@ -222,20 +277,32 @@ class LatentShards:
                 )
 
 
-def _open_shard(path: Path) -> tuple[ShardHeader, tuple[int, ...], Any]:
+def _open_shard(path: Path) -> tuple[ShardHeader, Shapes, Any]:
     try:
         file: Any = safe_open(str(path), framework="pt")
-        raw = json.loads((file.metadata() or {})[HEADER_KEY])
-        shape = tuple(cast("list[int]", file.get_slice("latents").get_shape()))
-        header = ShardHeader(**raw)
+        header = ShardHeader(**json.loads((file.metadata() or {})[HEADER_KEY]))
+        if header.version == 1:
+            count = cast("list[int]", file.get_slice("latents").get_shape())[0]
+            header = replace(header, buckets=[[header.resolution, header.resolution, count]])
+        shapes = {bucket: _shape(file, header, bucket) for bucket in header.sizes()}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise HyperAlignError(f"{path} is not a whole latent shard: {first_line(error)}") from error
-    if header.version != FORMAT_VERSION or not len(header.captions) == len(header.names) == shape[0]:
+    count = sum(shape[0] for shape in shapes.values())
+    counts = {count, sum(header.sizes().values()), len(header.captions), len(header.names)}
+    if header.version not in READABLE or len(counts) > 1:
         raise HyperAlignError(
-            f"{path} is a latent shard of version {header.version} with {shape[0]} latents and "
+            f"{path} is a latent shard of version {header.version} with {count} latents and "
             f"{len(header.captions)} captions; expected version {FORMAT_VERSION} and as many of both."
         )
-    return header, shape, file
+    return header, shapes, file
+
+
+def _stored_name(header: ShardHeader, bucket: Bucket) -> str:
+    return "latents" if header.version == 1 else latents_name(bucket)
+
+
+def _shape(file: Any, header: ShardHeader, bucket: Bucket) -> list[int]:
+    return cast("list[int]", file.get_slice(_stored_name(header, bucket)).get_shape())
 
 
 def _index(folder: Path) -> tuple[dict[str, ShardInfo], dict[str, str]]:
@@ -252,8 +319,9 @@ def _index(folder: Path) -> tuple[dict[str, ShardInfo], dict[str, str]]:
             infos[path.name] = stored[path.name]
             continue
         try:
-            header, shape = read_shard_header(path)
-            infos[path.name] = ShardInfo(state, list(shape), header.encoder, header.resolution)
+            header, shapes = read_shard_header(path)
+            table = [[*bucket, *shape] for bucket, shape in shapes.items()]
+            infos[path.name] = ShardInfo(state, table, header.encoder, header.resolution)
         except HyperAlignError as error:
             logger.warning("skipped a shard: %s", error)
             damaged[path.name] = str(error)

@@ -12,12 +12,14 @@ import torch
 from hyperalign.errors import HyperAlignError
 from hyperalign.files import first_line
 from train.config import TrainConfig
+from train.data.random_inputs import TEXT_WIDTHS
 from train.models.base import Conditions
 from train.models.load import LOAD_ERRORS, PIPELINES, backbone_dtype, check_folder
 from train.models.stable_diffusion import CLIP_TOKENS
 
 READ_WHOLE = (".json", ".txt", ".model")
 """Suffixes of configurations and tokenizers; the other files are weights."""
+MB, GB = 1e6, 1e9
 PIECES, PIECE_BYTES = 256, 4096
 """The fingerprint reads this many evenly spaced pieces of a file of weights: gigabytes take minutes."""
 
@@ -30,6 +32,40 @@ def text_lengths(config: TrainConfig) -> tuple[int, ...]:
 def context_tokens(config: TrainConfig, padding: int) -> int:
     """Returns how many text tokens the base model reads at a padding; SD 3.5 reads CLIP's before T5's."""
     return padding + CLIP_TOKENS * (config.model.base == "sd3")
+
+
+def text_bytes(config: TrainConfig) -> tuple[int, ...]:
+    """Returns the bytes of a text's conditions at each padding.
+
+    The padding is part of them: no pipeline masks it, so its vectors depend on the text and on its length.
+    """
+    width, pooled = TEXT_WIDTHS[config.model.base]
+    size = backbone_dtype(config).itemsize
+    return tuple(size * (context_tokens(config, length) * width + pooled) for length in text_lengths(config))
+
+
+def check_cache_limit(config: TrainConfig, new: Sequence[int]) -> None:
+    """Checks the size of the cache of embeddings before texts are encoded.
+
+    Args:
+        config: the recipe.
+        new: how many texts must be encoded, for each padding.
+
+    Raises:
+        HyperAlignError: with them the folder would hold more than `data.embeddings_limit_gb`.
+    """
+    data, each = config.data, text_bytes(config)
+    there = sum(path.stat().st_size for path in data.embeddings.rglob("*.safetensors"))
+    added = sum(count * size for count, size in zip(new, each, strict=True))
+    if not added or there + added <= data.embeddings_limit_gb * GB:
+        return
+    one = f"set data.text_lengths to [{min(data.text_lengths)}] alone, " if len(each) > 1 else ""
+    raise HyperAlignError(
+        f"The embeddings of {max(new)} new texts take {added / GB:.1f} GB ({sum(each) / MB:.1f} MB a text), "
+        f"and {data.embeddings} holds {there / GB:.1f} GB; expected at most data.embeddings_limit_gb, "
+        f"{data.embeddings_limit_gb:g} GB. Raise it, {one}name fewer data.prompts (train/prompt_sets.py "
+        "--train), encode fewer images (train/encode.py --limit), or delete what other runs left there."
+    )
 
 
 def load_text_encoders(

@@ -14,7 +14,7 @@ from hyperalign.hosts.diffusers.adapter import spec_of
 from train.config import TrainConfig
 from train.inputs import reward_names, training_prompts, validation_prompts
 from train.models.load import backbone_dtype
-from train.models.text_encoders import text_lengths
+from train.models.text_encoders import check_cache_limit, text_bytes, text_lengths
 from train.preflight.attention import try_attention
 from train.preflight.costs import matrix_rate
 from train.preflight.estimate import (
@@ -92,12 +92,12 @@ def check(config: TrainConfig) -> str:
 
 def check_inputs(config: TrainConfig, problems: Problems, costs: StepCosts | None) -> list[str]:
     """Checks everything that is read or written; returns what was found."""
-    run, side = problems.run, config.model.resolution // 8
+    run = problems.run
     run(lambda: check_base(config))
     prompts = run(lambda: training_prompts(config)) or []
     validation = run(lambda: validation_prompts(config)) or []
-    shape = (16 if config.model.base in ("flux", "sd3") else 4, side, side)
-    captions = run(lambda: preference_captions(config, shape)) or []
+    channels = 16 if config.model.base in ("flux", "sd3") else 4
+    captions, images = run(lambda: preference_captions(config, channels)) or ([], "none")
     for name in reward_names(config):
         run(lambda name=name: check_reward(config, name))
     run(lambda: check_diversity_encoder(config))
@@ -113,8 +113,10 @@ def check_inputs(config: TrainConfig, problems: Problems, costs: StepCosts | Non
         new = [len(texts)] * len(text_lengths(config))
     if any(new):
         run(lambda: check_encoders(config))
+        run(lambda: check_cache_limit(config, new))
     lines = [
         f"data: {len(prompts)} prompts, {len(validation)} for validation, {len(captions)} captions of images",
+        f"preference images: {images}",
         f"resumes from step {step} in {config.run.out}" if step else f"starts anew in {config.run.out}",
     ]
     return lines if costs is None else [*lines, check_disk(config, problems, costs, new)]
@@ -122,8 +124,7 @@ def check_inputs(config: TrainConfig, problems: Problems, costs: StepCosts | Non
 
 def check_disk(config: TrainConfig, problems: Problems, costs: StepCosts, new: list[int]) -> str:
     """Checks the free space of the disks; returns what is needed and free."""
-    size = backbone_dtype(config).itemsize
-    texts = size * sum(count * numbers for count, numbers in zip(new, costs.text_numbers, strict=True))
+    texts = sum(count * size for count, size in zip(new, text_bytes(config), strict=True))
     needs = {
         "checkpoints": (config.run.out, checkpoint_bytes(config, costs)),
         "hypernetworks": (config.run.out, export_bytes(config, costs)),

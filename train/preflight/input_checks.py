@@ -156,24 +156,26 @@ def _from_config(kind: Any, folder: Path) -> nn.Module:
         ) from error
 
 
-def preference_captions(config: TrainConfig, latent_shape: Sequence[int]) -> list[str]:
-    """Reads a batch of preference latents and returns all captions.
+def preference_captions(config: TrainConfig, channels: int) -> tuple[list[str], str]:
+    """Reads a batch of preference latents; returns all captions, and how many images have which size.
 
     Raises:
         HyperAlignError: no shards, broken ones, or latents of another autoencoder, size or shape.
     """
     images = open_preference_shards(config, latent_fingerprint(config))
     if images is None:
-        return []
-    count = config.objective.preference_batch
-    latents, _ = images.batch(0, count, np.random.default_rng(0), slice(0, count))
-    if tuple(latents.shape[1:]) != tuple(latent_shape):
-        raise HyperAlignError(
-            f"{config.data.preference} holds latents of the shape {tuple(latents.shape[1:])}; expected "
-            f"{tuple(latent_shape)} for {config.model.base} at {config.model.resolution} pixels. Encode the "
-            "images for this recipe into another folder with train/encode.py."
-        )
-    return images.shards.captions()
+        return [], "none"
+    shards, count = images.shards, config.objective.preference_batch
+    images.batch(0, count, np.random.default_rng(0), slice(0, count))
+    for (height, width), shape in shards.shapes.items():
+        expected = (channels, height // 8, width // 8)
+        if shape != expected:
+            raise HyperAlignError(
+                f"{config.data.preference} holds latents of the shape {shape}; expected {expected} for "
+                f"{config.model.base} and images of {width} x {height} pixels. Encode the images for this "
+                "recipe into another folder with train/encode.py."
+            )
+    return shards.captions(), shards.sizes()
 
 
 def latent_fingerprint(config: TrainConfig) -> str | None:
@@ -224,10 +226,8 @@ def check_start(config: TrainConfig, spec: BaseSpec) -> None:
 
 def uncached(config: TrainConfig, texts: Sequence[str]) -> list[int]:
     """Returns how many texts must still be encoded, for each padding. Raises HyperAlignError."""
-    lengths = text_lengths(config)
     folder = config.data.embeddings / text_fingerprint(config)
-    caches = CachedPromptEncoder(folder, lengths, torch.device("cpu")).caches
-    return [len(caches[length].missing(texts)) for length in lengths]
+    return CachedPromptEncoder(folder, text_lengths(config), torch.device("cpu")).count_missing(texts)
 
 
 def saved_step(config: TrainConfig) -> int:

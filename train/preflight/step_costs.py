@@ -51,8 +51,6 @@ class StepCosts:
     """Of the backbone, autoencoder, hypernetwork and each reward, also those that are only measured."""
     targets: int
     """Adapted projections."""
-    text_numbers: tuple[int, ...]
-    """Numbers in the conditions of one text, for each padding."""
     cfg: bool
     """Whether classifier-free guidance takes a second sample for each image."""
 
@@ -74,8 +72,8 @@ def step_costs(config: TrainConfig, backbone: nn.Module, autoencoder: nn.Module)
         x_1CHW, t_1 = torch.randn(1, *base.latent_shape), torch.ones(1)
         core_1MDA = torch.zeros(1, len(hyperalign.header.targets), config.network.b, config.network.a)
         maps = [torch.zeros(1, *s) for s in feature_shapes(spec_of(backbone), base.latent_shape[-1])]
-    adapter, lengths = Adapter(backbone, hyperalign), text_lengths(config)
-    conditions = with_guidance(base, meta_conditions(config, max(lengths)), 1.0)
+    adapter = Adapter(backbone, hyperalign)
+    conditions = with_guidance(base, meta_conditions(config, max(text_lengths(config))), 1.0)
     call = base.call(x_1CHW, t_1, conditions)
     last = last_perceiving(backbone, hyperalign.header.perception_blocks)
     with torch.no_grad():
@@ -101,9 +99,6 @@ def step_costs(config: TrainConfig, backbone: nn.Module, autoencoder: nn.Module)
             **{name: _count(reward.module) for name, reward in rewards.items()},
         },
         targets=len(hyperalign.header.targets),
-        text_numbers=tuple(
-            sum(value.numel() for value in meta_conditions(config, length).values()) for length in lengths
-        ),
         cfg=base.cfg,
     )
 

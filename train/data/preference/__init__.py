@@ -1,4 +1,4 @@
-"""Readers of preference datasets: Pick-a-Pic, HPDv2, folders and JSONL lists of images."""
+"""Readers of preference datasets: Pick-a-Pic, HPD, other parquet files, folders and JSONL lists of images."""
 
 from __future__ import annotations
 
@@ -6,22 +6,33 @@ from pathlib import Path
 from typing import Literal
 
 from hyperalign.errors import HyperAlignError
-from train.data.preference.dataset import PreferenceDataset, UnsafeFilter
-from train.data.preference.hpd import open_hpd
-from train.data.preference.image_list import IMAGE_SUFFIXES, open_folder, open_jsonl
+from train.data.parquet import open_parquet
+from train.data.preference.dataset import FirstImages, PreferenceDataset, UnsafeFilter
+from train.data.preference.hpd import LISTINGS, open_hpd
+from train.data.preference.image_list import (
+    CAPTION_SUFFIXES,
+    IMAGE_SUFFIXES,
+    METADATA_FILE,
+    open_folder,
+    open_imagefolder,
+    open_jsonl,
+)
+from train.data.preference.parquet_images import ChosenParquet, training_files
 from train.data.preference.pickapic import PickAPicParquet, PickAPicTars
 
-__all__ = ["DatasetKind", "UnsafeFilter", "detect_kind", "open_dataset"]
+__all__ = ["DatasetKind", "FirstImages", "UnsafeFilter", "detect_kind", "open_dataset"]
 
-DatasetKind = Literal["auto", "pickapic", "pickapic_tars", "hpd", "folder", "jsonl"]
+DatasetKind = Literal["auto", "pickapic", "pickapic_tars", "parquet", "hpd", "imagefolder", "folder", "jsonl"]
 
 
 def open_dataset(kind: DatasetKind, path: Path, unsafe: UnsafeFilter | None = None) -> PreferenceDataset:
     """Opens a preference dataset.
 
     Args:
-        kind: `pickapic` (parquet), `pickapic_tars` (webdataset), `hpd` (train.json and train.tar), `folder`
-            (images with .txt captions), `jsonl` ({image, caption}), or `auto` to detect it from the files.
+        kind: `pickapic` (parquet), `pickapic_tars` (webdataset), `parquet` (columns chosen or image, and a
+            caption), `hpd` (train.json of HPDv2 or HPDv3, and the images), `imagefolder` (metadata.jsonl),
+            `folder` (images with captions beside them), `jsonl` ({image, caption}), or `auto` to detect it
+            from the files.
         path: a file or a folder, depending on the kind.
         unsafe: matching images are skipped; the dataset yields their names only.
 
@@ -37,8 +48,12 @@ def open_dataset(kind: DatasetKind, path: Path, unsafe: UnsafeFilter | None = No
             return PickAPicParquet(path, unsafe)
         case "pickapic_tars":
             return PickAPicTars(path, unsafe)
+        case "parquet":
+            return ChosenParquet(path, unsafe)
         case "hpd":
             return open_hpd(path, unsafe)
+        case "imagefolder":
+            return open_imagefolder(path, unsafe)
         case "jsonl":
             return open_jsonl(path, unsafe)
         case "folder":
@@ -53,17 +68,22 @@ def open_dataset(kind: DatasetKind, path: Path, unsafe: UnsafeFilter | None = No
 def detect_kind(path: Path) -> DatasetKind:
     """Returns the kind of a file by its suffix, of a folder by its files. Raises HyperAlignError."""
     found = {path.suffix.lower()} if path.is_file() else {file.suffix.lower() for file in path.rglob("*")}
-    if (path / "train.json").is_file() or (path.is_file() and ".json" in found):
+    if any((path / name).is_file() for name in LISTINGS) or (path.is_file() and ".json" in found):
         return "hpd"
     if ".parquet" in found:
-        return "pickapic"
+        names = open_parquet(training_files(path, ".parquet")[0]).schema_arrow.names
+        return "pickapic" if "label_0" in names else "parquet"
     if path.is_file() and ".jsonl" in found:
         return "jsonl"
     if ".tar" in found:
         return "pickapic_tars"
+    if any((folder / METADATA_FILE).is_file() for folder in (path, path / "train")):
+        return "imagefolder"
     if path.is_dir() and found & {*IMAGE_SUFFIXES}:
         return "folder"
+    suffixes = ", ".join(sorted(suffix for suffix in found if suffix)) or "no file"
     raise HyperAlignError(
-        f"{path} is none of: a folder of .parquet or .tar files (Pick-a-Pic), with train.json (HPDv2), of "
-        "images with .txt captions; or a .jsonl. Name the kind, or another path."
+        f"{path} has {suffixes} and is none of: a folder of .parquet or .tar files (Pick-a-Pic), with "
+        f"train.json (HPDv2, HPDv3), with {METADATA_FILE}, of images with captions beside them "
+        f"({', '.join(CAPTION_SUFFIXES)}); or a .jsonl. Name the kind, or another path."
     )

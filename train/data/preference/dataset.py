@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol, TypeAlias, cast
 
 from hyperalign.errors import HyperAlignError
@@ -99,3 +100,46 @@ class PreferenceDataset(Protocol):
             UnreadableUnit: the unit cannot be read to its end.
         """
         ...
+
+
+class FirstImages:
+    """The first images of a dataset, for a trial; behind the `PreferenceDataset` protocol."""
+
+    def __init__(self, dataset: PreferenceDataset, limit: int) -> None:
+        """Reads these images once, to find the unit in which they end.
+
+        Raises:
+            HyperAlignError: the limit is below 1.
+        """
+        if limit < 1:
+            raise HyperAlignError(f"--limit is {limit}; expected 1 or more images. Leave it out for all.")
+        self.dataset = dataset
+        self.counts: list[int] = []
+        """Images of each unit; a unit that cannot be read has none."""
+        left = limit
+        while left and len(self.counts) < dataset.units():
+            self.counts.append(_readable(dataset, len(self.counts), left))
+            left -= self.counts[-1]
+        self.cut = left == 0
+        """Whether there may be more images in the last unit."""
+
+    def units(self) -> int:
+        """Returns the number of units up to the last of the images."""
+        return len(self.counts)
+
+    def unit_name(self, unit: int) -> str:
+        """Returns the dataset's name of the unit, with how many of its images are taken if not all may be."""
+        name, last = self.dataset.unit_name(unit), unit == self.units() - 1
+        return f"{name}, the first {self.counts[unit]}" if last and self.cut else name
+
+    def read(self, unit: int) -> Iterator[DatasetItem]:
+        """Yields the images of a unit. Raises UnreadableUnit."""
+        last = unit == self.units() - 1
+        return islice(self.dataset.read(unit), self.counts[unit] if last and self.cut else None)
+
+
+def _readable(dataset: PreferenceDataset, unit: int, most: int) -> int:
+    try:
+        return sum(1 for _ in islice(dataset.read(unit), most))
+    except UnreadableUnit:
+        return 0  # reading it for encoding says why

@@ -1,13 +1,13 @@
-"""HPDv2: pairs of images of one prompt in train.json, images in train.tar or an unpacked folder.
+"""HPDv2 and HPDv3: pairs of images of one prompt in a JSON file, images in train.tar or an unpacked folder.
 
-The loading script of the dataset is not run; only its two files are read.
+The loading script of HPDv2 is not run; only its two files are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hyperalign.errors import HyperAlignError
 from train.data.preference.dataset import BadImage, DatasetItem, ImageFile, UnsafeFilter, UnsafeImage
@@ -15,20 +15,27 @@ from train.data.preference.image_list import CaptionedFile, ImageList, entry_val
 from train.data.preference.tar_index import TarIndex
 from train.data.prompts import json_list
 
+LISTINGS = ("train.json", "all.json")
+"""Of HPDv2 and HPDv3, and all annotated pairs of HPDv3."""
+
 
 def open_hpd(path: Path, unsafe: UnsafeFilter | None = None) -> ImageList[CaptionedFile]:
-    """Returns the preference images of HPDv2; an image that won several pairs of a prompt is listed once.
+    """Returns the preference images of HPD; an image that won several pairs of a prompt is listed once.
 
     Args:
-        path: the folder with train.json, or train.json itself; train.tar or the folder train/ beside it.
-        unsafe: the winner of a pair that matches is skipped; its column is a key of train.json.
+        path: the folder with the JSON file, or that file; train.tar, the folder train/ or the images'
+            own folders beside it.
+        unsafe: the winner of a pair that matches is skipped; its column is a key of the pairs.
 
     Raises:
         HyperAlignError: a file is missing, still compressed, or not of that form.
     """
-    listing = path / "train.json" if path.is_dir() else path
+    names = [path / name for name in LISTINGS] if path.is_dir() else [path]
+    listing = next((name for name in names if name.is_file()), names[0])
     if not listing.is_file():
-        raise HyperAlignError(f"There is no {listing}. Put HPDv2's train.json there, train.tar beside it.")
+        raise HyperAlignError(
+            f"There is no {listing}. Put the train.json of HPDv2 or HPDv3 there, the images beside it."
+        )
     rows = json_list(listing)
     if not rows:
         raise HyperAlignError(f"{listing} holds no pair. Download it again.")
@@ -57,14 +64,17 @@ def open_hpd(path: Path, unsafe: UnsafeFilter | None = None) -> ImageList[Captio
             f"`gunzip {packed}` leaves train.tar, which is enough."
         )
     raise HyperAlignError(
-        f"{root} holds neither train.tar nor the images that {listing.name} names. Download HPDv2's "
-        "train.tar.gz there and gunzip it."
+        f"{root} holds neither train.tar nor the images that {listing.name} names, such as "
+        f"{next(iter(winners))[1]}. Download HPDv2's train.tar.gz there and gunzip it, or unpack the images "
+        "of HPDv3 there."
     )
 
 
 def _winner(row: object, where: str) -> tuple[str, str] | None:
     """Returns prompt and file of a pair's preference image; None for a tie."""
     prompt = entry_value(row, "prompt", str, where)
+    if isinstance(row, dict) and "path1" in row:
+        return _winner_v3(cast("dict[str, Any]", row), prompt, where)
     choice: list[Any] = entry_value(row, "human_preference", list, where)
     # the dataset card names file_path; train.json has also been published with image_path
     key = "image_path" if isinstance(row, dict) and "image_path" in row else "file_path"
@@ -72,6 +82,15 @@ def _winner(row: object, where: str) -> tuple[str, str] | None:
     if len(files) != len(choice) or not all(isinstance(file, str) for file in files):
         raise HyperAlignError(f"{where}: {key} {files!r} and human_preference {choice!r} do not match.")
     return (prompt, files[choice.index(1)]) if choice.count(1) == 1 else None
+
+
+def _winner_v3(row: dict[str, Any], prompt: str, where: str) -> tuple[str, str] | None:
+    """HPDv3 has the preferred image as path1; `choice_dist`, where it is known, are the votes for both."""
+    preferred, other, votes = (row.get(key) for key in ("path1", "path2", "choice_dist"))
+    if not isinstance(preferred, str) or not isinstance(other, str):
+        raise HyperAlignError(f"{where}: path1 is {preferred!r} and path2 {other!r}; expected two files.")
+    tie = isinstance(votes, list) and len(set(cast("list[Any]", votes))) == 1
+    return None if tie else (prompt, preferred)
 
 
 def _tar_reader(index: TarIndex) -> Callable[[CaptionedFile], DatasetItem]:

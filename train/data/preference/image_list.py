@@ -1,19 +1,27 @@
-"""Datasets that list single image files: a folder, a JSONL file, HPDv2."""
+"""Datasets that list single image files: a folder, a JSONL file, HPD."""
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from hyperalign.errors import HyperAlignError
 from train.data.preference.dataset import BadImage, DatasetItem, ImageFile, UnsafeFilter, UnsafeImage
-from train.data.prompts import caption_of, json_lines
+from train.data.prompts import caption_value, json_lines
 
 ENTRIES_PER_UNIT = 1000
 """An interruption costs the work on one unit, a few minutes."""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+CAPTION_SUFFIXES = (".txt", ".caption", ".json")
+"""Of the file beside an image that has its caption; the first that is there counts."""
+IMAGE_KEYS = ("image", "file_name")
+"""Keys of an image's path in a JSONL file; the second is that of Hugging Face's imagefolder."""
+METADATA_FILE = "metadata.jsonl"
 
 Entry = TypeVar("Entry")
 
@@ -63,7 +71,9 @@ def read_file(entry: CaptionedFile) -> DatasetItem:
 
 
 def open_folder(path: Path) -> ImageList[Path]:
-    """Returns the images of a folder and its subfolders, each captioned by the `.txt` of its name.
+    """Returns the images of a folder and its subfolders, captioned by the file of their name beside them.
+
+    That is a `.txt`, a `.caption`, or a `.json` with the caption under one of CAPTION_KEYS.
 
     Raises:
         HyperAlignError: no image in it.
@@ -71,22 +81,72 @@ def open_folder(path: Path) -> ImageList[Path]:
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise HyperAlignError(
-            f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}). Each needs a .txt of the same name."
+            f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}). Each needs a caption beside it, in a file "
+            f"of the same name: {', '.join(CAPTION_SUFFIXES)}."
         )
 
     def read(file: Path) -> DatasetItem:
-        name, caption = file.relative_to(path).as_posix(), file.with_suffix(".txt")
+        name = file.relative_to(path).as_posix()
         try:
-            text = caption.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            return BadImage(name, f"its caption {caption.name} cannot be read: {error}")
-        return read_file(CaptionedFile(text, file, name))
+            return read_file(CaptionedFile(caption_beside(file, name), file, name))
+        except HyperAlignError as error:
+            return BadImage(name, str(error))
 
     return ImageList(path.name, files, read)
 
 
+def caption_beside(image: Path, name: str) -> str:
+    """Returns the caption in the file beside an image. Raises HyperAlignError."""
+    places = [image.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        alike = image.parent.glob(f"{escape(image.stem)}.*")
+        others = sorted(other.name for other in alike if other != image)
+        raise HyperAlignError(
+            f"it has no caption: expected {', '.join(place.name for place in places)} beside it, found "
+            f"{', '.join(others) or 'no file of its name'}"
+        )
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        return one_caption(json.loads(text), name, file.name) if file.suffix == ".json" else text
+    except (OSError, ValueError) as error:
+        raise HyperAlignError(f"its caption {file.name} cannot be read: {error}") from error
+
+
+def one_caption(row: object, name: str, where: str) -> str:
+    """Returns the caption of a string or an object; of a list of captions one that the image's name decides.
+
+    So an image has the same caption in every run, and a dataset shows all kinds of its captions.
+
+    Raises:
+        HyperAlignError: no caption, or of another type.
+    """
+    value = row if isinstance(row, list) else caption_value(row, where)
+    captions: list[Any] = cast("list[Any]", value) if isinstance(value, list) else [value]
+    if not captions or not all(isinstance(caption, str) for caption in captions):
+        raise HyperAlignError(f"{where}: the caption is {value!r}; expected a string or a list of strings.")
+    return captions[zlib.crc32(name.encode()) % len(captions)]
+
+
+def open_imagefolder(path: Path, unsafe: UnsafeFilter | None = None) -> ImageList[CaptionedFile]:
+    """Returns the images in the `metadata.jsonl` of a Hugging Face imagefolder, or of its train split.
+
+    Raises:
+        HyperAlignError: there is none, or it has a bad line.
+    """
+    files = [path / METADATA_FILE, path / "train" / METADATA_FILE]
+    listing = next((file for file in files if file.is_file()), None)
+    if listing is None:
+        found = sorted(file.name for file in path.iterdir())[:5] if path.is_dir() else [path.name]
+        raise HyperAlignError(
+            f"{path} holds {', '.join(found) or 'nothing'}; expected {METADATA_FILE} in it or in its folder "
+            'train, with lines of {"file_name": "a.jpg", "text": "..."}.'
+        )
+    return open_jsonl(listing, unsafe)
+
+
 def open_jsonl(path: Path, unsafe: UnsafeFilter | None = None) -> ImageList[CaptionedFile]:
-    """Returns the images of a JSONL file with objects {image, caption | prompt | text}.
+    """Returns the images of a JSONL file with objects {image | file_name, caption | prompt | text}.
 
     Args:
         path: the file; relative image paths start at its folder.
@@ -98,10 +158,12 @@ def open_jsonl(path: Path, unsafe: UnsafeFilter | None = None) -> ImageList[Capt
     entries: list[CaptionedFile] = []
     for number, row in json_lines(path):
         where = f"{path}, line {number}"
-        image = entry_value(row, "image", str, where)
+        key = IMAGE_KEYS[1] if isinstance(row, dict) and IMAGE_KEYS[1] in row else IMAGE_KEYS[0]
+        image = entry_value(row, key, str, where)
         marked = unsafe is not None and unsafe.matches(entry_value(row, unsafe.column, object, where), where)
         name = f"{path.name}:{number}:{image}"
-        entries.append(CaptionedFile(caption_of(row, where), path.parent / image, name, marked))
+        caption = one_caption(row, image, where)
+        entries.append(CaptionedFile(caption, path.parent / image, name, marked))
     if not entries:
         raise HyperAlignError(f'{path} is empty. Each line should be {{"image": "a.jpg", "caption": "..."}}.')
     return ImageList(path.name, entries, read_file)

@@ -7,15 +7,13 @@ marks a pair (`nsfw`), or two columns mark its images (`nsfw_0`, `nsfw_1`).
 
 from __future__ import annotations
 
-import logging
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hyperalign.errors import HyperAlignError
 from hyperalign.files import first_line
-from train.data.parquet import open_parquet
 from train.data.preference.dataset import (
     BadImage,
     DatasetItem,
@@ -24,13 +22,11 @@ from train.data.preference.dataset import (
     UnsafeFilter,
     UnsafeImage,
 )
-
-logger = logging.getLogger("hyperalign.train")
+from train.data.preference.parquet_images import ParquetImages, stored_image, training_files
 
 COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0")
 TAR_CAPTIONS = ("original_prompt", "caption", "prompt", "text")
 """Names of the caption in a tar, in order of preference; the first is diffusers' own."""
-BATCH_ROWS = 32
 
 
 def preferred(label_0: float | None) -> str | None:
@@ -38,72 +34,22 @@ def preferred(label_0: float | None) -> str | None:
     return {1.0: "jpg_0", 0.0: "jpg_1"}.get(label_0) if label_0 is not None else None
 
 
-class PickAPicParquet:
+class PickAPicParquet(ParquetImages):
     """The parquet files of a folder; a unit is a row group."""
 
-    def __init__(self, path: Path, unsafe: UnsafeFilter | None = None) -> None:
-        """Reads the files' footers.
+    def columns_of(self, names: Sequence[str], unsafe: UnsafeFilter | None) -> list[str]:
+        """Returns the columns to read; with two unsafe columns, each marks one image of the pair."""
+        return [*COLUMNS, *(_unsafe_columns(unsafe.column, names) if unsafe else [])]
 
-        Args:
-            path: a parquet file, or a folder of them.
-            unsafe: images that match are skipped; the column marks pairs, or two columns mark their images.
-
-        Raises:
-            HyperAlignError: no parquet file, a broken one, or a missing column.
-        """
-        self.columns = [*COLUMNS]
-        self.unsafe = unsafe
-        self.root = path.parent if path.is_file() else path
-        self.groups: list[tuple[Path, int]] = []
-        for file in training_files(path, ".parquet"):
-            parquet = open_parquet(file)
-            names = parquet.schema_arrow.names
-            if unsafe is not None:
-                self.columns = [*COLUMNS, *_unsafe_columns(unsafe.column, names)]
-            missing = [name for name in self.columns if name not in names]
-            if missing:
-                raise HyperAlignError(
-                    f"{file} has no column {', '.join(missing)}; its columns are "
-                    f"{', '.join(names)}. Use the Pick-a-Pic v2 files with images, "
-                    "or another kind of dataset."
-                )
-            self.groups += [(file, group) for group in range(parquet.num_row_groups)]
-
-    def units(self) -> int:
-        """Returns the number of row groups."""
-        return len(self.groups)
-
-    def unit_name(self, unit: int) -> str:
-        """Returns file and row group."""
-        file, group = self.groups[unit]
-        return f"{file.relative_to(self.root).as_posix()}:{group}"
-
-    def read(self, unit: int) -> Iterator[DatasetItem]:
-        """Yields the preference image of every pair that is not a tie. Raises UnreadableUnit."""
-        import pyarrow as pa
-
-        file, group = self.groups[unit]
-        number = -1
-        try:
-            for batch in open_parquet(file).iter_batches(BATCH_ROWS, [group], self.columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    found = self._image(row, f"{self.unit_name(unit)}:{number}")
-                    if found is not None:
-                        yield found
-        except (pa.ArrowException, OSError) as error:
-            raise UnreadableUnit(f"{file}, row group {group} cannot be read: {first_line(error)}") from error
-
-    def _image(self, row: dict[str, Any], name: str) -> DatasetItem | None:
+    def image(self, row: Mapping[str, Any], name: str) -> DatasetItem | None:
+        """Returns the preference image of a pair, None for a tie."""
         side = preferred(row["label_0"])
         if side is None:
             return None
         unsafe = self.unsafe
         if unsafe is not None and unsafe.matches(_unsafe_value(row, unsafe.column, side), name):
             return UnsafeImage(name)
-        if row[side] is None or row["caption"] is None:
-            return BadImage(name, f"its {side if row[side] is None else 'caption'} is null")
-        return ImageFile(row["caption"], row[side], name)
+        return stored_image(row["caption"], row[side], side, name)
 
 
 class PickAPicTars:
@@ -175,22 +121,6 @@ class PickAPicTars:
         if caption is None or side not in members:
             return BadImage(name, f"it has no {'caption' if caption is None else side}")
         return ImageFile(caption, _contents(tar, members[side]), name)
-
-
-def training_files(path: Path, suffix: str) -> list[Path]:
-    """Returns a file, or the sorted files of a folder; of a folder with splits only the training split.
-
-    The validation and test prompts of Pick-a-Pic measure models, so nothing is trained on them.
-    """
-    if path.is_file():
-        return [path]
-    files = sorted(path.rglob(f"*{suffix}"))
-    if not files:
-        raise HyperAlignError(f"{path} holds no {suffix} file. Give the folder with the downloaded files.")
-    train = [file for file in files if file.name.startswith("train")]
-    if train and len(train) < len(files):
-        logger.info("%s: skipped %d files of other splits than train", path, len(files) - len(train))
-    return train or files
 
 
 def _pairs(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
