@@ -27,7 +27,8 @@ def tiny_pipeline(unet: nn.Module) -> Any:
     """Returns a pipeline around the embedded model's U-Net, to read LoRA files with."""
     pipeline: Any = StableDiffusionPipeline
     return pipeline(
-        vae=None, text_encoder=None, tokenizer=None, unet=unet, scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        vae=None, text_encoder=None, tokenizer=None, unet=unet,
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
