@@ -18,6 +18,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -29,7 +30,9 @@ from transformers import (
 )
 
 from hyperalign import checkpoint
-from train import encode
+from hyperalign.hosts.diffusers.adapter import spec_of
+from hyperalign.image_sets import open_image_set
+from train import encode, generate
 from train.config import BaseName
 from train.models.architectures import ModelSize, architecture, with_random_weights
 from train.train import main
@@ -186,3 +189,45 @@ def test_a_folder_becomes_a_hypernetwork(
     assert main(["--recipe", str(path)]) == 0
     assert [file.stat().st_mtime_ns for file in embeddings] == before
     assert (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").count("\n") == 2
+
+
+def random_lora(backbone: Any, path: Path) -> None:
+    """Writes a LoRA of every attention projection under the names of its family."""
+    spec, tensors = spec_of(backbone), {}
+    for target in spec.targets("separate"):
+        down, up, _ = spec.lora_names.keys(target.name)
+        tensors |= {down: torch.randn(2, target.in_features), up: torch.randn(target.out_features, 2)}
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_a_folder_draws_a_prompt_list(name: BaseName, tmp_path: Path) -> None:
+    """Alone, with a LoRA, and as it is without a recipe; a fine-tuned backbone is the base's own here."""
+    path = recipe(name, tmp_path)
+    random_lora(pipeline(name, tmp_path).components["unet" if name == "sd15" else "transformer"],
+                tmp_path / "lora.safetensors")  # fmt: skip
+
+    def drawn(folder: str, *more: str) -> list[bytes]:
+        out = tmp_path / folder
+        prompts = str(tmp_path / "validation.txt")
+        arguments = [
+            "--prompts",
+            prompts,
+            "--out",
+            str(out),
+            "--images-per-prompt",
+            "1",
+            "--steps",
+            "2",
+            *more,
+        ]
+        assert generate.main(arguments) == 0
+        return [Image.open(row[0]).tobytes() for row in open_image_set(out).images]
+
+    ours = ("--recipe", str(path))
+    base = drawn("base", *ours)
+    assert base[0] != base[1]
+    assert drawn("lora", *ours, "--lora", str(tmp_path / "lora.safetensors")) != base
+    assert drawn("tuned", *ours, "--fine-tuned", str(tmp_path / "model")) == base
+    alone = ("--model", str(tmp_path / "model"), "--resolution", "64", "--text-length", "32")
+    assert drawn("alone", *alone, "--cfg", "4", "--precision", "float32") == base

@@ -18,7 +18,7 @@ from hyperalign.errors import HyperAlignError
 from hyperalign.files import first_line
 from hyperalign.hosts.diffusers.adapter import Adapter, spec_of
 from hyperalign.hosts.diffusers.tiny import TinyBase, load_tiny
-from hyperalign.rewards import Reward, loading
+from hyperalign.rewards import Reward, loading, tiny
 from hyperalign.rewards.ensemble import Ensemble
 from hyperalign.tiny.weights import UNET_CONFIG, part_path
 from train.config import TrainConfig
@@ -79,18 +79,22 @@ def open_sampler(options: Options, config: TrainConfig, device: torch.device) ->
 
 def open_reward(config: TrainConfig, device: torch.device) -> Reward:
     """Returns the weighted sum of the configured rewards, in float32. Raises HyperAlignError."""
-    tokenizer = None if config.model.base == "tiny" else check_folder(config) / "tokenizer"
-    members = [
-        (
-            loading.load(
-                name, config.data.rewards, device=device,
-                tokenizer_folder=tokenizer if tokenizer and tokenizer.is_dir() else None,
-            ),
-            weight,
-        )
-        for name, weight in config.objective.rewards.items()
-    ]  # fmt: skip
-    return Ensemble(members)
+    folder, tokenizer, weights = config.data.rewards, _tokenizer(config), config.objective.rewards
+    loaded = {name: loading.load(name, folder, device=device, tokenizer_folder=tokenizer) for name in weights}
+    return Ensemble([(reward, weights[name]) for name, reward in loaded.items()])
+
+
+def check_rewards(config: TrainConfig) -> None:
+    """Raises HyperAlignError unless the configured rewards and their files are there; reads no weights."""
+    for name in config.objective.rewards:
+        if name not in tiny.NAMES:
+            loading.check_files(name, config.data.rewards, _tokenizer(config))
+
+
+def _tokenizer(config: TrainConfig) -> Path | None:
+    """Returns the folder of CLIP's vocabulary in a base model, if it has one."""
+    folder = None if config.model.base == "tiny" else check_folder(config) / "tokenizer"
+    return folder if folder and folder.is_dir() else None
 
 
 def method_name(options: Options) -> str:
@@ -134,10 +138,10 @@ def _open_base(
     """Returns base model, text encoders, and diffusers' pipeline, which puts a LoRA on them."""
     tuned = None if options.fine_tuned == Path() else _backbone_folder(options.fine_tuned, config)
     if config.model.base == "tiny":
-        tiny = Tiny(_tiny(tuned, device))
+        base = Tiny(_tiny(tuned, device))
         if config.optim.bf16 and device.type == "cpu":
-            use_float32_attention(tiny.model.unet)
-        return tiny, tiny, None if options.lora == Path() else tiny_pipeline(tiny.model.unet)
+            use_float32_attention(base.model.unet)
+        return base, base, None if options.lora == Path() else tiny_pipeline(base.model.unet)
     base = load_base(config, device, tuned)
     pipeline = load_text_pipeline(config, device)
     pipeline.register_modules(**{_subfolder(config): base.backbone})
@@ -147,14 +151,14 @@ def _open_base(
 
 def _tiny(tuned: Path | None, device: torch.device) -> TinyBase:
     """Returns the embedded model, perhaps with a fine-tuned U-Net."""
-    tiny = load_tiny(device)
+    model = load_tiny(device)
     if tuned is None:
-        return tiny
+        return model
     try:
         unet: Any = UNet2DConditionModel.from_pretrained(tuned, local_files_only=True)
     except LOAD_ERRORS as error:
         raise HyperAlignError(f"The model in {tuned} cannot be read: {error}. Copy it again.") from error
-    return dataclasses.replace(tiny, unet=unet.eval().requires_grad_(False).to(device))
+    return dataclasses.replace(model, unet=unet.eval().requires_grad_(False).to(device))
 
 
 def _backbone_folder(folder: Path, config: TrainConfig) -> Path:

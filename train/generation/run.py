@@ -38,7 +38,14 @@ from hyperalign.image_sets import (
 from hyperalign.tiny.text_encoder import tokenize_batch
 from train.config import TrainConfig
 from train.data.prompt_lists import load_prompt_list
-from train.generation.models import base_digest, method_digest, method_name, open_reward, open_sampler
+from train.generation.models import (
+    base_digest,
+    check_rewards,
+    method_digest,
+    method_name,
+    open_reward,
+    open_sampler,
+)
 from train.generation.options import Options, configured
 from train.generation.test_time import PIXELS_PER_CELL, RewardGuidance, search
 from train.models.kernels import attention_kernels
@@ -88,6 +95,8 @@ def planned(options: Options) -> Plan:
     rows = rows[: options.limit or None]
     if config.model.base == "tiny":
         tokenize_batch([row["prompt"] for row in rows])
+    if options.test_time != "none":
+        check_rewards(config)
     side = TINY_SIDE if config.model.base == "tiny" else config.model.resolution
     path = options.method_path
     settings = Settings(
