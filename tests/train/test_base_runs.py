@@ -195,7 +195,8 @@ def random_lora(backbone: Any, path: Path) -> None:
     """Writes a LoRA of every attention projection under the names of its family."""
     spec, tensors = spec_of(backbone), {}
     for target in spec.targets("separate"):
-        down, up, _ = spec.lora_names.keys(target.name)
+        down, up, alpha = spec.lora_names.keys(target.name)
+        tensors |= {} if alpha is None else {alpha: torch.tensor(2.0)}
         tensors |= {down: torch.randn(2, target.in_features), up: torch.randn(target.out_features, 2)}
     save_file(tensors, path)
 
@@ -204,24 +205,13 @@ def random_lora(backbone: Any, path: Path) -> None:
 def test_a_folder_draws_a_prompt_list(name: BaseName, tmp_path: Path) -> None:
     """Alone, with a LoRA, and as it is without a recipe; a fine-tuned backbone is the base's own here."""
     path = recipe(name, tmp_path)
-    random_lora(pipeline(name, tmp_path).components["unet" if name == "sd15" else "transformer"],
-                tmp_path / "lora.safetensors")  # fmt: skip
+    parts = pipeline(name, tmp_path).components
+    random_lora(parts["unet" if name == "sd15" else "transformer"], tmp_path / "lora.safetensors")
 
     def drawn(folder: str, *more: str) -> list[bytes]:
-        out = tmp_path / folder
-        prompts = str(tmp_path / "validation.txt")
-        arguments = [
-            "--prompts",
-            prompts,
-            "--out",
-            str(out),
-            "--images-per-prompt",
-            "1",
-            "--steps",
-            "2",
-            *more,
-        ]
-        assert generate.main(arguments) == 0
+        out, prompts = tmp_path / folder, tmp_path / "validation.txt"
+        arguments = ["--prompts", str(prompts), "--out", str(out), "--images-per-prompt", "1", "--steps", "2"]
+        assert generate.main([*arguments, *more]) == 0
         return [Image.open(row[0]).tobytes() for row in open_image_set(out).images]
 
     ours = ("--recipe", str(path))

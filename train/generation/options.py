@@ -121,7 +121,7 @@ class Options:
     text_length: int = 0
     """FLUX.1 and SD 3.5: tokens that T5's prompts are padded to; 0 takes the longest of data.text_lengths."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Checks what can be checked without a file. Raises HyperAlignError."""
         for name in ("steps", "resolution", "limit", "text_length"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")

@@ -91,6 +91,7 @@ def planned(options: Options) -> Plan:
     Raises:
         HyperAlignError: wrong options or prompts, missing files, or a folder with other images.
     """
+    options.check()
     config, rows = configured(options), load_prompt_list(options.prompts)
     rows = rows[: options.limit or None]
     if config.model.base == "tiny":
