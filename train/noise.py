@@ -77,6 +77,10 @@ class NoiseSchedule(Protocol):
         """Returns the one-step prediction x0-hat, and eps-hat: x_t = alpha x0-hat + sigma eps-hat."""
         ...
 
+    def sigma(self, t: float) -> float:
+        """Returns the noise level of a timestep as samplers count it."""
+        ...
+
     def target(self, x0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
         """Returns what the model's output should be."""
         ...
@@ -88,6 +92,12 @@ class NoiseSchedule(Protocol):
     def loss_weight(self, t_B: Tensor, snr_gamma: float) -> Tensor:
         """Returns the weights (B,) of the denoising loss, 1 where `snr_gamma` is infinite."""
         ...
+
+
+def implied_noise(schedule: NoiseSchedule, x_t: Tensor, x0: Tensor, t_B: Tensor) -> Tensor:
+    """Returns the eps of x_t = alpha(t) x0 + sigma(t) eps for a given x0."""
+    zero = torch.zeros_like(x_t)
+    return (x_t - schedule.add_noise(x0, zero, t_B)) / schedule.add_noise(zero, torch.ones_like(x_t), t_B)
 
 
 def _like(values_B: Tensor, x: Tensor) -> Tensor:
@@ -132,6 +142,11 @@ class DiffusionSchedule:
             abar.sqrt() * x_t - (1.0 - abar).sqrt() * output,
             (1.0 - abar).sqrt() * x_t + abar.sqrt() * output,
         )
+
+    def sigma(self, t: float) -> float:
+        """Returns sqrt((1 - abar) / abar) (Karras et al. 2022)."""
+        abar = float(self._alpha_bar[round(t)])
+        return math.sqrt((1.0 - abar) / abar)
 
     def target(self, x0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
         """Returns eps, or v = sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans and Ho 2022)."""
@@ -188,6 +203,10 @@ class FlowSchedule:
         """Returns x0-hat = x_t - u v, and eps-hat = x_t + (1 - u) v."""
         u = self._u(t_B, x_t)
         return x_t - u * output, x_t + (1.0 - u) * output
+
+    def sigma(self, t: float) -> float:
+        """Returns u."""
+        return t / self.last_timestep
 
     def target(self, x0: Tensor, eps: Tensor, t_B: Tensor) -> Tensor:
         """Returns the velocity v = eps - x0."""

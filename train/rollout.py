@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from hyperalign.hosts.diffusers.adapter import Adapter
 from hyperalign.hosts.run_state import Chunk, Run
 from hyperalign.schedule import Schedule
 from train.models.base import Base, Conditions, join
+from train.noise import implied_noise
 
 
 def guided(cond: Tensor, uncond: Tensor, guidance_scale: float) -> Tensor:
@@ -58,6 +59,34 @@ class SampledModel:
         return self.base.prediction(output, x)
 
 
+class Denoiser:
+    """The one-step predictions of a run's model, with classifier-free guidance where it has any."""
+
+    def __init__(
+        self, model: SampledModel, cond: Conditions, uncond: Conditions | None, guidance_scale: float
+    ) -> None:
+        self.base, self.guidance_scale = model.base, guidance_scale
+        self._model, self._has_uncond = model, uncond is not None
+        self._conditions = cond if uncond is None else join(cond, uncond)
+
+    def outputs(self, x: Tensor, t: float) -> tuple[Tensor, Tensor | None]:
+        """Returns the model's outputs for the prompts and for the empty prompt, None where it has none."""
+        if not self._has_uncond:
+            return self._model.predict(x, t, self._conditions), None
+        cond, uncond = self._model.predict(torch.cat([x, x]), t, self._conditions).chunk(2)
+        return cond, uncond
+
+    def predictions(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """Returns x0-hat and eps-hat."""
+        cond, uncond = self.outputs(x, t)
+        output = cond if uncond is None else guided(cond, uncond, self.guidance_scale)
+        return self.base.noise_schedule.predictions(x, output, torch.full((x.shape[0],), t, device=x.device))
+
+
+Guide = Callable[[Denoiser, Tensor, int], Tensor | None]
+"""Model, x_t and index of a step -> the x0-hat to go on with; None for the model's own."""
+
+
 def generation_steps(schedule: Schedule, times: Sequence[float]) -> list[int]:
     """Returns for each of the times u of a run the index of the one that generates the weights it uses."""
     steps = list[int]()
@@ -81,6 +110,7 @@ def rollout(
     strength: float = 1.0,
     until: int | None = None,
     run: Run | None = None,
+    guide: Guide | None = None,
 ) -> Trajectory:
     """Samples deterministically: DDIM (Song et al. 2021, eq 12 with eta 0), or Euler for a flow.
 
@@ -98,20 +128,22 @@ def rollout(
         strength: strength of the adaptation.
         until: stop before this step, with its state x_t as the last; None takes all steps.
         run: keeps the run's weights, as a `TracedRun` does for those who look at them; None for a plain one.
+        guide: moves x0-hat at the steps that it chooses.
     """
     timesteps = base.noise_schedule.timesteps(steps)
     model = SampledModel(base, adapter, schedule, strength, run)
-    conditions = cond if uncond is None else join(cond, uncond)
+    denoiser = Denoiser(model, cond, uncond, guidance_scale)
     x, states, predictions = noise_BCHW, list[Tensor](), list[Tensor]()
     for index, t in enumerate(timesteps):
         states.append(x)
         if index == until:
             break
-        if uncond is None:
-            output = model.predict(x, t, conditions)
+        moved = None if guide is None else guide(denoiser, x, index)
+        if moved is None:
+            x0, eps = denoiser.predictions(x, t)
         else:
-            output = guided(*model.predict(torch.cat([x, x]), t, conditions).chunk(2), guidance_scale)
-        x0, eps = base.noise_schedule.predictions(x, output, torch.full((x.shape[0],), t, device=x.device))
+            t_B = torch.full((x.shape[0],), t, device=x.device)
+            x0, eps = moved, implied_noise(base.noise_schedule, x, moved, t_B)
         predictions.append(x0)
         if index + 1 == steps:
             x = x0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from hyperalign.hosts.diffusers.adapter import Adapter
 from hyperalign.schedule import Schedule
 from train.models.base import Base, PromptEncoder, cfg_conditions
 from train.objective import without_nan
-from train.rollout import rollout
+from train.rollout import Guide, rollout
 
 BATCH = 32
 
@@ -43,6 +43,40 @@ def initial_noise(prompt_index: int, seed: int, shape: tuple[int, int, int]) -> 
     return torch.randn(shape, generator=generator)
 
 
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """Draws images of prompts from initial noise, with fixed settings."""
+
+    base: Base
+    encoder: PromptEncoder
+    adapter: Adapter | None
+    """None samples the base model."""
+    steps: int
+    guidance_scale: float
+    strength: float = 1.0
+    bf16: bool = False
+    guide_for: Callable[[Sequence[str]], Guide] | None = None
+    """Returns what moves the one-step predictions of these prompts."""
+
+    @torch.no_grad()
+    def draw(self, prompts: Sequence[str], noise_BCHW: Tensor) -> tuple[Tensor, int]:
+        """Returns an image of each prompt (B, 3, H, W) in [0, 1] on the CPU, and how often weights were made.
+
+        Images that are not finite stay so.
+        """
+        base = self.base
+        cond, uncond = cfg_conditions(base, self.encoder, prompts, self.guidance_scale)
+        schedule = self.adapter.header.schedule if self.adapter else Schedule("I")
+        with torch.autocast(base.device.type, torch.bfloat16, enabled=self.bf16):
+            trajectory = rollout(
+                base, self.adapter, schedule, cond, uncond, noise_BCHW.to(base.device),
+                steps=self.steps, guidance_scale=self.guidance_scale, strength=self.strength,
+                guide=None if self.guide_for is None else self.guide_for(prompts),
+            )  # fmt: skip
+            images = base.decode(trajectory.final).float().clamp(0.0, 1.0).cpu()
+        return images, trajectory.generations
+
+
 @torch.no_grad()
 def sample(
     base: Base,
@@ -65,22 +99,15 @@ def sample(
     indices = range(len(prompts)) if indices is None else indices
     jobs = [(index, seed) for index in range(len(prompts)) for seed in seeds]
     adapter = Adapter(base.backbone, hyperalign) if hyperalign else None
-    schedule = hyperalign.header.schedule if hyperalign else Schedule("I")
+    sampler = Sampler(base, encoder, adapter, steps, guidance_scale, strength, bf16)
     images: list[Tensor] = []
     generations = 0
     started = time.monotonic()
     for first in range(0, len(jobs), batch):
         chunk = jobs[first : first + batch]
-        cond, uncond = cfg_conditions(base, encoder, [prompts[index] for index, _ in chunk], guidance_scale)
         noises = [initial_noise(indices[index], seed, base.latent_shape) for index, seed in chunk]
-        noise = torch.stack(noises).to(base.device)
-        with torch.autocast(base.device.type, torch.bfloat16, enabled=bf16):
-            trajectory = rollout(
-                base, adapter, schedule, cond, uncond, noise,
-                steps=steps, guidance_scale=guidance_scale, strength=strength,
-            )  # fmt: skip
-            images.append(base.decode(trajectory.final).float().clamp(0.0, 1.0).cpu())
-        generations = trajectory.generations
+        drawn, generations = sampler.draw([prompts[index] for index, _ in chunk], torch.stack(noises))
+        images.append(drawn)
     seconds = (time.monotonic() - started) / len(jobs)
     shown, finite = without_nan(torch.cat(images))
     stacked, marks = (values.unflatten(0, (len(prompts), len(seeds))) for values in (shown, finite))

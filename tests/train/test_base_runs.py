@@ -18,6 +18,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -29,7 +30,9 @@ from transformers import (
 )
 
 from hyperalign import checkpoint
-from train import analyse, encode
+from hyperalign.hosts.diffusers.adapter import spec_of
+from hyperalign.image_sets import open_image_set
+from train import analyse, encode, generate
 from train.config import BaseName
 from train.models.architectures import ModelSize, architecture, with_random_weights
 from train.train import main
@@ -207,3 +210,35 @@ def analyse_it(folder: Path, path: Path) -> None:
     assert sum(shares.values()) == pytest.approx(1.0, abs=1e-4)
     report = json.loads((folder / "figures" / "diversity.json").read_text(encoding="utf-8"))
     assert report["encoder"] == "tiny validation reward"
+
+
+def random_lora(backbone: Any, path: Path) -> None:
+    """Writes a LoRA of every attention projection under the names of its family."""
+    spec, tensors = spec_of(backbone), {}
+    for target in spec.targets("separate"):
+        down, up, alpha = spec.lora_names.keys(target.name)
+        tensors |= {} if alpha is None else {alpha: torch.tensor(2.0)}
+        tensors |= {down: torch.randn(2, target.in_features), up: torch.randn(target.out_features, 2)}
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_a_folder_draws_a_prompt_list(name: BaseName, tmp_path: Path) -> None:
+    """Alone, with a LoRA, and as it is without a recipe; a fine-tuned backbone is the base's own here."""
+    path = recipe(name, tmp_path)
+    parts = pipeline(name, tmp_path).components
+    random_lora(parts["unet" if name == "sd15" else "transformer"], tmp_path / "lora.safetensors")
+
+    def drawn(folder: str, *more: str) -> list[bytes]:
+        out, prompts = tmp_path / folder, tmp_path / "validation.txt"
+        arguments = ["--prompts", str(prompts), "--out", str(out), "--images-per-prompt", "1", "--steps", "2"]
+        assert generate.main([*arguments, *more]) == 0
+        return [Image.open(row[0]).tobytes() for row in open_image_set(out).images]
+
+    ours = ("--recipe", str(path))
+    base = drawn("base", *ours)
+    assert base[0] != base[1]
+    assert drawn("lora", *ours, "--lora", str(tmp_path / "lora.safetensors")) != base
+    assert drawn("tuned", *ours, "--fine-tuned", str(tmp_path / "model")) == base
+    alone = ("--model", str(tmp_path / "model"), "--resolution", "64", "--text-length", "32")
+    assert drawn("alone", *alone, "--cfg", "4", "--precision", "float32") == base

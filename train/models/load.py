@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from hyperalign.errors import HyperAlignError
+from hyperalign.files import first_line
 from train.config import BaseName, TrainConfig
 from train.models.autoencoder import Autoencoder
 from train.models.base import Base, Conditions
@@ -76,6 +77,23 @@ def check_folder(config: TrainConfig) -> Path:
             f"encoders and tokenizers){source}."
         )
     return path
+
+
+def base_of_folder(folder: Path) -> BaseName:
+    """Returns which base model a folder in diffusers' layout holds. Raises HyperAlignError if none."""
+    path = folder / "model_index.json"
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HyperAlignError(
+            f"{path} cannot be read ({first_line(error)}); expected a model in diffusers' layout. Give such "
+            "a folder."
+        ) from error
+    for base, classes in PIPELINES.items():
+        if classes.pipeline.__name__ == kind:
+            return base
+    known = ", ".join(classes.pipeline.__name__ for classes in PIPELINES.values())
+    raise HyperAlignError(f"{folder} is a {kind}; expected one of {known}. Give another folder.")
 
 
 def download(config: TrainConfig) -> None:
@@ -131,13 +149,17 @@ def backbone_dtype(config: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if config.optim.bf16 else torch.float32
 
 
-def load_base(config: TrainConfig, device: torch.device) -> Base:
-    """Returns the frozen base model. Raises HyperAlignError if it is missing or cannot be read."""
+def load_base(config: TrainConfig, device: torch.device, backbone_folder: Path | None = None) -> Base:
+    """Returns the frozen base model, perhaps with the U-Net or transformer of another folder.
+
+    Raises HyperAlignError if it is missing or cannot be read.
+    """
     path, classes = check_folder(config), PIPELINES[config.model.base]
     try:
         backbone: nn.Module = classes.backbone.from_pretrained(
-            path / classes.subfolder, torch_dtype=backbone_dtype(config), local_files_only=True
-        )
+            backbone_folder or path / classes.subfolder,
+            torch_dtype=backbone_dtype(config), local_files_only=True,
+        )  # fmt: skip
         scheduler = json.loads((path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     except LOAD_ERRORS as error:
         raise HyperAlignError(f"The base model in {path} cannot be read: {error}. Copy it again.") from error

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +12,11 @@ from hyperalign.files import first_line
 from train.config import TrainConfig
 from train.data.random_inputs import TEXT_WIDTHS
 from train.models.base import Conditions
+from train.models.fingerprint import files_digest
 from train.models.load import LOAD_ERRORS, PIPELINES, backbone_dtype, check_folder
 from train.models.stable_diffusion import CLIP_TOKENS
 
-READ_WHOLE = (".json", ".txt", ".model")
-"""Suffixes of configurations and tokenizers; the other files are weights."""
 MB, GB = 1e6, 1e9
-PIECES, PIECE_BYTES = 256, 4096
-"""The fingerprint reads this many evenly spaced pieces of a file of weights: gigabytes take minutes."""
 
 
 def text_lengths(config: TrainConfig) -> tuple[int, ...]:
@@ -68,10 +63,8 @@ def check_cache_limit(config: TrainConfig, new: Sequence[int]) -> None:
     )
 
 
-def load_text_encoders(
-    config: TrainConfig, device: torch.device
-) -> Callable[[Sequence[str], int], Conditions]:
-    """Returns a function from prompts and a padding to conditions, in the precision of the backbone.
+def load_text_pipeline(config: TrainConfig, device: torch.device) -> Any:
+    """Returns diffusers' pipeline with the text encoders alone, in the precision of the backbone.
 
     Raises:
         HyperAlignError: an encoder or a tokenizer is missing or cannot be read.
@@ -87,11 +80,23 @@ def load_text_encoders(
             f"The text encoders in {folder} cannot be read: {first_line(error)} Copy model_index.json and "
             "the folders text_encoder* and tokenizer* from the base model again."
         ) from error
-    pipeline.to(device)
+    return pipeline.to(device)
+
+
+def load_text_encoders(
+    config: TrainConfig, device: torch.device
+) -> Callable[[Sequence[str], int], Conditions]:
+    """Returns a function from prompts and a padding to conditions. Raises as `load_text_pipeline`."""
+    return prompt_function(config, load_text_pipeline(config, device))
+
+
+def prompt_function(config: TrainConfig, pipeline: Any) -> Callable[[Sequence[str], int], Conditions]:
+    """Returns a function from prompts and a padding to conditions, with a pipeline's text encoders."""
+    encode_prompts = PIPELINES[config.model.base].encode_prompts
 
     @torch.no_grad()
     def encode(prompts: Sequence[str], length: int) -> Conditions:
-        return classes.encode_prompts(pipeline, prompts, length)
+        return encode_prompts(pipeline, prompts, length)
 
     return encode
 
@@ -102,25 +107,8 @@ def text_fingerprint(config: TrainConfig) -> str:
     Raises:
         HyperAlignError: the folder of the base model is missing, or a file in it cannot be read.
     """
-    digest = hashlib.sha256(f"{config.model.base} {backbone_dtype(config)}".encode())
-    for path in sorted(check_folder(config).glob("t*/*")):  # text_encoder*, tokenizer*
-        if path.parent.name.startswith(("text_encoder", "tokenizer")) and path.is_file():
-            digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}".encode())
-            digest.update(_contents(path))
-    return f"{config.model.base}-{digest.hexdigest()[:12]}"
-
-
-def _contents(path: Path) -> bytes:
-    """Returns a file, or evenly spaced pieces of a large file of weights."""
-    try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            if path.suffix in READ_WHOLE or size <= PIECES * PIECE_BYTES:
-                return file.read()
-            pieces: list[bytes] = []
-            for number in range(PIECES):
-                file.seek((size - PIECE_BYTES) * number // (PIECES - 1))
-                pieces.append(file.read(PIECE_BYTES))
-    except OSError as error:
-        raise HyperAlignError(f"{path} cannot be read ({first_line(error)}). Copy it again.") from error
-    return b"".join(pieces)
+    folders = sorted(check_folder(config).glob("t*/*"))  # text_encoder*, tokenizer*
+    files = [path for path in folders if path.parent.name.startswith(("text_encoder", "tokenizer"))]
+    start = f"{config.model.base} {backbone_dtype(config)}"
+    digest = files_digest(start, (path for path in files if path.is_file()))
+    return f"{config.model.base}-{digest[:12]}"

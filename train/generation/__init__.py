@@ -1,0 +1,1 @@
+"""Draws the images of a prompt list: what `train/generate.py` runs."""
