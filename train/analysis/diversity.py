@@ -86,7 +86,7 @@ def diversity_of(
     batch: int,
     first_seed: int = 0,
     shown: int = 3,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> Diversity:
     """Samples every prompt at every seed.
 

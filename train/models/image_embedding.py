@@ -37,14 +37,14 @@ def diversity_embedding(
     """
     if config.validation.diversity_encoder != Path():
         return load_dinov2(config.validation.diversity_encoder, device)
-    return next(
-        (
-            lambda images, reward=reward: reward.embed_images(images.to(device))
-            for name, reward in rewards.items()
-            if name not in config.objective.optimised
-        ),
-        None,
-    )
+    judge = next((r for name, r in rewards.items() if name not in config.objective.optimised), None)
+    if judge is None:
+        return None
+
+    def embed(images_BCHW: Tensor) -> Tensor:
+        return judge.embed_images(images_BCHW.to(device))
+
+    return embed
 
 
 def check_dinov2(folder: Path) -> None:
