@@ -87,8 +87,6 @@ def test_a_guide_moves_the_predictions_of_its_steps(schedule: NoiseSchedule) -> 
     moved = sampled(schedule, [0.2, 0.1], [0.4, 0.0], steps=3, guide=lambda _, x, index: x + index)
     for index, (x0, x) in enumerate(zip(moved.predictions, moved.states, strict=True)):
         assert torch.equal(x0, x + index)
-        True
-    ] * 3
     torch.testing.assert_close(moved.final, moved.states[2] + 2)
 
 
