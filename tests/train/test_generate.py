@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from hyperalign.image_sets import ImageSet, image_path, open_image_set, read_rec
 from hyperalign.rewards import loading
 from hyperalign.tiny.weights import HYPERNETWORKS
 from train.generate import main
+from train.generation.models import LiveEncoder
 from train.models.tiny import Tiny
 from train.sampling import sample
 
@@ -203,6 +204,23 @@ def test_guidance_raises_the_reward(gradient: str, draws: Draws, base: ImageSet)
         "--guidance.end", "1", "--guidance.strength", "0.1", "--limit", "1",
     )  # fmt: skip
     assert float((rewards(images) - rewards(base)[:1]).mean()) > 0.1
+
+
+def test_guidance_outside_its_steps_draws_the_base(draws: Draws, base: ImageSet) -> None:
+    options = ("--test-time", "guidance", "--guidance.start", "0.9", "--guidance.end", "1", "--limit", "1")
+    assert distance(pixels(draws(*options)), pixels(base)[:1]) < ROUNDING
+
+
+def test_text_encoders_see_each_prompt_of_a_batch_once() -> None:
+    seen: list[list[str]] = []
+
+    def encode(texts: Sequence[str]) -> dict[str, Tensor]:
+        seen.append(list(texts))
+        return {"lengths": torch.tensor([float(len(text)) for text in texts])}
+
+    found = LiveEncoder(encode).conditions(["abc", "a", "abc", "", ""])
+    assert found["lengths"].tolist() == [3.0, 1.0, 3.0, 0.0, 0.0]
+    assert seen == [["abc", "a", ""]]
 
 
 def test_a_batch_does_not_change_the_images(draws: Draws, base: ImageSet) -> None:

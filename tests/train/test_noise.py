@@ -16,6 +16,7 @@ from train.noise import (
     FlowSchedule,
     NoiseSchedule,
     alphas_cumprod,
+    implied_noise,
     resolution_shift,
     shifted,
     trailing_timesteps,
@@ -47,6 +48,25 @@ def test_an_ideal_output_gives_back_image_and_noise(
     found_x0, found_noise = noise_schedule.predictions(x_t, noise_schedule.target(x0, noise, t_B), t_B)
     torch.testing.assert_close(found_x0, x0, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found_noise, noise, atol=1e-5, rtol=1e-5)
+
+
+@each_noise_schedule
+@given(u=st.floats(0.01, 0.99), seed=st.integers(0, 2**31 - 1))
+def test_the_noise_of_a_mixture_follows_from_its_image(
+    noise_schedule: NoiseSchedule, u: float, seed: int
+) -> None:
+    x0, noise = pair(seed)
+    t_B = noise_schedule.nearest(torch.tensor([u, u], dtype=torch.float64))
+    x_t = noise_schedule.add_noise(x0, noise, t_B)
+    torch.testing.assert_close(implied_noise(noise_schedule, x_t, x0, t_B), noise, atol=1e-5, rtol=1e-5)
+
+
+def test_noise_levels_are_those_of_samplers() -> None:
+    """ComfyUI's sigmas: sqrt((1 - abar) / abar) of a diffusion model, at most 14.6, and u of a flow."""
+    diffusion = DiffusionSchedule()
+    assert diffusion.sigma(999.0) == pytest.approx(14.6146, abs=1e-3)
+    assert diffusion.sigma(0.0) == pytest.approx(0.0292, abs=1e-4)
+    assert FlowSchedule(1000.0, 3.0).sigma(250.0) == 0.25
 
 
 @each_noise_schedule

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hyperalign.schedule import Schedule
 from train.noise import DiffusionSchedule, FlowSchedule, NoiseSchedule
-from train.rollout import guided, rollout
+from train.rollout import Denoiser, guided, rollout
 
 
 class Linear(nn.Module):
@@ -70,6 +70,24 @@ def test_two_euler_steps_by_hand() -> None:
     torch.testing.assert_close(torch.cat(path.states), pixels(1.0, 0.6))
     torch.testing.assert_close(torch.cat(path.predictions), pixels(0.2, 0.345))
     torch.testing.assert_close(path.final, pixels(0.345))
+
+
+@pytest.mark.parametrize(
+    "schedule", [FlowSchedule(10.0, 1.0), DiffusionSchedule()], ids=["flow", "diffusion"]
+)
+def test_a_guide_moves_the_predictions_of_its_steps(schedule: NoiseSchedule) -> None:
+    times = schedule.timesteps(3)
+    plain = sampled(schedule, [0.2, 0.1], [0.4, 0.0], steps=3)
+
+    def follows(denoiser: Denoiser, x: Tensor, index: int) -> Tensor | None:
+        return None if index == 0 else denoiser.predictions(x, times[index])[0]
+
+    followed = sampled(schedule, [0.2, 0.1], [0.4, 0.0], steps=3, guide=follows)
+    torch.testing.assert_close(followed.final, plain.final, atol=1e-4, rtol=1e-4)
+    moved = sampled(schedule, [0.2, 0.1], [0.4, 0.0], steps=3, guide=lambda _, x, index: x + index)
+    for index, (x0, x) in enumerate(zip(moved.predictions, moved.states, strict=True)):
+        assert torch.equal(x0, x + index)
+    torch.testing.assert_close(moved.final, moved.states[2] + 2)
 
 
 def test_guidance_mixes_conditional_and_unconditional_predictions() -> None:

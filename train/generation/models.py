@@ -37,23 +37,17 @@ PARTS = ("unet", "transformer", "vae", "scheduler", "text_encoder", "tokenizer")
 HASHED_AT_ONCE = 1 << 24
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class LiveEncoder:
-    """Text encoders behind the `PromptEncoder` protocol: each distinct prompt of a call is encoded once.
-
-    The prompts of the last call are kept, because a search draws one prompt many times.
-    """
+    """Text encoders behind the `PromptEncoder` protocol: each distinct prompt of a call is encoded once."""
 
     encode: Callable[[Sequence[str]], Conditions]
-    _last: tuple[list[str], Conditions] | None = None
 
     def conditions(self, prompts: Sequence[str]) -> Conditions:
         """Returns the conditions of prompts."""
         distinct = list(dict.fromkeys(prompts))
-        if self._last is None or self._last[0] != distinct:
-            self._last = distinct, self.encode(distinct)
         rows = [distinct.index(prompt) for prompt in prompts]
-        return {name: value[rows] for name, value in self._last[1].items()}
+        return {name: value[rows] for name, value in self.encode(distinct).items()}
 
 
 def open_sampler(options: Options, config: TrainConfig, device: torch.device) -> Sampler:

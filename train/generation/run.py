@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -163,8 +163,8 @@ def generate(plan: Plan, accelerator: Accelerator, progress: Callable[[int, int]
         sampler = open_sampler(plan.options, plan.config, accelerator.device)
         draw = _method(plan, sampler)
         if accelerator.is_main_process:
-            write_metadata(folder, plan.metadata)
             write_record(folder, RunRecord(settings, environment=environment))
+            write_metadata(folder, plan.metadata)
         accelerator.wait_for_everyone()
         with attention_kernels(plan.config.run.attention_kernels, accelerator.device):
             _draw_all(plan, own, draw, progress)
@@ -226,10 +226,7 @@ def _method(plan: Plan, sampler: Sampler) -> Draw:
         if options.guidance.gradient == "through-model":
             backbone: Any = base.backbone
             backbone.enable_gradient_checkpointing()
-        sampler = Sampler(
-            base, sampler.encoder, None, sampler.steps, sampler.guidance_scale, bf16=sampler.bf16,
-            guide_for=guidance.guide_for,
-        )  # fmt: skip
+        sampler = replace(sampler, guide_for=guidance.guide_for)
 
     def draw(jobs: Sequence[Job]) -> Tensor:
         noises = [initial_noise(job.prompt, options.seed + job.image, base.latent_shape) for job in jobs]

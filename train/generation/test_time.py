@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -16,7 +16,7 @@ from hyperalign.guidance import guidance_size, guided, guided_through, predictio
 from hyperalign.rewards import Reward
 from hyperalign.search import SEEDS, Search
 from train.generation.options import GuidanceOptions, Options
-from train.models.base import Base
+from train.models.base import Base, Conditions, PromptEncoder
 from train.objective import without_nan
 from train.rollout import Denoiser, Guide
 from train.rollout import guided as with_cfg
@@ -26,12 +26,29 @@ PIXELS_PER_CELL = {"tiny": 4}
 """Pixels of a latent cell's side; 8 in the other base models."""
 
 
+@dataclass(slots=True)
+class OnePrompt:
+    """The conditions of one prompt and of the empty one, encoded once for all candidates of a search."""
+
+    encoder: PromptEncoder
+    prompt: str
+    _rows: Conditions | None = None
+
+    def conditions(self, prompts: Sequence[str]) -> Conditions:
+        """Returns the conditions of prompts, each of them this one or the empty one."""
+        if self._rows is None:
+            self._rows = self.encoder.conditions([self.prompt, ""])
+        rows = [0 if prompt == self.prompt else 1 for prompt in prompts]
+        return {name: value[rows] for name, value in self._rows.items()}
+
+
 def search(sampler: Sampler, reward: Reward, options: Options, prompt: str, index: int, seed: int) -> Tensor:
     """Returns the best image (3, H, W) that a search over the initial noise finds; NaN if none is finite.
 
     The first candidate is the image that the base model draws. Which ones follow depends on the prompt's
     index and the seed alone.
     """
+    sampler = replace(sampler, encoder=OnePrompt(sampler.encoder, prompt))
     first = int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0])
 
     def fresh(candidate: int) -> Tensor:
