@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from hyperalign.geneval import colors, detector, scorer
 from hyperalign.geneval.detector import SWIN_SMALL, DetectorShape, SegmentedObject, postprocess
 from hyperalign.geneval.prompts import COLORS, NAMES, parse_prompt
 from hyperalign.geneval.rules import THRESHOLD
+from train import evaluate
 
 SMALL = DetectorShape(
     width=12, depths=(1, 1, 1, 1), heads=(1, 1, 2, 2), features=32, feedforward=32, encoder_feedforward=32,
@@ -288,6 +290,25 @@ def test_the_command_writes_the_official_fields_and_resumes(
     )
     assert main(["geneval", *arguments]) == 0
     assert scored == ["00001/samples/0001.png"]
+
+
+def test_the_table_of_an_evaluation_has_the_results_of_the_command(
+    images: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def red_circles_are_two_dogs(network: Any, image_CHW: torch.Tensor) -> list[SegmentedObject]:
+        mask_HW = image_CHW[2] < 0.5
+        dog = SegmentedObject("dog", 0.95, detector.box_of(mask_HW | True), mask_HW=mask_HW)
+        return [dog, dog] if bool(mask_HW.any()) else []
+
+    monkeypatch.setattr(detector, "detect", red_circles_are_two_dogs)
+    arguments = ["--weights", str(weights), "--rewards", "clip", "--cpu", "--out", str(tmp_path / "report")]
+    assert evaluate.main(["--sets", f"base={images}", *arguments]) == 0
+    assert main(["geneval", str(images), "--weights", str(weights), "--device", "cpu"]) == 0
+    rows = [json.loads(line) for line in (images / "results.jsonl").read_text().splitlines()]
+    with (tmp_path / "report" / "images.csv").open(newline="") as stream:
+        found = [(row["file"], bool(float(row["correct"]))) for row in csv.DictReader(stream)]
+    assert found == [(str(Path(row["filename"]).relative_to(images)), row["correct"]) for row in rows]
+    assert {correct for _, correct in found} == {True, False}
 
 
 def test_the_metadata_of_a_folder_may_come_from_the_whole_file(images: Path, tmp_path: Path) -> None:
