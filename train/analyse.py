@@ -222,8 +222,8 @@ def analyse_diversity(options: Images, config: TrainConfig, accelerator: Acceler
                 first_seed=options.seed, shown=options.shown, progress=bar.update,
             ))  # fmt: skip
     title = (
-        f"Images of one prompt from {options.seeds} noises (Fig 12), and below each name its diversity:\n"
-        f"mean of 1 - cosine over all pairs of images, in the embedding of {name}"
+        f"Images of one prompt from {options.seeds} noises (Fig 12)\nbelow each name the prompt's diversity: "
+        f"mean of 1 - cosine over pairs of images,\nin the embedding of {name}"
     )
     report = setting(options, config, prompts) | {"encoder": name, "methods": diversity.as_json(methods)}
     return write(options.out / "diversity", report, plots.plot_diversity(methods, prompts, title))

@@ -25,7 +25,10 @@ NAMES = {
 }  # fmt: skip
 SMALLEST_RANGES = {"cosine": (0.98, 1.002), "change": (0.0, 0.02)}
 """What the axes of dynamics always include, so that rounding errors do not fill them."""
-WRAP, CELL = 110, 1.25
+CELL, LEAST_WIDTH = 1.25, 7.5
+"""Inches of an image, and of a figure of images with its title."""
+LETTERS = 11
+"""Letters of a prompt that an inch takes."""
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -87,7 +90,7 @@ def plot_variation(found: Variation, title: str) -> Figure:
     figure.suptitle(title)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     colours = shown.places_SN2[0, :, 0].tolist()
-    reach = float(shown.places_SN2.abs().max()) * 1.08 or 1.0
+    across_reach, up_reach = (1.08 * shown.places_SN2.abs().amax(dim=(0, 1))).tolist()
     spreads = dict(zip(found.generated_at, found.spread_G.tolist(), strict=True))
     for panel, axes in enumerate(grid):
         axes.set_visible(panel < panels)
@@ -98,14 +101,13 @@ def plot_variation(found: Variation, title: str) -> Figure:
             axes.axvline(0, color="0.85", linewidth=0.8)
             axes.scatter(across, up, c=colours, cmap="viridis", s=14, alpha=0.8, linewidths=0)
             axes.set_title(f"step {step + 1}, u {u:.2f}, spread {spreads[step]:.3f}", fontsize="medium")
-            axes.set_xlim(-reach, reach)
-            axes.set_ylim(-reach, reach)
-            axes.set_aspect("equal")
+            axes.set_xlim(-across_reach or -1.0, across_reach or 1.0)
+            axes.set_ylim(-up_reach or -1.0, up_reach or 1.0)
     first, second = shown.explained
     figure.supxlabel(
-        f"PC 1, {first:.0%} of the variance (colour: place on PC 1 at step {shown.evaluations[0] + 1})"
+        f"PC 1, {first:.1%} of the variance (colour: place on PC 1 at step {shown.evaluations[0] + 1})"
     )
-    figure.supylabel(f"PC 2, {second:.0%} of the variance")
+    figure.supylabel(f"PC 2, {second:.1%} of the variance")
     return figure
 
 
@@ -140,12 +142,13 @@ def plot_diversity(methods: Sequence[Diversity], prompts: Sequence[str], title: 
     """Returns Figure 12: for each of a few prompts a row of images per method, a column per seed."""
     count, seeds = methods[0].shown_RS3HW.shape[:2]
     height = CELL * len(methods) + 0.5
-    figure = Figure(figsize=(CELL * seeds + 1.6, height * count + 0.6), layout="constrained")
+    width = max(LEAST_WIDTH, CELL * seeds + 1.6)
+    figure = Figure(figsize=(width, height * count + 0.6), layout="constrained")
     figure.suptitle(title)
     parts: Any = figure.subfigures(count, 1, squeeze=False)
     for row in range(count):
         part = parts[row, 0]
-        part.suptitle("\n".join(textwrap.wrap(prompts[row], round(WRAP * seeds / 8))[:2]), fontsize="medium")
+        part.suptitle("\n".join(textwrap.wrap(prompts[row], round(LETTERS * width))[:2]), fontsize="medium")
         grid = part.subplots(len(methods), seeds, squeeze=False)
         for method, line in zip(methods, grid, strict=True):
             _images(line, method.shown_RS3HW[row])
