@@ -115,7 +115,7 @@ class Results:
     def header(self, step: int) -> Header:
         """Returns the header of the weights after so many steps, with their provenance."""
         recipe = as_table(self.config, paths=False) | {"run": {"seed": self.config.run.seed}}
-        training = {"steps": step, **self._facts, "metrics": self.validated, "recipe": recipe}
+        training: dict[str, Any] = {"steps": step, **self._facts, "metrics": self.validated, "recipe": recipe}
         if self.baseline:
             training["baseline"] = flat(self.baseline["metrics"])
         if self.best:
