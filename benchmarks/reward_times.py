@@ -53,8 +53,10 @@ class Options:
     """Batches of prompts whose gradients are averaged."""
     batch: int = 8
     """Prompts of a batch, as in training."""
-    validation: int = 120
+    validation: int = 96
     """Prompts whose images are scored before and after."""
+    validation_steps: int = 12
+    """Sampling steps of those images."""
     distance: float = 0.01
     """Length of the move as a share of the parameters' norm."""
     steps: int = 8
@@ -132,7 +134,8 @@ def measured(setting: Setting, options: Options) -> list[dict[str, Any]]:
 
     def scores(hyperalign: HyperAlign) -> Scores:
         return score(sample_all(
-            base, hyperalign, options.validation, seeds=(0,), steps=25, guidance_scale=setting.guidance_scale,
+            base, hyperalign, options.validation, seeds=(0,), steps=options.validation_steps,
+            guidance_scale=setting.guidance_scale,
         ))  # fmt: skip
 
     gradients_SBN, before = gradients(setting, options), scores(setting.hyperalign)

@@ -201,7 +201,7 @@ def test_a_run_resumes_only_with_its_own_recipe(config: TrainConfig) -> None:
     lower = dataclasses.replace(config, objective=dataclasses.replace(config.objective, micro_batch=1))
     check_inputs(lower, problems, None)
     assert not problems.found
-    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=99))
+    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, weight_decay=0.5))
     check_inputs(other, problems, None)
     assert [("another recipe" in line) for line in problems.found] == [True]
 

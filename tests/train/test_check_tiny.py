@@ -35,7 +35,7 @@ def test_a_saved_state_is_gone_on_from_with_its_own_recipe_only(config: TrainCon
     state = {"step": 7, "identity": json.dumps(run_identity(config))}
     TrainingCheckpoints(config.run.out / "checkpoints", keep=1).save(state, 7)
     assert f"resumes from step 7 in {config.run.out}" in check(config)
-    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=8))
+    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, weight_decay=0.5))
     with pytest.raises(HyperAlignError, match="a run of another recipe"):
         check(other)
 
