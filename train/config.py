@@ -16,6 +16,7 @@ BaseName = Literal["tiny", "sd15", "sdxl", "flux", "sd3"]
 State = Literal["rollout", "noised", "mixed"]
 GradientCheckpointing = Literal["all", "decoder", "none"]
 TimestepSampling = Literal["uniform", "logit_normal"]
+RewardWeighting = Literal["none", "signal"]
 AttentionKernel = Literal["flash", "efficient", "cudnn", "math"]
 
 
@@ -81,9 +82,14 @@ class ObjectiveConfig:
     rollout_steps: int = 10
     """Steps of the training sampler."""
     skip_first: int = 1
-    """First steps of a rollout that get no reward gradient: x0-hat is a blur there."""
+    """First steps of a rollout that get no reward gradient: x0-hat is a blur there. The shipped recipes leave
+    out the steps whose signal share is below a tenth."""
+    reward_weighting: RewardWeighting = "none"
+    """Weight of L_R over time. signal: the image's share of the latents' variance, alpha^2 / (alpha^2 +
+    sigma^2). The error of x0-hat, and with it the gradient, grows with the noise; this weight evens it out
+    (`python -m benchmarks.reward_times`)."""
     reward_range: tuple[float, float] = (0.0, 0.9)
-    """Range of u, timesteps as fractions, for the reward loss on noised images."""
+    """Range of positions in a run, 1 at its start, for the reward loss on noised images."""
     guidance_scale: float = 4.0
     """CFG scale of rollout and x0-hat; train at what you sample with. FLUX.1 has it as its input guidance."""
     conditional_only: bool = False
@@ -94,9 +100,10 @@ class ObjectiveConfig:
     """FLUX.1's input guidance in the preference loss. Its target is the plain velocity, to which dev predicts
     a guided one above 1: training at the sampling guidance would undo its distillation."""
     preference_range: tuple[float, float] = (0.0, 1.0)
-    """Range of u for preference images; high timesteps decide the composition, low ones the details."""
+    """Range of positions in a run for preference images; early ones decide the composition, late ones the
+    details. Positions are u for diffusion; for a flow u follows with the shift of the sampler's steps."""
     timestep_sampling: TimestepSampling = "uniform"
-    """How u is sampled in its range; logit_normal favours the middle (Esser et al. 2024)."""
+    """How positions are sampled in their range; logit_normal favours the middle (Esser et al. 2024)."""
     snr_gamma: float = float("inf")
     """Gamma of min-SNR weighting of the preference loss (Hang et al. 2023); inf is Eq 9 unweighted."""
     caption_dropout: float = 0.1

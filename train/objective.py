@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from hyperalign.hosts.diffusers.adapter import Adapter
 from hyperalign.schedule import Schedule
+from train.config import RewardWeighting
 from train.models.base import Base, Conditions, join, repeat, take
 from train.rollout import Trajectory, guided
 
@@ -157,8 +158,9 @@ def reward_loss(
     guidance_scale: float,
     cap: float,
     conditional_only: bool = False,
+    weighting: RewardWeighting = "none",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns L_R = mean relu(cap - R(D(x0-hat), c)), or -R without a cap, and each reward's scores (B,).
+    """Returns L_R = mean w(t) relu(cap - R(D(x0-hat), c)), or -R without a cap, and each reward's scores (B,).
 
     An image that is not finite adds nothing to the loss, and its scores are NaN. Where it leaves NaN in the
     gradient, the trainer skips the step.
@@ -171,12 +173,15 @@ def reward_loss(
         guidance_scale: of classifier-free guidance, as in sampling.
         cap: a score above this has no gradient.
         conditional_only: gradient through the conditional prediction alone.
+        weighting: w(t) is 1, or the signal's share of the latents' variance.
     """
     output = guided_prediction(adapter, base, states, guidance_scale, conditional_only)
     x0, _ = base.noise_schedule.predictions(states.x, output, states.t_B)
     images, finite_B = without_nan(base.decode(x0).float())
     total, each = rewards(images, states.prompts)
     loss_B = F.relu(cap - total) if cap < float("inf") else -total
+    if weighting == "signal":
+        loss_B = base.noise_schedule.signal(states.t_B) * loss_B
     nothing = float("nan")
     scores = {
         name: torch.where(finite_B, s_B.detach(), nothing) for name, s_B in (each | {"reward": total}).items()

@@ -146,6 +146,7 @@ class Trainer:
                 loss, found = reward_loss(
                     self.adapter, self.base, self.inputs.rewards, states[part],
                     guidance_scale=o.guidance_scale, cap=o.reward_cap, conditional_only=o.conditional_only,
+                    weighting=o.reward_weighting,
                 )  # fmt: skip
             self.accelerator.backward(o.reward_weight * share * loss)
             losses.append(share * loss.detach())

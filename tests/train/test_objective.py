@@ -305,6 +305,27 @@ def test_the_reward_loss_by_hand(
     assert bool(found.abs().max() > 0) is (reached_by != "all")
 
 
+@pytest.mark.parametrize(
+    ("noise_schedule", "signals"),
+    [
+        (DiffusionSchedule(), [float(abar) for abar in alphas_cumprod()[TIMESTEPS.long()]]),
+        (FlowSchedule(1000.0, 3.0), [0.98**2 / (0.98**2 + 0.02**2), 0.36 / 0.52, 0.01 / 0.82]),
+    ],
+    ids=["diffusion", "flow"],
+)
+def test_the_reward_loss_is_weighted_by_the_signals_share(
+    make_base: Any, adapted: Any, normal: Any, noise_schedule: NoiseSchedule, signals: list[float]
+) -> None:
+    base = make_base(noise_schedule)
+    adapter, states = adapted(base), some_states(base, normal)
+    given: dict[str, Any] = {"guidance_scale": 4.0, "cap": INFINITE}
+    each = [reward_loss(adapter, base, BRIGHT, states[slice(i, i + 1)], **given)[0] for i in range(3)]
+    found, scores = reward_loss(adapter, base, BRIGHT, states, weighting="signal", **given)
+    expected = torch.stack([signal * loss for signal, loss in zip(signals, each, strict=True)]).mean()
+    close(found, expected)
+    assert scores["reward"].mean().item() == pytest.approx(-torch.stack(each).mean().item(), rel=1e-4)
+
+
 def test_images_are_scored_in_full_precision(small_base: Any, adapted: Any, normal: Any) -> None:
     seen: list[torch.dtype] = []
 

@@ -105,6 +105,7 @@ def noised_by_hand(run: Any, place: int) -> Tensor:
 def reward_by_hand(run: Any, states: Any) -> Tensor:
     o, rewards = run.config.objective, run.inputs.rewards
     given: dict[str, Any] = {"guidance_scale": o.guidance_scale, "cap": o.reward_cap}
+    given |= {"weighting": o.reward_weighting}
     loss, _ = reward_loss(
         run.adapter, run.base, rewards, states, conditional_only=o.conditional_only, **given
     )
@@ -129,7 +130,7 @@ def preference_by_hand(run: Any, place: int = 0) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     "objective",
     [
-        {}, {"reward_cap": 1e3}, {"conditional_only": True}, {"snr_gamma": 0.5}, {"guidance_scale": 5.0},
+        {}, {"reward_cap": 1e3}, {"reward_weighting": "signal"}, {"conditional_only": True}, {"snr_gamma": 0.5}, {"guidance_scale": 5.0},
         {"caption_dropout": 0.5}, {"timestep_sampling": "logit_normal", "preference_range": (0.2, 0.4)},
         {"skip_first": 2, "timesteps": 1, "prompt_batch": 1},
     ],
