@@ -37,13 +37,14 @@ from train.recipe import load_recipe
 
 FOLDER = ROOT / "train" / "recipes"
 README = ROOT / "README.md"
-RATES = {"sd15": 0.0, "sdxl": 0.0, "flux": 0.0, "sd3": 0.0}
-"""Operations a second of whole steps on one H100; SD 3.5 has not been measured and has FLUX.1's."""
+RATES = {"sd15": 77e12, "sdxl": 165e12, "flux": 276e12, "sd3": 165e12}
+"""Operations a second of whole steps on one H100: those that `step_work` counts for the measured steps over
+their seconds. SD 3.5 medium has not been measured; it has the rate of SDXL, which is of the same size."""
 GPUS = 4
 """Of train/recipes/accelerate/4_gpus.yaml, which the headers name."""
 PROMPTS = 20_000
 """Length of the training list of train/prompt_sets.py. Captions of preference images come on top."""
-KEY, BEFORE = "#   cost:     ", "#   resume:   "
+KEY, BEFORE, TIME = "#   cost:     ", "#   resume:   ", "#   time:     "
 BEGIN, END = "<!-- recipes: python scripts/recipe_costs.py -->\n", "<!-- end of recipes -->\n"
 
 
@@ -69,16 +70,16 @@ class RecipeCost:
     def line(self) -> str:
         """Returns the cost in one line."""
         disk = self.checkpoints + self.hypernetworks + self.embeddings
-        rate = "" if self.measured else "; at the rate of FLUX.1, its own was not measured"
+        rate = "" if self.measured else "; at the rate of SDXL, its own was not measured"
         return (
-            f"{self.seconds:.2g} s a step; {_two_digits(self.gpu_hours)} GPU hours on {GPUS} H100; "
-            f"peak {self.peak / GIB:.0f} GiB; disk {_two_digits(disk / GIB)} GiB (checkpoints "
+            f"{self.seconds:.2g} s a step; {_short(self.gpu_hours)} GPU hours on {GPUS} H100; "
+            f"peak {self.peak / GIB:.0f} GiB; disk {_short(disk / GIB)} GiB (checkpoints "
             f"{self.checkpoints / GIB:.1f}, hypernetworks {self.hypernetworks / GIB:.1f}, text embeddings of "
             f"{PROMPTS:,} prompts {self.embeddings / GIB:.1f}{rate})"
         )
 
 
-def _two_digits(value: float) -> str:
+def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 9.5 else f"{value:.1f}"
 
 
@@ -122,14 +123,15 @@ def with_cost(text: str, line: str) -> str:
 
 
 def cost_line(text: str) -> str:
-    """Returns the cost in a recipe's header; empty if there is none."""
-    return next((row.removeprefix(KEY) for row in text.splitlines() if row.startswith(KEY)), "")
+    """Returns the cost in a recipe's header, of the tiny model its time; empty if there is none."""
+    rows = (row.removeprefix(key) for row in text.splitlines() for key in (KEY, TIME) if row.startswith(key))
+    return next(rows, "")
 
 
 def table() -> str:
-    """Returns the table of the real recipes, from their headers."""
+    """Returns the table of all recipes, from their headers."""
     rows = ["| recipe | what it is | cost |", "|---|---|---|"]
-    for path in real_recipes():
+    for path in sorted(FOLDER.rglob("*.toml")):
         text, name = path.read_text(encoding="utf-8"), path.relative_to(FOLDER).with_suffix("").as_posix()
         title = text.splitlines()[0].removeprefix("# ").removesuffix(".")
         rows.append(f"| `{name}` | {title} | {cost_line(text).split(' (')[0]} |")

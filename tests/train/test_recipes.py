@@ -89,7 +89,7 @@ def cost(config: TrainConfig) -> str:
     return recipe_costs.cost_of_recipe(config, recipe_costs.costs_of(config)).line()
 
 
-@pytest.mark.parametrize("name", ["sd15_s", "flux_static"])
+@pytest.mark.parametrize("name", ["sd15_s", "table3/pickscore_hpd"])
 def test_a_header_says_what_the_recipe_costs_now(name: str) -> None:
     text = ALL[name].read_text(encoding="utf-8")
     again = "run python scripts/recipe_costs.py"
