@@ -306,10 +306,10 @@ def optimised(rewards: Mapping[str, Reward], config: TrainConfig) -> Rewards:
 
 def provenance(config: TrainConfig) -> dict[str, str]:
     """Returns the names of rewards and preference dataset, for the hypernetwork's header."""
-    weights = [f"{weight:g} x {name}" for name, weight in config.objective.rewards.items()]
+    weights = [f"{weight:g} x {name}" for name, weight in config.objective.optimised.items()]
     data = config.data.preference_name or str(config.data.preference.name) or "none"
     return {
-        "reward": " + ".join(weights),
+        "reward": " + ".join(weights) or "none",
         "preference_data": data if config.objective.needs_preference_images else "none",
     }
 

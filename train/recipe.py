@@ -28,19 +28,34 @@ EXPECTED = {
 
 
 def load_recipe(path: Path) -> TrainConfig:
-    """Returns the configuration of a recipe file.
+    """Returns the configuration of a recipe file, over that of the recipe it `extends`, else the defaults.
+
+    A key replaces the other recipe's whole value, also that of a table such as `rewards`.
 
     Raises:
-        HyperAlignError: no such file, not TOML, an unknown key, a wrong type, a misspelt choice or a value
-            out of range.
+        HyperAlignError: no such file, not TOML, an unknown key, a wrong type, a misspelt choice, a value
+            out of range, or recipes that extend each other.
     """
+    return _load(path, ())
+
+
+def _load(path: Path, above: tuple[Path, ...]) -> TrainConfig:
+    """Returns the configuration of a recipe that those above it extend, the last one directly."""
     if not path.is_file():
-        raise HyperAlignError(f"There is no recipe {path}. The shipped ones are in train/recipes.")
+        needs = f", which {above[-1]} extends" if above else ""
+        raise HyperAlignError(f"There is no recipe {path}{needs}. The shipped ones are in train/recipes.")
+    if path.resolve() in [recipe.resolve() for recipe in above]:
+        chain = " extends ".join(recipe.name for recipe in (*above, path))
+        raise HyperAlignError(f"The recipes are a loop: {chain}. Remove `extends` from one of them.")
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise HyperAlignError(f"The recipe {path} is not valid TOML: {error}. Correct that line.") from error
-    return cast(TrainConfig, _from_table(TrainConfig, raw, path.name))
+    parent = TrainConfig()
+    if "extends" in raw:
+        other = _read(Path, raw.pop("extends"), f"{path.name}: extends")
+        parent = _load(path.parent / other, (*above, path))
+    return _from_table(parent, raw, path.name)
 
 
 def check_choices(arguments: Sequence[str]) -> None:
@@ -62,25 +77,26 @@ def _choices(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, tuple[str
             yield from _choices(hint, f"{prefix}{key}.")
 
 
-def _from_table(kind: type[Any], table: dict[str, Any], where: str) -> Any:
-    known = get_type_hints(kind)
+def _from_table(parent: Any, table: dict[str, Any], where: str) -> Any:
+    """Returns a configuration with the keys of a table changed."""
+    known = get_type_hints(type(parent))
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key not in known:
             raise HyperAlignError(
                 f"{where} has the unknown key {key!r}. {_nearest(key, known)}Known keys: {', '.join(known)}."
             )
-        values[key] = _read(known[key], value, f"{where}: {key}")
-    return kind(**values)
+        values[key] = _read(known[key], value, f"{where}: {key}", getattr(parent, key))
+    return dataclasses.replace(parent, **values)
 
 
-def _read(hint: Any, value: Any, where: str) -> Any:
-    """Returns TOML's value as the type of its field."""
+def _read(hint: Any, value: Any, where: str, parent: Any = None) -> Any:
+    """Returns TOML's value as the type of its field; a configuration of its own changes the parent's."""
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise HyperAlignError(f"{where} is {value!r}; expected a table such as [{where.split()[-1]}].")
-        return _from_table(cast("type[Any]", hint), cast("dict[str, Any]", value), where)
+        return _from_table(parent, cast("dict[str, Any]", value), where)
     if kind is Literal:
         return _member(inner, value, where)
     if kind is dict:

@@ -19,15 +19,10 @@ from train.train import Switches, main, parse
 RECIPES = Path(__file__).parents[2] / "train" / "recipes"
 
 
-def recipe(tmp_path: Path, text: str) -> Path:
-    path = tmp_path / "r.toml"
+def recipe(tmp_path: Path, text: str, name: str = "r.toml") -> Path:
+    path = tmp_path / name
     path.write_text(text, encoding="utf-8")
     return path
-
-
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
-def test_shipped_recipes_load(path: Path) -> None:
-    assert load_recipe(path).run.out == Path("runs") / path.stem
 
 
 @pytest.mark.parametrize(
@@ -113,6 +108,44 @@ def test_a_missing_recipe_names_the_shipped_ones(tmp_path: Path) -> None:
         load_recipe(tmp_path / "none.toml")
 
 
+def test_a_recipe_changes_only_the_keys_it_names_of_the_one_it_extends(tmp_path: Path) -> None:
+    recipe(tmp_path, "[optim]\nlr = 0.5\nsteps = 7\n[objective]\nrewards = { clip = 1.0 }", "base.toml")
+    recipe(tmp_path, 'extends = "base.toml"\n[optim]\nsteps = 8', "middle.toml")
+    (tmp_path / "sub").mkdir()
+    text = 'extends = "../middle.toml"\n[objective]\nrewards = { pickscore = 2.0 }'
+    config = load_recipe(recipe(tmp_path / "sub", text))
+    assert (config.optim.lr, config.optim.steps) == (0.5, 8)
+    assert config.objective.rewards == {"pickscore": 2.0}
+    default = TrainConfig()
+    assert config == dataclasses.replace(
+        default,
+        optim=dataclasses.replace(default.optim, lr=0.5, steps=8),
+        objective=dataclasses.replace(default.objective, rewards={"pickscore": 2.0}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('extends = "none.toml"', "There is no recipe .*none.toml, which .*r.toml extends"),
+        ("extends = 3", "r.toml: extends is 3; expected a path in quotes"),
+        ("extends = ['base.toml']", r"r.toml: extends is \['base.toml'\]; expected a path in quotes"),
+        ('extends = "r.toml"', "The recipes are a loop: r.toml extends r.toml"),
+        ('extends = "back.toml"', "The recipes are a loop: r.toml extends back.toml extends r.toml"),
+        ('extends = "wrong.toml"', "wrong.toml: optim has the unknown key 'lrr'. Did you mean 'lr'"),
+        ('extends = "base.toml"\n[optim]\nlrr = 1.0', "r.toml: optim has the unknown key 'lrr'"),
+        ('extends = "base.toml"\n[objective]\nrollout_steps = 3', "objective.skip_first is 4"),
+        ('[optim]\nextends = "base.toml"', "unknown key 'extends'"),
+    ],
+)
+def test_a_wrong_recipe_that_extends_another_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    recipe(tmp_path, "[objective]\nskip_first = 4", "base.toml")
+    recipe(tmp_path, "[optim]\nlrr = 1.0", "wrong.toml")
+    recipe(tmp_path, 'extends = "r.toml"', "back.toml")
+    with pytest.raises(HyperAlignError, match=message):
+        load_recipe(recipe(tmp_path, text))
+
+
 def test_the_command_line_wins_over_the_recipe(tmp_path: Path) -> None:
     path = recipe(tmp_path, "[optim]\nlr = 0.5\nsteps = 7")
     config, switches = parse(["--recipe", str(path), "--optim.lr", "0.25", "--check"])
@@ -130,7 +163,7 @@ def test_a_resolved_recipe_reads_back_as_itself(lr: float, steps: int, weight: f
     from train.recipe import _from_table
 
     table["objective"].pop("reward_cap")
-    assert _from_table(TrainConfig, table, "r") == config
+    assert _from_table(TrainConfig(), table, "r") == config
 
 
 def test_a_wrong_recipe_on_the_command_line_is_one_sentence(
