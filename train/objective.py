@@ -160,7 +160,7 @@ def reward_loss(
     conditional_only: bool = False,
     weighting: RewardWeighting = "none",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns L_R = mean w(t) relu(cap - R(D(x0-hat), c)), or -R without a cap, and each reward's scores (B,).
+    """Returns L_R = mean w(t) relu(cap - R(D(x0-hat), c)), -R without a cap, and each reward's scores (B,).
 
     An image that is not finite adds nothing to the loss, and its scores are NaN. Where it leaves NaN in the
     gradient, the trainer skips the step.

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from scripts import recipe_costs
 from train.config import TrainConfig
+from train.models.sd3 import SHIFT
+from train.noise import DiffusionSchedule, FlowSchedule, NoiseSchedule, resolution_shift
 from train.recipe import as_table, load_recipe, tomllib
 
 RECIPES = Path(__file__).parents[2] / "train" / "recipes"
@@ -83,6 +86,25 @@ def test_the_rows_of_table_3(name: str, rewards: dict[str, float], preference: s
         assert config.data.preference == Path(preference)
         assert ("HPD" in config.data.preference_name) == ("hpd" in preference)
     assert (config.model, config.network, config.optim) == (paper.model, paper.network, paper.optim)
+
+
+def noise_schedule(config: TrainConfig) -> NoiseSchedule:
+    match config.model.base:
+        case "flux":
+            return FlowSchedule(1.0, resolution_shift((config.model.resolution // 16) ** 2))
+        case "sd3":
+            return FlowSchedule(1000.0, SHIFT)
+        case _:
+            return DiffusionSchedule()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_reward_looks_at_the_steps_with_a_tenth_of_signal_or_more(name: str) -> None:
+    config = load_recipe(ALL[name])
+    schedule = noise_schedule(config)
+    signals = schedule.signal(torch.tensor(schedule.timesteps(config.objective.rollout_steps)))
+    assert config.objective.skip_first == int((signals < 0.1 - 1e-4).sum())
+    assert (config.objective.reward_weighting == "signal") == (name in REAL)
 
 
 def cost(config: TrainConfig) -> str:
