@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 from hyperalign.files import cannot_write
 
@@ -61,6 +61,6 @@ def _read(text: str) -> Iterable[tuple[str, float]]:
             continue
         match found:
             case [str() as key, float() as value]:
-                yield cast("str", key), value
+                yield key, value
             case _:
                 continue
