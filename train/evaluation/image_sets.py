@@ -76,8 +76,8 @@ def _check_same_seeds(sets: Mapping[str, ImageSet]) -> None:
 
 def shared_metadata(sets: Mapping[str, ImageSet]) -> list[Metadata]:
     """Returns the prompts' metadata: of the first set that has GenEval's requirements, or else the base."""
-    lists = [one.metadata for one in sets.values()]
-    return next(([*found] for found in lists if all("include" in line for line in found)), [*lists[0]])
+    lists: list[list[Metadata]] = [[*one.metadata] for one in sets.values()]
+    return next((found for found in lists if all("include" in line for line in found)), lists[0])
 
 
 def digests_of(paths: Sequence[Path], accelerator: Accelerator, threads: int) -> dict[Path, str]:
