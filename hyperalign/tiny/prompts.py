@@ -106,15 +106,15 @@ def _read_phrase(text: str) -> Content | None:
         group = groups[text]
         single: Family = "counting" if group.count > 1 else "colors" if group.color else "single_object"
         return Content(single, (group,))
-    for joiner in ("and", *RELATIONS):
-        first, found, second = text.partition(f" {joiner} ")
+    for relation in (None, *RELATIONS):
+        first, found, second = text.partition(f" {relation or 'and'} ")
         if found and first in groups and second in groups:
             pair = (groups[first], groups[second])
             colored = {group.color is not None for group in pair}
             if len(colored) > 1 or any(group.count > 1 for group in pair):
                 return None
-            if joiner != "and":
-                return Content("position", pair, joiner)
+            if relation is not None:
+                return Content("position", pair, relation)
             return Content("color_attribution" if pair[0].color else "two_object", pair)
     return None
 

@@ -135,7 +135,7 @@ def _table_rows(report: Report) -> list[list[object]]:
             header += [f"{column.name} {part}" for part in ("difference", "low", "high")]
     rows: list[list[object]] = [header]
     for name in report.sets:
-        row = {"method": name}
+        row: dict[str, Any] = {"method": name}
         for column in report.columns:
             row |= _cell_values(column.name, column.cells[name])
         rows.append([row.get(str(key), "") for key in header])
