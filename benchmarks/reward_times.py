@@ -57,7 +57,7 @@ class Options:
     """Prompts whose images are scored before and after."""
     validation_steps: int = 12
     """Sampling steps of those images."""
-    distance: float = 0.01
+    distance: float = 5e-4
     """Length of the move as a share of the parameters' norm."""
     steps: int = 8
     """Steps of the rollout."""
