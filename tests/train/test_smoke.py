@@ -34,7 +34,7 @@ RUN = (
 GOLDEN: dict[str, dict[str, list[float]]] = json.loads(
     Path(__file__).with_name("golden_losses.json").read_text(encoding="utf-8")
 )
-"""Both losses of three steps of each family's S recipe, in float32: what changes them is not a refactoring."""
+"""Both losses of three steps of each family's S recipe, in float32: a refactoring does not change them."""
 
 
 @pytest.fixture(autouse=True)
