@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ from train.rollout import rollout
 from train.start import begin_from, new_hyperalign
 from train.stopping import Stopped, StopRequest
 
+logger = logging.getLogger("hyperalign.train")
 GIB = 2**30
 
 
@@ -74,8 +76,11 @@ class Trainer:
         if config.model.recomputes_backbone and config.model.base != "tiny":
             self.adapter.checkpoint_activations()
         self.optimiser = torch.optim.AdamW(
-            self.network.parameters(), config.optim.lr, (0.9, 0.99), weight_decay=config.optim.weight_decay
-        )
+            self.network.parameters(), config.optim.lr, (0.9, 0.99), weight_decay=config.optim.weight_decay,
+            fused=self.device.type == "cuda",
+        )  # fmt: skip
+        self._micro_batch = config.objective.micro_batch
+        self._is_halved = False
         self.step = self.images_seen = self.skipped = self._skipped_in_a_row = 0
         config.run.out.mkdir(parents=True, exist_ok=True)
         self._identity = json.dumps(run_identity(config))
@@ -130,10 +135,41 @@ class Trainer:
             own = {"grad_norm_reward", "grad_norm_preference"}
             shared = {name: value for name, value in metrics.items() if name not in own}
             return metrics | mean_metrics(shared, self.accelerator)
+        out_of_memory = failure is None or isinstance(failure, torch.cuda.OutOfMemoryError)
+        if not any_process(not out_of_memory, self.accelerator) and self._halve_micro_batch():
+            failure = None  # its traceback holds on to activations
+            return self._once_more()
         raise failure or HyperAlignError(
             f"Another process failed in step {self.step} and reports the reason. Run the same command again "
             "to resume."
         )
+
+    def _halve_micro_batch(self) -> bool:
+        """Halves the backward passes, once in a run, and says so; returns whether it could."""
+        o = self.config.objective
+        largest = max(
+            o.prompt_batch * o.timesteps * bool(o.reward_weight),
+            o.preference_batch * bool(o.preference_weight),
+        )
+        before = min(self._micro_batch or largest, largest)
+        if self._is_halved or before == 1:
+            return False
+        self._micro_batch, self._is_halved = before // 2, True
+        if self.accelerator.is_main_process:
+            logger.warning(
+                "The GPU's memory was full in step %d: the run goes on with %d images in one backward pass "
+                "instead of %d, and computes the same. Write objective.micro_batch = %d into the recipe.",
+                self.step, self._micro_batch, before, self._micro_batch,
+            )  # fmt: skip
+        return True
+
+    def _once_more(self) -> Metrics:
+        """Takes the passes of this step again from their beginning."""
+        self.optimiser.zero_grad()
+        self._images_read = 0
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self._passes()
 
     def _reward_pass(self) -> Metrics:
         """L_R through one step from states of a rollout, of noised images, or of both in turn (Eq 8)."""
@@ -258,7 +294,7 @@ class Trainer:
 
     def _micro_batches(self, count: int) -> Iterator[tuple[slice, float]]:
         """Yields the slices of backward passes with their shares of the batch."""
-        size = self.config.objective.micro_batch or count
+        size = self._micro_batch or count
         for first in range(0, count, size):
             last = min(first + size, count)
             yield slice(first, last), (last - first) / count

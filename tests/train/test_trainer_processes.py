@@ -169,6 +169,32 @@ def test_a_process_that_fails_ends_the_others(small_run: Runs, tmp_path: Path) -
     assert f"{HyperAlignError.__name__}: Another process failed in step 1 and reports the reason." in first
 
 
+def test_a_full_gpu_of_one_process_halves_the_backward_passes_of_both(
+    small_run: Runs, tmp_path: Path
+) -> None:
+    def job(rank: int) -> Any:
+        sizes: list[int] = []
+
+        def full_once(images: Tensor, prompts: Any) -> Tensor:
+            sizes.append(len(images))
+            if rank == 1 and len(images) > 1:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            return images.mean(dim=(1, 2, 3))
+
+        run = small_run(
+            tmp_path / f"out{rank}", accelerator=Accelerator(cpu=True), reward=full_once,
+            objective=ONE | {"preference_batch": 2}, optim={"steps": 2},
+        )  # fmt: skip
+        run.fit()
+        return sizes, run.step
+
+    found = in_two_processes(job, tmp_path)
+    assert all(isinstance(one, tuple) for one in found), found
+    (first, steps), (second, other_steps) = found
+    assert first == second == [2, 1, 1, 1, 1]
+    assert steps == other_steps == 2
+
+
 def test_a_process_that_is_asked_to_end_ends_the_others_after_the_step(
     small_run: Runs, tmp_path: Path
 ) -> None:
