@@ -100,8 +100,6 @@ class Trainer:
         started = time.monotonic()
         for group in self.optimiser.param_groups:
             group["lr"] = self.config.optim.learning_rate(self.step)
-        self._images_read = 0
-        self.optimiser.zero_grad()
         with attention_kernels(self.config.run.attention_kernels, self.device):
             before: Metrics = {"step": self.step} | self.results.baseline_of(self.step)
             metrics = before | self._passes() | self._apply_gradient()
@@ -123,6 +121,8 @@ class Trainer:
         A process that fails reports it at the next exchange, so that the others do not wait for it. With a
         sharded backbone the processes exchange in each pass, and the launcher ends them.
         """
+        self._images_read = 0
+        self.optimiser.zero_grad()
         metrics: Metrics = {}
         failure: Exception | None = None
         try:
@@ -138,7 +138,7 @@ class Trainer:
         out_of_memory = failure is None or isinstance(failure, torch.cuda.OutOfMemoryError)
         if not any_process(not out_of_memory, self.accelerator) and self._halve_micro_batch():
             failure = None  # its traceback holds on to activations
-            return self._once_more()
+            return self._passes()
         raise failure or HyperAlignError(
             f"Another process failed in step {self.step} and reports the reason. Run the same command again "
             "to resume."
@@ -162,14 +162,6 @@ class Trainer:
                 self.step, self._micro_batch, before, self._micro_batch,
             )  # fmt: skip
         return True
-
-    def _once_more(self) -> Metrics:
-        """Takes the passes of this step again from their beginning."""
-        self.optimiser.zero_grad()
-        self._images_read = 0
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return self._passes()
 
     def _reward_pass(self) -> Metrics:
         """L_R through one step from states of a rollout, of noised images, or of both in turn (Eq 8)."""
@@ -257,7 +249,8 @@ class Trainer:
         chances = rng.random((whole,))[own] if dropout else np.ones(count)
         u_B = sample_u(whole, bounds, self.config.objective.timestep_sampling, rng)[own]
         shape = (whole, *x0.shape[1:])  # of the bucket
-        eps, eps_gen = (normal(shape, rng)[own].to(self.device) for _ in ("x_t", "x_gen"))
+        eps = normal(shape, rng)[own].to(self.device)
+        eps_gen = eps if self.schedule.variant == "S" else normal(shape, rng)[own].to(self.device)
         t_B = self.base.noise_schedule.at_position(u_B.to(self.device))
         kept = ["" if chance < dropout else text for text, chance in zip(captions, chances, strict=True)]
         return x0.to(self.device), eps, eps_gen, t_B, kept

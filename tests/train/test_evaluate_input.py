@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from hyperalign.errors import HyperAlignError
 from hyperalign.image_sets import RunRecord, Settings, write_metadata, write_record
 from train import evaluate
-from train.evaluation.encoders import load_encoder
 from train.evaluation.scorers import Scorer, diversity_scorer
 from train.evaluation.scoring import Unit, Work, values_of
+from train.models.image_embedding import load_encoder
 
 PROMPTS = ["a red circle", "a blue square"]
 SETTINGS = Settings(

@@ -12,13 +12,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
 from hyperalign.errors import HyperAlignError
 from train.config import ObjectiveConfig, TrainConfig, ValidationConfig
 from train.data.embeddings import CachedPromptEncoder, EmbeddingCache
-from train.models.image_embedding import diversity_embedding, load_dinov2
+from train.models.image_embedding import KEY, diversity_embedding, load_encoder
 from train.tiny.evaluate import metrics, sample_all
 from train.validation import in_order, reward_validation, share_of_prompts
 
@@ -123,6 +124,8 @@ def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
     )
     Dinov2Model(config).save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(sizes), encoding="utf-8")
     return folder
 
 
@@ -136,15 +139,26 @@ def test_a_dinov2_in_a_folder_measures_it(dinov2: Path) -> None:
     assert (light - dark).abs().max() > 1e-3
 
 
-def test_a_folder_without_a_whole_dinov2_is_refused(dinov2: Path, tmp_path: Path) -> None:
-    with pytest.raises(HyperAlignError, match=r"config.json cannot be read .* expected a folder of facebook"):
-        load_dinov2(tmp_path, CPU)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}), encoding="utf-8")
-    with pytest.raises(HyperAlignError, match="type 'vit'; expected 'dinov2'"):
-        load_dinov2(tmp_path, CPU)
-    (tmp_path / "config.json").write_bytes((dinov2 / "config.json").read_bytes())
-    with pytest.raises(HyperAlignError, match="cannot be read: "):
-        load_dinov2(tmp_path, CPU)
+def test_a_folder_without_a_whole_encoder_is_refused(dinov2: Path, tmp_path: Path) -> None:
+    with pytest.raises(HyperAlignError, match=rf"{KEY} .* has no config.json, .* expected an image encoder"):
+        load_encoder(tmp_path, CPU, KEY)
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_bytes((dinov2 / name).read_bytes())
+    with pytest.raises(HyperAlignError, match="has no model.safetensors"):
+        load_encoder(tmp_path, CPU, KEY)
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(HyperAlignError, match=f"{KEY} .* cannot be loaded"):
+        load_encoder(tmp_path, CPU, KEY)
+
+
+def test_an_encoder_that_lacks_tensors_is_refused(dinov2: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_bytes((dinov2 / name).read_bytes())
+    tensors = load_file(dinov2 / "model.safetensors")
+    del tensors["layernorm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(HyperAlignError, match="lacks 1 tensors, first layernorm.weight"):
+        load_encoder(tmp_path, CPU)
 
 
 def test_the_tiny_models_validation_reports_diversity_over_seeds_alone(tiny_base: Any) -> None:

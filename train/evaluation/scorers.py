@@ -25,8 +25,8 @@ from hyperalign.tiny.geneval import diversity, is_correct
 from hyperalign.tiny.prompts import content_of
 from hyperalign.tiny.text_encoder import tokenize_batch
 from hyperalign.tiny.weights import part_path
-from train.evaluation.encoders import Embed, encoder_files, load_encoder
 from train.evaluation.image_sets import Metadata
+from train.models.image_embedding import Embed, encoder_files, load_encoder
 
 VERSION = 1
 """Raised where values change for the same images and weights: older ones on disk are then not used."""

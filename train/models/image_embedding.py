@@ -1,4 +1,4 @@
-"""The embedding that measures diversity over seeds: of an image encoder that no loss of the run optimises."""
+"""The embeddings in which diversity is measured: of an image encoder that nothing optimises."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from train.config import TrainConfig
 from train.models.load import LOAD_ERRORS
 
 Embed = Callable[[Tensor], Tensor]
-"""Images (B, 3, H, W) in [0, 1], on any device -> embeddings (B, D)."""
+"""RGB images (B, 3, H, W) in [0, 1], on any device -> embeddings (B, D)."""
 
+KEY = "validation.diversity_encoder"
+PREPROCESSING = "preprocessor_config.json"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-RESIZED, CROPPED = 256, 224
-"""Pixels of DINOv2's preprocessing: the shortest side, and the square in the centre of it."""
 
 
 def diversity_embedding(
     config: TrainConfig, rewards: Mapping[str, Reward], device: torch.device
 ) -> Embed | None:
-    """Returns DINOv2 where validation.diversity_encoder names it, else a reward that is not optimised.
+    """Returns the encoder that validation.diversity_encoder names, else a reward that is not optimised.
 
     An optimised reward's own embedding would be trained along with the images. None where there is no other.
 
     Raises:
-        HyperAlignError: the folder is not a whole DINOv2.
+        HyperAlignError: the folder has no whole image encoder.
     """
     if config.validation.diversity_encoder != Path():
-        return load_dinov2(config.validation.diversity_encoder, device)
+        return load_encoder(config.validation.diversity_encoder, device, KEY)
     judge = next((r for name, r in rewards.items() if name not in config.objective.optimised), None)
     if judge is None:
         return None
@@ -47,47 +47,79 @@ def diversity_embedding(
     return embed
 
 
-def check_dinov2(folder: Path) -> None:
-    """Looks at a folder's configuration. Raises HyperAlignError unless it is that of a DINOv2."""
-    path = folder / "config.json"
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+def encoder_files(folder: Path, option: str = "--diversity-encoder") -> list[Path]:
+    """Returns the files of an encoder in transformers' layout. Raises HyperAlignError if some are missing.
+
+    `option` is where the user named the folder.
+    """
+    files = [folder / "config.json", folder / PREPROCESSING]
+    missing = [path.name for path in files if not path.is_file()]
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        missing.append("model.safetensors")
+    if missing:
         raise HyperAlignError(
-            f"validation.diversity_encoder is {folder}, whose config.json cannot be read "
-            f"({first_line(error)}); expected a folder of facebook/dinov2-base or another size. Download it "
-            "there, or leave the key empty: a reward that is not optimised then measures diversity."
-        ) from error
-    if kind != "dinov2":
-        raise HyperAlignError(
-            f"validation.diversity_encoder is {folder}, which holds a model of the type {kind!r}; expected "
-            "'dinov2'. Put facebook/dinov2-base or another size there."
+            f"{option} {folder} has no {', '.join(missing)}; expected an image encoder in "
+            "transformers' layout. `hf download facebook/dinov2-base --local-dir FOLDER` gets one (0.3 GB)."
         )
+    return [*files, *weights]
 
 
-def load_dinov2(folder: Path, device: torch.device) -> Embed:
-    """Returns the class token of a frozen DINOv2 in float32. Raises HyperAlignError if it is not whole."""
-    from transformers import Dinov2Model
+def load_encoder(folder: Path, device: torch.device, option: str = "--diversity-encoder") -> Embed:
+    """Loads an image encoder in float32, frozen; its embedding is the pooled output.
 
-    check_dinov2(folder)
+    Raises HyperAlignError on missing or damaged files, or a model of another kind.
+    """
+    from transformers import AutoModel
+
+    encoder_files(folder, option)
+    shortest, side, mean, std = _preprocessing(folder / PREPROCESSING)
     try:
-        loaded: Any = Dinov2Model.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        loaded: Any = AutoModel.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32,
+            output_loading_info=True,
+        )  # fmt: skip
     except LOAD_ERRORS as error:
         raise HyperAlignError(
-            f"The DINOv2 in {folder} cannot be read: {first_line(error)}. Copy it again."
+            f"{option} {folder} cannot be loaded ({first_line(error)}); expected an image encoder "
+            "such as facebook/dinov2-base. Download it again."
         ) from error
     model, report = loaded
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    if model.main_input_name != "pixel_values":
         raise HyperAlignError(
-            f"The DINOv2 in {folder} lacks {len(missing)} tensors, first {missing[0]}. Copy it again."
+            f"{option} {folder} is a {type(model).__name__}, which does not take images alone; "
+            "expected an image encoder such as facebook/dinov2-base."
         )
-    model.eval().requires_grad_(False).to(device, torch.float32)
+    if missing := sorted(report["missing_keys"]):
+        raise HyperAlignError(
+            f"{option} {folder} lacks {len(missing)} tensors, first {missing[0]}. Copy it again."
+        )
+    model.to(device).eval().requires_grad_(False)
 
     def embed(images_BCHW: Tensor) -> Tensor:
-        square = crop_to_square(images_BCHW.to(device, torch.float32), RESIZED)
-        edge = (RESIZED - CROPPED) // 2
-        pixels = normalise(square[..., edge:-edge, edge:-edge], IMAGENET_MEAN, IMAGENET_STD)
-        return model(pixel_values=pixels).pooler_output
+        squares = crop_to_square(images_BCHW.to(device, torch.float32), shortest)
+        edge = (shortest - side) // 2
+        pixels = squares[..., edge : edge + side, edge : edge + side]
+        found: Any = model(pixel_values=normalise(pixels, mean, std))
+        pooled = getattr(found, "pooler_output", None)
+        return found.last_hidden_state[:, 0] if pooled is None else pooled
 
     return embed
+
+
+def _preprocessing(path: Path) -> tuple[int, int, tuple[float, ...], tuple[float, ...]]:
+    """Returns the shortest side after resizing, the central crop's side, and the pixels' mean and std."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        size = found["size"]
+        shortest = int(size.get("shortest_edge") or size["height"])
+        side = int(found["crop_size"]["height"]) if found.get("do_center_crop", True) else shortest
+        mean, std = found.get("image_mean", IMAGENET_MEAN), found.get("image_std", IMAGENET_STD)
+        if not 0 < side <= shortest:
+            raise ValueError(f"a crop of {side} pixels from {shortest}")
+        return shortest, side, tuple(map(float, mean)), tuple(map(float, std))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HyperAlignError(
+            f"{path} cannot be used ({first_line(error)}); expected size, crop_size, image_mean and "
+            "image_std as DINOv2's has them. Download the encoder again."
+        ) from error

@@ -27,7 +27,7 @@ from train.config import TrainConfig
 from train.data.embeddings import CachedPromptEncoder
 from train.inputs import open_preference_shards
 from train.models.architectures import FULL_SIZES, architecture, autoencoder
-from train.models.image_embedding import check_dinov2
+from train.models.image_embedding import KEY, encoder_files
 from train.models.image_encoder import image_encoder
 from train.models.load import PIPELINES, check_folder
 from train.models.text_encoders import text_fingerprint, text_lengths
@@ -214,7 +214,7 @@ def check_diversity_encoder(config: TrainConfig) -> None:
     """Looks at the encoder that a recipe measures diversity by. Raises HyperAlignError."""
     folder = config.validation.diversity_encoder
     if folder != Path() and config.validation.every:
-        check_dinov2(folder)
+        encoder_files(folder, KEY)
         check_weights(folder, "model")
 
 
