@@ -13,7 +13,6 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from ..geneval.prompts import parse_prompt, read_metadata
 from ..geneval.scorer import GenEval, load, provide
 from ..geneval.summary import summarise, table
 from ..image_files import BadImage, decode
-from ..threads import in_order
+from ..threads import Threads
 from .common.arguments import command_parser
 from .common.devices import device_of
 from .common.images import print_skipped
@@ -93,8 +92,8 @@ def score_all(
 ) -> list[BadImage]:
     """Scores images, while threads decode the next ones; returns those that could not be read."""
     bad: list[BadImage] = []
-    with ThreadPoolExecutor(AHEAD) as pool:
-        for name, image_CHW in in_order(pool, partial(decode, folder), todo, AHEAD):
+    with Threads(AHEAD) as decoders:
+        for name, image_CHW in decoders.in_order(partial(decode, folder), todo, ahead=AHEAD):
             if isinstance(image_CHW, BadImage):
                 bad.append(image_CHW)
             else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from hyperalign.errors import HyperAlignError
 from hyperalign.files import cannot_write, check_writable, free_bytes
-from hyperalign.threads import in_order
+from hyperalign.threads import Threads
 from train.data.bad_images import BadImages
 from train.data.buckets import Bucket, enlargement, nearest_bucket
 from train.data.preference.dataset import (
@@ -119,9 +118,9 @@ def encode_dataset(
     bad = BadImages(out)
     check_writable(bad.path, "Choose another folder for the shards.")
     units = range(rank, dataset.units(), world)
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    with Threads(max(1, workers)) as threads:
         run = _EncodingRun(
-            dataset, encoder, out, batch, min_side, buckets, str(unsafe or ""), dtype, pool,
+            dataset, encoder, out, batch, min_side, buckets, str(unsafe or ""), dtype, threads,
             progress or (lambda _: None), len(units), bad,
         )  # fmt: skip
         missing = [unit for unit in units if not run.is_finished(unit)]
@@ -186,7 +185,7 @@ class _EncodingRun:
     buckets: Sequence[Bucket] | None
     unsafe_mark: str
     dtype: torch.dtype
-    pool: ThreadPoolExecutor
+    threads: Threads
     progress: Callable[[Counts], None]
     total: int
     bad: BadImages
@@ -244,7 +243,8 @@ class _EncodingRun:
         def work(item: DatasetItem) -> Prepared:
             return prepare(item, self.encoder.resolution, self.min_side, self.buckets)
 
-        for _, result in in_order(self.pool, work, self.dataset.read(unit.number), ahead=2 * self.batch):
+        items = self.dataset.read(unit.number)
+        for _, result in self.threads.in_order(work, items, ahead=2 * self.batch):
             self.bad.seen += 1
             if result is None:
                 self.counts.too_small += 1

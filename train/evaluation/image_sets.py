@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from hyperalign.errors import HyperAlignError
 from hyperalign.files import first_line
 from hyperalign.image_files import BadImage, decode
 from hyperalign.image_sets import ImageSet, check_same_prompts, open_image_set
-from hyperalign.threads import in_order
+from hyperalign.threads import Threads
 
 BASE = "base"
 SHOWN = 3
@@ -90,8 +89,8 @@ def digests_of(paths: Sequence[Path], accelerator: Accelerator, threads: int) ->
     bar: tqdm[Any] = tqdm(
         total=len(own), desc="reading images", unit="image", disable=not accelerator.is_main_process
     )
-    with ThreadPoolExecutor(threads) as pool, bar:
-        for path, digest in in_order(pool, _digest, own, 2 * threads):
+    with Threads(threads) as readers, bar:
+        for path, digest in readers.in_order(_digest, own, ahead=2 * threads):
             found.append((path, digest))
             bar.update(1)
     everything = dict(gather_object(found))

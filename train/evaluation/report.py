@@ -6,7 +6,6 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from hyperalign.files import cannot_write, write_text
 from hyperalign.image_files import thumbnail
 from hyperalign.image_sets import ImageSet
 from hyperalign.pages import render
-from hyperalign.threads import in_order
+from hyperalign.threads import Threads
 from train.evaluation.image_sets import Metadata
 from train.evaluation.scorers import CORRECT
 from train.evaluation.table import Cell, Column, Metric, Numbers
@@ -212,8 +211,9 @@ def page(report: Report, grid: Grid, threads: int) -> str:
     seeds = range(min(grid.seeds, len(next(iter(report.sets.values())).images[0])))
     places = [(name, number, seed) for number in rows for name in report.sets for seed in seeds]
     paths = [report.sets[name].images[number][seed] for name, number, seed in places]
-    with ThreadPoolExecutor(threads) as pool:
-        uris = [uri for _, uri in in_order(pool, partial(_thumbnail, grid.side), paths, 2 * threads)]
+    with Threads(threads) as decoders:
+        found = decoders.in_order(partial(_thumbnail, grid.side), paths, ahead=2 * threads)
+        uris = [uri for _, uri in found]
     shown = dict(zip(places, uris, strict=True))
     return render(
         TEMPLATE,

@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from math import isfinite
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from hyperalign.errors import HyperAlignError
 from hyperalign.files import first_line
 from hyperalign.image_files import BadImage, decode
-from hyperalign.threads import in_order
+from hyperalign.threads import Threads
 from train.config import RunConfig
 from train.evaluation.cache import Cache
 from train.evaluation.image_sets import Metadata
@@ -89,10 +88,11 @@ def _compute(scorer: Scorer, batches: Sequence[dict[str, Unit]], cache: Cache, w
     units = [unit for batch in batches for unit in batch.values()]
     count = sum(len(unit.images) for unit in units)
     bar: tqdm[Any] = tqdm(total=count, desc=scorer.name, unit="image", disable=quiet)
-    with _memory_errors(scorer, work), _float32(device), ThreadPoolExecutor(work.threads) as pool, bar:
+    with _memory_errors(scorer, work), _float32(device), Threads(work.threads) as decoders, bar:
         score = scorer.load(device)
         paths = chain.from_iterable(unit.images for unit in units)
-        pixels = (_checked(*one) for one in in_order(pool, _decode, paths, work.batch + work.threads))
+        decoded = decoders.in_order(_decode, paths, ahead=work.batch + work.threads)
+        pixels = (_checked(*one) for one in decoded)
         for batch in batches:
             images = [list(islice(pixels, len(unit.images))) for unit in batch.values()]
             with torch.no_grad():

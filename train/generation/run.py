@@ -6,8 +6,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +34,7 @@ from hyperalign.image_sets import (
     write_metadata,
     write_record,
 )
+from hyperalign.threads import Threads
 from hyperalign.tiny.text_encoder import tokenize_batch
 from train.config import TrainConfig
 from train.data.prompt_lists import load_prompt_list
@@ -238,22 +238,20 @@ def _method(plan: Plan, sampler: Sampler) -> Draw:
 def _draw_all(plan: Plan, jobs: Sequence[Job], draw: Draw, progress: Callable[[int, int], object]) -> None:
     """Draws and writes images; a thread writes those of a batch while the next one is drawn."""
     size = 1 if plan.options.searches else plan.options.batch
-    with ThreadPoolExecutor(1) as writer:
-        writing: list[Future[None]] = []
+
+    def drawn() -> Iterator[tuple[Path, Tensor, float]]:
         for first in range(0, len(jobs), size):
             chunk = jobs[first : first + size]
             started = time.monotonic()
             images = draw(chunk)
             seconds = (time.monotonic() - started) / len(chunk)
-            for future in writing:
-                future.result()
-            writing = [
-                writer.submit(save_image, image_path(plan.options.out, job.prompt, job.image), image, seconds)
-                for job, image in zip(chunk, images, strict=True)
-            ]
-            progress(first + len(chunk), len(jobs))
-        for future in writing:
-            future.result()
+            for job, image in zip(chunk, images, strict=True):
+                yield image_path(plan.options.out, job.prompt, job.image), image, seconds
+
+    with Threads(1) as writer:
+        saved = writer.in_order(lambda image: save_image(*image), drawn(), ahead=size)
+        for number, _ in enumerate(saved, 1):
+            progress(number, len(jobs))
 
 
 def save_image(path: Path, image_CHW: Tensor, seconds: float) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from ...image_files import BadImage, decode
-from ...threads import in_order
+from ...threads import Threads
 from .log import Log, Row
 
 BATCH_PIXELS = 1 << 25
@@ -54,8 +53,8 @@ def score_in_batches(
             else:
                 yield name, image
 
-    with ThreadPoolExecutor(threads) as pool:
-        decoded = in_order(pool, partial(decode, folder), names, 2 * threads)
+    with Threads(threads) as decoders:
+        decoded = decoders.in_order(partial(decode, folder), names, ahead=2 * threads)
         for images in batches_of_one_size(good(decoded), batch):
             rows = score(images)
             bad += (row for row in rows if isinstance(row, BadImage))

@@ -10,7 +10,6 @@ changed, or have another prompt.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from ...errors import HyperAlignError
 from ...files import cannot_write, check_writable, write_text
 from ...image_files import BadImage, thumbnail
-from ...threads import in_order
+from ...threads import Threads
 from ..common.arguments import positive
 from ..common.devices import device_of
 from ..common.images import list_images, print_skipped
@@ -106,9 +105,9 @@ def write_sheet(options: Options, path: Path, rows: Sequence[Scored], bad: Seque
     """Writes the contact sheet of the best images. Raises HyperAlignError."""
     names = [row.name for row in best_first(rows)[: options.sheet_images]]
     thumbnails: dict[str, str] = {}
-    with ThreadPoolExecutor(options.threads) as pool, progress_bar(len(names), "thumbnails") as bar:
+    with Threads(options.threads) as decoders, progress_bar(len(names), "thumbnails") as bar:
         make = partial(thumbnail, options.folder, side=THUMBNAIL_SIDE)
-        for name, uri in in_order(pool, make, names, 2 * options.threads):
+        for name, uri in decoders.in_order(make, names, ahead=2 * options.threads):
             if isinstance(uri, str):
                 thumbnails[name] = uri
             bar.update(1)

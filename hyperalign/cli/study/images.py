@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from ...errors import HyperAlignError
 from ...image_files import DECODING_ERRORS, data_uri, open_rgb
-from ...threads import in_order
+from ...threads import Threads
 from ..common.comfyui_metadata import embedded_prompt
 from ..common.images import list_images
 from ..common.prompts import abridged, find_prompts, prompt_beside
@@ -129,8 +128,8 @@ def encode(
     """
     uris: list[str] = []
     size = 0
-    with ThreadPoolExecutor(threads) as pool:
-        for _, uri in in_order(pool, lambda path: _encode(path, encoding), paths, 2 * threads):
+    with Threads(threads) as encoders:
+        for _, uri in encoders.in_order(lambda path: _encode(path, encoding), paths, ahead=2 * threads):
             uris.append(uri)
             size += len(uri)
             progress(1)
