@@ -71,12 +71,18 @@ class PreferenceDataset(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class RunInputs:
-    """Everything that a trainer works with besides its recipe."""
+class SamplingInputs:
+    """What sampling a recipe's prompts takes."""
 
     base: Base
     encoder: PromptEncoder
     prompts: Prompts
+
+
+@dataclass(frozen=True, slots=True)
+class RunInputs(SamplingInputs):
+    """Everything that a trainer works with besides its recipe."""
+
     preference: PreferenceDataset | None
     """None where no loss reads preference images."""
     rewards: Rewards
@@ -206,7 +212,7 @@ def tiny_inputs(config: TrainConfig, device: torch.device, is_main: bool = True)
     return RunInputs(
         base=base,
         encoder=base,
-        prompts=tiny_prompts(config),
+        prompts=reward_prompts(config),
         preference=tiny_preference(config, base),
         rewards=Rewards({"tiny reward": tiny_reward(device)}, config.objective.rewards),
         validate=tiny_validation(config, base, is_main),
@@ -217,8 +223,13 @@ def tiny_inputs(config: TrainConfig, device: torch.device, is_main: bool = True)
     )
 
 
-def tiny_prompts(config: TrainConfig) -> Prompts:
-    """Returns the grammar's prompts, or those of data.prompts. Raises HyperAlignError on unknown words."""
+def reward_prompts(config: TrainConfig) -> Prompts:
+    """Returns the prompts of the reward loss: data.prompts, or for the tiny model those of its grammar.
+
+    Raises HyperAlignError where they cannot be read, or have words that the tiny model does not know.
+    """
+    if config.model.base != "tiny":
+        return PromptList(training_prompts(config))
     if config.data.prompts == Path():
         return GrammarPrompts()
     prompts = load_prompts(config.data.prompts)

@@ -27,10 +27,18 @@ from matplotlib.figure import Figure
 from hyperalign.errors import HyperAlignError
 from hyperalign.files import first_line, replacing, write_text
 from hyperalign.schedule import find_key_times
-from train.inputs import load_inputs
+from train.config import TrainConfig
+from train.inputs import SamplingInputs, reward_prompts, sampling_inputs, smoke_inputs
 from train.preflight.smoke import smoke_config, smoke_shape
 from train.recipe import load_recipe
-from train.relative_distance import PROMPTS, STEPS, curve_timesteps, distance_curve, measuring_batch
+from train.relative_distance import (
+    PROMPTS,
+    STEPS,
+    curve_timesteps,
+    distance_curve,
+    measured_prompts,
+    measuring_batch,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +64,7 @@ def measure(options: Options) -> tuple[float, ...]:
     config = load_recipe(options.recipe)
     if options.smoke:
         config = smoke_config(config)
-    accelerator = Accelerator()
-    smoke = smoke_shape(config, accelerator.device) if options.smoke else None
-    inputs = load_inputs(config, accelerator, smoke)
+    inputs = measuring_inputs(config, options)
     guidance_scale = config.objective.guidance_scale
     batch = measuring_batch(config.objective.micro_batch)
     curve = distance_curve(
@@ -72,6 +78,16 @@ def measure(options: Options) -> tuple[float, ...]:
     write_text(options.out.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
     plot_curve(times, curve, found, options.out.with_suffix(".png"))
     return found
+
+
+def measuring_inputs(config: TrainConfig, options: Options) -> SamplingInputs:
+    """Returns base model and prompts: neither rewards nor preference images. Raises HyperAlignError."""
+    accelerator = Accelerator()
+    if options.smoke and (shape := smoke_shape(config, accelerator.device)) is not None:
+        return smoke_inputs(config, accelerator, shape)
+    prompts = reward_prompts(config)
+    base, encoder = sampling_inputs(config, accelerator, measured_prompts(prompts, options.prompts))
+    return SamplingInputs(base, encoder, prompts)
 
 
 def plot_curve(

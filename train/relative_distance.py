@@ -6,12 +6,13 @@ import logging
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from hyperalign.schedule import Schedule, find_key_times, relative_distance
 from train.config import TrainConfig
-from train.inputs import RunInputs
+from train.inputs import Prompts, SamplingInputs
 from train.models.base import cfg_conditions
 from train.models.fsdp import uses_fsdp
 from train.randomness import StepRandomness, normal
@@ -20,11 +21,12 @@ from train.rollout import rollout
 logger = logging.getLogger("hyperalign.train")
 STEPS = 25
 PROMPTS = 48
+SEED = 5
 BATCH = 16
 
 
 def weight_schedule(
-    config: TrainConfig, inputs: RunInputs, accelerator: Accelerator, saved: Sequence[float] | None
+    config: TrainConfig, inputs: SamplingInputs, accelerator: Accelerator, saved: Sequence[float] | None
 ) -> Schedule:
     """Returns when weights are generated; key times that P's recipe leaves open are measured once.
 
@@ -52,14 +54,20 @@ def weight_schedule(
 
 
 def distance_curve(
-    inputs: RunInputs, *, prompts: int, steps: int, guidance_scale: float, batch: int = BATCH, seed: int = 5
+    inputs: SamplingInputs,
+    *,
+    prompts: int,
+    steps: int,
+    guidance_scale: float,
+    batch: int = BATCH,
+    seed: int = SEED,
 ) -> list[float]:
     """Returns the mean relative distance of each evaluation's x0-hat to the one before it (Fig 4).
 
     At most `batch` prompts are sampled at once.
     """
     base, encoder = inputs.base, inputs.encoder
-    rng = StepRandomness(seed, 0).generator(1)
+    rng = _randomness(seed)
     chosen = inputs.prompts.sample(prompts, rng)
     noise = normal((prompts, *base.latent_shape), rng).to(base.device)
     totals = [0.0] * (steps - 1)
@@ -76,7 +84,16 @@ def distance_curve(
     return [total / prompts for total in totals]
 
 
-def curve_timesteps(inputs: RunInputs, steps: int) -> list[float]:
+def measured_prompts(prompts: Prompts, count: int) -> list[str]:
+    """Returns the prompts that `distance_curve` samples, so that only they need to be encoded."""
+    return prompts.sample(count, _randomness(SEED))
+
+
+def _randomness(seed: int) -> np.random.Generator:
+    return StepRandomness(seed, 0).generator(1)
+
+
+def curve_timesteps(inputs: SamplingInputs, steps: int) -> list[float]:
     """Returns the fraction u of each point of the curve: the later one of its two timesteps."""
     noise = inputs.base.noise_schedule
     return [t / noise.last_timestep for t in noise.timesteps(steps)[1:]]
@@ -88,7 +105,7 @@ def measuring_batch(micro_batch: int) -> int:
 
 
 def base_key_times(
-    inputs: RunInputs,
+    inputs: SamplingInputs,
     *,
     count: int,
     guidance_scale: float,
