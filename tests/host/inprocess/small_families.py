@@ -150,7 +150,7 @@ def unet_models(spec):
     } if is_xl else {}  # fmt: skip
     ours = UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=spec.block_out_channels,
-        layers_per_block=2, cross_attention_dim=spec.cross_attention_dim,
+        layers_per_block=spec.layers_per_block, cross_attention_dim=spec.cross_attention_dim,
         down_block_types=[f"{kind}DownBlock2D" for kind in kinds_of],
         up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds_of)],
         transformer_layers_per_block=[depth or 1 for depth in spec.transformer_layers],

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from compiling import compiled, with_traceable_attention
 from recorded_cores import assert_same_cores, recorded_cores
 from small_families import (
     FAMILIES,
@@ -200,8 +201,6 @@ def test_unets_agree_too(comfy, make_hyperalign, spec, prediction, mode):
 
 @pytest.mark.parametrize("mode", ["prefix", "separate"])
 def test_compiled_transformers_give_the_same_and_are_left_as_they_were(family, make_hyperalign, mode):
-    from comfy_extras.nodes_torch_compile import TorchCompileModel
-
     from hyperalign.hosts.comfy.model import apply
 
     spec, _, theirs, _, _ = family
@@ -209,11 +208,10 @@ def test_compiled_transformers_give_the_same_and_are_left_as_they_were(family, m
     _, _, positive = conditioning(spec)
     noise = torch.randn(1, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(12))
     before = euler_in_comfyui(theirs, noise, positive, SIGMAS)
-    expected = euler_in_comfyui(apply(theirs, hyperalign), noise, positive, SIGMAS)
-    compiled = TorchCompileModel.execute(apply(theirs, hyperalign), "eager")[0]
-    torch.testing.assert_close(
-        euler_in_comfyui(compiled, noise, positive, SIGMAS), expected, atol=1e-6, rtol=0
-    )
+    aligned = apply(with_traceable_attention(theirs), hyperalign)
+    expected = euler_in_comfyui(aligned, noise, positive, SIGMAS)
+    found = euler_in_comfyui(compiled(aligned), noise, positive, SIGMAS)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     assert (expected - before).abs().max() > 1e-2
     assert torch.equal(euler_in_comfyui(theirs, noise, positive, SIGMAS), before)
     weak = apply(theirs, hyperalign, strength=0.0)

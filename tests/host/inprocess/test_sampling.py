@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from compiling import compiled, with_traceable_attention
 
 SAMPLERS = ["euler", "heun", "dpmpp_2m", "dpmpp_sde", "dpm_adaptive", "lcm"]
 MODES = ["prefix", "separate"]
@@ -203,18 +204,9 @@ def test_after_an_interrupt_the_base_is_bit_identical(tiny, sample, make_hyperal
 @pytest.mark.parametrize("order", ["apply first", "compile first"])
 @pytest.mark.parametrize("mode", MODES)
 def test_torch_compile_gives_the_same_latents(tiny, sample, make_hyperalign, apply, mode, order):
-    from comfy_extras.nodes_torch_compile import TorchCompileModel
-
-    def compiled(model):
-        return TorchCompileModel.execute(model, "eager")[0]
-
-    hyperalign = make_hyperalign(mode=mode)
-    expected = sample(apply(tiny.model, hyperalign))
-    model = (
-        compiled(apply(tiny.model, hyperalign))
-        if order == "apply first"
-        else apply(compiled(tiny.model), hyperalign)
-    )
+    hyperalign, base = make_hyperalign(mode=mode), with_traceable_attention(tiny.model)
+    expected = sample(apply(base, hyperalign))
+    model = compiled(apply(base, hyperalign)) if order == "apply first" else apply(compiled(base), hyperalign)
     torch.testing.assert_close(sample(model) / expected.std(), expected / expected.std(), atol=1e-6, rtol=0)
 
 
@@ -222,13 +214,10 @@ def test_torch_compile_gives_the_same_latents(tiny, sample, make_hyperalign, app
 def test_torch_compile_gives_the_same_latents_in_and_out_of_the_window(
     tiny, sample, make_hyperalign, apply, window
 ):
-    from comfy_extras.nodes_torch_compile import TorchCompileModel
-
     model = apply(tiny.model, make_hyperalign(), 1.0, *window)
     expected = sample(model)
-    compiled = TorchCompileModel.execute(model, "eager")[0]
     torch.testing.assert_close(
-        sample(compiled) / expected.std(), expected / expected.std(), atol=1e-6, rtol=0
+        sample(compiled(model)) / expected.std(), expected / expected.std(), atol=1e-6, rtol=0
     )
 
 

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from compiling import compiled, with_traceable_attention
 
 from hyperalign.errors import HyperAlignError
 from hyperalign.strength import GROUPS, StrengthCurve, groups_of
@@ -159,14 +160,13 @@ def test_a_group_alone_moves_the_image_less_than_all(tiny, sample, make_hyperali
 
 @pytest.mark.parametrize("order", ["apply first", "compile first"])
 def test_a_curve_with_zeros_works_compiled(tiny, sample, make_hyperalign, apply, order):
-    from comfy_extras.nodes_torch_compile import TorchCompileModel
-
     hyperalign, curve = make_hyperalign(), StrengthCurve((0.0, 0.0, 1.0, 0.0))
-    expected = sample(apply(tiny.model, hyperalign, strength_curve=curve))
+    base = with_traceable_attention(tiny.model)
+    expected = sample(apply(base, hyperalign, strength_curve=curve))
     if order == "apply first":
-        model = TorchCompileModel.execute(apply(tiny.model, hyperalign, strength_curve=curve), "eager")[0]
+        model = compiled(apply(base, hyperalign, strength_curve=curve))
     else:
-        model = apply(TorchCompileModel.execute(tiny.model, "eager")[0], hyperalign, strength_curve=curve)
+        model = apply(compiled(base), hyperalign, strength_curve=curve)
     assert relative(sample(model), expected) < 1e-6
 
 
