@@ -16,12 +16,14 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 import tyro
 from accelerate import Accelerator
+from torch import Tensor
 
 from benchmarks.rounds import GIB, RESULTS, environment, save_json, slug, spread, timed
 from hyperalign.errors import HyperAlignError
@@ -35,6 +37,8 @@ from train.models.text_encoders import text_lengths
 from train.objective import States
 from train.preflight.costs import matrix_rate
 from train.preflight.estimate import Work, step_memory, step_work
+from train.preflight.fit import fitted
+from train.preflight.smoke import memory_bytes
 from train.preflight.step_costs import META, StepCosts, step_costs, without_recomputation
 from train.recipe import load_recipe
 from train.trainer import Trainer
@@ -59,7 +63,7 @@ class Options:
     batch: int = 2
     """Prompts of a step, and preference images of a step."""
     micro_batch: int | None = None
-    """Images in one backward pass; else the recipe's, and at most the batch."""
+    """Images in one backward pass; else the recipe's. What is `auto` is chosen for the device."""
     timesteps: int = 2
     """Steps of each rollout that get a gradient."""
     rollout_steps: int | None = None
@@ -74,6 +78,10 @@ class Options:
     """prefix or separate perception."""
     gradient_checkpointing: GradientCheckpointing | None = None
     """What recomputes activations in backward passes; else the recipe's."""
+    channels_last: bool = False
+    """U-Net and decoder with their channels last."""
+    compile: bool = False
+    """torch.compile for the blocks of backbone and rewards."""
     conditional_only: bool = False
     """Gradient through the conditional prediction alone."""
     double_blocks: int | None = None
@@ -118,17 +126,17 @@ class TimedTrainer(Trainer):
             torch.cuda.reset_peak_memory_stats(self.device)  # what follows belongs to the gradient
         return states
 
-    def _reward_pass(self) -> Metrics:
+    def _reward_pass(self) -> dict[str, Tensor]:
         row = self._timed("reward", super()._reward_pass)
         rollout, both = self.phases["rollout"], self.phases["reward"]
         self.phases["reward"] = replace(both, seconds=both.seconds - rollout.seconds)
         return row
 
-    def _preference_pass(self) -> Metrics:
+    def _preference_pass(self) -> dict[str, Tensor]:
         return self._timed("preference", super()._preference_pass)
 
-    def _apply_gradient(self) -> Metrics:
-        return self._timed("optimiser", super()._apply_gradient)
+    def _apply_gradient(self, measured: dict[str, Tensor]) -> Metrics:
+        return self._timed("optimiser", lambda: super(TimedTrainer, self)._apply_gradient(measured))
 
     def _timed(self, name: str, run: Callable[[], Found]) -> Found:
         found: list[Found] = []
@@ -153,10 +161,11 @@ def config_of(options: Options, out: Path) -> TrainConfig:
         model=replace(
             recipe.model, resolution=options.resolution or recipe.model.resolution, mode=options.mode,
             gradient_checkpointing=options.gradient_checkpointing or recipe.model.gradient_checkpointing,
+            channels_last=options.channels_last, compile=options.compile,
         ),
         objective=replace(
             o, rewards={options.reward: 1.0}, prompt_batch=options.batch, preference_batch=options.batch,
-            micro_batch=options.micro_batch or min(options.batch, o.micro_batch),
+            micro_batch=options.micro_batch or o.micro_batch,
             timesteps=options.timesteps, rollout_steps=steps,
             # The last steps: every rollout then runs to its end, and repeats are alike.
             skip_first=steps - options.timesteps,
@@ -187,14 +196,15 @@ def reductions(options: Options, config: TrainConfig) -> list[str]:
 
 def counted(config: TrainConfig, shape: ModelSize) -> tuple[Work, Work, StepCosts]:
     """Returns the operations of a step as it runs, the model's own alone, and the costs as it runs."""
+    running, own = costs_of(config, shape), without_recomputation(config)
+    return step_work(config, running), step_work(own, costs_of(own, shape)), running
 
-    def costs(chosen: TrainConfig) -> StepCosts:
-        with META:
-            models = architecture(config.model.base, shape), autoencoder(config.model.base)
-        return step_costs(chosen, *models)
 
-    running, own = costs(config), without_recomputation(config)
-    return step_work(config, running), step_work(own, costs(own)), running
+def costs_of(config: TrainConfig, shape: ModelSize) -> StepCosts:
+    """Returns the costs of a step with a base model of this shape."""
+    with META:
+        models = architecture(config.model.base, shape), autoencoder(config.model.base)
+    return step_costs(config, *models)
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -205,7 +215,8 @@ def measure(options: Options) -> dict[str, Any]:
     shape = shape_of(options)
     deadline = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of(options, Path(folder))
+        asked = config_of(options, Path(folder))
+        config = fitted(asked, memory_bytes(device), partial(costs_of, shape=shape))
         running, own, costs = counted(config, shape)
         accelerator = Accelerator(cpu=device.type == "cpu")
         trainer = TimedTrainer(config, smoke_inputs(config, accelerator, shape), accelerator)
@@ -295,6 +306,8 @@ def setting(options: Options, config: TrainConfig, trainer: Trainer, costs: Step
         "mode": model.mode,
         "variant": model.variant,
         "checkpointing": model.gradient_checkpointing,
+        "channels_last": model.channels_last,
+        "compiled": model.compile,
         "conditional_only": o.conditional_only,
         "rewards": list(o.rewards),
         "prompts": o.prompt_batch,

@@ -31,6 +31,7 @@ from train.preflight.estimate import (
     step_work,
     validation_work,
 )
+from train.preflight.fit import USUAL_CARD, fitted, largest_batch
 from train.preflight.input_checks import GIB
 from train.preflight.step_costs import META, StepCosts, step_costs
 from train.recipe import load_recipe
@@ -58,6 +59,10 @@ class RecipeCost:
     """Of all GPUs, with the validations."""
     peak: int
     """Bytes of GPU memory."""
+    images: int
+    """In a backward pass."""
+    recomputed: str
+    """What backward passes recompute."""
     checkpoints: int
     """Bytes on disk."""
     hypernetworks: int
@@ -73,8 +78,9 @@ class RecipeCost:
         rate = "" if self.measured else "; at the rate of SDXL, its own was not measured"
         return (
             f"{self.seconds:.2g} s a step; {_short(self.gpu_hours)} GPU hours on {GPUS} H100; "
-            f"peak {self.peak / GIB:.0f} GiB; disk {_short(disk / GIB)} GiB (checkpoints "
-            f"{self.checkpoints / GIB:.1f}, hypernetworks {self.hypernetworks / GIB:.1f}, text embeddings of "
+            f"peak {self.peak / GIB:.0f} GiB (passes of {self.images}, recomputed: {self.recomputed}); "
+            f"disk {_short(disk / GIB)} GiB (checkpoints {self.checkpoints / GIB:.1f}, "
+            f"hypernetworks {self.hypernetworks / GIB:.1f}, text embeddings of "
             f"{PROMPTS:,} prompts {self.embeddings / GIB:.1f}{rate})"
         )
 
@@ -83,8 +89,10 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 9.5 else f"{value:.1f}"
 
 
-def cost_of_recipe(config: TrainConfig, costs: StepCosts) -> RecipeCost:
-    """Returns the cost of a recipe's run from those of the parts of its step."""
+def cost_of_recipe(config: TrainConfig) -> RecipeCost:
+    """Returns the cost of a recipe's run on cards of 80 GiB."""
+    config = fitted(config, USUAL_CARD, costs_of)
+    costs = costs_of(config)
     rate, every = RATES[config.model.base], config.validation.every
     seconds = step_work(config, costs).total / rate
     validations = 1 + config.optim.steps // every if every else 0  # one before the first step
@@ -93,6 +101,8 @@ def cost_of_recipe(config: TrainConfig, costs: StepCosts) -> RecipeCost:
         seconds=seconds,
         gpu_hours=GPUS * (config.optim.steps * seconds + validating) / 3600,
         peak=step_memory(config, costs).peak,
+        images=config.objective.images_at_once or largest_batch(config),
+        recomputed=config.model.gradient_checkpointing,
         checkpoints=checkpoint_bytes(config, costs),
         hypernetworks=export_bytes(config, costs),
         embeddings=PROMPTS * sum(text_bytes(config)),
@@ -151,8 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("recipes", nargs="*", type=Path, help="all of train/recipes if none is named")
     for path in parser.parse_args(arguments).recipes or real_recipes():
-        config = load_recipe(path)
-        line = cost_of_recipe(config, costs_of(config)).line()
+        line = cost_of_recipe(load_recipe(path)).line()
         write_text(path, with_cost(path.read_text(encoding="utf-8"), line))
         say(f"{path}: {line}")
     write_text(README, with_table(README.read_text(encoding="utf-8")))

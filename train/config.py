@@ -14,7 +14,7 @@ from hyperalign.targets import PerceptionMode
 
 BaseName = Literal["tiny", "sd15", "sdxl", "flux", "sd3"]
 State = Literal["rollout", "noised", "mixed"]
-GradientCheckpointing = Literal["all", "decoder", "none"]
+GradientCheckpointing = Literal["auto", "all", "decoder", "none"]
 TimestepSampling = Literal["uniform", "logit_normal"]
 RewardWeighting = Literal["none", "signal"]
 AttentionKernel = Literal["flash", "efficient", "cudnn", "math"]
@@ -48,12 +48,16 @@ class ModelConfig:
     """How many key times to find for P, besides the start."""
     gradient_checkpointing: GradientCheckpointing = "all"
     """What recomputes activations in its backward pass, slower but with far less memory: all; decoder, with
-    the rewards but without the backbone; none."""
+    the rewards but without the backbone; none; auto, what is fastest and fits the GPU by estimate."""
+    channels_last: bool = False
+    """Lay out the images of U-Net and decoder with their channels last, as a GPU's convolutions like them."""
+    compile: bool = False
+    """Compile the blocks of backbone and rewards with torch.compile; the first step then takes minutes."""
 
     @property
     def recomputes_backbone(self) -> bool:
         """Whether backward passes recompute the backbone's blocks."""
-        return self.gradient_checkpointing == "all"
+        return self.gradient_checkpointing in ("all", "auto")
 
     @property
     def recomputes_images(self) -> bool:
@@ -108,8 +112,24 @@ class ObjectiveConfig:
     """Gamma of min-SNR weighting of the preference loss (Hang et al. 2023); inf is Eq 9 unweighted."""
     caption_dropout: float = 0.1
     """Share of preference images that train with an empty caption, where sampling uses CFG (not FLUX.1)."""
-    micro_batch: int = 0
-    """Images in one backward pass, gradients accumulated; 0 takes all at once."""
+    micro_batch: int | Literal["auto"] = 0
+    """Images in one backward pass, gradients accumulated; 0 takes all at once, auto as many as make the step
+    fastest and fit the GPU, by estimate."""
+
+    @property
+    def rewarded_images(self) -> int:
+        """Images with a reward gradient in each step of each process."""
+        return self.prompt_batch * self.timesteps * bool(self.reward_weight)
+
+    @property
+    def preferred_images(self) -> int:
+        """Images of the preference loss in each step of each process."""
+        return self.preference_batch * bool(self.preference_weight)
+
+    @property
+    def images_at_once(self) -> int:
+        """Images in one backward pass; 0 is all at once, as is an `auto` that was not chosen yet."""
+        return 0 if self.micro_batch == "auto" else self.micro_batch
 
     @property
     def optimised(self) -> dict[str, float]:
@@ -288,7 +308,7 @@ class TrainConfig:
         _require(
             o.preference_guidance >= 0, "objective.preference_guidance", o.preference_guidance, "0 or more"
         )
-        _require(o.micro_batch >= 0, "objective.micro_batch", o.micro_batch, "0 or more")
+        _require(o.images_at_once >= 0, "objective.micro_batch", o.micro_batch, "0 or more, or auto")
 
     def schedule(self) -> Schedule:
         """Returns the schedule. Raises HyperAlignError if key times are wrong."""

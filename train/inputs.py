@@ -31,6 +31,7 @@ from train.models.base import Base, PromptEncoder
 from train.models.fsdp import shard_backbone, uses_fsdp
 from train.models.image_encoder import image_encoder
 from train.models.load import backbone_dtype, check_folder, load_base, make_base
+from train.models.speed import speed_up
 from train.models.text_encoders import (
     check_cache_limit,
     context_tokens,
@@ -159,6 +160,7 @@ def base_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
     if uses_fsdp(accelerator):
         shard_backbone(base.backbone)
     rewards = load_rewards(config, accelerator.device)
+    speed_up(config.model, base, [reward.module for reward in rewards.values()])
     steady = encoder.at(text_lengths(config)[0])
     excluded = images.shards.unsafe_summary() if images else ""
     return RunInputs(
@@ -191,6 +193,7 @@ def smoke_inputs(config: TrainConfig, accelerator: Accelerator, shape: ModelSize
     }
     for reward in rewards.values():
         set_checkpointing(reward.module, config.model.recomputes_images)
+    speed_up(config.model, base, [reward.module for reward in rewards.values()])
     steady = dataclasses.replace(encoder, lengths=lengths[:1])
     validation = PROMPTS[: config.validation.prompt_count]
     return RunInputs(
@@ -312,7 +315,7 @@ def download_rewards(config: TrainConfig) -> None:
 def optimised(rewards: Mapping[str, Reward], config: TrainConfig) -> Rewards:
     """Returns the weighted sum of the optimised rewards."""
     weights = config.objective.rewards
-    return Rewards({name: rewards[name].score for name in weights}, weights)
+    return Rewards({name: rewards[name].score_finite for name in weights}, weights)
 
 
 def provenance(config: TrainConfig) -> dict[str, str]:

@@ -66,7 +66,7 @@ def measure(options: Options) -> tuple[float, ...]:
         config = smoke_config(config)
     inputs = measuring_inputs(config, options)
     guidance_scale = config.objective.guidance_scale
-    batch = measuring_batch(config.objective.micro_batch)
+    batch = measuring_batch(config.objective.images_at_once)
     curve = distance_curve(
         inputs, prompts=options.prompts, steps=options.steps, guidance_scale=guidance_scale, batch=batch
     )

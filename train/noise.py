@@ -111,6 +111,7 @@ class DiffusionSchedule:
         self.prediction = prediction
         self.last_timestep = LAST_TIMESTEP
         self._alpha_bar = alphas_cumprod()
+        self._copies: dict[torch.device, Tensor] = {}
 
     def timesteps(self, steps: int) -> list[float]:
         """Returns trailing timesteps (Lin et al. 2023, arXiv 2305.08891)."""
@@ -157,7 +158,7 @@ class DiffusionSchedule:
 
     def signal(self, t_B: Tensor) -> Tensor:
         """Returns abar, as alpha^2 + sigma^2 = 1."""
-        return self._alpha_bar.to(t_B.device)[t_B.long()]
+        return self._alpha_bar_on(t_B.device)[t_B.long()]
 
     def loss_weight(self, t_B: Tensor, snr_gamma: float) -> Tensor:
         """Returns min-SNR-gamma weights (Hang et al. 2023, arXiv 2303.09556).
@@ -171,7 +172,12 @@ class DiffusionSchedule:
         return torch.ones_like(snr) if math.isinf(snr_gamma) else snr.clamp(max=snr_gamma) / (snr + 1.0)
 
     def _abar(self, t_B: Tensor, x: Tensor) -> Tensor:
-        return _like(self._alpha_bar.to(x.device)[t_B.to(x.device).long()], x)
+        return _like(self._alpha_bar_on(x.device)[t_B.to(x.device).long()], x)
+
+    def _alpha_bar_on(self, device: torch.device) -> Tensor:
+        if device not in self._copies:  # a GPU would wait for each new copy
+            self._copies[device] = self._alpha_bar.to(device)
+        return self._copies[device]
 
 
 class FlowSchedule:

@@ -14,6 +14,7 @@ from hyperalign.schedule import Schedule
 from train.config import RewardWeighting
 from train.models.base import Base, Conditions, join, repeat, take
 from train.rollout import Trajectory, guided
+from train.transfer import to_device
 
 RewardFn = Callable[[Tensor, Sequence[str]], Tensor]
 """Images (B, 3, H, W), about [0, 1], and their prompts -> scores (B,)."""
@@ -83,8 +84,8 @@ def rollout_states(
 
     def stacked(indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         x = torch.cat([trajectory.states[i] for i in indices])
-        t = torch.tensor([trajectory.timesteps[i] for i in indices], device=x.device)
-        return x, t.repeat_interleave(len(prompts))
+        t = torch.tensor([trajectory.timesteps[i] for i in indices]).repeat_interleave(len(prompts))
+        return x, to_device(t, x.device)
 
     x, t_B = stacked(picks)
     generators = [trajectory.generated_at[i] for i in picks]
@@ -110,16 +111,18 @@ def noised_states(
 
     That is at t itself for S; for P and I at the timestep where sampling generates the weights it uses at t,
     with noise `eps_gen` of its own. With the same noise the hypernetwork would read off what the model is to
-    predict, which no sampling can give it: at the start of a run the latents are that noise.
+    predict, which no sampling can give it: at the start of a run the latents are that noise. The timesteps
+    `t_B` are on the CPU.
     """
-    x_t = base.noise_schedule.add_noise(x0, eps, t_B)
-    if schedule.variant == "S":
-        return States(x_t, t_B, x_t, t_B, cond, uncond, prompts, [True] * len(prompts))
     last = base.noise_schedule.last_timestep
+    own_B = to_device(t_B, x0.device)
+    x_t = base.noise_schedule.add_noise(x0, eps, own_B)
+    if schedule.variant == "S":
+        return States(x_t, own_B, x_t, own_B, cond, uncond, prompts, [True] * len(prompts))
     timesteps = [last * schedule.generation_time(t / last) for t in t_B.tolist()]
-    t_gen_B = base.noise_schedule.nearest(torch.tensor(timesteps, device=t_B.device) / last).to(t_B)
+    t_gen_B = to_device(base.noise_schedule.nearest(torch.tensor(timesteps) / last).to(t_B), x0.device)
     x_gen = base.noise_schedule.add_noise(x0, eps_gen, t_gen_B)
-    return States(x_t, t_B, x_gen, t_gen_B, cond, uncond, prompts, [False] * len(prompts))
+    return States(x_t, own_B, x_gen, t_gen_B, cond, uncond, prompts, [False] * len(prompts))
 
 
 def adapted_prediction(adapter: Adapter, base: Base, states: States, conditions: Conditions) -> Tensor:

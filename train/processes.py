@@ -11,17 +11,24 @@ from torch import Tensor, nn
 from hyperalign.errors import HyperAlignError
 
 
-def mean_metrics(metrics: dict[str, float], accelerator: Accelerator) -> dict[str, float]:
-    """Returns the metrics averaged over processes."""
+def mean_metrics(metrics: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+    """Returns the metrics (scalars on the device) averaged over processes, without waiting for the device."""
     if accelerator.num_processes == 1:
         return dict(metrics)
-    means = _mean(torch.tensor(list(metrics.values()), device=accelerator.device), accelerator)
-    return dict(zip(metrics, means.tolist(), strict=True))
+    means = _mean(torch.stack(list(metrics.values())), accelerator)
+    return dict(zip(metrics, means.unbind(), strict=True))
+
+
+def mean_number(value: float, accelerator: Accelerator) -> float:
+    """Returns a number's mean over processes."""
+    if accelerator.num_processes == 1:
+        return value
+    return float(_mean(torch.tensor(value, device=accelerator.device), accelerator))
 
 
 def any_process(holds: bool, accelerator: Accelerator) -> bool:
     """Returns whether something holds in at least one process."""
-    return mean_metrics({"any": float(holds)}, accelerator)["any"] > 0
+    return mean_number(float(holds), accelerator) > 0
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from hyperalign.errors import HyperAlignError
 from train.config import TrainConfig
@@ -99,6 +99,12 @@ def _read(hint: Any, value: Any, where: str, parent: Any = None) -> Any:
         return _from_table(parent, cast("dict[str, Any]", value), where)
     if kind is Literal:
         return _member(inner, value, where)
+    if kind is Union:  # a number, or a word
+        number, word = inner
+        if type(value) is not number and value not in get_args(word):
+            words = " or ".join(map(repr, get_args(word)))
+            raise HyperAlignError(f"{where} is {value!r}; expected {EXPECTED[number]} or {words}.")
+        return value
     if kind is dict:
         if not isinstance(value, dict):
             raise HyperAlignError(f"{where} is {value!r}; expected a table such as {{ name = 1.0 }}.")

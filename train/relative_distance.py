@@ -47,7 +47,7 @@ def weight_schedule(
     if accelerator.is_main_process or uses_fsdp(accelerator):
         found[0] = base_key_times(
             inputs, count=model.key_count, guidance_scale=objective.guidance_scale,
-            batch=measuring_batch(objective.micro_batch),
+            batch=measuring_batch(objective.images_at_once),
         )  # fmt: skip
         logger.info("key times of the base model: %s", ", ".join(f"{u:.3f}" for u in found[0]))
     return Schedule("P", tuple(broadcast_object_list(found)[0]))

@@ -38,6 +38,7 @@ from train.inputs import download_rewards, load_inputs
 from train.log import Metrics, flat
 from train.models.load import download
 from train.preflight.check import check
+from train.preflight.fit import fitted_to
 from train.preflight.input_checks import check_trackers
 from train.preflight.smoke import remove_checkpoints, smoke_config, smoke_shape
 from train.recipe import as_table, check_choices, load_recipe
@@ -94,6 +95,7 @@ def prepare(config: TrainConfig, switches: Switches) -> Trainer:
         with accelerator.main_process_first():
             download(config)
             download_rewards(config)
+    config = fitted_to(config, accelerator)
     smoke = smoke_shape(config, accelerator.device) if switches.smoke else None
     trainer = Trainer(config, load_inputs(config, accelerator, smoke), accelerator)
     if config.run.trackers:

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ from train.results import Results
 from train.rollout import rollout
 from train.start import begin_from, new_hyperalign
 from train.stopping import Stopped, StopRequest
+from train.transfer import to_device
 
 logger = logging.getLogger("hyperalign.train")
 GIB = 2**30
@@ -79,7 +81,7 @@ class Trainer:
             self.network.parameters(), config.optim.lr, (0.9, 0.99), weight_decay=config.optim.weight_decay,
             fused=self.device.type == "cuda",
         )  # fmt: skip
-        self._micro_batch = config.objective.micro_batch
+        self._micro_batch = config.objective.images_at_once
         self._is_halved = False
         self.step = self.images_seen = self.skipped = self._skipped_in_a_row = 0
         config.run.out.mkdir(parents=True, exist_ok=True)
@@ -102,20 +104,23 @@ class Trainer:
             group["lr"] = self.config.optim.learning_rate(self.step)
         with attention_kernels(self.config.run.attention_kernels, self.device):
             before: Metrics = {"step": self.step} | self.results.baseline_of(self.step)
-            metrics = before | self._passes() | self._apply_gradient()
+            metrics = before | self._apply_gradient(self._passes())
         seconds = time.monotonic() - started
         return metrics | {"seconds": seconds} | self._speed(seconds)
 
-    def _gradients(self) -> Metrics:
-        """Adds up the gradient of L = w_R L_R + w_G L_G (Eq 10), one loss after the other."""
-        metrics: Metrics = {}
+    def _gradients(self) -> dict[str, Tensor]:
+        """Adds up the gradient of L = w_R L_R + w_G L_G (Eq 10), one loss after the other.
+
+        The metrics stay on the device, whose work nothing waits for until the step ends.
+        """
+        metrics: dict[str, Tensor] = {}
         if self.config.objective.reward_weight:
             metrics |= self._reward_pass()
         if self.config.objective.preference_weight:
             metrics |= self._preference_pass()
         return metrics
 
-    def _passes(self) -> Metrics:
+    def _passes(self) -> dict[str, Tensor]:
         """Returns the metrics of `_gradients`, averaged over the processes.
 
         A process that fails reports it at the next exchange, so that the others do not wait for it. With a
@@ -123,7 +128,7 @@ class Trainer:
         """
         self._images_read = 0
         self.optimiser.zero_grad()
-        metrics: Metrics = {}
+        metrics: dict[str, Tensor] = {}
         failure: Exception | None = None
         try:
             metrics = self._gradients()
@@ -147,10 +152,7 @@ class Trainer:
     def _halve_micro_batch(self) -> bool:
         """Halves the backward passes, once in a run, and says so; returns whether it could."""
         o = self.config.objective
-        largest = max(
-            o.prompt_batch * o.timesteps * bool(o.reward_weight),
-            o.preference_batch * bool(o.preference_weight),
-        )
+        largest = max(o.rewarded_images, o.preferred_images)
         before = min(self._micro_batch or largest, largest)
         if self._is_halved or before == 1:
             return False
@@ -163,7 +165,7 @@ class Trainer:
             )  # fmt: skip
         return True
 
-    def _reward_pass(self) -> Metrics:
+    def _reward_pass(self) -> dict[str, Tensor]:
         """L_R through one step from states of a rollout, of noised images, or of both in turn (Eq 8)."""
         o = self.config.objective
         kind = o.state if o.state != "mixed" else ("rollout", "noised")[self.step % 2]
@@ -182,10 +184,10 @@ class Trainer:
                 scores.setdefault(name, []).append(score_B)
         metrics = {name: torch.cat(parts) for name, parts in scores.items()}
         return {
-            "reward_loss": float(sum(losses)),
-            **{name: float(score_B.nanmean()) for name, score_B in metrics.items()},
-            "not_finite": float(metrics["reward"].isnan().float().mean()),
-            "grad_norm_reward": float(gradient_of(self.network.parameters()).norm()),
+            "reward_loss": torch.stack(losses).sum(),
+            **{name: score_B.nanmean() for name, score_B in metrics.items()},
+            "not_finite": metrics["reward"].isnan().float().mean(),
+            "grad_norm_reward": gradient_of(self.network.parameters()).norm(),
         }
 
     def _rollout_states(self) -> States:
@@ -194,7 +196,7 @@ class Trainer:
         rng = randomness.generator(1)
         whole, own = o.prompt_batch * self.accelerator.num_processes, randomness.part(o.prompt_batch)
         prompts = self.inputs.prompts.sample(whole, rng)[own]
-        noise = normal((whole, *self.base.latent_shape), rng)[own].to(self.device)
+        noise = to_device(normal((whole, *self.base.latent_shape), rng)[own], self.device)
         choices = np.arange(o.skip_first, o.rollout_steps)
         picks = sorted(rng.choice(choices, o.timesteps, replace=False).tolist())
         cond, uncond = cfg_conditions(self.base, self.inputs.encoder, prompts, o.guidance_scale)
@@ -214,7 +216,7 @@ class Trainer:
         cond, uncond = cfg_conditions(self.base, self.inputs.encoder, captions, o.guidance_scale)
         return noised_states(self.base, self.schedule, x0, eps, eps_gen, t_B, cond, uncond, captions)
 
-    def _preference_pass(self) -> Metrics:
+    def _preference_pass(self) -> dict[str, Tensor]:
         """L_G on noised preference images (Eq 9)."""
         o = self.config.objective
         # Only CFG samples with the empty prompt.
@@ -224,21 +226,24 @@ class Trainer:
         )
         cond = with_guidance(self.base, self.inputs.encoder.conditions(captions), o.preference_guidance)
         states = noised_states(self.base, self.schedule, x0, eps, eps_gen, t_B, cond, None, captions)
-        total, before = 0.0, gradient_of(self.network.parameters())
+        losses, before = list[Tensor](), gradient_of(self.network.parameters())
         for part, share in self._micro_batches(len(states)):
             with self._autocast():
                 loss = preference_loss(
                     self.adapter, self.base, x0[part], eps[part], states[part], o.snr_gamma
                 )
             self.accelerator.backward(o.preference_weight * share * loss)
-            total += share * loss.item()
+            losses.append(share * loss.detach())
         added = gradient_of(self.network.parameters()) - before
-        return {"preference_loss": total, "grad_norm_preference": float(added.norm())}
+        return {"preference_loss": torch.stack(losses).sum(), "grad_norm_preference": added.norm()}
 
     def _preference_images(
         self, count: int, bounds: tuple[float, float], purpose: int, dropout: float = 0.0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
-        """Returns latents, noise, other noise, timesteps and captions of this process's preference images."""
+        """Returns latents, noise, other noise, timesteps and captions of this process's preference images.
+
+        The timesteps are on the CPU, where P and I look up when their weights are generated.
+        """
         if self.inputs.preference is None:
             raise HyperAlignError("The run needs preference images; set data.preference.")
         randomness, whole = self._randomness(), count * self.accelerator.num_processes
@@ -249,18 +254,25 @@ class Trainer:
         chances = rng.random((whole,))[own] if dropout else np.ones(count)
         u_B = sample_u(whole, bounds, self.config.objective.timestep_sampling, rng)[own]
         shape = (whole, *x0.shape[1:])  # of the bucket
-        eps = normal(shape, rng)[own].to(self.device)
-        eps_gen = eps if self.schedule.variant == "S" else normal(shape, rng)[own].to(self.device)
-        t_B = self.base.noise_schedule.at_position(u_B.to(self.device))
+        eps = to_device(normal(shape, rng)[own], self.device)
+        again = self.schedule.variant != "S"
+        eps_gen = to_device(normal(shape, rng)[own], self.device) if again else eps
+        t_B = self.base.noise_schedule.at_position(u_B)
         kept = ["" if chance < dropout else text for text, chance in zip(captions, chances, strict=True)]
-        return x0.to(self.device), eps, eps_gen, t_B, kept
+        return to_device(x0, self.device), eps, eps_gen, t_B, kept
 
-    def _apply_gradient(self) -> Metrics:
-        """Ends the step, with an update if the gradient is finite. Raises HyperAlignError."""
+    def _apply_gradient(self, measured: dict[str, Tensor]) -> Metrics:
+        """Ends the step, with an update if the gradient is finite; returns its metrics as numbers.
+
+        Raises HyperAlignError.
+        """
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         average_gradients(parameters, self.accelerator)
         norm = nn.utils.clip_grad_norm_(parameters, self.config.optim.max_grad_norm)
-        finite = bool(torch.isfinite(norm))
+        measured = measured | {"grad_norm": norm}
+        values = torch.stack([value.float() for value in measured.values()]).tolist()
+        metrics: Metrics = dict(zip(measured, values, strict=True))
+        finite = math.isfinite(metrics["grad_norm"])
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         if self._skipped_in_a_row >= self.config.optim.bad_steps:
             raise HyperAlignError(
@@ -276,7 +288,7 @@ class Trainer:
         self.images_seen += self._images_read
         self.step += 1
         self.optimiser.zero_grad()
-        return {"grad_norm": float(norm), "skipped": not finite, "skipped_in_all": self.skipped}
+        return metrics | {"skipped": not finite, "skipped_in_all": self.skipped}
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -302,8 +314,7 @@ class Trainer:
 
     def _speed(self, seconds: float) -> Metrics:
         o, processes = self.config.objective, self.accelerator.num_processes
-        images = o.prompt_batch * o.timesteps * bool(o.reward_weight)
-        images += o.preference_batch * bool(o.preference_weight)
+        images = o.rewarded_images + o.preferred_images
         metrics: Metrics = {"images_per_second": images * processes / seconds}
         if self.device.type == "cuda":
             metrics["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / GIB

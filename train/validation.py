@@ -22,7 +22,7 @@ from train.log import Metrics
 from train.models.base import Base, PromptEncoder
 from train.models.image_embedding import Embed, diversity_embedding
 from train.models.tiny import Tiny
-from train.processes import mean_metrics
+from train.processes import mean_number
 from train.sampling import SampledImages, sample
 from train.tiny.evaluate import means_and_spread, metrics, sample_all
 
@@ -67,7 +67,7 @@ def reward_validation(
             base, encoder, hyperalign, [prompts[index] for index in own], indices=own,
             seeds=VALIDATION_SEEDS, steps=config.validation.steps,
             guidance_scale=config.objective.guidance_scale,
-            batch=config.objective.micro_batch or config.objective.prompt_batch,
+            batch=config.objective.images_at_once or config.objective.prompt_batch,
         )  # fmt: skip
         scores_PS = {name: whole(found) for name, found in image_scores(images, rewards, base.device).items()}
         shown = dataclasses.replace(images, prompts=list(prompts), images=whole(images.images[:, :1]))
@@ -77,8 +77,8 @@ def reward_validation(
         if embed is not None:
             metrics["diversity"] = float(whole(image_diversity(images.images, embed)).mean())
         metrics["not_finite"] = 1.0 - float(whole(images.finite.float()).mean())
-        seconds = mean_metrics({"seconds_per_image": images.seconds_per_image}, accelerator)
-        return metrics | seconds | {"generations_per_run": images.generations_per_run}
+        metrics["seconds_per_image"] = mean_number(images.seconds_per_image, accelerator)
+        return metrics | {"generations_per_run": images.generations_per_run}
 
     return validate
 

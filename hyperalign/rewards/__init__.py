@@ -40,6 +40,10 @@ class Reward(Protocol):
         """
         ...
 
+    def score_finite(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Returns `score` of images that are known to be finite, without waiting for a GPU to tell."""
+        ...
+
     def embed_images(self, images_BCHW: Tensor) -> Tensor:
         """Returns unit embeddings (B, D), for metrics such as diversity. Raises as `score`."""
         ...

@@ -64,13 +64,23 @@ class Ensemble:
         """Returns one score (B,) per image, as `Reward.score`; `rank` refuses images with a gradient."""
         return self.combine(self.breakdown(images_BCHW, prompts))
 
+    def score_finite(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Returns one score (B,) per image, as `Reward.score_finite`; `rank` as in `score`."""
+        self._check_gradient(images_BCHW)
+        return self.combine(
+            {reward.name: reward.score_finite(images_BCHW, prompts) for reward in self._rewards}
+        )
+
     def breakdown(self, images_BCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Returns the scores (B,) of each member by its name. Raises as `score`."""
+        self._check_gradient(images_BCHW)
+        return {reward.name: reward.score(images_BCHW, prompts) for reward in self._rewards}
+
+    def _check_gradient(self, images_BCHW: Tensor) -> None:
         if self._combination == "rank" and images_BCHW.requires_grad and torch.is_grad_enabled():
             raise HyperAlignError(
                 "Ranks have no gradient, but the images require one. Combine the rewards as sum or z-score."
             )
-        return {reward.name: reward.score(images_BCHW, prompts) for reward in self._rewards}
 
     def combine(self, scores: Mapping[str, Tensor]) -> Tensor:
         """Returns the ensemble's scores (B,) from its members' scores, on the first member's device."""

@@ -27,6 +27,16 @@ KEYS_A = -0.5
 
 def check_images(images_BCHW: Tensor) -> None:
     """Raises HyperAlignError unless these are images (B, 1, 3 or 4, H, W) of finite numbers."""
+    check_form(images_BCHW)
+    if not bool(torch.isfinite(images_BCHW).all()):
+        raise HyperAlignError(
+            "Found NaN or infinite pixels; expected numbers in [0, 1]. The sampler or the VAE diverged: "
+            "lower the CFG scale or decode in float32."
+        )
+
+
+def check_form(images_BCHW: Tensor) -> None:
+    """Raises HyperAlignError unless shape and type are those of images; reads no value of them."""
     shape = tuple(images_BCHW.shape)
     if len(shape) != 4 or shape[1] not in (1, 3, 4) or 0 in shape:
         raise HyperAlignError(
@@ -36,11 +46,6 @@ def check_images(images_BCHW: Tensor) -> None:
     if not images_BCHW.is_floating_point():
         raise HyperAlignError(
             f"Found images of {images_BCHW.dtype}; expected floating point in [0, 1]. Divide by 255."
-        )
-    if not bool(torch.isfinite(images_BCHW).all()):
-        raise HyperAlignError(
-            "Found NaN or infinite pixels; expected numbers in [0, 1]. The sampler or the VAE diverged: "
-            "lower the CFG scale or decode in float32."
         )
 
 

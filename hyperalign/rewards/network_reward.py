@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 
-from .images import Preprocess, check_images, network_pixels
+from .images import Preprocess, check_form, check_images, network_pixels
 from .networks import without_autocast
 from .text import check_prompts
 
@@ -27,6 +27,11 @@ class NetworkReward(ABC, Generic[Network]):
     def score(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Returns one score (B,) per image, as `Reward.score`."""
         check_images(images_BCHW)
+        return self.score_finite(images_BCHW, prompts)
+
+    def score_finite(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Returns one score (B,) per image, as `Reward.score_finite`."""
+        check_form(images_BCHW)
         check_prompts(prompts, images_BCHW.shape[0])
         with without_autocast(self.module):
             return self._score(network_pixels(images_BCHW, self.module, self.preprocess), prompts)

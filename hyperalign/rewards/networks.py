@@ -44,13 +44,18 @@ def without_autocast(network: nn.Module) -> Iterator[None]:
         yield
 
 
+def stacked_layers(network: nn.Module) -> list[nn.Module]:
+    """Returns the transformer layers of a network."""
+    stacks = (module for module in network.modules() if isinstance(module, nn.ModuleList))
+    return [layer for stack in stacks for layer in stack]
+
+
 def set_checkpointing(network: nn.Module, enabled: bool) -> None:
     """Makes every transformer layer recompute its activations in the backward pass, to save memory.
 
     transformers' own switch works in training mode only and has different names in different releases.
     """
-    stacks = (module for module in network.modules() if isinstance(module, nn.ModuleList))
-    for layer in (layer for stack in stacks for layer in stack):
+    for layer in stacked_layers(network):
         layer.__dict__.pop("forward", None)
         if enabled:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)

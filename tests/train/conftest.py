@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from train.noise import DiffusionSchedule, NoiseSchedule
 from train.objective import Rewards
 from train.start import new_hyperalign
 from train.trainer import Trainer
+
+sys.path.append(str(Path(__file__).parent))  # smoke_recipes.py
 
 NETWORK = HyperNetworkConfig(rank=2, a=3, b=3, width=8, layers=1, heads=1)
 OBJECTIVE = {

@@ -24,6 +24,7 @@ from train.models.architectures import ModelSize, architecture
 from train.models.image_encoder import image_encoder
 from train.preflight.check import Device, check, check_inputs, memory_line
 from train.preflight.estimate import Memory
+from train.preflight.fit import fitted_to
 from train.preflight.input_checks import Problems, backbone_of, check_room
 from train.train import main
 from train.trainer import Trainer
@@ -114,6 +115,30 @@ def test_a_sound_recipe_is_found_what_it_takes(config: TrainConfig, monkeypatch:
     ):
         assert line in report, line
     assert not config.run.out.exists()
+
+
+def automatic(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, gradient_checkpointing="auto"),
+        objective=dataclasses.replace(config.objective, micro_batch="auto"),
+    )
+
+
+def test_what_is_automatic_is_checked_as_it_will_run(config: TrainConfig) -> None:
+    choice = 'recompute nothing (micro_batch = 4, gradient_checkpointing = "none"), by estimate on 80 GiB'
+    assert f"auto: backward passes of 4 images {choice}" in check(automatic(config))
+
+
+def test_a_run_says_what_it_chose_and_runs_with_it(
+    config: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = fitted_to(automatic(config), Accelerator(cpu=True))
+    assert found.objective.micro_batch == 4
+    assert found.model.gradient_checkpointing == "none"
+    assert caplog.messages[0].startswith("auto: backward passes of 4 images recompute nothing")
+    assert fitted_to(found, Accelerator(cpu=True)) is found
+    assert len(caplog.messages) == 1
 
 
 def test_all_problems_are_found_at_once_with_the_usual_sizes(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ sys.path.insert(0, {root!r})
 sys.path.insert(0, {tests!r})
 import train.inputs
 from accelerate import Accelerator
-from test_smoke import RECIPES, cut_down
+from smoke_recipes import RECIPES, cut_down
 from train.models.architectures import descending_sizes
 from train.trainer import Trainer
 from train.inputs import smoke_inputs

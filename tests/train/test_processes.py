@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperalign.errors import HyperAlignError
-from train.processes import any_process, average_gradients, gradient_of, mean_metrics
+from train.processes import any_process, average_gradients, gradient_of, mean_metrics, mean_number
 
 
 class WithAnother:
@@ -43,12 +43,21 @@ def parameters(*gradients: list[float] | None) -> list[nn.Parameter]:
 
 def test_metrics_are_averaged_over_the_processes() -> None:
     accelerator: Any = WithAnother(3.0, -2.0)
-    assert mean_metrics({"reward": 1.0, "loss": 4.0}, accelerator) == {"reward": 2.0, "loss": 1.0}
+    here = {"reward": torch.tensor(1.0), "loss": torch.tensor(4.0)}
+    found = mean_metrics(here, accelerator)
+    assert {name: float(value) for name, value in found.items()} == {"reward": 2.0, "loss": 1.0}
+
+
+def test_a_number_is_averaged_over_the_processes_and_a_lone_one_keeps_it() -> None:
+    accelerator: Any = WithAnother(3.0)
+    alone: Any = Alone()
+    assert mean_number(1.0, accelerator) == 2.0
+    assert mean_number(0.1, alone) == 0.1
 
 
 def test_a_lone_process_keeps_its_metrics_and_exchanges_nothing() -> None:
     alone: Any = Alone()
-    metrics = {"reward": 1.0}
+    metrics = {"reward": torch.tensor(1.0)}
     assert mean_metrics(metrics, alone) == metrics
     assert mean_metrics(metrics, alone) is not metrics
 
@@ -87,4 +96,4 @@ def test_a_reduction_that_is_no_tensor_is_refused() -> None:
 
     accelerator: Any = Odd()
     with pytest.raises(HyperAlignError, match="returned a list for a reduced tensor"):
-        mean_metrics({"reward": 1.0}, accelerator)
+        mean_number(1.0, accelerator)

@@ -108,7 +108,7 @@ def test_the_reward_looks_at_the_steps_with_a_tenth_of_signal_or_more(name: str)
 
 
 def cost(config: TrainConfig) -> str:
-    return recipe_costs.cost_of_recipe(config, recipe_costs.costs_of(config)).line()
+    return recipe_costs.cost_of_recipe(config).line()
 
 
 @pytest.mark.parametrize("name", ["sd15_s", "table3/pickscore_hpd"])

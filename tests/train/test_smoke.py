@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from smoke_recipes import RECIPES, cut_down
 
 from hyperalign import checkpoint
 from hyperalign.hosts.diffusers.adapter import Call
 from hyperalign.rewards import clip
-from train.config import TrainConfig
 from train.data.random_inputs import RandomPromptEncoder
 from train.inputs import smoke_inputs
 from train.models.architectures import FULL_SIZES, descending_sizes
@@ -24,7 +24,6 @@ from train.recipe import load_recipe
 from train.train import main
 from train.trainer import Trainer
 
-RECIPES = Path(__file__).parents[2] / "train" / "recipes"
 REAL = sorted(path for path in RECIPES.rglob("*.toml") if not path.stem.startswith("tiny"))
 RUN = (
     "sd15_s", "sd15_p", "sd15_i", "sd15_s_paper", "sdxl_s", "sd35m_s",
@@ -42,20 +41,6 @@ def small_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CLIP score of the same code that takes milliseconds instead of seconds."""
     small = clip.ClipShape(clip.Tower(64, 2, 4), clip.Tower(48, 2, 4), 768, "quick_gelu", patch=32)
     monkeypatch.setattr(clip, "VIT_L_14", small)
-
-
-def cut_down(path: Path, out: Path) -> TrainConfig:
-    """Returns the smoke version of a recipe with rewards that fit a test."""
-    config = smoke_config(load_recipe(path))
-    rewards = (
-        {"tiny reward": 1.0} if len(config.objective.rewards) == 1 else {"tiny reward": 1.0, "clip": 0.5}
-    )
-    return dataclasses.replace(
-        config,
-        objective=dataclasses.replace(config.objective, rewards=rewards),
-        network=dataclasses.replace(config.network, width=64, layers=1, heads=4),
-        run=dataclasses.replace(config.run, out=out),
-    )
 
 
 @pytest.mark.parametrize("name", RUN)

@@ -20,6 +20,7 @@ from hyperalign.checkpoint import save_atomically
 from hyperalign.errors import HyperAlignError
 from hyperalign.files import cannot_write, first_line, free_bytes
 from train.models.base import Conditions
+from train.transfer import to_device
 
 logger = logging.getLogger("hyperalign.train")
 
@@ -129,4 +130,6 @@ class CachedPromptEncoder:
         """
         lengths = list(self.caches)
         length = lengths[zlib.crc32("\n".join(prompts).encode()) % len(lengths)]
-        return {name: value.to(self.device) for name, value in self.caches[length].read(prompts).items()}
+        return {
+            name: to_device(value, self.device) for name, value in self.caches[length].read(prompts).items()
+        }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,8 +31,9 @@ def unpack(tokens_BLC: Tensor, shape: tuple[int, int]) -> Tensor:
     return squares.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
+@functools.lru_cache
 def position_ids(height: int, width: int, device: torch.device) -> Tensor:
-    """Returns the position of each token, (H/2 * W/2, 3): zero, row and column."""
+    """Returns the position of each token, (H/2 * W/2, 3): zero, row and column. Kept, as SDXL's sizes are."""
     rows, columns = torch.meshgrid(torch.arange(height // PATCH), torch.arange(width // PATCH), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float().to(device)
 

@@ -27,13 +27,17 @@ from hyperalign.errors import HyperAlignError
 from hyperalign.files import first_line
 from train.config import BaseName, TrainConfig
 from train.models.autoencoder import Autoencoder
-from train.models.base import Base, Conditions
+from train.models.base import Conditions
 from train.models.flux import Flux, encode_flux
 from train.models.sd3 import StableDiffusion3, encode_sd3
 from train.models.stable_diffusion import StableDiffusion, encode_sd15, encode_sdxl
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 """What diffusers and transformers raise for models that are missing, damaged or of another class."""
+
+
+LoadedBase = StableDiffusion | StableDiffusion3 | Flux
+"""Each is a `Base` with an autoencoder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +153,7 @@ def backbone_dtype(config: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if config.optim.bf16 else torch.float32
 
 
-def load_base(config: TrainConfig, device: torch.device, backbone_folder: Path | None = None) -> Base:
+def load_base(config: TrainConfig, device: torch.device, backbone_folder: Path | None = None) -> LoadedBase:
     """Returns the frozen base model, perhaps with the U-Net or transformer of another folder.
 
     Raises HyperAlignError if it is missing or cannot be read.
@@ -168,7 +172,9 @@ def load_base(config: TrainConfig, device: torch.device, backbone_folder: Path |
     return make_base(config, backbone, autoencoder, scheduler.get("prediction_type", "epsilon"))
 
 
-def make_base(config: TrainConfig, backbone: nn.Module, autoencoder: Autoencoder, prediction: Any) -> Base:
+def make_base(
+    config: TrainConfig, backbone: nn.Module, autoencoder: Autoencoder, prediction: Any
+) -> LoadedBase:
     """Returns a backbone and an autoencoder with the conventions of their family."""
     side = config.model.resolution
     if config.model.base == "flux":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -39,12 +40,17 @@ class StableDiffusion(LatentModel):
         if "pooled_prompt_embeds" not in conditions:
             return call
         height, width = (8 * side for side in x_BCHW.shape[-2:])
-        sizes = torch.tensor([[height, width, 0, 0, height, width]], device=x_BCHW.device, dtype=dtype)
         added = {
             "text_embeds": conditions["pooled_prompt_embeds"].to(dtype),
-            "time_ids": sizes.expand(len(x_BCHW), -1),
+            "time_ids": size_ids(height, width, x_BCHW.device).to(dtype).expand(len(x_BCHW), -1),
         }
         return {**call, "added_cond_kwargs": added}
+
+
+@functools.lru_cache
+def size_ids(height: int, width: int, device: torch.device) -> Tensor:
+    """Returns SDXL's image size, crop and target size (1, 6). Kept, as a GPU would wait for each new copy."""
+    return torch.tensor([[height, width, 0, 0, height, width]], device=device, dtype=torch.float32)
 
 
 def encode_sd15(pipeline: Any, prompts: Sequence[str], length: int) -> Conditions:

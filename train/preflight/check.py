@@ -27,10 +27,10 @@ from train.preflight.estimate import (
     step_work,
     validation_work,
 )
+from train.preflight.fit import USUAL_CARD, costs_of_folder, described, fitted, is_automatic
 from train.preflight.input_checks import (
     GIB,
     Problems,
-    autoencoder_of,
     backbone_of,
     check_base,
     check_diversity_encoder,
@@ -44,7 +44,7 @@ from train.preflight.input_checks import (
     saved_step,
     uncached,
 )
-from train.preflight.step_costs import StepCosts, step_costs
+from train.preflight.step_costs import StepCosts
 from train.tiny.check import check_tiny
 
 LOWER = (
@@ -72,17 +72,19 @@ def check(config: TrainConfig) -> str:
     """
     if config.model.base == "tiny":
         return check_tiny(config)
-    problems = Problems()
-    costs = problems.run(lambda: step_costs(config, backbone_of(config), autoencoder_of(config)))
+    problems, device = Problems(), present_device()
+    fitting = problems.run(lambda: fitted(config, device.memory or USUAL_CARD, costs_of_folder))
+    choice = [described(fitting, device.memory or USUAL_CARD)] if fitting and is_automatic(config) else []
+    config = fitting or config
+    costs = problems.run(lambda: costs_of_folder(config)) if fitting else None
     lines = check_inputs(config, problems, costs)
     if costs is not None:
-        device = present_device()
         rate = matrix_rate(device.device, backbone_dtype(config), repeats=3)
         if device.device.type == "cuda":
             lines.append(problems.run(lambda: try_attention(config, device.device)) or "attention: fails")
         else:
             lines.append(f"attention on a GPU: {', '.join(config.run.attention_kernels)}, in this order")
-        lines = [*sizes(config, costs), *lines, *estimates(config, costs, device, rate)]
+        lines = [*sizes(config, costs), *lines, *choice, *estimates(config, costs, device, rate)]
     if problems.found:
         listed = "\n".join(f"{number}. {text}" for number, text in enumerate(problems.found, 1))
         count = "1 problem" if len(problems.found) == 1 else f"{len(problems.found)} problems"
@@ -142,8 +144,8 @@ def sizes(config: TrainConfig, costs: StepCosts) -> list[str]:
     millions = {name: f"{name} {count / 1e6:.1f} M" for name, count in costs.parameters.items()}
     hypernetwork = millions.pop("hypernetwork")
     measured = [name for name in config.validation.rewards if name not in o.rewards]
-    rewarded = o.prompt_batch * o.timesteps * processes * bool(o.reward_weight)
-    preferred = o.preference_batch * processes * bool(o.preference_weight)
+    rewarded = o.rewarded_images * processes
+    preferred = o.preferred_images * processes
     return [
         f"{model.base} at {model.resolution} pixels, variant {model.variant}, {model.mode} perception",
         f"frozen parameters: {', '.join(millions.values())}"

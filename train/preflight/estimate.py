@@ -108,7 +108,7 @@ def rollout_share(config: TrainConfig) -> float:
 def step_work(config: TrainConfig, costs: StepCosts) -> Work:
     """Returns the operations of one training step in one process."""
     o, samples, sample = config.objective, samples_per_image(costs), gradient_work(config, costs)
-    images = o.prompt_batch * o.timesteps * bool(o.reward_weight)
+    images = o.rewarded_images
     rolled = {"rollout": 1.0, "mixed": 0.5, "noised": 0.0}[o.state] * bool(o.reward_weight)
     guided = samples * sample
     if o.conditional_only and samples == 2:
@@ -119,7 +119,7 @@ def step_work(config: TrainConfig, costs: StepCosts) -> Work:
         * rollout_share(config)
         * sampling_work(config, costs, o.prompt_batch, o.rollout_steps),
         reward=images * (guided + scored),
-        preference=o.preference_batch * bool(o.preference_weight) * sample,
+        preference=o.preferred_images * sample,
     )
 
 
@@ -190,4 +190,4 @@ def export_bytes(config: TrainConfig, costs: StepCosts) -> int:
 
 def _at_once(config: TrainConfig, images: int) -> int:
     """Returns how many images one backward pass holds."""
-    return min(config.objective.micro_batch or images, images)
+    return min(config.objective.images_at_once or images, images)

@@ -35,7 +35,10 @@ def smoke_config(config: TrainConfig) -> TrainConfig:
     key_times = model.key_times or (KEY_TIMES if model.variant == "P" else ())
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(model, resolution=SIDE, vae="full", key_times=key_times),
+        model=dataclasses.replace(
+            model, resolution=SIDE, vae="full", key_times=key_times,
+            gradient_checkpointing="all" if model.recomputes_backbone else model.gradient_checkpointing,
+        ),
         objective=dataclasses.replace(
             o, prompt_batch=2, timesteps=1, rollout_steps=3, skip_first=min(o.skip_first, 2),
             preference_batch=2, micro_batch=1,
