@@ -78,8 +78,8 @@ class RecipeCost:
         rate = "" if self.measured else "; at the rate of SDXL, its own was not measured"
         return (
             f"{self.seconds:.2g} s a step; {_short(self.gpu_hours)} GPU hours on {GPUS} H100; "
-            f"peak {self.peak / GIB:.0f} GiB (passes of {self.images}, recomputed: {self.recomputed}); "
-            f"disk {_short(disk / GIB)} GiB (checkpoints {self.checkpoints / GIB:.1f}, "
+            f"peak {self.peak / GIB:.0f} GiB; disk {_short(disk / GIB)} GiB (passes of {self.images}, "
+            f"recomputed: {self.recomputed}; checkpoints {self.checkpoints / GIB:.1f}, "
             f"hypernetworks {self.hypernetworks / GIB:.1f}, text embeddings of "
             f"{PROMPTS:,} prompts {self.embeddings / GIB:.1f}{rate})"
         )

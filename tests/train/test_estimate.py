@@ -122,9 +122,9 @@ def test_a_row_of_a_reduced_backbone_costs_what_torch_counts() -> None:
         with META:
             x, t = torch.randn(1, *model.latent_shape), torch.ones(1)
         call = model.call(x, t, with_guidance(model, meta_conditions(config, 32), 1.0))
-        for value in call.values():  # else torch's counter leaves out half of cross-attention's backward pass
-            if isinstance(value, Tensor):
-                value.requires_grad_()
+        # Without a gradient torch's counter leaves out half of cross-attention's backward pass.
+        tensors = {name: value for name, value in call.items() if isinstance(value, Tensor)}
+        call = call | {name: value.detach().clone().requires_grad_() for name, value in tensors.items()}
 
         def forward(model: Any = model, call: Any = call) -> Tensor:
             return model.backbone(**call)[0]
