@@ -46,7 +46,7 @@ def fitted_to(config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
     Raises HyperAlignError where the base model's folder cannot be read.
     """
     if not is_automatic(config):
-        return config  # without a word
+        return config
     memory = min(gather_object([memory_bytes(accelerator.device)]))
     shards = accelerator.num_processes if uses_fsdp(accelerator) else 1
     found = fitted(config, memory, costs_of_folder, shards)
