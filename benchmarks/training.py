@@ -31,7 +31,7 @@ from hyperalign.targets import PerceptionMode
 from train.config import GradientCheckpointing, RunConfig, TrainConfig, ValidationConfig
 from train.inputs import smoke_inputs
 from train.log import Metrics
-from train.models.architectures import FULL_SIZES, ModelSize, architecture, autoencoder
+from train.models.architectures import FULL_SIZES, ModelSize
 from train.models.load import backbone_dtype
 from train.models.text_encoders import text_lengths
 from train.objective import States
@@ -39,7 +39,7 @@ from train.preflight.costs import matrix_rate
 from train.preflight.estimate import Work, step_memory, step_work
 from train.preflight.fit import fitted
 from train.preflight.smoke import memory_bytes
-from train.preflight.step_costs import META, StepCosts, step_costs, without_recomputation
+from train.preflight.step_costs import StepCosts, costs_of_shape, without_recomputation
 from train.recipe import load_recipe
 from train.trainer import Trainer
 
@@ -194,19 +194,6 @@ def reductions(options: Options, config: TrainConfig) -> list[str]:
     return words + ([f"backbone {shape.width_divisor} times narrower"] if shape.width_divisor != 1 else [])
 
 
-def counted(config: TrainConfig, shape: ModelSize) -> tuple[Work, Work, StepCosts]:
-    """Returns the operations of a step as it runs, the model's own alone, and the costs as it runs."""
-    running, own = costs_of(config, shape), without_recomputation(config)
-    return step_work(config, running), step_work(own, costs_of(own, shape)), running
-
-
-def costs_of(config: TrainConfig, shape: ModelSize) -> StepCosts:
-    """Returns the costs of a step with a base model of this shape."""
-    with META:
-        models = architecture(config.model.base, shape), autoencoder(config.model.base)
-    return step_costs(config, *models)
-
-
 def measure(options: Options) -> dict[str, Any]:
     """Measures one step; the file is written anew after every repeat. Raises HyperAlignError."""
     device = torch.device(options.device)
@@ -216,14 +203,15 @@ def measure(options: Options) -> dict[str, Any]:
     deadline = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as folder:
         asked = config_of(options, Path(folder))
-        config = fitted(asked, memory_bytes(device), partial(costs_of, shape=shape))
-        running, own, costs = counted(config, shape)
+        config, costs = fitted(asked, memory_bytes(device), partial(costs_of_shape, shape=shape))
+        own = without_recomputation(config)
+        works = step_work(config, costs), step_work(own, costs_of_shape(own, shape))
         accelerator = Accelerator(cpu=device.type == "cpu")
         trainer = TimedTrainer(config, smoke_inputs(config, accelerator, shape), accelerator)
         results = {
             "setting": setting(options, config, trainer, costs),
             "estimate": {
-                "tflop": {name: value / TERA for name, value in asdict(running).items()},
+                "tflop": {name: value / TERA for name, value in asdict(works[0]).items()},
                 "gib": {name: size / GIB for name, size in asdict(step_memory(config, costs)).items()},
                 "peak_gib": step_memory(config, costs).peak / GIB,
             },
@@ -235,7 +223,7 @@ def measure(options: Options) -> dict[str, Any]:
             began = time.monotonic()
             steps.append(trainer.measured_step())
             rates.append(rate_of(config, trainer.device))
-            results |= metrics(steps, running, own, statistics.median(rates), images(config))
+            results |= metrics(steps, *works, statistics.median(rates), images(config))
             save_json(results, path)
             if 2 * time.monotonic() - began > deadline:
                 break

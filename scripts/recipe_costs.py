@@ -22,7 +22,6 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # at the end: see "no
 from hyperalign.files import write_text
 from scripts.common import ROOT, say
 from train.config import TrainConfig
-from train.models.architectures import FULL_SIZES, architecture, autoencoder
 from train.models.text_encoders import text_bytes
 from train.preflight.estimate import (
     checkpoint_bytes,
@@ -31,9 +30,9 @@ from train.preflight.estimate import (
     step_work,
     validation_work,
 )
-from train.preflight.fit import USUAL_CARD, fitted, largest_batch
+from train.preflight.fit import USUAL_CARD, fitted
 from train.preflight.input_checks import GIB
-from train.preflight.step_costs import META, StepCosts, step_costs
+from train.preflight.step_costs import costs_of_shape
 from train.recipe import load_recipe
 
 FOLDER = ROOT / "train" / "recipes"
@@ -91,8 +90,7 @@ def _short(value: float) -> str:
 
 def cost_of_recipe(config: TrainConfig) -> RecipeCost:
     """Returns the cost of a recipe's run on cards of 80 GiB."""
-    config = fitted(config, USUAL_CARD, costs_of)
-    costs = costs_of(config)
+    config, costs = fitted(config, USUAL_CARD, costs_of_shape)
     rate, every = RATES[config.model.base], config.validation.every
     seconds = step_work(config, costs).total / rate
     validations = 1 + config.optim.steps // every if every else 0  # one before the first step
@@ -101,23 +99,13 @@ def cost_of_recipe(config: TrainConfig) -> RecipeCost:
         seconds=seconds,
         gpu_hours=GPUS * (config.optim.steps * seconds + validating) / 3600,
         peak=step_memory(config, costs).peak,
-        images=config.objective.images_at_once or largest_batch(config),
+        images=config.objective.images_at_once or config.objective.largest_batch,
         recomputed=config.model.gradient_checkpointing,
         checkpoints=checkpoint_bytes(config, costs),
         hypernetworks=export_bytes(config, costs),
         embeddings=PROMPTS * sum(text_bytes(config)),
         measured=config.model.base != "sd3",
     )
-
-
-def costs_of(config: TrainConfig) -> StepCosts:
-    """Returns the costs of the parts of a recipe's step with the usual base model."""
-    with META:
-        models = (
-            architecture(config.model.base, FULL_SIZES[config.model.base]),
-            autoencoder(config.model.base),
-        )
-    return step_costs(config, *models)
 
 
 def real_recipes() -> list[Path]:

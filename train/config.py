@@ -127,6 +127,11 @@ class ObjectiveConfig:
         return self.preference_batch * bool(self.preference_weight)
 
     @property
+    def largest_batch(self) -> int:
+        """Images of the loss that has more of them."""
+        return max(self.rewarded_images, self.preferred_images)
+
+    @property
     def images_at_once(self) -> int:
         """Images in one backward pass; 0 is all at once, as is an `auto` that was not chosen yet."""
         return 0 if self.micro_batch == "auto" else self.micro_batch

@@ -152,7 +152,7 @@ class Trainer:
     def _halve_micro_batch(self) -> bool:
         """Halves the backward passes, once in a run, and says so; returns whether it could."""
         o = self.config.objective
-        largest = max(o.rewarded_images, o.preferred_images)
+        largest = o.largest_batch
         before = min(self._micro_batch or largest, largest)
         if self._is_halved or before == 1:
             return False

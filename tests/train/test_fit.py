@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 
 from hyperalign.errors import HyperAlignError
 from train.config import GradientCheckpointing, ModelConfig, ObjectiveConfig, TrainConfig
@@ -18,6 +19,7 @@ from train.preflight.fit import (
     costs_of_folder,
     described,
     fitted,
+    fitted_to,
     is_automatic,
     passes,
     sizes,
@@ -55,7 +57,7 @@ def recipe(
 
 
 def choice(config: TrainConfig, gib: float) -> tuple[str, Any]:
-    found = fitted(config, round(gib * GIB / SHARE), costs_of)
+    found, _ = fitted(config, round(gib * GIB / SHARE), costs_of)
     return found.model.gradient_checkpointing, found.objective.micro_batch
 
 
@@ -85,7 +87,7 @@ def test_what_the_recipe_says_is_kept() -> None:
     assert choice(recipe("auto", "none"), 12.1) == ("none", 3)
     config = recipe(3, "all")
     assert not is_automatic(config)
-    assert fitted(config, 1, costs_of) is config
+    assert fitted(config, 1, costs_of) == (config, costs_of(config))
 
 
 def test_where_nothing_fits_the_least_memory_is_taken() -> None:
@@ -99,9 +101,10 @@ def test_frozen_models_that_are_spread_over_cards_leave_room() -> None:
         return dataclasses.replace(found, parameters={"hypernetwork": 0, "backbone": 16 * GIB})
 
     memory = round(40.1 * GIB / SHARE)  # 32 GiB of weights in bfloat16, and 8 images with all recomputed
-    assert fitted(recipe(), memory, heavy).objective.micro_batch == 8
-    assert fitted(recipe(), memory, heavy).model.gradient_checkpointing == "all"
-    spread = fitted(recipe(), memory, heavy, shards=4)
+    found, _ = fitted(recipe(), memory, heavy)
+    assert found.objective.micro_batch == 8
+    assert found.model.gradient_checkpointing == "all"
+    spread, _ = fitted(recipe(), memory, heavy, shards=4)
     assert spread.model.gradient_checkpointing == "none"
 
 
@@ -116,18 +119,19 @@ def test_the_tiny_model_takes_all_at_once_and_recomputes_nothing() -> None:
     config = TrainConfig(
         model=ModelConfig(gradient_checkpointing="auto"), objective=ObjectiveConfig(micro_batch="auto")
     )
-    found = fitted(config, 1, costs_of)
+    found = fitted_to(config, Accelerator(cpu=True))
     assert (found.model.gradient_checkpointing, found.objective.micro_batch) == ("none", 0)
 
 
 def test_the_choice_for_sd15_fits_its_card() -> None:
-    found = fitted(load_recipe(RECIPES / "sd15_s.toml"), 24 * GIB, costs_of_folder)
+    found, costs = fitted(load_recipe(RECIPES / "sd15_s.toml"), 24 * GIB, costs_of_folder)
     assert not is_automatic(found)
-    assert step_memory(found, costs_of_folder(found)).peak <= SHARE * 24 * GIB
+    assert costs == costs_of_folder(found)
+    assert step_memory(found, costs).peak <= SHARE * 24 * GIB
 
 
 def test_the_choice_is_said_in_words() -> None:
-    found = fitted(recipe(), round(16.1 * GIB / SHARE), costs_of)
+    found, _ = fitted(recipe(), round(16.1 * GIB / SHARE), costs_of)
     assert described(found, 80 * GIB) == (
         "auto: backward passes of 8 images recompute decoder and rewards (micro_batch = 8, "
         'gradient_checkpointing = "decoder"), by estimate on 80 GiB'

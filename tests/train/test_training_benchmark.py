@@ -11,7 +11,6 @@ import pytest
 from diffusers import AutoencoderKL
 from torch import nn
 
-from benchmarks import training
 from benchmarks.training import (
     FOLDER,
     RECIPES,
@@ -28,6 +27,7 @@ from hyperalign.rewards.clip import ClipShape, Tower
 from train import inputs
 from train.config import BaseName
 from train.models.architectures import FULL_SIZES, ModelSize, autoencoder
+from train.preflight import step_costs
 from train.preflight.estimate import Work
 from train.recipe import load_recipe
 
@@ -47,7 +47,7 @@ def test_a_step_is_timed_by_phase_and_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clip, "VIT_L_14", ClipShape(Tower(64, 2, 4), Tower(48, 2, 4), 32, "gelu", patch=32))
-    for module in (inputs, training):
+    for module in (inputs, step_costs):
         monkeypatch.setattr(module, "autoencoder", small_decoder)
     results = main(dataclasses.replace(SMALL, out=tmp_path, profile=tmp_path))
     assert json.loads((tmp_path / "training_flux_cpu.json").read_text(encoding="utf-8")) == results

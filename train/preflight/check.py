@@ -73,10 +73,8 @@ def check(config: TrainConfig) -> str:
     if config.model.base == "tiny":
         return check_tiny(config)
     problems, device = Problems(), present_device()
-    fitting = problems.run(lambda: fitted(config, device.memory or USUAL_CARD, costs_of_folder))
-    choice = [described(fitting, device.memory or USUAL_CARD)] if fitting and is_automatic(config) else []
-    config = fitting or config
-    costs = problems.run(lambda: costs_of_folder(config)) if fitting else None
+    memory, automatic = device.memory or USUAL_CARD, is_automatic(config)
+    config, costs = problems.run(lambda: fitted(config, memory, costs_of_folder)) or (config, None)
     lines = check_inputs(config, problems, costs)
     if costs is not None:
         rate = matrix_rate(device.device, backbone_dtype(config), repeats=3)
@@ -84,6 +82,7 @@ def check(config: TrainConfig) -> str:
             lines.append(problems.run(lambda: try_attention(config, device.device)) or "attention: fails")
         else:
             lines.append(f"attention on a GPU: {', '.join(config.run.attention_kernels)}, in this order")
+        choice = [described(config, memory)] if automatic else []
         lines = [*sizes(config, costs), *lines, *choice, *estimates(config, costs, device, rate)]
     if problems.found:
         listed = "\n".join(f"{number}. {text}" for number, text in enumerate(problems.found, 1))

@@ -11,9 +11,9 @@ import contextlib
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,14 +63,76 @@ class Cost:
 NOTHING = Cost(0.0, 0.0, 0, 0)
 
 
+class Layout(NamedTuple):
+    """What a tensor on the meta device is."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Layout:
+        """Returns a tensor's layout. Raises TypeError if it has values."""
+        if tensor.device.type != "meta":
+            raise TypeError
+        return cls(tensor.shape, tensor.stride(), tensor.dtype)
+
+    def tensor(self) -> Tensor:
+        """Returns a new tensor of this layout."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+
+
+class MetaKernels:
+    """Runs a kernel on the meta device once for the same arguments: most take a millisecond of Python."""
+
+    def __init__(self) -> None:
+        self._results: dict[Hashable, Layout | tuple[Layout, ...]] = {}
+
+    def run(self, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Returns a kernel's result, or new tensors of the same layouts where they are known."""
+        try:
+            key = kernel, _key(args), _key(tuple(kwargs.items()))
+            known = self._results.get(key)
+        except TypeError:  # the arguments do not decide the layout, or cannot be compared
+            return kernel(*args, **kwargs)
+        if isinstance(known, Layout):
+            return known.tensor()
+        if known is not None:
+            return tuple(layout.tensor() for layout in known)
+        result = kernel(*args, **kwargs)
+        storages = [id(storage) for storage in _storages((result, *args, *kwargs.values()))]
+        new = [id(storage) for storage in _storages(result)]
+        if not kernel._schema.is_mutable and all(storages.count(number) == 1 for number in new):
+            self._remember(key, result)
+        return result
+
+    def _remember(self, key: Hashable, result: Any) -> None:
+        with contextlib.suppress(TypeError, AttributeError):  # something that is no tensor on the meta device
+            self._results[key] = (
+                tuple(map(Layout.of, result)) if isinstance(result, tuple) else Layout.of(result)
+            )
+
+
+def _key(value: Any) -> Hashable:
+    """Returns what decides the layout of a kernel's result. Raises TypeError where more may."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_key(item) for item in cast("Sequence[Any]", value))
+    if not isinstance(value, Tensor):
+        return type(value), value  # 1, 1.0 and True are equal, and not the same argument
+    if value.dim() == 0:  # scalars promote types in their own way
+        raise TypeError
+    return Layout.of(value)
+
+
 class Tally(TorchDispatchMode):
     """Counts the operations inside it, and the bytes of its tensors that are alive at once.
 
     torch's FlopCounterMode knows which module it is in, for which it keeps tensors alive.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: MetaKernels | None = None) -> None:
         super().__init__()
+        self._kernels = kernels or MetaKernels()
         self.operations = 0.0
         """Floating-point operations; a multiplication and an addition are two."""
         self.bytes = self.peak = 0
@@ -81,7 +143,7 @@ class Tally(TorchDispatchMode):
     ) -> Any:
         """Runs and counts one kernel."""
         given = kwargs or {}
-        result = func(*args, **given)
+        result = self._kernels.run(func, args, given)
         if (count := OPERATIONS.get(func.overloadpacket)) is not None:
             self.operations += count(*args, **given, out_val=result)
         # What a kernel returns in the memory of its arguments is not new.

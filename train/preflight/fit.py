@@ -43,20 +43,25 @@ def costs_of_folder(config: TrainConfig) -> StepCosts:
 def fitted_to(config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
     """Returns a recipe with `auto` replaced by what the smallest card of all processes takes, and logs it.
 
-    Raises HyperAlignError where the base model's folder cannot be read.
+    The tiny model takes its batches at once. Raises HyperAlignError where the base model's folder cannot be
+    read.
     """
     if not is_automatic(config):
         return config
+    if config.model.base == "tiny":
+        return with_choice(config, "none", config.objective.images_at_once)
     memory = min(gather_object([memory_bytes(accelerator.device)]))
     shards = accelerator.num_processes if uses_fsdp(accelerator) else 1
-    found = fitted(config, memory, costs_of_folder, shards)
+    found, _ = fitted(config, memory, costs_of_folder, shards)
     if accelerator.is_main_process:
         logger.warning("%s", described(found, memory))
     return found
 
 
-def fitted(config: TrainConfig, memory: int, costs_of: Costs, shards: int = 1) -> TrainConfig:
-    """Returns a recipe with `auto` replaced by the fastest choice that fits, by estimate.
+def fitted(
+    config: TrainConfig, memory: int, costs_of: Costs, shards: int = 1
+) -> tuple[TrainConfig, StepCosts]:
+    """Returns a recipe with `auto` replaced by the fastest choice that fits, by estimate, and its costs.
 
     A pass that recomputes less does fewer operations, but holds fewer images, and each pass costs the time
     of its launches. Where nothing fits, the choice that needs least memory is taken.
@@ -68,23 +73,25 @@ def fitted(config: TrainConfig, memory: int, costs_of: Costs, shards: int = 1) -
         shards: processes that the frozen backbone is spread over.
     """
     if not is_automatic(config):
-        return config
-    if config.model.base == "tiny":
-        return with_choice(config, "none", config.objective.images_at_once)
+        return config, costs_of(config)
     asked = config.model.gradient_checkpointing
     kinds: tuple[GradientCheckpointing, ...] = ("none", "decoder", "all") if asked == "auto" else (asked,)
-    best: tuple[float, TrainConfig] | None = None
+    costs = {kind: costs_of(with_choice(config, kind, 0)) for kind in kinds}
+    fits: list[tuple[TrainConfig, StepCosts]] = []
     for kind in kinds:
-        choice = with_choice(config, kind, 0)
-        costs = costs_of(choice)
         for size in sizes(config):
             choice = with_choice(config, kind, size)
-            if held(step_memory(choice, costs), shards) <= SHARE * memory:
-                work = step_work(choice, costs).total + LAUNCHING * passes(choice)
-                if best is None or work < best[0]:
-                    best = work, choice
+            if held(step_memory(choice, costs[kind]), shards) <= SHARE * memory:
+                fits.append((choice, costs[kind]))
                 break
-    return best[1] if best else with_choice(config, kinds[-1], sizes(config)[-1])
+    if not fits:
+        return with_choice(config, kinds[-1], sizes(config)[-1]), costs[kinds[-1]]
+    return min(fits, key=lambda fit: work_with_launches(*fit))
+
+
+def work_with_launches(config: TrainConfig, costs: StepCosts) -> float:
+    """Returns the operations of a step, with those that its launches cost in time."""
+    return step_work(config, costs).total + LAUNCHING * passes(config)
 
 
 def with_choice(config: TrainConfig, kind: GradientCheckpointing, size: int) -> TrainConfig:
@@ -100,7 +107,7 @@ def sizes(config: TrainConfig) -> list[int]:
     """Returns the images of a pass to try, the largest first: the batches in equal parts."""
     if config.objective.micro_batch != "auto":
         return [config.objective.micro_batch]
-    largest = largest_batch(config)
+    largest = config.objective.largest_batch
     return sorted({math.ceil(largest / parts) for parts in range(1, largest + 1)}, reverse=True)
 
 
@@ -111,11 +118,6 @@ def passes(config: TrainConfig) -> int:
     return sum(math.ceil(images / (o.images_at_once or images)) for images in batches)
 
 
-def largest_batch(config: TrainConfig) -> int:
-    """Returns the images of a loss, of the one that has more of them."""
-    return max(config.objective.rewarded_images, config.objective.preferred_images)
-
-
 def held(memory: Memory, shards: int) -> float:
     """Returns the most bytes at once on one card, the frozen models spread over some."""
     return memory.peak - memory.weights * (1 - 1 / shards)
@@ -124,7 +126,7 @@ def held(memory: Memory, shards: int) -> float:
 def described(config: TrainConfig, memory: int) -> str:
     """Returns the choice in words."""
     what = {"all": "backbone, decoder and rewards", "decoder": "decoder and rewards", "none": "nothing"}
-    size = config.objective.images_at_once or largest_batch(config)
+    size = config.objective.images_at_once or config.objective.largest_batch
     return (
         f"auto: backward passes of {size} image{'s' * (size > 1)} recompute "
         f"{what[config.model.gradient_checkpointing]} (micro_batch = {config.objective.micro_batch}, "

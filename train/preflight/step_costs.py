@@ -21,6 +21,7 @@ from hyperalign.targets import BaseSpec
 from train.config import TrainConfig
 from train.data.random_inputs import TEXT_WIDTHS, RandomPromptEncoder
 from train.inputs import reward_names
+from train.models.architectures import FULL_SIZES, ModelSize, architecture, autoencoder
 from train.models.autoencoder import Autoencoder
 from train.models.base import Base, Conditions, with_guidance
 from train.models.load import backbone_dtype, make_base
@@ -101,6 +102,16 @@ def step_costs(config: TrainConfig, backbone: nn.Module, autoencoder: nn.Module)
         targets=len(hyperalign.header.targets),
         cfg=base.cfg,
     )
+
+
+def costs_of_shape(config: TrainConfig, shape: ModelSize | None = None) -> StepCosts:
+    """Returns the costs of a recipe's step with a base model of a shape, or of the usual one."""
+    with META:
+        models = (
+            architecture(config.model.base, shape or FULL_SIZES[config.model.base]),
+            autoencoder(config.model.base),
+        )
+    return step_costs(config, *models)
 
 
 def without_recomputation(config: TrainConfig) -> TrainConfig:
