@@ -38,11 +38,7 @@ class Reads(TorchDispatchMode):
 
 def small(recipe: str, out: Path, **model: Any) -> TrainConfig:
     config = cut_down(RECIPES / f"{recipe}.toml", out)
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, **model),
-        optim=dataclasses.replace(config.optim, bf16=False),
-    )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
 
 
 def trainer(config: TrainConfig) -> Trainer:

@@ -33,7 +33,7 @@ def config_of(out: Path, shards: Path, checkpoint_every: int = 100) -> TrainConf
     return TrainConfig(
         network=HyperNetworkConfig(layers=1),
         objective=OBJECTIVE,
-        optim=OptimConfig(steps=3, warmup_steps=1, lr=1e-2),
+        optim=OptimConfig(steps=3, warmup_steps=1, lr=1e-2, bf16=False),
         data=DataConfig(scenes=16, cache=ROOT / "build" / "tiny", preference=shards),
         validation=ValidationConfig(every=2),
         run=RunConfig(out=out, checkpoint_every=checkpoint_every),

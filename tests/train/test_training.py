@@ -43,13 +43,15 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
-def small(out: Path, variant: Variant = "S", mode: PerceptionMode = "prefix", **network: Any) -> TrainConfig:
+def small(
+    out: Path, variant: Variant = "S", mode: PerceptionMode = "prefix", bf16: bool = False, **network: Any
+) -> TrainConfig:
     keys = (0.6,) if variant == "P" else ()
     return TrainConfig(
         model=ModelConfig(variant=variant, mode=mode, key_times=keys),
         network=HyperNetworkConfig(**({"layers": 1} | network)),
         objective=ObjectiveConfig(prompt_batch=2, rollout_steps=3, timesteps=1, preference_batch=4),
-        optim=OptimConfig(steps=4, warmup_steps=2, lr=1e-2),
+        optim=OptimConfig(steps=4, warmup_steps=2, lr=1e-2, bf16=bf16),
         data=DataConfig(scenes=16, cache=ROOT / "build" / "tiny"),
         validation=ValidationConfig(every=0),
         run=RunConfig(out=out, checkpoint_every=2),
@@ -190,7 +192,7 @@ def test_small_backward_passes_add_up_to_the_whole_batch(tmp_path: Path) -> None
     def losses(micro_batch: int) -> list[dict[str, Any]]:
         config = small(tmp_path / str(micro_batch))
         objective = dataclasses.replace(config.objective, micro_batch=micro_batch)
-        optim = dataclasses.replace(config.optim, bf16=False, lr=1e-4)
+        optim = dataclasses.replace(config.optim, lr=1e-4)
         trainer(dataclasses.replace(config, objective=objective, optim=optim)).fit()
         return curve(tmp_path / str(micro_batch))
 
@@ -213,7 +215,8 @@ def test_a_run_folder_of_another_recipe_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("variant", "generations"), [("S", 4), ("P", 2), ("I", 1)])
 def test_train_load_and_sample(tmp_path: Path, variant: Variant, generations: int) -> None:
-    run = trainer(small(tmp_path, variant, mode="separate" if variant == "I" else "prefix"))
+    mode: PerceptionMode = "separate" if variant == "I" else "prefix"
+    run = trainer(small(tmp_path, variant, mode, bf16=variant == "P"))
     run.fit()
     loaded = checkpoint.load(run.path)
     assert loaded.header.training["steps"] == 4
