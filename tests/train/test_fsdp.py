@@ -17,7 +17,7 @@ LAUNCH = (sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", "-
           "--multi_gpu")  # fmt: skip
 NAMES = ("flux_s.toml", "sd15_s.toml")
 PROGRAM = """
-import dataclasses, sys
+import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 sys.path.insert(0, {tests!r})
@@ -34,7 +34,6 @@ for recipe in {recipes!r}:
     for kind in ("copies", "shards"):
         out = Path(sys.argv[1]) / recipe / kind
         config = cut_down(RECIPES / recipe, out)
-        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, bf16=False))
         # Accelerate itself speaks of FSDP on GPUs alone; the sharding works on CPUs too.
         train.inputs.uses_fsdp = lambda _, kind=kind: kind == "shards"
         shape = list(descending_sizes(config.model.base))[-1]

@@ -24,7 +24,14 @@ def test_every_figure_is_measured_and_written(
     small = clip.ClipShape(clip.Tower(1024, 6, 16), clip.Tower(512, 4, 8), 768, "quick_gelu", patch=32)
     monkeypatch.setattr(clip, "VIT_L_14", small)
     options = Options(
-        rewards=("clip",), device="cpu", batch=2, gradient_batch=1, pixels=256, repeats=1, out=tmp_path
+        rewards=("clip",),
+        device="cpu",
+        dtype="float32",
+        batch=2,
+        gradient_batch=1,
+        pixels=256,
+        repeats=1,
+        out=tmp_path,
     )
     results = main(options)
     written = json.loads((tmp_path / "rewards_cpu.json").read_text(encoding="utf-8"))

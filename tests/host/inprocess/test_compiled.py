@@ -11,10 +11,8 @@ from compiling import compiled, with_traceable_attention
 from small_families import SIDE, SMALL_SD15, SMALL_SDXL, conditioning, euler_in_comfyui, unet_models
 from torch._dynamo.utils import counters
 
-SHALLOW_SD15 = replace(
-    SMALL_SD15, block_out_channels=(32, 64, 64), layers_per_block=1, transformer_layers=(1, 1, 0)
-)
-SHALLOW_SDXL = replace(SMALL_SDXL, layers_per_block=1)
+SHALLOW_SD15 = replace(SMALL_SD15, block_out_channels=(32, 64), layers_per_block=1, transformer_layers=(1, 0))
+SHALLOW_SDXL = replace(SMALL_SDXL, block_out_channels=(32, 64), layers_per_block=1, transformer_layers=(0, 1))
 SIGMAS = [1.0, 0.9, 0.7, 0.45, 0.2, 0.0]
 
 

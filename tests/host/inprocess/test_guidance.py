@@ -57,7 +57,7 @@ def guide(parts: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def draw(parts: Any) -> Any:
-    """Latents of four seeds after eight steps."""
+    """Latents of two seeds after eight steps."""
     from hyperalign.hosts.comfy.sampling import ksample
 
     def run(model: Any, cfg: float = 4.0) -> Tensor:
@@ -65,7 +65,7 @@ def draw(parts: Any) -> Any:
             positive, negative = (
                 parts.clip.encode_from_tokens_scheduled(parts.clip.tokenize(text)) for text in (PROMPT, "")
             )
-            start = {"samples": torch.zeros(4, 4, 16, 16)}
+            start = {"samples": torch.zeros(2, 4, 16, 16)}
             return ksample(model, 3, 8, cfg, "euler", "normal", positive, negative, start, 1.0)["samples"]
 
     return run
