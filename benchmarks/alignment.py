@@ -1,6 +1,7 @@
 """Base against HyperAlign S, P, I and a static LoRA on validation prompts of the embedded model.
 
     python -m benchmarks.alignment
+    python -m benchmarks.alignment --hypernetworks runs/compared --against one     # any other hypernetworks
 
 Prints a table with 95 % bootstrap intervals of the paired differences to the base and writes
 benchmarks/results/alignment.json. Prompts and noise are the same for every method.
@@ -21,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hyperalign.checkpoint import load
+from hyperalign.errors import HyperAlignError
 from hyperalign.hosts.diffusers.tiny import load_tiny
 from hyperalign.tiny.geneval import summarise
 from hyperalign.tiny.weights import HYPERNETWORKS
@@ -28,7 +30,8 @@ from train.models.tiny import Tiny
 from train.tiny.evaluate import Samples, Scores, sample_all, score
 from train.validation import save_grid
 
-METHODS = ("base", "tiny_s", "tiny_p", "tiny_i", "tiny_static")
+METHODS = ("tiny_s", "tiny_p", "tiny_i", "tiny_static")
+"""Those of the package, in this order; others follow by name."""
 RESULTS = Path(__file__).parent / "results"
 RESAMPLES = 2000
 
@@ -46,7 +49,9 @@ class Options:
     guidance: float = 4.0
     """Classifier-free guidance."""
     hypernetworks: Path = HYPERNETWORKS
-    """Folder with tiny_s, tiny_p, tiny_i and tiny_static."""
+    """Folder of hypernetworks; a file's name is its method's."""
+    against: str = "tiny_static"
+    """Another method, besides the base, that all are compared with."""
     grids: Path | None = None
     """Folder for one image sheet per method."""
     out: Path = RESULTS / "alignment.json"
@@ -125,12 +130,9 @@ def measure(options: Options) -> dict[str, Any]:
     scores: dict[str, Scores] = {}
     rows: dict[str, Any] = {}
     families: list[str] = []
-    for name in tqdm(METHODS):
-        path = options.hypernetworks / f"{name}.safetensors"
-        if name != "base" and not path.exists():
-            continue
+    for name, path in tqdm(methods_of(options.hypernetworks).items()):
         samples: Samples = sample_all(
-            base, None if name == "base" else load(path), options.prompts,
+            base, load(path) if path else None, options.prompts,
             seeds=options.seeds, steps=options.steps, guidance_scale=options.guidance,
         )  # fmt: skip
         if options.grids:
@@ -143,18 +145,28 @@ def measure(options: Options) -> dict[str, Any]:
         }
         if name != "base":
             rows[name]["versus_base"] = compare(scores[name], scores["base"], families)
-    if "tiny_static" in scores and "tiny_s" in scores:
-        rows["tiny_s"]["versus_static"] = compare(scores["tiny_s"], scores["tiny_static"], families)
+    for name in scores.keys() - {"base", options.against} if options.against in scores else ():
+        rows[name]["versus_other"] = compare(scores[name], scores[options.against], families)
     setting = {
         "prompts": options.prompts,
         "seeds": list(options.seeds),
         "steps": options.steps,
         "cfg": options.guidance,
+        "against": options.against,
         "sampler": "DDIM, trailing timesteps",
         "torch": torch.__version__,
         "device": f"{base.device.type}, {platform.machine()}",
     }
     return {"setting": setting, "methods": rows}
+
+
+def methods_of(folder: Path) -> dict[str, Path | None]:
+    """Returns the hypernetworks of a folder by method; the base has none. Raises HyperAlignError if empty."""
+    found = {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+    if not found:
+        raise HyperAlignError(f"There is no hypernetwork (*.safetensors) in {folder}. Name another folder.")
+    first = [name for name in METHODS if name in found]
+    return {"base": None, **{name: found[name] for name in first}, **found}
 
 
 def means(scores: Scores, families: list[str]) -> dict[str, Any]:
@@ -192,14 +204,21 @@ def table(results: dict[str, Any]) -> str:
             f"| {row['reward']:.3f} | {row['style']:.3f} | {ratio} "
             f"| {row['generations_per_run']} |"
         )
-    if versus := results["methods"].get("tiny_s", {}).get("versus_static"):
-        differences = ", ".join(
-            f"{name.replace('_', ' ')} {v['difference']:+.3f} [{v['low']:+.3f}, {v['high']:+.3f}]"
-            for name, v in versus.items()
-            if name in ("geneval_overall", "validation_reward")
-        )
-        lines.append(f"\ntiny_s against tiny_static: {differences}")
+    lines += [
+        f"\n{name} against {results['setting']['against']}: {differences(row['versus_other'])}"
+        for name, row in results["methods"].items()
+        if "versus_other" in row
+    ]
     return "\n".join(lines)
+
+
+def differences(versus: dict[str, Any]) -> str:
+    """Returns what no training optimised of a comparison, in one line."""
+    return ", ".join(
+        f"{name.replace('_', ' ')} {v['difference']:+.3f} [{v['low']:+.3f}, {v['high']:+.3f}]"
+        for name, v in versus.items()
+        if name in ("geneval_overall", "validation_reward")
+    )
 
 
 def families_table(results: dict[str, Any]) -> str:

@@ -5,7 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.alignment import Options, main
+import pytest
+
+from benchmarks.alignment import Options, main, methods_of
+from hyperalign.errors import HyperAlignError
+
+
+def test_hypernetworks_of_any_name_are_methods(tmp_path: Path) -> None:
+    with pytest.raises(HyperAlignError, match="no hypernetwork .* in"):
+        methods_of(tmp_path)
+    for name in ("other", "tiny_p", "tiny_s", "another"):
+        (tmp_path / f"{name}.safetensors").touch()
+    assert list(methods_of(tmp_path)) == ["base", "tiny_s", "tiny_p", "another", "other"]
 
 
 def test_it_measures_prints_and_writes(tmp_path: Path, capsys) -> None:
@@ -15,6 +26,8 @@ def test_it_measures_prints_and_writes(tmp_path: Path, capsys) -> None:
     assert list(methods) == ["base", "tiny_s", "tiny_p", "tiny_i", "tiny_static"]
     assert methods["tiny_s"]["generations_per_run"] == 2
     assert methods["tiny_i"]["generations_per_run"] == 1
+    assert [name for name, row in methods.items() if "versus_other" in row] == ["tiny_s", "tiny_p", "tiny_i"]
     printed = capsys.readouterr().out
+    assert "tiny_p against tiny_static: geneval overall " in printed
     for name, row in methods.items():
         assert f"| {name} | {row['geneval']['overall']:.3f}" in printed
