@@ -42,6 +42,7 @@ from train.analysis import diversity, plots, weights
 from train.config import TrainConfig
 from train.data.prompts import load_prompts
 from train.inputs import PromptList, sampling_inputs, validation_prompts
+from train.models.image_embedding import KEY, Embed, load_encoder, unoptimised_reward
 from train.models.kernels import attention_kernels
 from train.models.load import check_folder
 from train.preflight.input_checks import backbone_of
@@ -99,9 +100,9 @@ class Images(Common):
     """Images of each prompt."""
     shown: int = 3
     """Prompts whose images are drawn; the figures are of all."""
-    encoder: str = ""
-    """Reward whose embedding measures diversity, and which the recipe does not optimise; empty takes the
-    first such of its validation.rewards."""
+    diversity_encoder: Path | None = None
+    """Folder of an image encoder in transformers' layout (DINOv2, for instance) whose embedding measures
+    diversity. Without one it is the recipe's, or a reward that the recipe measures and does not optimise."""
 
 
 Options = (
@@ -205,9 +206,8 @@ def analyse_weights(options: Weights, config: TrainConfig, accelerator: Accelera
 def analyse_diversity(options: Images, config: TrainConfig, accelerator: Accelerator) -> list[Path]:
     """Writes Figure 12; returns the files. Raises HyperAlignError."""
     prompts = chosen_prompts(options, config, diversity.LEAST_PROMPTS)
-    name = diversity.encoder_name(config, options.encoder)
     device = accelerator.device
-    judge = loading.load(name, config.data.rewards, device=device, tokenizer_folder=tokenizer_folder(config))
+    name, embed = embedding_of(options, config, device)
     named = [("base", None), *((path.stem, loaded(path, device)) for path in options.hypernetworks)]
     base, encoder = sampling_inputs(config, accelerator, prompts)
     methods = list[diversity.Diversity]()
@@ -217,7 +217,7 @@ def analyse_diversity(options: Images, config: TrainConfig, accelerator: Acceler
     ):
         for method, hyperalign in named:
             methods.append(diversity.diversity_of(
-                method, base, encoder, hyperalign, judge.embed_images, prompts, seeds=options.seeds,
+                method, base, encoder, hyperalign, embed, prompts, seeds=options.seeds,
                 steps=options.steps, guidance_scale=config.objective.guidance_scale, batch=options.batch,
                 first_seed=options.seed, shown=options.shown, progress=bar.update,
             ))  # fmt: skip
@@ -227,6 +227,19 @@ def analyse_diversity(options: Images, config: TrainConfig, accelerator: Acceler
     )
     report = setting(options, config, prompts) | {"encoder": name, "methods": diversity.as_json(methods)}
     return write(options.out / "diversity", report, plots.plot_diversity(methods, prompts, title))
+
+
+def embedding_of(options: Images, config: TrainConfig, device: torch.device) -> tuple[str, Embed]:
+    """Returns what measures diversity with its name. Raises HyperAlignError."""
+    folder = options.diversity_encoder or config.validation.diversity_encoder
+    if folder != Path():
+        return folder.name, load_encoder(
+            folder, device, "--diversity-encoder" if options.diversity_encoder else KEY
+        )
+    name = unoptimised_reward(config)
+    tokenizer = tokenizer_folder(config)
+    reward = loading.load(name, config.data.rewards, device=device, tokenizer_folder=tokenizer)
+    return name, reward.embed_images
 
 
 def tokenizer_folder(config: TrainConfig) -> Path | None:

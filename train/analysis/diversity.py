@@ -2,8 +2,8 @@
 
 The paper shows that reward fine-tuning lets them collapse to one style or identity, and that HyperAlign keeps
 the base model's variety. Beside the images stands a number: the diversity of a prompt, the mean of 1 - cosine
-over all pairs of its images, in the embedding of a reward that no training has optimised. Every method starts
-from the same noises.
+over all pairs of its images, in an embedding that no training has optimised. Every method starts from the
+same noises.
 
 Shape letters: P prompts, S seeds, D embedding.
 """
@@ -19,16 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hyperalign.checkpoint import HyperAlign
-from hyperalign.errors import HyperAlignError
 from hyperalign.tiny.geneval import diversity
 from hyperalign.trace import rounded
 from train.analysis.statistics import band, standard_error
-from train.config import TrainConfig
 from train.models.base import Base, PromptEncoder
+from train.models.image_embedding import Embed
 from train.sampling import sample
-
-Embed = Callable[[Tensor], Tensor]
-"""Images (B, 3, H, W) in [0, 1] -> embeddings (B, D)."""
 
 LEAST_PROMPTS = 3
 SHOWN_SIDE = 384
@@ -46,30 +42,6 @@ class Diversity:
     """The images of the first prompts."""
     not_finite: float
     """Share of images that were not finite and count as grey ones."""
-
-
-def encoder_name(config: TrainConfig, asked: str) -> str:
-    """Returns the reward whose embedding measures diversity: the one asked for, or the recipe's own.
-
-    Raises:
-        HyperAlignError: the recipe optimises it, or measures no reward that it does not optimise.
-    """
-    optimised = config.objective.rewards if config.objective.reward_weight > 0 else {}
-    if asked and asked not in optimised:
-        return asked
-    measured = ["tiny validation reward"] if config.model.base == "tiny" else [*config.validation.rewards]
-    free = [name for name in measured if name not in optimised]
-    if asked:
-        raise HyperAlignError(
-            f"The encoder {asked!r} is a reward that the recipe optimises, which its images are drawn to. "
-            f"Name another one{', such as ' + free[0] if free else ''}."
-        )
-    if not free:
-        raise HyperAlignError(
-            "The recipe measures no reward that it does not optimise (validation.rewards). Name one with "
-            "--encoder; its embedding measures diversity."
-        )
-    return free[0]
 
 
 def diversity_of(

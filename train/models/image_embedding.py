@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hyperalign.errors import HyperAlignError
 from hyperalign.files import first_line
-from hyperalign.rewards import Reward
+from hyperalign.rewards import Reward, tiny
 from hyperalign.rewards.images import crop_to_square, normalise
 from train.config import TrainConfig
 from train.models.load import LOAD_ERRORS
@@ -45,6 +45,22 @@ def diversity_embedding(
         return judge.embed_images(images_BCHW.to(device))
 
     return embed
+
+
+def unoptimised_reward(config: TrainConfig) -> str:
+    """Returns the first reward that a recipe measures and does not optimise.
+
+    Raises:
+        HyperAlignError: there is none.
+    """
+    measured = (tiny.NAMES[1],) if config.model.base == "tiny" else config.validation.rewards
+    found = next((name for name in measured if name not in config.objective.optimised), None)
+    if found is None:
+        raise HyperAlignError(
+            "The recipe measures no reward that it does not optimise (validation.rewards), whose embedding "
+            "would measure diversity. Name the folder of an image encoder, such as facebook/dinov2-base."
+        )
+    return found
 
 
 def encoder_files(folder: Path, option: str = "--diversity-encoder") -> list[Path]:
