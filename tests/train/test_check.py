@@ -245,10 +245,11 @@ def test_needs_of_one_disk_are_added_up(tmp_path: Path) -> None:
 def test_a_gpu_that_is_too_small_is_found_what_to_lower() -> None:
     memory = Memory(weights=2 << 30, optimiser=1 << 30, rollout=0, reward=0, decoder=4 << 30, backbone=0,
                     preference=0)  # fmt: skip
-    assert "WARNING: X has 6.0 GiB: lower objective.micro_batch" in memory_line(
-        memory, Device(CPU, "X", 6 << 30)
+    lower = "set objective.micro_batch = 1"
+    assert f"WARNING: X has 6.0 GiB: {lower}" in memory_line(
+        memory, Device(CPU, "X", 6 << 30), lambda total: lower if total == 6 << 30 else ""
     )
-    assert "WARNING" not in memory_line(memory, Device(CPU, "X", 8 << 30))
+    assert "WARNING" not in memory_line(memory, Device(CPU, "X", 8 << 30), lambda _: pytest.fail("it fits"))
 
 
 def test_a_complaint_is_kept_once_and_other_errors_are_not_hidden() -> None:

@@ -23,6 +23,7 @@ from train.preflight.fit import (
     is_automatic,
     passes,
     sizes,
+    what_fits,
 )
 from train.preflight.step_costs import StepCosts
 from train.recipe import load_recipe
@@ -93,6 +94,17 @@ def test_what_the_recipe_says_is_kept() -> None:
 def test_where_nothing_fits_the_least_memory_is_taken() -> None:
     assert choice(recipe(), 0.1) == ("all", 1)
     assert choice(recipe("auto", "none"), 0.1) == ("none", 1)
+
+
+def test_a_recipe_too_large_is_told_what_to_set_and_to_what() -> None:
+    config = recipe(0, "none")
+    assert what_fits(config, round(16.1 * GIB / SHARE), costs_of) == (
+        'set objective.micro_batch = 8 and model.gradient_checkpointing = "decoder", which needs 16.0 GiB'
+    )
+    assert what_fits(config, GIB // 10, costs_of).startswith(
+        'objective.micro_batch = 1 and model.gradient_checkpointing = "all" still needs 0.5 GiB. Set '
+        "objective.conditional_only = true"
+    )
 
 
 def test_frozen_models_that_are_spread_over_cards_leave_room() -> None:

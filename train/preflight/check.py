@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from train.preflight.estimate import (
     step_work,
     validation_work,
 )
-from train.preflight.fit import USUAL_CARD, costs_of_folder, described, fitted, is_automatic
+from train.preflight.fit import USUAL_CARD, costs_of_folder, described, fitted, is_automatic, what_fits
 from train.preflight.input_checks import (
     GIB,
     Problems,
@@ -47,10 +48,6 @@ from train.preflight.input_checks import (
 from train.preflight.step_costs import StepCosts
 from train.tiny.check import check_tiny
 
-LOWER = (
-    "lower objective.micro_batch, or set objective.conditional_only, model.gradient_checkpointing "
-    "all, or model.vae taesd"
-)
 TERA = 1e12
 
 
@@ -176,13 +173,16 @@ def estimates(config: TrainConfig, costs: StepCosts, device: Device, rate: float
     return [
         f"estimate of a step: {work.total / TERA:.0f} TFLOP in each process ({shares})",
         *([validations] if config.validation.every else []),
-        memory_line(memory, device),
+        memory_line(memory, device, lambda total: what_fits(config, total, costs_of_folder)),
         speed,
     ]
 
 
-def memory_line(memory: Memory, device: Device) -> str:
-    """Returns the estimated peak by phase, and whether the GPU has that much memory."""
+def memory_line(memory: Memory, device: Device, fitting: Callable[[int], str]) -> str:
+    """Returns the estimated peak by phase, and whether the GPU has that much memory.
+
+    `fitting` says what to set for a GPU of some bytes.
+    """
     phases = ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.phases.items())
     peak = memory.peak / GIB
     line = (
@@ -193,7 +193,7 @@ def memory_line(memory: Memory, device: Device) -> str:
         return f"{line}; no GPU was found to compare with"
     total = device.memory / GIB
     if memory.peak > device.memory:
-        return f"{line}; WARNING: {device.name} has {total:.1f} GiB: {LOWER}"
+        return f"{line}; WARNING: {device.name} has {total:.1f} GiB: {fitting(device.memory)}"
     return f"{line}; {device.name} has {total:.1f} GiB"
 
 

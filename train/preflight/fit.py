@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable
+from typing import Literal
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -89,12 +90,27 @@ def fitted(
     return min(fits, key=lambda fit: work_with_launches(*fit))
 
 
+def what_fits(config: TrainConfig, memory: int, costs_of: Costs) -> str:
+    """Returns what to set where a recipe needs more than a card has, by estimate; takes a minute."""
+    found, costs = fitted(with_choice(config, "auto", "auto"), memory, costs_of)
+    size, kind = found.objective.micro_batch, found.model.gradient_checkpointing
+    chosen = f'objective.micro_batch = {size} and model.gradient_checkpointing = "{kind}"'
+    needed = step_memory(found, costs).peak
+    if needed <= SHARE * memory:
+        return f"set {chosen}, which needs {needed / GIB:.1f} GiB"
+    return (
+        f"{chosen} still needs {needed / GIB:.1f} GiB. Set objective.conditional_only = true and "
+        'model.vae = "taesd" too, lower objective.prompt_batch, or spread the backbone over several GPUs '
+        "(train/recipes/accelerate/fsdp2.yaml)"
+    )
+
+
 def work_with_launches(config: TrainConfig, costs: StepCosts) -> float:
     """Returns the operations of a step, with those that its launches cost in time."""
     return step_work(config, costs).total + LAUNCHING * passes(config)
 
 
-def with_choice(config: TrainConfig, kind: GradientCheckpointing, size: int) -> TrainConfig:
+def with_choice(config: TrainConfig, kind: GradientCheckpointing, size: int | Literal["auto"]) -> TrainConfig:
     """Returns a recipe with what is recomputed, and the images of a pass; 0 takes all at once."""
     return dataclasses.replace(
         config,
