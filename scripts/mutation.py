@@ -18,7 +18,9 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import json
+import math
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -43,6 +45,8 @@ else:
 RESULTS = ROOT / "benchmarks" / "results" / "mutation.json"
 EQUIVALENTS = ROOT / "tests" / "mutation_equivalents.toml"
 LEAST_SHARE = 0.9
+PATIENCE = 30
+"""Real seconds for each second of processor time that a mutant may use: it may wait for ever."""
 UNIT, REWARDS, TRAIN = "tests/unit/test_", "tests/unit/rewards/test_", "tests/train/test_"
 
 TESTS: dict[str, tuple[str, ...]] = {
@@ -183,10 +187,10 @@ def run(module: str, equivalents: dict[tuple[str, str, str], str], jobs: int) ->
         say(f"{EQUIVALENTS.name} lists for {module} what is no mutant: {key}. Take it out.")
     alone, reached = _warm_up(module)
     with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        if not _survives(_start(module, source, alone, Path(folder)), 600.0):
+        survives, seconds = _wait(_start(module, source, alone, Path(folder), limit=600))
+        if not survives:
             raise TestsFail(f"The tests of {module} fail as they are: pytest {' '.join(TESTS[module])}")
-        limit = 10.0 + 5 * (time.perf_counter() - began)
+        limit = math.ceil(10.0 + 5 * seconds)
         waiting = [mutant for mutant in mutants if mutant.key not in equivalents]
         outcome.equivalents = len(mutants) - len(waiting)
         finders: list[str] = []  # the last one first
@@ -195,9 +199,10 @@ def run(module: str, equivalents: dict[tuple[str, str, str], str], jobs: int) ->
             running: list[tuple[Mutant, int]] = []
             for mutant in together:
                 first = _likely(mutant, reached, finders)
-                running.append((mutant, _start(module, mutant.source, alone, Path(folder), first)))
+                process = _start(module, mutant.source, alone, Path(folder), first, limit=limit)
+                running.append((mutant, process))
             for mutant, process in running:
-                if _survives(process, limit):
+                if _wait(process, PATIENCE * limit)[0]:
                     outcome.survivors.append(mutant)
                     continue
                 outcome.killed += 1
@@ -249,11 +254,17 @@ def _imported() -> list[str]:
     return [name for name, origin in origins.items() if "site-packages" in origin or "lib/python" in origin]
 
 
-def _start(module: str, source: str, alone: bool, folder: Path, first: Sequence[str] = ()) -> int:
-    """Splits off a process whose exit status says whether the tests pass with this text as the module."""
+def _start(
+    module: str, source: str, alone: bool, folder: Path, first: Sequence[str] = (), *, limit: int
+) -> int:
+    """Splits off a process whose exit status says whether the tests pass with this text as the module.
+
+    It is ended after `limit` seconds of processor time, which another job on the machine does not shorten.
+    """
     process = os.fork()
     if process == 0:
         os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
         sys.meta_path.insert(0, Imposter(ROOT / module, source))
         place = folder / str(os.getpid())
         status = 1
@@ -349,16 +360,17 @@ def _note(folder: Path) -> Path:
     return folder.with_suffix(".failed")
 
 
-def _survives(process: int, limit: float) -> bool:
-    end = time.perf_counter() + limit
+def _wait(process: int, patience: float = math.inf) -> tuple[bool, float]:
+    """Returns whether a process succeeds, and its processor time; `patience` is in real seconds."""
+    end = time.perf_counter() + patience
     while True:
-        ended, status = os.waitpid(process, os.WNOHANG)
+        ended, status, used = os.wait4(process, os.WNOHANG)
         if ended:
-            return status == 0
+            return status == 0, used.ru_utime + used.ru_stime
         if time.perf_counter() > end:
             os.killpg(process, signal.SIGKILL)
             os.waitpid(process, 0)
-            return False
+            return False, math.inf
         time.sleep(0.005)
 
 
