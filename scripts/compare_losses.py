@@ -1,10 +1,11 @@
 """Compares the first losses of a training recipe at two commits: a refactoring must not change a digit.
 
 python scripts/compare_losses.py main HEAD
-python scripts/compare_losses.py main HEAD --recipe train/recipes/tiny_p.toml --steps 5
+python scripts/compare_losses.py main HEAD --recipe train/recipes/tiny_p.toml --steps 5 --optim.no-bf16
 
 Each commit is checked out into a temporary worktree and trains there in its own process, with this Python and
-this environment. The exit status is 1 if a loss or a gradient norm differs.
+this environment; options of train/train.py go to both. The exit status is 1 if a loss or a gradient norm
+differs.
 """
 
 from __future__ import annotations
@@ -124,14 +125,14 @@ def main() -> int:
     parser.add_argument(
         "--cache", type=Path, help="a data.cache for both: scenes are encoded once, by the first"
     )
-    options = parser.parse_args()
+    options, passed_on = parser.parse_known_args()
     cache = ["--data.cache", str(options.cache.resolve())] if options.cache else []
     runs: list[list[dict[str, Any]]] = []
     try:
         for commit in options.commits:
             say(f"training {options.steps} steps at {commit} ...")
             with worktree(commit) as tree:
-                runs.append(first_steps(tree, options.recipe, options.steps, cache))
+                runs.append(first_steps(tree, options.recipe, options.steps, [*cache, *passed_on]))
     except ScriptError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
