@@ -130,9 +130,9 @@ class Tally(TorchDispatchMode):
     torch's FlopCounterMode knows which module it is in, for which it keeps tensors alive.
     """
 
-    def __init__(self, kernels: MetaKernels | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._kernels = kernels or MetaKernels()
+        self._kernels = MetaKernels()
         self.operations = 0.0
         """Floating-point operations; a multiplication and an addition are two."""
         self.bytes = self.peak = 0
