@@ -37,7 +37,7 @@ from hyperalign.image_sets import (
 from hyperalign.threads import Threads
 from hyperalign.tiny.text_encoder import tokenize_batch
 from train.config import TrainConfig
-from train.data.prompt_lists import load_prompt_list
+from train.data.prompts import load_prompt_list
 from train.generation.models import (
     base_digest,
     check_rewards,
