@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -264,24 +263,18 @@ TWO = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"
        "--mixed_precision", "no", "--dynamo_backend", "no")  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two processes."""
-    out = tmp_path_factory.mktemp("runs") / "two"
-    done = command_line(out, 2, 4, *TWO)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return out
-
-
-def test_two_processes_train_as_one_with_twice_the_batch(two: Path, tmp_path: Path) -> None:
-    single = tmp_path / "one"
-    done = command_line(single, 4, 8)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for of_two, of_one in zip(curve(two), curve(single), strict=True):
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
+    done = [
+        command_line(tmp_path / "two", 2, 4, *TWO),
+        command_line(tmp_path / "one", 4, 8),
+    ]
+    for process in done:
+        assert process.returncode == 0, process.stderr[-2000:]
+    for two, one in zip(curve(tmp_path / "two"), curve(tmp_path / "one"), strict=True):
         for name in ("grad_norm_reward", "grad_norm_preference"):  # of one process's own half
-            assert of_two.pop(name) != of_one.pop(name)
-        assert of_two == pytest.approx(of_one, rel=1e-4)
-    states = [torch.load(out / "checkpoints" / "step-000003.pt") for out in (two, single)]
+            assert two.pop(name) != one.pop(name)
+        assert two == pytest.approx(one, rel=1e-4)
+    states = [torch.load(tmp_path / name / "checkpoints" / "step-000003.pt") for name in ("two", "one")]
     assert [state["processes"] for state in states] == [2, 1]
     assert states[0]["images_seen"] == states[1]["images_seen"] == 24
     for key, value in states[0]["network"].items():
@@ -289,14 +282,13 @@ def test_two_processes_train_as_one_with_twice_the_batch(two: Path, tmp_path: Pa
         assert (value - states[1]["network"][key]).norm() <= 1e-2 * value.norm()
 
 
-def test_a_run_goes_on_with_another_number_of_processes_and_says_so(two: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(two, out)
-    (out / "checkpoints" / "step-000003.pt").unlink()
-    done = command_line(out, 2, 4)
+def test_a_run_goes_on_with_another_number_of_processes_and_says_so(tmp_path: Path) -> None:
+    assert command_line(tmp_path / "run", 2, 4).returncode == 0
+    (tmp_path / "run" / "checkpoints" / "step-000003.pt").unlink()
+    done = command_line(tmp_path / "run", 2, 4, *TWO)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "saved by 2 processes and the run continues with 1" in done.stderr
-    assert [row["step"] for row in curve(out)] == [0, 1, 2]
+    assert "saved by 1 processes and the run continues with 2" in done.stderr
+    assert [row["step"] for row in curve(tmp_path / "run")] == [0, 1, 2]
 
 
 def test_a_set_of_2000_images_goes_through_encoding_training_stop_and_resume(tmp_path: Path) -> None:
