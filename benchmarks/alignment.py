@@ -1,7 +1,7 @@
 """Base against HyperAlign S, P, I and a static LoRA on validation prompts of the embedded model.
 
     python -m benchmarks.alignment
-    python -m benchmarks.alignment --hypernetworks runs/compared --against one     # any other hypernetworks
+    python -m benchmarks.alignment --hypernetworks FOLDER --against ONE --out FILE   # any others
 
 Prints a table with 95 % bootstrap intervals of the paired differences to the base and writes
 benchmarks/results/alignment.json. Prompts and noise are the same for every method.
@@ -145,8 +145,9 @@ def measure(options: Options) -> dict[str, Any]:
         }
         if name != "base":
             rows[name]["versus_base"] = compare(scores[name], scores["base"], families)
-    for name in scores.keys() - {"base", options.against} if options.against in scores else ():
-        rows[name]["versus_other"] = compare(scores[name], scores[options.against], families)
+    if other := scores.get(options.against):
+        for name in scores.keys() - {"base", options.against}:
+            rows[name]["versus_other"] = compare(scores[name], other, families)
     setting = {
         "prompts": options.prompts,
         "seeds": list(options.seeds),

@@ -30,8 +30,8 @@ RUN = (
     "flux_s", "flux_p", "flux_s_hps_clip", "flux_s_paper",
 )  # fmt: skip
 """The recipes whose steps differ in code: the others differ in weights, rewards, data or a learned core."""
-HALF = ("flux_p",)
-"""Runs in bfloat16, as the recipes say: transformer, decoder and their backward passes."""
+HALF = ("sd15_i", "flux_p")
+"""A U-Net and a transformer that run in bfloat16, as the recipes say."""
 GOLDEN: dict[str, dict[str, list[float]]] = json.loads(
     Path(__file__).with_name("golden_losses.json").read_text(encoding="utf-8")
 )

@@ -279,7 +279,13 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
     assert states[0]["images_seen"] == states[1]["images_seen"] == 24
     for key, value in states[0]["network"].items():
         # Adam's first steps are as long for the smallest gradients, rounding and all: 2e-3 with AVX2.
-        assert (value - states[1]["network"][key]).norm() <= 1e-2 * value.norm()
+        assert (value - states[1]["network"][key]).norm() <= 5e-3 * value.norm()
+    # Linear in the gradients, which no rounding lengthens; some parameters have a gradient of rounding alone.
+    means = [
+        torch.cat([moment["exp_avg"].flatten() for moment in state["optimiser"]["state"].values()])
+        for state in states
+    ]
+    assert (means[0] - means[1]).norm() <= 1e-3 * means[0].norm()
 
 
 def test_a_run_goes_on_with_another_number_of_processes_and_says_so(tmp_path: Path) -> None:
