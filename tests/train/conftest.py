@@ -19,7 +19,15 @@ from hyperalign.checkpoint import Header, HyperAlign
 from hyperalign.hosts.diffusers.adapter import Adapter, Call, unet_call
 from hyperalign.hypernetwork import HyperNetworkConfig
 from hyperalign.schedule import Schedule
-from train.config import ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig, ValidationConfig
+from train.config import (
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 from train.inputs import PromptList, RunInputs
 from train.models.base import Conditions
 from train.noise import DiffusionSchedule, NoiseSchedule
@@ -180,6 +188,7 @@ def small_run(make_base: Callable[..., Any], tmp_path: Path) -> Callable[..., Tr
             model=ModelConfig(**sections.get("model", {})),
             objective=ObjectiveConfig(**OBJECTIVE | sections.get("objective", {})),
             optim=OptimConfig(**OPTIM | sections.get("optim", {})),
+            data=DataConfig(**sections.get("data", {})),
             validation=ValidationConfig(**{"every": 0} | sections.get("validation", {})),
             run=RunConfig(
                 out=out or tmp_path,

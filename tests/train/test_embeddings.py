@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from in_processes import in_processes
 
 from hyperalign.errors import HyperAlignError
 from train.data.embeddings import PROMPTS_PER_FILE, CachedPromptEncoder, EmbeddingCache
@@ -95,26 +95,12 @@ def test_the_prompts_of_a_damaged_file_are_encoded_again(tmp_path: Path) -> None
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of files are POSIX")
 def test_a_full_disk_is_one_sentence_and_written_embeddings_stay(tmp_path: Path) -> None:
-    program = f"""
-import resource, signal, sys
-sys.path.append({str(ROOT)!r})
-import torch
-from pathlib import Path
-from hyperalign.errors import HyperAlignError
-from train.data.embeddings import EmbeddingCache
-cache = EmbeddingCache(Path({str(tmp_path)!r}) / "8")
-cache.add(["a"], {{"prompt_embeds": torch.zeros(1, 8, 4)}})
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-try:
-    cache.add(["b"], {{"prompt_embeds": torch.zeros(1, 80_000, 4)}})
-except HyperAlignError as error:
-    print(error)
-"""
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "cannot be written" in done.stdout
-    assert "GiB are free there. Make room, or set data.embeddings to another disk" in done.stdout
+    import full_disk
+
+    (done,) = in_processes(1, tmp_path, full_disk.embeddings, tmp_path / "8")
+    assert done.status == 0, done.errors
+    assert "cannot be written" in done.output
+    assert "GiB are free there. Make room, or set data.embeddings to another disk" in done.output
     assert EmbeddingCache(tmp_path / "8").missing(["a", "b"]) == ["b"]
     assert len(list((tmp_path / "8").iterdir())) == 1
 

@@ -6,11 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
 import resource
-import socket
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from in_processes import in_processes, script
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -322,30 +319,10 @@ def test_images_that_would_be_enlarged_may_be_skipped(tmp_path: Path) -> None:
 
 def test_two_processes_of_the_command_line_encode_every_unit_once(tars: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    # what a launcher sets
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "train/encode.py", "--recipe", "train/recipes/tiny_s.toml"]
-    processes = [
-        subprocess.Popen(
-            [*command, "--source", str(tars), "--out", str(out)],
-            cwd=ROOT,
-            env=os.environ | common | {"ACCELERATE_USE_CPU": "true", "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        said = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert said[0][0] == f"Encoded 2 images in this process to {out}.\n"
+    command = ("train/encode.py", "--recipe", "train/recipes/tiny_s.toml", "--source", str(tars))
+    done = in_processes(2, tmp_path, script, *command, "--out", str(out))
+    assert [process.status for process in done] == [0, 0], done
+    assert done[0].output == f"Encoded 2 images in this process to {out}.\n"
     shards = LatentShards(out, resolution=64)
     assert (len(shards), shards.shapes) == (4, {(64, 64): (4, 16, 16)})
 

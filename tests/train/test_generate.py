@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from in_processes import in_processes, script
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -230,14 +228,8 @@ def test_a_batch_does_not_change_the_images(draws: Draws, base: ImageSet) -> Non
 def test_two_processes_draw_what_one_draws(
     command: Callable[..., list[str]], base: ImageSet, tmp_path: Path
 ) -> None:
-    # `accelerate launch --cpu` starts one process whatever it is asked for; --multi_gpu starts them, the
-    # variable keeps them on the CPU.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    arguments = [*launch, str(ROOT / "train" / "generate.py"), *command(tmp_path / "two")]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = in_processes(2, tmp_path, script, "train/generate.py", *command(tmp_path / "two"))
+    assert [process.status for process in done] == [0, 0], done
     images = open_image_set(tmp_path / "two")
     assert distance(pixels(images), pixels(base)) < ROUNDING
     assert images.run is not None

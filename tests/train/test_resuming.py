@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from train import relative_distance
 from train.checkpoints import IGNORED, MAY_CHANGE, require_same_run, run_identity
 from train.config import (
     DataConfig,
-    ModelConfig,
     ObjectiveConfig,
     OptimConfig,
     RunConfig,
@@ -29,11 +29,11 @@ from train.relative_distance import BATCH, distance_curve, measuring_batch
 from train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
+Runs = Callable[..., Trainer]
 
 
-def config_of(out: Path, model: ModelConfig | None = None) -> TrainConfig:
+def config_of(out: Path) -> TrainConfig:
     return TrainConfig(
-        model=model or ModelConfig(),
         network=HyperNetworkConfig(layers=1),
         objective=ObjectiveConfig(prompt_batch=2, rollout_steps=3, timesteps=1, preference_batch=4),
         optim=OptimConfig(steps=3, warmup_steps=1, lr=1e-3, bf16=False),
@@ -51,18 +51,32 @@ def changed(config: TrainConfig, name: str, value: Any) -> TrainConfig:
     )
 
 
-def trainer(config: TrainConfig) -> Trainer:
-    accelerator = Accelerator(cpu=True)
-    return Trainer(config, load_inputs(config, accelerator), accelerator)
+@pytest.fixture
+def run_of(small_run: Runs, tmp_path: Path) -> Runs:
+    """Returns a run of three short steps; sections of settings change the recipe."""
+
+    def trainer_of(objective: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Trainer:
+        short = {"prompt_batch": 2, "rollout_steps": 3, "timesteps": 1, "preference_batch": 4,
+                 "reward_weight": 1.0}  # fmt: skip
+        settings: dict[str, Any] = {
+            "optim": {"steps": 3, "warmup_steps": 1, "lr": 1e-3}, "run": {"checkpoint_every": 2},
+        }  # fmt: skip
+        for section, changes in sections.items():
+            settings[section] = settings.get(section, {}) | changes
+        return small_run(tmp_path, objective=short | (objective or {}), **settings)
+
+    return trainer_of
 
 
-def interrupted(config: TrainConfig) -> None:
-    def interrupt(row: dict[str, Any]) -> None:
+def interrupt(run: Trainer) -> None:
+    """Ends a run in its second step."""
+
+    def ends(row: dict[str, Any]) -> None:
         if row["step"] == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        trainer(config).fit(interrupt)
+        run.fit(ends)
 
 
 def steps(out: Path) -> list[int]:
@@ -70,10 +84,11 @@ def steps(out: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines]
 
 
-def test_a_run_goes_on_with_smaller_backward_passes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = config_of(tmp_path)
-    interrupted(config)
-    resumed = trainer(changed(config, "objective.micro_batch", 1))
+def test_a_run_goes_on_with_smaller_backward_passes(
+    run_of: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    interrupt(run_of())
+    resumed = run_of(objective={"micro_batch": 1})
     assert resumed.step == 2
     assert "changed settings" not in caplog.text
     resumed.fit()
@@ -81,19 +96,15 @@ def test_a_run_goes_on_with_smaller_backward_passes(tmp_path: Path, caplog: pyte
 
 
 def test_a_run_goes_on_with_what_a_failed_one_is_told_to_lower_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run_of: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = config_of(tmp_path)
-    interrupted(config)
+    interrupt(run_of())
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\n", encoding="utf-8")
-    other = config
-    for name, value in {
-        "model.gradient_checkpointing": "none", "objective.conditional_only": True, "model.vae": "taesd",
-        "optim.lr": 1e-4, "objective.reward_weight": 0.5, "data.prompts": prompts,
-    }.items():  # fmt: skip
-        other = changed(other, name, value)
-    resumed = trainer(other)
+    resumed = run_of(
+        model={"gradient_checkpointing": "none", "vae": "taesd"}, optim={"lr": 1e-4},
+        objective={"conditional_only": True, "reward_weight": 0.5}, data={"prompts": prompts},
+    )  # fmt: skip
     (found,) = [record.message for record in caplog.records if "changed settings" in record.message]
     for words in ("objective.conditional_only was False and is True", "model.vae was full and is taesd",
                   "optim.lr was 0.001 and is 0.0001", "objective.reward_weight was 1.0 and is 0.5",
@@ -141,21 +152,21 @@ def test_what_a_checkpoint_does_not_record_counts_as_unchanged() -> None:
 
 
 def test_found_key_times_are_in_the_state_and_are_not_measured_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_of: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(tmp_path, ModelConfig(variant="P", key_count=1))
+    model = {"variant": "P", "key_count": 1}
     with monkeypatch.context() as patch:
         patch.setattr(relative_distance, "base_key_times", lambda *_, **__: (0.4375,))
-        interrupted(config)
+        interrupt(run_of(model=model))
         patch.setattr(relative_distance, "base_key_times", lambda *_, **__: 1 / 0)
-        resumed = trainer(config)
+        resumed = run_of(model=model)
     assert resumed.schedule.key_times == (0.4375,)
     assert resumed.hyperalign.header.schedule.key_times == (0.4375,)
     assert resumed.step == 2
 
 
 def test_the_search_for_key_times_samples_no_more_at_once_than_the_backward_passes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_of: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert [measuring_batch(limit) for limit in (0, 1, 2, 999)] == [BATCH, 1, 2, BATCH]
     seen: list[int] = []
@@ -166,8 +177,7 @@ def test_the_search_for_key_times_samples_no_more_at_once_than_the_backward_pass
         return rollout(*given, **named)
 
     monkeypatch.setattr(relative_distance, "rollout", watched)
-    config = changed(config_of(tmp_path), "objective.micro_batch", 2)
-    run_inputs = load_inputs(config, Accelerator(cpu=True))
+    run_inputs = load_inputs(config_of(tmp_path), Accelerator(cpu=True))
     parts = distance_curve(run_inputs, prompts=3, steps=4, guidance_scale=4.0, batch=2)
     assert seen == [2, 1]
     assert parts == pytest.approx(
@@ -179,20 +189,19 @@ def test_the_search_for_key_times_samples_no_more_at_once_than_the_backward_pass
         return (0.5,)
 
     monkeypatch.setattr(relative_distance, "base_key_times", limited)
-    trainer(changed(changed(config, "model.variant", "P"), "model.key_count", 1))
+    run_of(model={"variant": "P", "key_count": 1}, objective={"micro_batch": 2})
     assert seen[-1] == 2
 
 
 @pytest.mark.parametrize("rest", ['{"step": 1, "rew', "\0\0\0\0", "5", '{"loss": 1}', "\udcff"])
 def test_a_line_that_was_not_written_whole_is_dropped(
-    rest: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    rest: str, run_of: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = config_of(tmp_path)
-    interrupted(config)
+    interrupt(run_of())
     log = tmp_path / "log.jsonl"
     first = log.read_text(encoding="utf-8").splitlines()[0]
     log.write_bytes((first + "\n" + rest).encode("utf-8", errors="surrogateescape"))
-    trainer(config)
+    run_of()
     assert steps(tmp_path) == [0]
     assert "1 broken lines are removed" in caplog.text
     assert torch.load(next((tmp_path / "checkpoints").iterdir()))["step"] == 2

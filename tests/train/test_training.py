@@ -8,59 +8,33 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from in_processes import in_processes, script
 from PIL import Image, ImageDraw
+from tiny_runs import killed_in_a_save, small, trainer
 
 from hyperalign import checkpoint
 from hyperalign.card import card, card_path
 from hyperalign.errors import HyperAlignError
 from hyperalign.hosts.diffusers.tiny import load_tiny
-from hyperalign.hypernetwork import HyperNetworkConfig
 from hyperalign.schedule import Variant
 from hyperalign.targets import PerceptionMode
 from hyperalign.tiny.prompts import COLORS
-from train.config import (
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-    ValidationConfig,
-)
-from train.inputs import PreferenceShards, load_inputs
+from train.inputs import PreferenceShards
 from train.models.tiny import Tiny
 from train.objective import Rewards
 from train.tiny.evaluate import sample_all
 from train.trainer import Stopped, Trainer
 
 ROOT = Path(__file__).parents[2]
+Runs = Callable[..., Trainer]
+FOUR_STEPS: dict[str, Any] = {"optim": {"steps": 4, "warmup_steps": 2}, "run": {"checkpoint_every": 2}}
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-
-
-def small(
-    out: Path, variant: Variant = "S", mode: PerceptionMode = "prefix", bf16: bool = False, **network: Any
-) -> TrainConfig:
-    keys = (0.6,) if variant == "P" else ()
-    return TrainConfig(
-        model=ModelConfig(variant=variant, mode=mode, key_times=keys),
-        network=HyperNetworkConfig(**({"layers": 1} | network)),
-        objective=ObjectiveConfig(prompt_batch=2, rollout_steps=3, timesteps=1, preference_batch=4),
-        optim=OptimConfig(steps=4, warmup_steps=2, lr=1e-2, bf16=bf16),
-        data=DataConfig(scenes=16, cache=ROOT / "build" / "tiny"),
-        validation=ValidationConfig(every=0),
-        run=RunConfig(out=out, checkpoint_every=2),
-    )
-
-
-def trainer(config: TrainConfig) -> Trainer:
-    accelerator = Accelerator(cpu=True)
-    return Trainer(config, load_inputs(config, accelerator), accelerator)
 
 
 def curve(out: Path) -> list[dict[str, Any]]:
@@ -89,82 +63,56 @@ def test_an_interrupted_run_continues_the_exact_loss_curve(tmp_path: Path) -> No
         assert torch.equal(value, broken.network.state_dict()[key]), key
 
 
-def test_sigterm_saves_and_the_run_goes_on_from_there(tmp_path: Path) -> None:
+def test_sigterm_saves_and_the_run_goes_on_from_there(small_run: Runs) -> None:
     handler = signal.getsignal(signal.SIGTERM)
-    run = trainer(small(tmp_path))
 
     def preempt(row: dict[str, Any]) -> None:
         if row["step"] == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Stopped):
-        run.fit(preempt)
-    assert trainer(small(tmp_path)).step == 2
+        small_run(**FOUR_STEPS).fit(preempt)
+    assert small_run(**FOUR_STEPS).step == 2
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
-def test_a_damaged_state_gives_way_to_the_one_before(tmp_path: Path, caplog: Any) -> None:
-    trainer(small(tmp_path)).fit()
+def test_a_damaged_state_gives_way_to_the_one_before(small_run: Runs, tmp_path: Path, caplog: Any) -> None:
+    small_run(**FOUR_STEPS).fit()
     newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
-    assert trainer(small(tmp_path)).step == 2
+    assert small_run(**FOUR_STEPS).step == 2
     assert f"{newest.name} cannot be read" in caplog.text
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path: Path) -> None:
-    trainer(small(tmp_path)).fit()
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(small_run: Runs, tmp_path: Path) -> None:
+    small_run(**FOUR_STEPS).fit()
     for path in (tmp_path / "checkpoints").iterdir():
         path.write_bytes(b"")
     with pytest.raises(HyperAlignError, match="None of the 2 training checkpoints .* can be read"):
-        trainer(small(tmp_path))
+        small_run(**FOUR_STEPS)
 
 
 def test_kill_9_in_the_middle_of_a_save_leaves_the_state_before(tmp_path: Path) -> None:
-    program = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import torch
-from pathlib import Path
-from test_training import small, trainer
-run = trainer(small(Path({str(tmp_path)!r})))
-whole = torch.save
-def dies_halfway(state, file):
-    whole(state, file)
-    if state["step"] == 4:
-        file.truncate(file.tell() // 2)
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-torch.save = dies_halfway
-run.fit()
-"""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program], env=ENVIRONMENT,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    checkpoints = tmp_path / "checkpoints"
+    out = tmp_path / "run"
+    (killed,) = in_processes(1, tmp_path, killed_in_a_save, out)
+    assert killed.status == -signal.SIGKILL, killed.errors[-2000:]
+    checkpoints = out / "checkpoints"
     assert sorted(path.suffix for path in checkpoints.iterdir()) == [".partial", ".pt"]
-    resumed = trainer(small(tmp_path))
+    resumed = trainer(small(out))
     assert resumed.step == 2
     resumed.fit()
     assert {path.suffix for path in checkpoints.iterdir()} == {".pt"}
-    assert len(curve(tmp_path)) == 4
+    assert len(curve(out)) == 4
 
 
-def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
-    config = small(tmp_path)
-    trainer(
-        dataclasses.replace(
-            config, run=dataclasses.replace(config.run, checkpoint_every=1, keep_checkpoints=2)
-        )
-    ).fit()
+def test_only_the_last_checkpoints_are_kept(small_run: Runs, tmp_path: Path) -> None:
+    small_run(optim={"steps": 4}, run={"checkpoint_every": 1, "keep_checkpoints": 2}).fit()
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-000003.pt", "step-000004.pt"]
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path) -> None:
-    run = trainer(small(tmp_path))
+def test_a_step_that_is_not_finite_is_skipped_and_counted(small_run: Runs, tmp_path: Path) -> None:
+    run = small_run(**FOUR_STEPS)
     scores = run.inputs.rewards.models["tiny reward"]
 
     def sometimes_nan(images: torch.Tensor, prompts: Any) -> torch.Tensor:
@@ -179,11 +127,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path) -> Non
         assert torch.isfinite(value).all()
 
 
-def test_a_run_that_stays_infinite_stops_and_says_what_to_lower(tmp_path: Path) -> None:
-    config = small(tmp_path)
-    run = trainer(dataclasses.replace(config, optim=dataclasses.replace(config.optim, bad_steps=2)))
-    rewards = Rewards({"nan": lambda images, _: images.mean(dim=(1, 2, 3)) * float("nan")}, {"nan": 1.0})
-    run.inputs = dataclasses.replace(run.inputs, rewards=rewards)
+def test_a_run_that_stays_infinite_stops_and_says_what_to_lower(small_run: Runs) -> None:
+    def nan(images: torch.Tensor, _: Any) -> torch.Tensor:
+        return images.mean(dim=(1, 2, 3)) * float("nan")
+
+    run = small_run(optim={"steps": 4, "bad_steps": 2}, reward=nan)
     with pytest.raises(HyperAlignError, match="not finite for 2 steps in a row.*Lower optim.lr"):
         run.fit()
 
@@ -207,10 +155,10 @@ def test_the_reward_may_start_from_noised_images(tmp_path: Path, state: Any) -> 
     assert all(row["grad_norm_reward"] > 0 for row in curve(tmp_path)[1:])
 
 
-def test_a_run_folder_of_another_recipe_is_refused(tmp_path: Path) -> None:
-    trainer(dataclasses.replace(small(tmp_path), optim=OptimConfig(steps=1))).fit()
+def test_a_run_folder_of_another_recipe_is_refused(small_run: Runs) -> None:
+    small_run(optim={"steps": 1}).fit()
     with pytest.raises(HyperAlignError, match="another recipe"):
-        trainer(small(tmp_path))
+        small_run(**FOUR_STEPS, objective={"state": "noised"})
 
 
 @pytest.mark.parametrize(("variant", "generations"), [("S", 4), ("P", 2), ("I", 1)])
@@ -242,7 +190,7 @@ def test_both_losses_reach_a_static_core(tmp_path: Path) -> None:
     assert rows[-1]["grad_norm"] > 0
 
 
-def command_line(out: Path, prompts: int, preferred: int, *launcher: str) -> subprocess.CompletedProcess[str]:
+def arguments(out: Path, prompts: int, preferred: int) -> list[str]:
     overrides = {
         "optim.steps": 3, "optim.warmup-steps": 1, "objective.prompt-batch": prompts,
         "objective.rollout-steps": 3, "objective.timesteps": 1, "objective.skip-first": 1,
@@ -250,26 +198,22 @@ def command_line(out: Path, prompts: int, preferred: int, *launcher: str) -> sub
         "data.scenes": 16, "validation.every": 0, "run.out": out, "run.checkpoint-every": 1,
     }  # fmt: skip
     flags = [text for key, value in overrides.items() for text in (f"--{key}", str(value))]
-    program = ["train/train.py", "--recipe", "train/recipes/tiny_s.toml", "--optim.no-bf16", *flags]
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", *launcher, *program], cwd=ROOT, env=ENVIRONMENT,
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-
-
-# `accelerate launch --cpu` starts one process whatever it is asked for; --multi_gpu starts them, the
-# variable keeps them on the CPU.
-TWO = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-       "--mixed_precision", "no", "--dynamo_backend", "no")  # fmt: skip
+    return ["--recipe", "train/recipes/tiny_s.toml", "--optim.no-bf16", *flags]
 
 
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
-    done = [
-        command_line(tmp_path / "two", 2, 4, *TWO),
-        command_line(tmp_path / "one", 4, 8),
-    ]
-    for process in done:
-        assert process.returncode == 0, process.stderr[-2000:]
+    # `accelerate launch --cpu` starts one process whatever it is asked for; --multi_gpu starts them, the
+    # variable keeps them on the CPU.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
+              "1", "--mixed_precision", "no", "--dynamo_backend", "no", "train/train.py"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *launch, *arguments(tmp_path / "two", 2, 4)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (one,) = in_processes(1, tmp_path, script, "train/train.py", *arguments(tmp_path / "one", 4, 8))
+    assert one.status == 0, one.errors[-2000:]
     for two, one in zip(curve(tmp_path / "two"), curve(tmp_path / "one"), strict=True):
         for name in ("grad_norm_reward", "grad_norm_preference"):  # of one process's own half
             assert two.pop(name) != one.pop(name)
@@ -289,22 +233,23 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
 
 
 def test_a_run_goes_on_with_another_number_of_processes_and_says_so(tmp_path: Path) -> None:
-    assert command_line(tmp_path / "run", 2, 4).returncode == 0
+    given = arguments(tmp_path / "run", 2, 4)
+    (one,) = in_processes(1, tmp_path, script, "train/train.py", *given)
+    assert one.status == 0, one.errors[-2000:]
     (tmp_path / "run" / "checkpoints" / "step-000003.pt").unlink()
-    done = command_line(tmp_path / "run", 2, 4, *TWO)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "saved by 1 processes and the run continues with 2" in done.stderr
+    two = in_processes(2, tmp_path, script, "train/train.py", *given)
+    assert [process.status for process in two] == [0, 0], two
+    assert "saved by 1 processes and the run continues with 2" in two[0].errors
     assert [row["step"] for row in curve(tmp_path / "run")] == [0, 1, 2]
 
 
 def test_a_set_of_2000_images_goes_through_encoding_training_stop_and_resume(tmp_path: Path) -> None:
     draw_images(tmp_path / "images", 2000)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "train/encode.py", "--recipe", "train/recipes/tiny_s.toml",
-         "--source", str(tmp_path / "images"), "--out", str(tmp_path / "shards"), "--batch", "100"],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False,
+    (done,) = in_processes(
+        1, tmp_path, script, "train/encode.py", "--recipe", "train/recipes/tiny_s.toml", "--source",
+        str(tmp_path / "images"), "--out", str(tmp_path / "shards"), "--batch", "100",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.status == 0, done.errors[-2000:]
     config = small(tmp_path / "run")
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, preference=tmp_path / "shards")

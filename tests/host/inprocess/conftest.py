@@ -154,6 +154,29 @@ def sample(tiny: Tiny) -> Callable[..., Tensor]:
     return run
 
 
+@dataclass(frozen=True)
+class Shallow:
+    """A U-Net of few layers, which torch.compile traces in seconds, and guided sampling with it."""
+
+    model: Any
+    sample: Callable[[Any], Tensor]
+
+
+@pytest.fixture(scope="session")
+def shallow_unet(comfy: ModuleType) -> Callable[[BaseSpec], Shallow]:
+    from small_families import euler_in_comfyui, unet_conditioning, unet_models
+
+    def make(spec: Any) -> Shallow:
+        torch.manual_seed(6)
+        with torch.no_grad():
+            _, model = unet_models(spec)
+        positive, negative = unet_conditioning(spec), unet_conditioning(spec, seed=7)
+        noise, sigmas = torch.randn(2, 4, 8, 8), (14.6, 3.0, 1.0, 0.4, 0.0)
+        return Shallow(model, lambda model: euler_in_comfyui(model, noise, positive, sigmas, negative, 4.0))
+
+    return make
+
+
 @pytest.fixture
 def runs(caplog: pytest.LogCaptureFixture) -> Callable[[], list[dict[str, str]]]:
     """The runs reported so far: [{"variant": "S", "targets": "42/42", ...}]."""

@@ -18,6 +18,10 @@ FLUX = FluxSpec(hidden=64, double_blocks=4, single_blocks=2, latent_channels=4, 
 SD3 = SD3Spec(hidden=256, blocks=4, dual_blocks=3, latent_channels=4, context_dim=48)
 SMALL_SD15 = UNetSpec("sd15", 4, (32, 64, 64, 64), 2, 768, (1, 1, 1, 0))
 SMALL_SDXL = UNetSpec("sdxl", 4, (32, 64, 64), 2, 2048, (0, 1, 2))
+SHALLOW_SD15 = UNetSpec("sd15", 4, (32, 64), 1, 768, (1, 0))
+SHALLOW_SDXL = UNetSpec("sdxl", 4, (32, 64), 1, 2048, (0, 1))
+MIDDLE_SD15 = UNetSpec("sd15", 4, (32, 64), 1, 768, (0, 0))
+"""Where torch.compile traces a whole U-Net: it takes seconds for each layer."""
 POOLED = 24
 SIDE = 6
 TOKENS = 5
@@ -111,6 +115,13 @@ def conditioning(spec):
     return context, pooled, [[context, {"pooled_output": pooled, "guidance": 3.5}]]
 
 
+def unet_conditioning(spec, seed=6):
+    generator = torch.Generator().manual_seed(seed)
+    context = torch.randn(1, 7, spec.cross_attention_dim, generator=generator)
+    sizes = {"height": 64, "width": 64, "crop_h": 0, "crop_w": 0, "target_height": 64, "target_width": 64}
+    return [[context, {"pooled_output": torch.randn(1, 1280, generator=generator), **sizes}]]
+
+
 def flux_call(x, sigma, context, pooled):
     rows = SIDE // 2
     packed = x.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).permute(0, 2, 4, 1, 3, 5)
@@ -171,13 +182,13 @@ FAMILIES = {
 }
 
 
-def euler_in_comfyui(model, noise, positive, sigmas):
+def euler_in_comfyui(model, noise, positive, sigmas, negative=None, cfg=1.0):
     import comfy.samplers
 
     with torch.inference_mode():
         return comfy.samplers.sample(
-            model, noise, positive, positive, 1.0, model.load_device, comfy.samplers.sampler_object("euler"),
-            torch.tensor(sigmas), model_options=model.model_options,
+            model, noise, positive, negative or positive, cfg, model.load_device,
+            comfy.samplers.sampler_object("euler"), torch.tensor(sigmas), model_options=model.model_options,
             latent_image=torch.zeros_like(noise), disable_pbar=True, seed=0,
         )  # fmt: skip
 

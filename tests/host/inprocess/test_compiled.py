@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 
 import pytest
 import torch
 from compiling import compiled, with_traceable_attention
-from small_families import SIDE, SMALL_SD15, SMALL_SDXL, conditioning, euler_in_comfyui, unet_models
+from small_families import (
+    SHALLOW_SD15,
+    SHALLOW_SDXL,
+    SIDE,
+    conditioning,
+    euler_in_comfyui,
+)
 from torch._dynamo.utils import counters
 
-SHALLOW_SD15 = replace(SMALL_SD15, block_out_channels=(32, 64), layers_per_block=1, transformer_layers=(1, 0))
-SHALLOW_SDXL = replace(SMALL_SDXL, block_out_channels=(32, 64), layers_per_block=1, transformer_layers=(0, 1))
 SIGMAS = [1.0, 0.9, 0.7, 0.45, 0.2, 0.0]
 
 
@@ -69,21 +73,10 @@ def test_a_compiled_transformer_stays_as_compiled(family, make_hyperalign, alone
 
 @pytest.mark.parametrize("variant", ["S", "P", "I"])
 @pytest.mark.parametrize("spec", [SHALLOW_SD15, SHALLOW_SDXL], ids=["sd15", "sdxl"])
-def test_a_compiled_unet_stays_as_compiled(comfy, make_hyperalign, alone, spec, variant):
-    torch.manual_seed(6)
-    with torch.no_grad():
-        _, theirs = unet_models(spec)
-    hyperalign = make_hyperalign(spec=spec, variant=variant)
-    context, pooled = torch.randn(1, 7, spec.cross_attention_dim), torch.randn(1, 1280)
-    sizes = {"height": 64, "width": 64, "crop_h": 0, "crop_w": 0, "target_height": 64, "target_width": 64}
-    positive = [[context, {"pooled_output": pooled, **sizes}]]
-    noise, sigmas = torch.randn(2, 4, 8, 8), [14.6, 7.0, 3.0, 1.0, 0.4, 0.0]
-    check(
-        theirs, hyperalign, lambda model: euler_in_comfyui(model, noise, positive, sigmas), alone, spec.family
-    )
+def test_a_compiled_unet_stays_as_compiled_with_guidance(shallow_unet, make_hyperalign, alone, spec, variant):
+    unet = shallow_unet(spec)
+    check(unet.model, make_hyperalign(spec=spec, variant=variant), unet.sample, alone, spec.family)
 
 
-@pytest.mark.parametrize("variant", ["S", "P", "I"])
-def test_guided_sampling_of_the_tiny_model_stays_as_compiled(tiny, sample, make_hyperalign, alone, variant):
-    hyperalign = make_hyperalign(variant=variant)
-    check(tiny.model, hyperalign, lambda model: sample(model, steps=5), alone, "tiny")
+def test_the_tiny_model_stays_as_compiled(tiny, sample, make_hyperalign, alone):
+    check(tiny.model, make_hyperalign(), lambda model: sample(model, steps=5), alone, "tiny")

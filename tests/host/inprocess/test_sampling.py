@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from compiling import compiled, with_traceable_attention
+from small_families import MIDDLE_SD15
 
 SAMPLERS = ["euler", "heun", "dpmpp_2m", "dpmpp_sde", "dpm_adaptive", "lcm"]
 MODES = ["prefix", "separate"]
@@ -212,13 +213,15 @@ def test_torch_compile_gives_the_same_latents(tiny, sample, make_hyperalign, app
 
 @pytest.mark.parametrize("window", [(0.0, 0.3), (0.3, 1.0)])
 def test_torch_compile_gives_the_same_latents_in_and_out_of_the_window(
-    tiny, sample, make_hyperalign, apply, window
+    shallow_unet, make_hyperalign, apply, window
 ):
-    model = apply(tiny.model, make_hyperalign(), 1.0, *window)
-    expected = sample(model)
-    torch.testing.assert_close(
-        sample(compiled(model)) / expected.std(), expected / expected.std(), atol=1e-6, rtol=0
-    )
+    """With the attention that the host chooses on a CPU, which breaks every graph."""
+    unet = shallow_unet(MIDDLE_SD15)
+    model = apply(unet.model, make_hyperalign(spec=MIDDLE_SD15), 1.0, *window)
+    expected = unet.sample(model)
+    found = unet.sample(compiled(model))
+    torch.testing.assert_close(found / expected.std(), expected / expected.std(), atol=1e-6, rtol=0)
+    assert (expected - unet.sample(unet.model)).abs().max() > 1e-3 * expected.std()
 
 
 def test_other_patches_on_the_model_keep_working(tiny, sample, make_hyperalign, apply):

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 from compiling import compiled, with_traceable_attention
+from small_families import SHALLOW_SD15
 
 from hyperalign.errors import HyperAlignError
 from hyperalign.strength import GROUPS, StrengthCurve, groups_of
@@ -159,15 +160,17 @@ def test_a_group_alone_moves_the_image_less_than_all(tiny, sample, make_hyperali
 
 
 @pytest.mark.parametrize("order", ["apply first", "compile first"])
-def test_a_curve_with_zeros_works_compiled(tiny, sample, make_hyperalign, apply, order):
-    hyperalign, curve = make_hyperalign(), StrengthCurve((0.0, 0.0, 1.0, 0.0))
-    base = with_traceable_attention(tiny.model)
+def test_a_curve_with_zeros_works_compiled(shallow_unet, make_hyperalign, apply, order):
+    hyperalign, curve = make_hyperalign(spec=SHALLOW_SD15), StrengthCurve((0.0, 0.0, 1.0, 0.0))
+    unet = shallow_unet(SHALLOW_SD15)
+    base, sample = with_traceable_attention(unet.model), unet.sample
     expected = sample(apply(base, hyperalign, strength_curve=curve))
     if order == "apply first":
         model = compiled(apply(base, hyperalign, strength_curve=curve))
     else:
         model = apply(compiled(base), hyperalign, strength_curve=curve)
     assert relative(sample(model), expected) < 1e-6
+    assert relative(expected, sample(base)) > 1e-3
 
 
 def test_another_model_sampling_shifts_the_curve(tiny, sample, make_hyperalign, apply):
