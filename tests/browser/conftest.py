@@ -36,7 +36,7 @@ CORE_WORKFLOW = {
 
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    """One browser for all tests of this folder: while it runs, Playwright's loop keeps asyncio.run from others."""
+    """One browser for this folder's tests: while it runs, Playwright's loop keeps asyncio.run from others."""
     executable = find_browser()
     if executable is None:
         say = pytest.fail if browser_is_required() else pytest.skip
