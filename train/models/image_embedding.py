@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,10 @@ def diversity_embedding(
     """
     if config.validation.diversity_encoder != Path():
         return load_encoder(config.validation.diversity_encoder, device, KEY)
-    judge = next((r for name, r in rewards.items() if name not in config.objective.optimised), None)
-    if judge is None:
+    name = _first_unoptimised(config, rewards)
+    if name is None:
         return None
+    judge = rewards[name]
 
     def embed(images_BCHW: Tensor) -> Tensor:
         return judge.embed_images(images_BCHW.to(device))
@@ -54,13 +55,17 @@ def unoptimised_reward(config: TrainConfig) -> str:
         HyperAlignError: there is none.
     """
     measured = (tiny.NAMES[1],) if config.model.base == "tiny" else config.validation.rewards
-    found = next((name for name in measured if name not in config.objective.optimised), None)
+    found = _first_unoptimised(config, measured)
     if found is None:
         raise HyperAlignError(
             "The recipe measures no reward that it does not optimise (validation.rewards), whose embedding "
             "would measure diversity. Name the folder of an image encoder, such as facebook/dinov2-base."
         )
     return found
+
+
+def _first_unoptimised(config: TrainConfig, measured: Iterable[str]) -> str | None:
+    return next((name for name in measured if name not in config.objective.optimised), None)
 
 
 def encoder_files(folder: Path, option: str = "--diversity-encoder") -> list[Path]:
