@@ -1,7 +1,7 @@
 """Sets up the environment and runs every check: `python3 scripts/test.py [--fast] [pytest arguments]`.
 
-Order: ruff, ruff format, import contracts, pyright, then pytest: unit and training tests, those of
-ComfyUI's page in a browser, and last those in a real ComfyUI. `--fast` runs the unit tests alone.
+Order: ruff, ruff format, import contracts, pyright, then pytest: unit and training tests, the tests in a
+real ComfyUI, and last those of its page in a browser. `--fast` runs the unit tests alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ UNIT = ("tests/unit",)
 BROWSER = "tests/browser"
 MAX_WORKERS = 4
 """Each holds up to 4 GB: PyTorch, a ComfyUI and a server."""
-EVERYTHING = ("tests/unit", "tests/train", BROWSER, "tests/host")
+EVERYTHING = ("tests/unit", "tests/train", "tests/host", BROWSER)
 
 
 def main(arguments: list[str]) -> int:
@@ -64,11 +64,12 @@ def main(arguments: list[str]) -> int:
 def _workers(environment: dict[str, str]) -> list[str]:
     """Returns pytest's options for one process per core, and leaves each of them one thread.
 
-    A file's tests stay in one process, and so do those that share a server (tests/conftest.py).
+    A file's tests stay in one process and files keep their order: those of the browser must be a process's
+    last (tests/browser/conftest.py).
     """
     environment.setdefault("OMP_NUM_THREADS", "1")
     workers = str(min(os.cpu_count() or 1, MAX_WORKERS))
-    return ["-n", workers, "--dist", "loadgroup", "--no-loadscope-reorder"]
+    return ["-n", workers, "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def _prepare_browser(places: list[str]) -> str:

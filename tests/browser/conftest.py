@@ -34,9 +34,15 @@ CORE_WORKFLOW = {
 }
 
 
-@pytest.fixture(scope="package")
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts these tests last: until the session ends, Playwright's loop keeps asyncio.run from others."""
+    items.sort(key=lambda item: Path(__file__).parent in item.path.parents)
+
+
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """One browser for this folder's tests: while it runs, Playwright's loop keeps asyncio.run from others."""
+    """One browser for all tests."""
     executable = find_browser()
     if executable is None:
         say = pytest.fail if browser_is_required() else pytest.skip
@@ -47,12 +53,12 @@ def browser() -> Iterator[Browser]:
         running.close()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def comfyui_path() -> Path:
     return comfyui_tree(venv_python() if venv_python().exists() else Path(sys.executable))
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def screenshots(comfyui_path: Path) -> Path:
     """How the names of all screenshots begin."""
     version = (comfyui_path / "comfyui_version.py").read_text(encoding="utf-8").split('"')[1]
@@ -61,7 +67,7 @@ def screenshots(comfyui_path: Path) -> Path:
     return folder / version
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def bare_errors(browser: Browser, comfyui_path: Path, worker_id: str, screenshots: Path) -> set[str]:
     """What the console complains about when the same things are done in a ComfyUI without any pack."""
     errors: set[str] = set()
@@ -81,7 +87,7 @@ def bare_errors(browser: Browser, comfyui_path: Path, worker_id: str, screenshot
     return errors
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def server(comfyui_path: Path, worker_id: str, bare_errors: set[str]) -> Iterator[Server]:
     """One server with the pack, started when the bare one has ended."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as in tests/host
@@ -89,13 +95,13 @@ def server(comfyui_path: Path, worker_id: str, bare_errors: set[str]) -> Iterato
         yield running
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def pack(server: Server) -> Path:
     """The pack as the server has it: a copy, made when it started."""
     return server.base / "custom_nodes" / PACK
 
 
-@pytest.fixture(scope="package", params=[False, True], ids=["canvas", "vue"])
+@pytest.fixture(scope="session", params=[False, True], ids=["canvas", "vue"])
 def tab(
     request: pytest.FixtureRequest, browser: Browser, server: Server, screenshots: Path
 ) -> Iterator[FrontEnd]:

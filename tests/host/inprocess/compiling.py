@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 
-def compiled(model):
+def compiled(model, backend="eager"):
     from comfy_extras.nodes_torch_compile import TorchCompileModel
 
-    return TorchCompileModel.execute(model, "eager")[0]
+    return TorchCompileModel.execute(model, backend)[0]
 
 
 def with_traceable_attention(model):

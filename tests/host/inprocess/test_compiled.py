@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from compiling import compiled, with_traceable_attention
 from small_families import (
+    MIDDLE_SD15,
     SHALLOW_SD15,
     SHALLOW_SDXL,
     SIDE,
@@ -80,3 +82,19 @@ def test_a_compiled_unet_stays_as_compiled_with_guidance(shallow_unet, make_hype
 
 def test_the_tiny_model_stays_as_compiled(tiny, sample, make_hyperalign, alone):
     check(tiny.model, make_hyperalign(), lambda model: sample(model, steps=5), alone, "tiny")
+
+
+@pytest.mark.skipif("HYPERALIGN_INDUCTOR" not in os.environ, reason="minutes of g++: HYPERALIGN_INDUCTOR=1")
+def test_inductor_compiles_as_much_and_gives_the_same(shallow_unet, make_hyperalign):
+    from hyperalign.hosts.comfy.model import apply
+
+    unet = shallow_unet(MIDDLE_SD15)
+    model = with_traceable_attention(unet.model)
+    alone, _ = compilations(lambda: unet.sample(compiled(model, "inductor")))
+    aligned = apply(model, make_hyperalign(spec=MIDDLE_SD15))
+    expected = unet.sample(aligned)
+    ours, found = compilations(lambda: unet.sample(compiled(aligned, "inductor")))
+    assert all(mine <= bases for mine, bases in zip(astuple(ours), astuple(alone), strict=True))
+    # Inductor's kernels round in another way: they fuse, and approximate exp and the like.
+    torch.testing.assert_close(found / expected.std(), expected / expected.std(), atol=2e-3, rtol=0)
+    assert (found - unet.sample(model)).abs().max() > 1e-2 * expected.std()
