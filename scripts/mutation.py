@@ -47,6 +47,8 @@ EQUIVALENTS = ROOT / "tests" / "mutation_equivalents.toml"
 LEAST_SHARE = 0.9
 PATIENCE = 30
 """Real seconds for each second of processor time that a mutant may use: it may wait for ever."""
+QUICK = 2.0
+"""Seconds of a test, watched, that may come first."""
 UNIT, REWARDS, TRAIN = "tests/unit/test_", "tests/unit/rewards/test_", "tests/train/test_"
 
 TESTS: dict[str, tuple[str, ...]] = {
@@ -212,17 +214,18 @@ def run(module: str, equivalents: dict[tuple[str, str, str], str], jobs: int) ->
     return outcome
 
 
-def _likely(mutant: Mutant, reached: dict[str, list[str]], finders: list[str]) -> list[str]:
-    """Returns the tests that enter the mutant's function, those first that found other mutants last."""
-    entering = reached.get(mutant.function.split(".")[-1], [])
-    return [test for test in finders if test in entering or not entering] + entering
+def _likely(mutant: Mutant, reached: dict[str, dict[str, float]], finders: list[str]) -> list[str]:
+    """Returns the tests that enter the mutant's function, the quick finders of the last mutants first."""
+    entering = reached.get(mutant.function.split(".")[-1], {})
+    quick = [test for test in finders if entering.get(test, 0.0 if not entering else math.inf) < QUICK]
+    return quick + list(entering)
 
 
-def _warm_up(module: str) -> tuple[bool, dict[str, list[str]]]:
+def _warm_up(module: str) -> tuple[bool, dict[str, dict[str, float]]]:
     """Imports here whatever of other projects the module's tests import, so that no mutant has to.
 
     Returns whether they pass without any conftest.py, whose fixtures build whole models, and which of them
-    enter each function of the module, the quickest first.
+    enter each function of the module, the quickest first, with their seconds.
     """
     for alone in (True, False):
         reading, writing = os.pipe()
@@ -330,12 +333,12 @@ class _Watch:
         self._tests: dict[str, tuple[float, set[str]]] = {}
         self._began = 0.0
 
-    def reached(self) -> dict[str, list[str]]:
-        """Returns the tests that enter each function, the quickest first."""
-        found: dict[str, list[str]] = {}
-        for test, (_, functions) in sorted(self._tests.items(), key=lambda item: item[1][0]):
+    def reached(self) -> dict[str, dict[str, float]]:
+        """Returns the seconds of the tests that enter each function, the quickest first."""
+        found: dict[str, dict[str, float]] = {}
+        for test, (seconds, functions) in sorted(self._tests.items(), key=lambda item: item[1][0]):
             for function in sorted(functions):
-                found.setdefault(function, []).append(test)
+                found.setdefault(function, {})[test] = seconds
         return found
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
