@@ -20,6 +20,7 @@ import importlib.machinery
 import json
 import math
 import os
+import random
 import resource
 import shutil
 import signal
@@ -47,8 +48,8 @@ EQUIVALENTS = ROOT / "tests" / "mutation_equivalents.toml"
 LEAST_SHARE = 0.9
 PATIENCE = 30
 """Real seconds for each second of processor time that a mutant may use: it may wait for ever."""
-QUICK = 2.0
-"""Seconds of a test, watched, that may come first."""
+QUICK = 5.0
+"""Seconds within which a test finds a mutant if it is to come first for the next ones."""
 UNIT, REWARDS, TRAIN = "tests/unit/test_", "tests/unit/rewards/test_", "tests/train/test_"
 
 TESTS: dict[str, tuple[str, ...]] = {
@@ -101,6 +102,8 @@ class Outcome:
     """What is listed as an equivalent and is no mutant."""
     killed: int = 0
     equivalents: int = 0
+    left_out: int = 0
+    """Of the others, when a sample was drawn."""
     seconds: float = 0.0
 
     @property
@@ -111,10 +114,12 @@ class Outcome:
     def figures(self) -> dict[str, Any]:
         """Returns what the results file says of it."""
         survived = len(self.survivors)
-        return {
-            "mutants": self.killed + survived + self.equivalents, "killed": self.killed, "survived": survived,
-            "equivalents": self.equivalents, "share": round(self.share, 3), "seconds": round(self.seconds, 1),
+        figures = {
+            "mutants": self.killed + survived + self.equivalents + self.left_out, "killed": self.killed,
+            "survived": survived, "equivalents": self.equivalents, "share": round(self.share, 3),
+            "seconds": round(self.seconds, 1),
         }  # fmt: skip
+        return figures | ({"left_out": self.left_out} if self.left_out else {})
 
 
 class Imposter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -147,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--list-survivors", action="store_true", help="show what no test finds")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at once")
+    parser.add_argument("--sample", type=int, default=0, help="only so many of each module, drawn by lot")
     options = parser.parse_args(arguments)
     sys.path[:] = [place for place in sys.path if place != str(ROOT / "scripts")]
     listed = _equivalents()
@@ -161,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             wrong = True
             continue
         try:
-            outcome = run(module, listed.get(module, {}), options.jobs)
+            outcome = run(module, listed.get(module, {}), options.jobs, options.sample)
         except TestsFail as failure:  # the other modules can still be counted
             say(str(failure))
             wrong = True
@@ -179,8 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def run(module: str, equivalents: dict[tuple[str, str, str], str], jobs: int) -> Outcome:
-    """Runs the tests of a module against each of its mutants."""
+def run(module: str, equivalents: dict[tuple[str, str, str], str], jobs: int, sample: int = 0) -> Outcome:
+    """Runs the tests of a module against each of its mutants, or against a sample of those not listed."""
     path, outcome, start = ROOT / module, Outcome(), time.perf_counter()
     source = path.read_text(encoding="utf-8")
     mutants = mutants_of(source)
@@ -192,13 +198,17 @@ def run(module: str, equivalents: dict[tuple[str, str, str], str], jobs: int) ->
         survives, seconds = _wait(_start(module, source, alone, Path(folder), limit=600))
         if not survives:
             raise TestsFail(f"The tests of {module} fail as they are: pytest {' '.join(TESTS[module])}")
-        limit = math.ceil(10.0 + 5 * seconds)
+        limit = math.ceil(10.0 + 2 * seconds)
         waiting = [mutant for mutant in mutants if mutant.key not in equivalents]
         outcome.equivalents = len(mutants) - len(waiting)
+        if 0 < sample < len(waiting):
+            outcome.left_out = len(waiting) - sample
+            waiting = random.Random(0).sample(waiting, sample)
         finders: list[str] = []  # the last one first
         while waiting:
             together, waiting = waiting[:jobs], waiting[jobs:]
             running: list[tuple[Mutant, int]] = []
+            began = time.perf_counter()
             for mutant in together:
                 first = _likely(mutant, reached, finders)
                 process = _start(module, mutant.source, alone, Path(folder), first, limit=limit)
@@ -208,24 +218,24 @@ def run(module: str, equivalents: dict[tuple[str, str, str], str], jobs: int) ->
                     outcome.survivors.append(mutant)
                     continue
                 outcome.killed += 1
-                if (note := _note(Path(folder) / str(process))).is_file():
+                quick = time.perf_counter() - began < QUICK
+                if quick and (note := _note(Path(folder) / str(process))).is_file():
                     finders = [test := note.read_text(encoding="utf-8"), *(t for t in finders if t != test)]
     outcome.seconds = time.perf_counter() - start
     return outcome
 
 
-def _likely(mutant: Mutant, reached: dict[str, dict[str, float]], finders: list[str]) -> list[str]:
-    """Returns the tests that enter the mutant's function, the quick finders of the last mutants first."""
-    entering = reached.get(mutant.function.split(".")[-1], {})
-    quick = [test for test in finders if entering.get(test, 0.0 if not entering else math.inf) < QUICK]
-    return quick + list(entering)
+def _likely(mutant: Mutant, reached: dict[str, list[str]], finders: list[str]) -> list[str]:
+    """Returns the tests that enter the mutant's function, those first that found other mutants last."""
+    entering = reached.get(mutant.function.split(".")[-1], [])
+    return [test for test in finders if test in entering or not entering] + entering
 
 
-def _warm_up(module: str) -> tuple[bool, dict[str, dict[str, float]]]:
+def _warm_up(module: str) -> tuple[bool, dict[str, list[str]]]:
     """Imports here whatever of other projects the module's tests import, so that no mutant has to.
 
     Returns whether they pass without any conftest.py, whose fixtures build whole models, and which of them
-    enter each function of the module, the quickest first, with their seconds.
+    enter each function of the module, the quickest first.
     """
     for alone in (True, False):
         reading, writing = os.pipe()
@@ -333,12 +343,12 @@ class _Watch:
         self._tests: dict[str, tuple[float, set[str]]] = {}
         self._began = 0.0
 
-    def reached(self) -> dict[str, dict[str, float]]:
-        """Returns the seconds of the tests that enter each function, the quickest first."""
-        found: dict[str, dict[str, float]] = {}
-        for test, (seconds, functions) in sorted(self._tests.items(), key=lambda item: item[1][0]):
+    def reached(self) -> dict[str, list[str]]:
+        """Returns the tests that enter each function, the quickest first."""
+        found: dict[str, list[str]] = {}
+        for test, (_, functions) in sorted(self._tests.items(), key=lambda item: item[1][0]):
             for function in sorted(functions):
-                found.setdefault(function, {})[test] = seconds
+                found.setdefault(function, []).append(test)
         return found
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
