@@ -222,6 +222,26 @@ def test_no_backward_pass_takes_more_samples_than_the_limit(small_run: Callable[
     assert seen == [3, 1]
 
 
+def test_no_caption_is_dropped_where_nothing_samples_with_the_empty_prompt(
+    small_run: Callable[..., Any], make_base: Callable[..., Any]
+) -> None:
+    base, captions = make_base(everywhere=False), list[str]()
+    conditions, base.cfg = base.conditions, False
+    base.conditions = lambda prompts: captions.extend(prompts) or conditions(prompts)
+    run = small_run(base=base, objective={"caption_dropout": 0.9})
+    run._preference_pass()
+    assert captions == ["image 0", "image 1", "image 2"]
+
+
+def test_backward_passes_are_halved_once(small_run: Callable[..., Any]) -> None:
+    run = small_run(objective={"micro_batch": 8, "preference_batch": 8})
+    assert run._halve_micro_batch()
+    assert run._micro_batch == 4
+    assert not run._halve_micro_batch()
+    assert run._micro_batch == 4
+    assert not small_run(objective={"micro_batch": 1})._halve_micro_batch()
+
+
 def test_without_preference_images_a_run_that_needs_them_says_so(small_run: Callable[..., Any]) -> None:
     run = small_run()
     run.inputs = dataclasses.replace(run.inputs, preference=None)
