@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from in_processes import in_processes
-from tiny_runs import one_of_two_fails
+from tiny_runs import curve, one_of_two_fails
 
 from train import trainer as loop
 from train.trainer import Stopped, Trainer
@@ -55,12 +54,6 @@ def whole(run_of: Runs, tmp_path: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "run"
-
-
-def curve(out: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    timings = ("seconds", "seconds_left", "images_per_second")
-    return [{key: value for key, value in row.items() if key not in timings} for row in rows]
 
 
 def newest(out: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 import torch
 from in_processes import in_processes, script
 from PIL import Image, ImageDraw
-from tiny_runs import killed_in_a_save, small, trainer
+from tiny_runs import curve, killed_in_a_save, small, trainer
 
 from hyperalign import checkpoint
 from hyperalign.card import card, card_path
@@ -35,12 +34,6 @@ ROOT = Path(__file__).parents[2]
 Runs = Callable[..., Trainer]
 FOUR_STEPS: dict[str, Any] = {"optim": {"steps": 4, "warmup_steps": 2}, "run": {"checkpoint_every": 2}}
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-
-
-def curve(out: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    timings = ("seconds", "seconds_left", "images_per_second")
-    return [{key: value for key, value in row.items() if key not in timings} for row in rows]
 
 
 def test_an_interrupted_run_continues_the_exact_loss_curve(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""Runs of a few steps on the embedded model, and what ends some of them: work for `in_processes`."""
+"""Runs of a few steps on the embedded model, their logs, and what ends them: work for `in_processes`."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 from pathlib import Path
@@ -51,6 +52,13 @@ def small(
 def trainer(config: TrainConfig) -> Trainer:
     accelerator = Accelerator(cpu=True)
     return Trainer(config, load_inputs(config, accelerator), accelerator)
+
+
+def curve(out: Path) -> list[dict[str, Any]]:
+    """Returns the log of a run without what a clock decides."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    timings = ("seconds", "seconds_left", "images_per_second")
+    return [{key: value for key, value in row.items() if key not in timings} for row in rows]
 
 
 def killed_in_a_save(out: Path) -> None:
