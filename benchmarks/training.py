@@ -6,7 +6,8 @@
 It is the trainer's own step on a smoke run's inputs, timed by phase: rollout, reward loss (guided
 x0-hat, decoder, reward, and back), preference loss, optimiser. Utilisation is the model's own operations,
 without what gradient checkpointing recomputes, over the rate of a large matrix product measured in the same
-process. Prints a table and writes benchmarks/results/training_<base>_<device>.json.
+process. Prints a table and writes benchmarks/results/training_<base>_<device>.json; the name says also when
+batches, layout or compilation are not the recipe's (training_flux_2x2_compiled_<device>.json).
 """
 
 from __future__ import annotations
@@ -60,11 +61,13 @@ class Options:
     """cuda or cpu."""
     bf16: bool = True
     """Frozen models in bfloat16, or float32; the hypernetwork is float32."""
-    batch: int = 2
-    """Prompts of a step, and preference images of a step."""
+    batch: int | None = None
+    """Prompts of a step."""
+    preferred: int | None = None
+    """Preference images of a step."""
     micro_batch: int | None = None
     """Images in one backward pass; else the recipe's. What is `auto` is chosen for the device."""
-    timesteps: int = 2
+    timesteps: int | None = None
     """Steps of each rollout that get a gradient."""
     rollout_steps: int | None = None
     """Steps of the rollout."""
@@ -155,7 +158,7 @@ def config_of(options: Options, out: Path) -> TrainConfig:
     """Returns the recipe with what the options change. Raises HyperAlignError."""
     recipe = load_recipe(FOLDER / f"{RECIPES[options.base]}.toml")
     o = recipe.objective
-    steps = options.rollout_steps or o.rollout_steps
+    steps, timesteps = options.rollout_steps or o.rollout_steps, options.timesteps or o.timesteps
     return replace(
         recipe,
         model=replace(
@@ -164,11 +167,12 @@ def config_of(options: Options, out: Path) -> TrainConfig:
             channels_last=options.channels_last, compile=options.compile,
         ),
         objective=replace(
-            o, rewards={options.reward: 1.0}, prompt_batch=options.batch, preference_batch=options.batch,
+            o, rewards={options.reward: 1.0}, prompt_batch=options.batch or o.prompt_batch,
+            preference_batch=options.preferred or o.preference_batch,
             micro_batch=options.micro_batch or o.micro_batch,
-            timesteps=options.timesteps, rollout_steps=steps,
+            timesteps=timesteps, rollout_steps=steps,
             # The last steps: every rollout then runs to its end, and repeats are alike.
-            skip_first=steps - options.timesteps,
+            skip_first=steps - timesteps,
             conditional_only=options.conditional_only,
         ),
         optim=replace(recipe.optim, bf16=options.bf16),
@@ -216,7 +220,7 @@ def measure(options: Options) -> dict[str, Any]:
                 "peak_gib": step_memory(config, costs).peak / GIB,
             },
         }
-        path = options.out / f"training_{options.base}_{slug(trainer.device)}.json"
+        path = options.out / f"{name_of(options, config)}_{slug(trainer.device)}.json"
         trainer.measured_step()
         rates, steps = [rate_of(config, trainer.device)], list[dict[str, Phase]]()
         for _ in range(options.repeats):
@@ -230,6 +234,18 @@ def measure(options: Options) -> dict[str, Any]:
         if options.profile:
             profile(trainer, options.profile / f"{path.stem}.txt")
     return results
+
+
+def name_of(options: Options, config: TrainConfig) -> str:
+    """Returns the name of a result: the base model, and what is not as in its recipe."""
+    o, recipe = config.objective, load_recipe(FOLDER / f"{RECIPES[options.base]}.toml").objective
+    batches = o.prompt_batch, o.timesteps
+    parts = {
+        f"_{o.prompt_batch}x{o.timesteps}": batches != (recipe.prompt_batch, recipe.timesteps),
+        "_channels_last": options.channels_last,
+        "_compiled": options.compile,
+    }
+    return f"training_{options.base}" + "".join(part for part, present in parts.items() if present)
 
 
 def rate_of(config: TrainConfig, device: torch.device) -> float:

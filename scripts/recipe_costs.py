@@ -4,10 +4,9 @@ python scripts/recipe_costs.py                                       # all of tr
 python scripts/recipe_costs.py train/recipes/sd15_s.toml             # one of them
 
 Operations and bytes are those of train/preflight. Seconds are the operations at the rate of whole training
-steps, which `python -m benchmarks.training` measured on an H100 80GB with torch 2.11, random weights of true
-shape and two prompts a step: 1.23 s a step of SD 1.5, 3.73 of SDXL and 9.8 of FLUX.1, that is 4.88, 1.61 and
-0.61 images with gradient a second. Large matrix products reached 684 to 716 TFLOP/s there. Larger batches may
-be faster.
+steps, measured on an H200, whose arithmetic is an H100's, with the passes that fit 80 GiB (benchmarks/README.md):
+1.81 s a step of SD 1.5, 5.80 of SDXL and, with two prompts, 8.68 of FLUX.1; torch 2.11, random weights of true
+shape.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ from train.recipe import load_recipe
 
 FOLDER = ROOT / "train" / "recipes"
 README = ROOT / "README.md"
-RATES = {"sd15": 77e12, "sdxl": 165e12, "flux": 276e12, "sd3": 165e12}
-"""Operations a second of whole steps on one H100: those that `step_work` counts for the measured steps over
+RATES = {"sd15": 183e12, "sdxl": 202e12, "flux": 308e12, "sd3": 202e12}
+"""Operations a second of whole steps on one card: those that `step_work` counts for the measured steps over
 their seconds. SD 3.5 medium has not been measured; it has the rate of SDXL, which is of the same size."""
 GPUS = 4
 """Of train/recipes/accelerate/4_gpus.yaml, which the headers name."""

@@ -125,8 +125,15 @@ def stretch_to_square(images_BCHW: Tensor, side: int) -> Tensor:
 
 def normalise(images_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Returns (x - mean) / std for each channel."""
-    mean_C11, std_C11 = (images_BCHW.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
-    return (images_BCHW - mean_C11) / std_C11
+    like = (images_BCHW.device, images_BCHW.dtype)
+    return (images_BCHW - _of_channels(mean, *like)) / _of_channels(std, *like)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _of_channels(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Returns (C, 1, 1), made once: Python waits for each copy to a GPU."""
+    return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1)
 
 
 def resize_window(
@@ -146,7 +153,7 @@ def resize_window(
     """
     axes = zip(images_BCHW.shape[-2:], size, corner, window, strict=True)
     rows_hH, columns_wW = (
-        bicubic_weights(length, resized, first, count).to(images_BCHW)
+        kept_bicubic_weights(images_BCHW.device, images_BCHW.dtype, length, resized, first, count)
         for length, resized, first, count in axes
     )
     return rows_hH @ (images_BCHW @ columns_wW.T)
@@ -154,11 +161,18 @@ def resize_window(
 
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)
+def kept_bicubic_weights(device: torch.device, dtype: torch.dtype, *line: int) -> Tensor:
+    """Returns `bicubic_weights` of a line on a device, computed once: Python waits for each copy to a GPU.
+
+    The last two image sizes are kept, because most batches have the size of the one before.
+    """
+    return bicubic_weights(*line).to(device, dtype)
+
+
 def bicubic_weights(length: int, resized: int, first: int, count: int) -> Tensor:
     """Returns rows `first` to `first + count` of the matrix (resized, length) that resizes a line of pixels.
 
     Keys, "Cubic convolution interpolation" (1981); the cubic is widened by the factor of a reduction.
-    The cache holds the last two image sizes, because most batches have the size of the one before.
     """
     scale = length / resized
     centres_K = (torch.arange(first, first + count, dtype=torch.float64) + 0.5) * scale

@@ -19,6 +19,7 @@ from benchmarks.training import (
     config_of,
     main,
     metrics,
+    name_of,
     reductions,
     shape_of,
 )
@@ -50,7 +51,7 @@ def test_a_step_is_timed_by_phase_and_written(
     for module in (inputs, step_costs):
         monkeypatch.setattr(module, "autoencoder", small_decoder)
     results = main(dataclasses.replace(SMALL, out=tmp_path, profile=tmp_path))
-    assert json.loads((tmp_path / "training_flux_cpu.json").read_text(encoding="utf-8")) == results
+    assert json.loads((tmp_path / "training_flux_1x1_cpu.json").read_text(encoding="utf-8")) == results
     seconds = {name: phase["seconds"]["median"] for name, phase in results["phases"].items()}
     parts = ("rollout", "reward", "preference", "optimiser")
     assert min(seconds.values()) > 0
@@ -64,7 +65,7 @@ def test_a_step_is_timed_by_phase_and_written(
     printed = capsys.readouterr().out
     assert "reduced: 64 px instead of 1024" in printed
     assert "clip as reward instead of hpsv2.1" in printed
-    assert "aten::" in (tmp_path / "training_flux_cpu.txt").read_text(encoding="utf-8")
+    assert "aten::" in (tmp_path / "training_flux_1x1_cpu.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("base", ["sd15", "sdxl", "flux", "sd3"])
@@ -73,10 +74,22 @@ def test_without_options_it_is_the_recipe_on_the_true_model(base: Any, tmp_path:
     config = config_of(options, tmp_path)
     assert reductions(options, config) == []
     assert shape_of(options) == FULL_SIZES[base] != ModelSize(width_divisor=2)
-    assert min(config.objective.prompt_batch, config.objective.preference_batch) >= 2
     recipe = load_recipe(FOLDER / f"{RECIPES[base]}.toml")
-    assert config.objective.micro_batch == recipe.objective.micro_batch
+    for key in ("prompt_batch", "preference_batch", "timesteps", "rollout_steps", "micro_batch"):
+        assert getattr(config.objective, key) == getattr(recipe.objective, key)
     assert config.model.gradient_checkpointing == recipe.model.gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (Options(base="sdxl"), "training_sdxl"),
+        (Options(base="sdxl", batch=2, timesteps=4, compile=True), "training_sdxl_2x4_compiled"),
+        (Options(base="flux", batch=2, channels_last=True), "training_flux_2x2_channels_last"),
+    ],
+)
+def test_a_result_is_named_by_what_is_not_the_recipe_s(options: Options, name: str, tmp_path: Path) -> None:
+    assert name_of(options, config_of(options, tmp_path)) == name
 
 
 def test_utilisation_is_the_models_own_work_over_what_products_could_do() -> None:

@@ -12,6 +12,11 @@ from hyperalign.rewards.networks import stacked_layers
 from train.config import ModelConfig
 from train.models.latent_model import LatentModel
 
+GRAPHS = 64
+"""Of one kind of block: its widths, sizes and batches, adapted and not, with gradient and without. Beyond
+PyTorch's 8, blocks would run uncompiled.
+"""
+
 
 def speed_up(
     config: ModelConfig, base: LatentModel, rewards: Iterable[nn.Module], backend: str = "inductor"
@@ -31,6 +36,7 @@ def speed_up(
         for module in (backbone, decoder):
             module.to(memory_format=torch.channels_last)
     if config.compile:
+        torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
         layers = [layer for network in rewards for layer in stacked_layers(network)]
         for module in (*repeated_blocks(backbone), *layers):
             module.compile(backend=backend)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperalign.errors import HyperAlignError
 from hyperalign.rewards import images as P
@@ -35,18 +38,45 @@ def test_resizing_weights_are_keys_cubic_wider_as_it_shrinks(length: int, resize
     torch.testing.assert_close(found, torch.tensor(weights(length, resized), dtype=torch.float64))
 
 
+CPU = torch.device("cpu")
+
+
 def test_some_rows_of_the_weights_are_those_of_the_whole_and_are_kept() -> None:
-    part = P.bicubic_weights(7, 5, 2, 2)
+    part = P.kept_bicubic_weights(CPU, torch.float64, 7, 5, 2, 2)
     assert torch.equal(part, P.bicubic_weights(7, 5, 0, 5)[2:4])
-    assert P.bicubic_weights(7, 5, 2, 2) is part
+    assert P.kept_bicubic_weights(CPU, torch.float64, 7, 5, 2, 2) is part
+    assert P.kept_bicubic_weights(CPU, torch.float32, 7, 5, 2, 2).dtype == torch.float32
 
 
 def test_weights_kept_by_an_inference_may_be_trained_through() -> None:
     with torch.inference_mode():
-        P.bicubic_weights(9, 4, 0, 4)
+        P.kept_bicubic_weights(CPU, torch.float64, 9, 4, 0, 4)
     pixels = torch.ones(9, dtype=torch.float64, requires_grad=True)
-    (P.bicubic_weights(9, 4, 0, 4) @ pixels).sum().backward()
+    (P.kept_bicubic_weights(CPU, torch.float64, 9, 4, 0, 4) @ pixels).sum().backward()
     assert pixels.grad is not None
+
+
+class FromTheCpu(TorchDispatchMode):
+    """Counts the tensors that are made on the CPU, to be copied to the device of the images."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.count += isinstance(found, Tensor) and found.device.type == "cpu"
+        return found
+
+
+@pytest.mark.parametrize("prepare", [P.crop_to_square, P.pad_to_square, P.stretch_to_square])
+def test_the_second_batch_of_a_size_waits_for_no_copy_to_its_device(prepare: Any) -> None:
+    images = torch.empty(1, 3, 12, 10, device="meta")
+    counts: list[int] = []
+    P.kept_bicubic_weights.cache_clear()
+    for _ in range(2):
+        with FromTheCpu() as made:
+            P.normalise(prepare(images, 8), P.CLIP_MEAN, P.CLIP_STD)
+        counts.append(made.count)
+    assert counts[0] > 0 and counts[1] == 0
 
 
 def test_a_window_of_each_axis_is_its_own() -> None:
