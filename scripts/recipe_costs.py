@@ -3,17 +3,17 @@
 python scripts/recipe_costs.py                                       # all of train/recipes
 python scripts/recipe_costs.py train/recipes/sd15_s.toml             # one of them
 
-Operations and bytes are those of train/preflight. Seconds are the operations at the rate of whole training
-steps, measured on an H200, whose arithmetic is an H100's, with the passes that fit 80 GiB (benchmarks/README.md):
-1.81 s a step of SD 1.5, 5.80 of SDXL and, with two prompts, 8.68 of FLUX.1; torch 2.11, random weights of true
-shape.
+Operations and bytes are those of train/preflight. Seconds are the operations of rollout, reward and
+preference loss at the rates of measured steps on an H200, whose arithmetic is an H100's, with the passes that
+fit 80 GiB: 1.81 s a step of SD 1.5, 5.80 of SDXL and, with two prompts, 8.68 of FLUX.1 (benchmarks/README.md;
+torch 2.11, random weights of true shape).
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # at the end: see "nodes" in CONTRIBUTING.md
@@ -23,6 +23,7 @@ from scripts.common import ROOT, say
 from train.config import TrainConfig
 from train.models.text_encoders import text_bytes
 from train.preflight.estimate import (
+    Work,
     checkpoint_bytes,
     export_bytes,
     step_memory,
@@ -36,9 +37,14 @@ from train.recipe import load_recipe
 
 FOLDER = ROOT / "train" / "recipes"
 README = ROOT / "README.md"
-RATES = {"sd15": 183e12, "sdxl": 202e12, "flux": 308e12, "sd3": 202e12}
-"""Operations a second of whole steps on one card: those that `step_work` counts for the measured steps over
-their seconds. SD 3.5 medium has not been measured; it has the rate of SDXL, which is of the same size."""
+RATES = {
+    "sd15": Work(rollout=216e12, reward=173e12, preference=71e12),
+    "sdxl": Work(rollout=314e12, reward=141e12, preference=63e12),
+    "flux": Work(rollout=371e12, reward=232e12, preference=276e12),
+    "sd3": Work(rollout=314e12, reward=141e12, preference=63e12),
+}
+"""Operations a second of each part of a step on one card: those that `step_work` counts for the measured
+steps over their seconds. SD 3.5 medium has not been measured; it has the rates of SDXL, which is as large."""
 GPUS = 4
 """Of train/recipes/accelerate/4_gpus.yaml, which the headers name."""
 PROMPTS = 20_000
@@ -68,12 +74,12 @@ class RecipeCost:
     embeddings: int
     """Bytes on disk."""
     measured: bool
-    """Whether the base model's rate was measured."""
+    """Whether the base model's rates were measured."""
 
     def line(self) -> str:
         """Returns the cost in one line."""
         disk = self.checkpoints + self.hypernetworks + self.embeddings
-        rate = "" if self.measured else "; at the rate of SDXL, its own was not measured"
+        rate = "" if self.measured else "; at the rates of SDXL, its own were not measured"
         return (
             f"{self.seconds:.2g} s a step; {_short(self.gpu_hours)} GPU hours on {GPUS} H100; "
             f"peak {self.peak / GIB:.0f} GiB; disk {_short(disk / GIB)} GiB (passes of {self.images}, "
@@ -90,10 +96,10 @@ def _short(value: float) -> str:
 def cost_of_recipe(config: TrainConfig) -> RecipeCost:
     """Returns the cost of a recipe's run on cards of 80 GiB."""
     config, costs = fitted(config, USUAL_CARD, costs_of_shape)
-    rate, every = RATES[config.model.base], config.validation.every
-    seconds = step_work(config, costs).total / rate
+    rates, every = asdict(RATES[config.model.base]), config.validation.every
+    seconds = sum(work / rates[part] for part, work in asdict(step_work(config, costs)).items())
     validations = 1 + config.optim.steps // every if every else 0  # one before the first step
-    validating = validations * validation_work(config, costs, GPUS) / rate
+    validating = validations * validation_work(config, costs, GPUS) / rates["rollout"]
     return RecipeCost(
         seconds=seconds,
         gpu_hours=GPUS * (config.optim.steps * seconds + validating) / 3600,

@@ -33,7 +33,7 @@ from train.preflight.estimate import Work
 from train.recipe import load_recipe
 
 SMALL = Options(
-    base="flux", device="cpu", bf16=False, batch=1, timesteps=1, rollout_steps=2, resolution=64,
+    base="flux", device="cpu", bf16=False, batch=1, preferred=1, timesteps=1, rollout_steps=2, resolution=64,
     text_tokens=16, double_blocks=5, single_blocks=1, narrow=12, reward="clip", repeats=1,
     gradient_checkpointing="decoder",
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,7 +37,8 @@ def speed_up(
         for module in (backbone, decoder):
             module.to(memory_format=torch.channels_last)
     if config.compile:
-        torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+        dynamo: Any = importlib.import_module("torch._dynamo.config")
+        dynamo.recompile_limit = max(GRAPHS, dynamo.recompile_limit)
         layers = [layer for network in rewards for layer in stacked_layers(network)]
         for module in (*repeated_blocks(backbone), *layers):
             module.compile(backend=backend)
