@@ -6,8 +6,8 @@
 It is the trainer's own step on a smoke run's inputs, timed by phase: rollout, reward loss (guided
 x0-hat, decoder, reward, and back), preference loss, optimiser. Utilisation is the model's own operations,
 without what gradient checkpointing recomputes, over the rate of a large matrix product measured in the same
-process. Prints a table and writes benchmarks/results/training_<base>_<device>.json; the name says also when
-batches, layout or compilation are not the recipe's (training_flux_2x2_compiled_<device>.json).
+process. Prints a table and writes benchmarks/results/training_<base>_<device>.json; the name also says when
+prompts, gradient steps, layout or compilation are not the recipe's: training_flux_2x2_compiled_<device>.json.
 """
 
 from __future__ import annotations
@@ -154,9 +154,14 @@ def shape_of(options: Options) -> ModelSize:
     return replace(FULL_SIZES[options.base], width_divisor=options.narrow, **changes)
 
 
+def recipe_of(options: Options) -> TrainConfig:
+    """Returns the recipe of the base model. Raises HyperAlignError."""
+    return load_recipe(FOLDER / f"{RECIPES[options.base]}.toml")
+
+
 def config_of(options: Options, out: Path) -> TrainConfig:
     """Returns the recipe with what the options change. Raises HyperAlignError."""
-    recipe = load_recipe(FOLDER / f"{RECIPES[options.base]}.toml")
+    recipe = recipe_of(options)
     o = recipe.objective
     steps, timesteps = options.rollout_steps or o.rollout_steps, options.timesteps or o.timesteps
     return replace(
@@ -184,7 +189,7 @@ def config_of(options: Options, out: Path) -> TrainConfig:
 
 def reductions(options: Options, config: TrainConfig) -> list[str]:
     """Returns what is smaller than the recipe at its true size, in words."""
-    recipe, shape = load_recipe(FOLDER / f"{RECIPES[options.base]}.toml"), shape_of(options)
+    recipe, shape = recipe_of(options), shape_of(options)
     true, blocks = FULL_SIZES[options.base], "joint blocks" if options.base == "sd3" else "double blocks"
     pairs = [
         (config.model.resolution, recipe.model.resolution, "px"),
@@ -238,7 +243,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 def name_of(options: Options, config: TrainConfig) -> str:
     """Returns the name of a result: the base model, and what is not as in its recipe."""
-    o, recipe = config.objective, load_recipe(FOLDER / f"{RECIPES[options.base]}.toml").objective
+    o, recipe = config.objective, recipe_of(options).objective
     batches = o.prompt_batch, o.timesteps
     parts = {
         f"_{o.prompt_batch}x{o.timesteps}": batches != (recipe.prompt_batch, recipe.timesteps),

@@ -37,11 +37,12 @@ from train.recipe import load_recipe
 
 FOLDER = ROOT / "train" / "recipes"
 README = ROOT / "README.md"
+SDXL = Work(rollout=314e12, reward=141e12, preference=63e12)
 RATES = {
     "sd15": Work(rollout=216e12, reward=173e12, preference=71e12),
-    "sdxl": Work(rollout=314e12, reward=141e12, preference=63e12),
+    "sdxl": SDXL,
     "flux": Work(rollout=371e12, reward=232e12, preference=276e12),
-    "sd3": Work(rollout=314e12, reward=141e12, preference=63e12),
+    "sd3": SDXL,
 }
 """Operations a second of each part of a step on one card: those that `step_work` counts for the measured
 steps over their seconds. SD 3.5 medium has not been measured; it has the rates of SDXL, which is as large."""

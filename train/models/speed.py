@@ -14,9 +14,8 @@ from train.config import ModelConfig
 from train.models.latent_model import LatentModel
 
 GRAPHS = 64
-"""Of one kind of block: its widths, sizes and batches, adapted and not, with gradient and without. Beyond
-PyTorch's 8, blocks would run uncompiled.
-"""
+"""Of one kind of block: its widths, sizes and batches, adapted and not, with gradient and without. Beyond 8,
+PyTorch's own limit, blocks would run uncompiled."""
 
 
 def speed_up(
