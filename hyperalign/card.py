@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from .checkpoint import Header
+from .conditioning import sentences
 from .files import cannot_write, write_text
 from .provenance import HUB, Source
 
@@ -48,7 +49,7 @@ def card(header: Header, name: str) -> str:
         "## Sources",
         _sources(header.sources),
         "## Metrics",
-        _metrics(header.training),
+        "\n\n".join([_metrics(header.training), *sentences(header.training)]),
         "## Training",
         _training(header),
         "## Use",

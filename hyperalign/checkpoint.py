@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import HyperAlignError
-from .files import first_line, replacing
+from .files import cannot_write, first_line, replacing
 from .hypernetwork import HyperNetwork, HyperNetworkConfig
 from .provenance import Source
 from .schedule import Schedule
@@ -78,6 +78,21 @@ def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, 
         except SafetensorError as error:  # of a full disk, for one
             raise OSError(first_line(error)) from error
         partial.chmod(0o644)  # safetensors makes it readable by its owner alone
+
+
+def store_training(path: Path, facts: Mapping[str, Any]) -> None:
+    """Adds facts to the `training` of a file's header, in place of those of the same name.
+
+    The file is written anew beside itself, so that a reader sees the old or the new one.
+
+    Raises HyperAlignError.
+    """
+    header = read_header(path)
+    header = replace(header, training=header.training | dict(facts))
+    with safe_open(str(path), framework="pt") as file:
+        tensors = {name: cast(Tensor, file.get_tensor(name)) for name in file.keys()}
+    with cannot_write(path, "Make room, or copy the file to where you may write."):
+        save_atomically(tensors, path, {HEADER_KEY: header_text(header)})
 
 
 def read_header(path: Path) -> Header:

@@ -85,6 +85,20 @@ def trace_energies(traces: Sequence[Trace], samples: Sequence[int] | None = None
     return torch.stack([energies(weights_of(target), counts_S) for target in range(len(traces[0].targets))])
 
 
+def image_shares(traces: Sequence[Trace]) -> dict[str, float]:
+    """Returns the share of each of PARTS over the images of several runs, for plots.
+
+    What differs between images of one prompt counts as "prompt", too: it is of the image, prompt and noise.
+    Empty for one image, for weights of zero, and where regions of an image got theirs at different steps.
+    """
+    tracks = [track for trace in traces for track in trace.shown]
+    images = sum(track.weights_GRMF.shape[1] for track in tracks)
+    if images < 2 or len({track.generated_at for track in tracks}) > 1:
+        return {}
+    energies_M4 = trace_energies(traces)
+    return dict(zip(PARTS, shares(energies_M4).tolist(), strict=True)) if energies_M4.any() else {}
+
+
 def shares(energies_M4: Tensor) -> Tensor:
     """Returns the share (4,) of each of PARTS in the energy of all targets; NaN where all is zero."""
     parts_4 = energies_M4.sum(dim=0)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .errors import HyperAlignError
 from .trace import Trace, generated_at
+from .trace_energy import image_shares
 
 STEPS = 6
 
@@ -34,6 +35,8 @@ class Spread:
     """Fraction of the variance that each component explains."""
     spreads: tuple[float, ...]
     """Of each step: root mean square distance of the weights from their mean, relative to their length."""
+    shares: dict[str, float]
+    """Of the weights' energy: what is the same for all, differs by image, by time, and by both together."""
 
     def as_json(self) -> dict[str, Any]:
         """Returns it as JSON types."""
@@ -42,6 +45,7 @@ class Spread:
             "u": [round(time, 6) for time in self.times],
             "explained": [round(part, 6) for part in self.explained],
             "spread": [round(spread, 6) for spread in self.spreads],
+            "shares": {part: float(f"{share:.6g}") for part, share in self.shares.items()},
             "trace_of_point": [*self.traces],
             "points": [
                 [[float(f"{x:.6g}") for x in place] for place in step] for step in self.places_SN2.tolist()
@@ -71,6 +75,7 @@ def spread_of(traces: Sequence[Trace], steps: int = STEPS) -> Spread:
         traces=tuple(index for index, part in enumerate(parts) for _ in range(part.shape[1])),
         explained=(float(explained[0]), float(explained[1])),
         spreads=tuple(relative_spread(points_NF) for points_NF in points_SNF),
+        shares=image_shares(traces),
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..hyperalign.conditioning import percent
 from .drawing import DARK, LIGHT, to_tensor
 
 Colour = tuple[int, int, int]
@@ -121,3 +122,12 @@ def scale_colour(value: float) -> Colour:
 
 def _larger(point: Point) -> Point:
     return point[0] * FACTOR, point[1] * FACTOR
+
+
+def shares_text(shares: Mapping[str, float]) -> str:
+    """Returns what the weights of several images depend on, in words; nothing for one image."""
+    if not shares:
+        return ""
+    names = {"same": "the same for all", "prompt": "by image", "time": "by time", "interaction": "by both"}
+    parts = (f"{percent(shares[part])} {name}" for part, name in names.items())
+    return f"Energy of the weights: {', '.join(parts)}"

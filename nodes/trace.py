@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 from ..hyperalign.errors import HyperAlignError
 from ..hyperalign.hosts.comfy.trace import score_predictions, select, select_all
 from ..hyperalign.trace import as_json
+from ..hyperalign.trace_energy import image_shares
 from ..hyperalign.trace_pca import spread_of
 from .aliases import aliases
 from .sockets import HyperAlignTraceType, RewardType
@@ -50,7 +51,8 @@ class HyperAlignTrace(io.ComfyNode):
         """Returns the plot and its numbers, and shows the plot."""
         run = select(trace, latent).trace()
         rewards = None if reward is None else score_predictions(run, vae, reward, prompt)
-        plot, numbers = trace_plot(run, rewards), json.dumps(as_json(run, rewards))
+        numbers = as_json(run, rewards) | {"shares": image_shares([run])}
+        plot, numbers = trace_plot(run, rewards), json.dumps(numbers)
         return io.NodeOutput(plot, numbers, ui=ui.PreviewImage(plot, cls=cls))
 
 

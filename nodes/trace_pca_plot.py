@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..hyperalign.trace_pca import Spread
 from .drawing import DARK
-from .plotting import FAINT, INSIDE, LINE, Axis, Canvas, Colour, tick_text, ticks
+from .plotting import FAINT, INSIDE, LINE, Axis, Canvas, Colour, shares_text, tick_text, ticks
 
 COLUMNS, SIDE = 3, 280
-LEFT, HEAD, GAP, FOOT = 74, 96, 44, 76
+LEFT, HEAD, GAP, FOOT = 74, 116, 44, 76
 COLOURS: tuple[Colour, ...] = (
     (56, 189, 248), (250, 204, 21), (244, 114, 182), (74, 222, 128), (251, 146, 60), (167, 139, 250),
     (248, 250, 252), (45, 212, 191),
@@ -29,6 +29,7 @@ def trace_pca_plot(spread: Spread) -> Tensor:
     canvas.text((16, 24), "PCA of the generated weights", size=20)
     facts = f"{len(spread.traces)} samples from {count} {'traces' if count > 1 else 'trace'}, on their two principal components"
     canvas.text((16, 50), facts, FAINT, 14)
+    canvas.text((16, 70), shares_text(spread.shares), FAINT, 13)
     (low_x, high_x), (low_y, high_y) = _range(spread.places_SN2[..., 0]), _range(spread.places_SN2[..., 1])
     for panel in range(panels):
         left = LEFT + panel % COLUMNS * (SIDE + 18)

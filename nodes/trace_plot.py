@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..hyperalign.trace import Rewards, Trace, block_strengths, generated_at, shown_dynamics
+from ..hyperalign.trace_energy import image_shares
 from .drawing import DARK, LIGHT
 from .plotting import (
     BLUE,
@@ -21,6 +22,7 @@ from .plotting import (
     Colour,
     mixed,
     scale_colour,
+    shares_text,
     tick_text,
     ticks,
 )
@@ -87,6 +89,7 @@ class _Plot:
         ]
         self.canvas.text((16, 24), "HyperAlign trace", size=20)
         self.canvas.text((192, 25), "  \u00b7  ".join(facts), FAINT, 14)
+        self.canvas.text((192, 46), shares_text(image_shares([trace])), FAINT, 13)
         self.canvas.text((LEFT, HEAD - 34), "Strength of the weights in each block", size=14)
 
     def heat_map(self, blocks: list[str], strengths_EK: Tensor, row: float) -> float:

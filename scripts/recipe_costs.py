@@ -26,6 +26,7 @@ from train.preflight.estimate import (
     Work,
     checkpoint_bytes,
     export_bytes,
+    gain_work,
     step_memory,
     step_work,
     validation_work,
@@ -100,7 +101,8 @@ def cost_of_recipe(config: TrainConfig) -> RecipeCost:
     rates, every = asdict(RATES[config.model.base]), config.validation.every
     seconds = sum(work / rates[part] for part, work in asdict(step_work(config, costs)).items())
     validations = 1 + config.optim.steps // every if every else 0  # one before the first step
-    validating = validations * validation_work(config, costs, GPUS) / rates["rollout"]
+    sampled = validations * validation_work(config, costs, GPUS) + gain_work(config, costs, GPUS)
+    validating = sampled / rates["rollout"]
     return RecipeCost(
         seconds=seconds,
         gpu_hours=GPUS * (config.optim.steps * seconds + validating) / 3600,

@@ -1,7 +1,8 @@
-"""Measures what a hypernetwork generates over a prompt list: the paper's Figures 8, 9 and 12.
+"""Measures what a hypernetwork generates over a prompt list: Figures 8, 9 and 12, and its conditioning.
 
 python train/analyse.py weights --recipe train/recipes/tiny_s.toml --hypernetwork tiny_s.safetensors
 python train/analyse.py diversity --recipe R --hypernetworks S.safetensors P.safetensors --prompts parti.tsv
+python train/analyse.py conditioning --recipe R --hypernetwork S.safetensors --store
 
 `weights` samples every prompt once and writes into --out, each as PNG and JSON:
 dynamics (Fig 8): how the weights differ from those of the first step, at each step;
@@ -10,6 +11,9 @@ division: how much of the weights is the same for all, by prompt, by time, and o
 
 `diversity` (Fig 12) samples every prompt from several noises, with the base model and each hypernetwork, and
 writes the images of a few prompts and the diversity of all.
+
+`conditioning` samples every prompt with the hypernetwork's own weights and with weights that are averaged, or
+another prompt's, and writes what the images lose by it; --store writes that into the file, too.
 """
 
 from __future__ import annotations
@@ -31,24 +35,29 @@ import tyro
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from hyperalign.checkpoint import HyperAlign, check_base, load, read_header
+from hyperalign.card import write_card
+from hyperalign.checkpoint import HyperAlign, check_base, load, read_header, store_training
+from hyperalign.conditioning import CHANGES, sentences
 from hyperalign.errors import HyperAlignError
 from hyperalign.files import cannot_write, check_writable, first_line, write_text
-from hyperalign.hosts.diffusers.adapter import spec_of
+from hyperalign.hosts.diffusers.adapter import Adapter, spec_of
 from hyperalign.hosts.diffusers.tiny import load_tiny
 from hyperalign.rewards import loading
+from hyperalign.tiny.prompts import content_of
 from hyperalign.trace import Trace
-from train.analysis import diversity, plots, weights
+from train.analysis import conditioning, diversity, plots, weights
 from train.config import TrainConfig
 from train.data.prompts import load_prompts
-from train.inputs import PromptList, sampling_inputs, validation_prompts
+from train.inputs import PromptList, load_rewards, sampling_inputs, validation_prompts
 from train.models.image_embedding import KEY, Embed, load_encoder, unoptimised_reward
 from train.models.kernels import attention_kernels
 from train.models.load import check_folder
 from train.preflight.input_checks import backbone_of
 from train.recipe import load_recipe
+from train.sampling import Sampler
 from train.tiny.dataset import validation_prompts as tiny_prompts
-from train.tiny.evaluate import PROMPT_SEED
+from train.tiny.evaluate import PROMPT_SEED, judged
+from train.validation import rewards_judge
 
 TINY_PROMPTS = 240
 WEIGHT_FILES = ("dynamics", "variation", "division")
@@ -105,12 +114,30 @@ class Images(Common):
     diversity. Without one it is the recipe's, or a reward that the recipe measures and does not optimise."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditioning(Common):
+    """What the conditioning is worth: own weights against averaged ones, on the same prompts and noise."""
+
+    hypernetwork: Path
+    """The hypernetwork, of any variant but a static LoRA. Weights of all images stay in memory: for
+    variant S on FLUX.1 about 0.3 MB an image and step."""
+    count: int = 0
+    """Prompts drawn at random from the list; 0 takes all."""
+    seeds: int = 1
+    """Images of each prompt."""
+    store: bool = False
+    """Also write the figures into the header and the model card of the hypernetwork."""
+
+
 Options = (
-    Annotated[Weights, tyro.conf.subcommand("weights")] | Annotated[Images, tyro.conf.subcommand("diversity")]
+    Annotated[Weights, tyro.conf.subcommand("weights")]
+    | Annotated[Images, tyro.conf.subcommand("diversity")]
+    | Annotated[Conditioning, tyro.conf.subcommand("conditioning")]
 )
+AnyOptions = Weights | Images | Conditioning
 
 
-def chosen_prompts(options: Weights | Images, config: TrainConfig, least: int) -> list[str]:
+def chosen_prompts(options: AnyOptions, config: TrainConfig, least: int) -> list[str]:
     """Returns the prompts to sample. Raises HyperAlignError for fewer than `least`."""
     if options.prompts != Path():
         found, source = load_prompts(options.prompts), str(options.prompts)
@@ -128,10 +155,13 @@ def chosen_prompts(options: Weights | Images, config: TrainConfig, least: int) -
     return found
 
 
-def check_options(options: Weights | Images) -> None:
+def check_options(options: AnyOptions) -> None:
     """Raises HyperAlignError for values out of range and for a folder that cannot be written to."""
     least = {"steps": 2, "batch": 1, "count": 0, "seed": 0}
-    least |= {"panels": 2} if isinstance(options, Weights) else {"seeds": 2, "shown": 1}
+    if isinstance(options, Weights):
+        least["panels"] = 2
+    else:
+        least |= {"seeds": 2, "shown": 1} if isinstance(options, Images) else {"seeds": 1}
     for name, value in least.items():
         found = getattr(options, name)
         if found < value:
@@ -229,6 +259,45 @@ def analyse_diversity(options: Images, config: TrainConfig, accelerator: Acceler
     return write(options.out / "diversity", report, plots.plot_diversity(methods, prompts, title))
 
 
+def analyse_conditioning(options: Conditioning, config: TrainConfig, accelerator: Accelerator) -> list[Path]:
+    """Writes the shares and the gain; returns the files. Raises HyperAlignError."""
+    prompts = chosen_prompts(options, config, least=2)
+    hyperalign = loaded(options.hypernetwork, accelerator.device)
+    conditioning.check_conditional(hyperalign)
+    judge, strata = judge_of(config, prompts, accelerator.device)
+    base, encoder = sampling_inputs(config, accelerator, prompts)
+    sampler = Sampler(
+        base, encoder, Adapter(base.backbone, hyperalign), options.steps, config.objective.guidance_scale
+    )
+    seeds = range(options.seed, options.seed + options.seeds)
+    measured = conditioning.Setting(sampler, prompts, seeds, options.batch)
+    with (
+        tqdm(total=1 + len(CHANGES), unit="round") as bar,
+        attention_kernels(config.run.attention_kernels, base.device),
+    ):
+        found = {
+            "shares": conditioning.weight_shares(measured),
+            "gain": conditioning.conditioning_gain(measured, judge, strata, bar.update),
+        }
+    head = setting(options, config, prompts) | {"variant": hyperalign.header.schedule.variant}
+    title = f"{options.hypernetwork.stem}: own weights against changed ones, {len(prompts)} prompts"
+    written = write(options.out / "conditioning", head | found, plots.plot_conditioning(found, title))
+    print("\n".join(sentences({"conditioning": found})))
+    if options.store:
+        store_training(options.hypernetwork, {"conditioning": found})
+        written += [options.hypernetwork, write_card(options.hypernetwork, read_header(options.hypernetwork))]
+    return written
+
+
+def judge_of(
+    config: TrainConfig, prompts: list[str], device: torch.device
+) -> tuple[conditioning.Judge, conditioning.Strata]:
+    """Returns what scores images by figures that the recipe does not optimise. Raises HyperAlignError."""
+    if config.model.base == "tiny":
+        return judged([content_of(prompt) for prompt in prompts])
+    return rewards_judge(load_rewards(config, device), config, device), {}
+
+
 def embedding_of(options: Images, config: TrainConfig, device: torch.device) -> tuple[str, Embed]:
     """Returns what measures diversity with its name. Raises HyperAlignError."""
     folder = options.diversity_encoder or config.validation.diversity_encoder
@@ -248,7 +317,7 @@ def tokenizer_folder(config: TrainConfig) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def setting(options: Weights | Images, config: TrainConfig, prompts: list[str]) -> dict[str, Any]:
+def setting(options: AnyOptions, config: TrainConfig, prompts: list[str]) -> dict[str, Any]:
     """Returns what a report says of its making."""
 
     def plain(value: Any) -> Any:
@@ -268,16 +337,18 @@ def write(path: Path, report: dict[str, Any], figure: Any) -> list[Path]:
     return [path.with_suffix(".json"), path.with_suffix(".png")]
 
 
-def analyse(options: Weights | Images) -> list[Path]:
+def analyse(options: AnyOptions) -> list[Path]:
     """Writes the figures and returns their files. Raises HyperAlignError."""
     config = one_padding(load_recipe(options.recipe))
     check_options(options)
-    paths = (options.hypernetwork,) if isinstance(options, Weights) else options.hypernetworks
+    paths = options.hypernetworks if isinstance(options, Images) else (options.hypernetwork,)
     check_fits(paths, config)
     accelerator = Accelerator()
     if isinstance(options, Weights):
         return analyse_weights(options, config, accelerator)
-    return analyse_diversity(options, config, accelerator)
+    if isinstance(options, Images):
+        return analyse_diversity(options, config, accelerator)
+    return analyse_conditioning(options, config, accelerator)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -26,6 +26,13 @@ def mean_number(value: float, accelerator: Accelerator) -> float:
     return float(_mean(torch.tensor(value, device=accelerator.device), accelerator))
 
 
+def mean_tensor(values: Tensor, accelerator: Accelerator) -> Tensor:
+    """Returns the mean over processes of a tensor on any device, on the CPU."""
+    return (
+        values if accelerator.num_processes == 1 else _mean(values.to(accelerator.device), accelerator).cpu()
+    )
+
+
 def any_process(holds: bool, accelerator: Accelerator) -> bool:
     """Returns whether something holds in at least one process."""
     return mean_number(float(holds), accelerator) > 0

@@ -65,6 +65,7 @@ class Results:
         self.config, self._header, self._facts = config, header, facts
         self.origin: Origin | None = None
         self.validated: Metrics = {}  # of the last validation
+        self.conditioning: Metrics = {}  # `shares` and, after the last step, `gain` of that validation
         self.baseline: Metrics = {}  # `metrics` of the base model, and the `step` before which it was sampled
         self.best: Metrics = {}  # `step` and `gain` of the best validated weights
 
@@ -94,7 +95,8 @@ class Results:
         gain = gain_over_base(metrics, self.baseline.get("metrics", {}), deciding_rewards(self.config))
         if gain is not None:
             metrics = metrics | {"gain": gain}
-        self.validated = flat(metrics)
+        self.conditioning = metrics.get("conditioning", {})
+        self.validated = flat({name: value for name, value in metrics.items() if name != "conditioning"})
         is_best = gain is not None and math.isfinite(gain) and gain >= self.best.get("gain", -math.inf)
         if is_best:
             self.best = {"step": step, "gain": gain}
@@ -116,6 +118,8 @@ class Results:
         """Returns the header of the weights after so many steps, with their provenance."""
         recipe = as_table(self.config, paths=False) | {"run": {"seed": self.config.run.seed}}
         training: dict[str, Any] = {"steps": step, **self._facts, "metrics": self.validated, "recipe": recipe}
+        if self.conditioning:
+            training["conditioning"] = self.conditioning
         if self.baseline:
             training["baseline"] = flat(self.baseline["metrics"])
         if self.best:
@@ -132,6 +136,7 @@ class Results:
         """Returns what a training checkpoint holds of it."""
         return {
             "metrics": self.validated,
+            "conditioning": self.conditioning,
             "baseline": self.baseline,
             "best": self.best,
             "validation": self._settings(),
@@ -140,7 +145,7 @@ class Results:
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Takes over what a training checkpoint holds; figures of another validation are not comparable."""
-        self.validated = saved.get("metrics", {})
+        self.validated, self.conditioning = saved.get("metrics", {}), saved.get("conditioning", {})
         self.origin = origin_of(saved["origin"]) if saved.get("origin") else None
         if saved.get("validation", self._settings()) == self._settings():
             self.baseline, self.best = saved.get("baseline", {}), saved.get("best", {})

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hyperalign.checkpoint import HyperAlign
 from hyperalign.hosts.diffusers.adapter import Adapter
+from hyperalign.hosts.run_state import Run
 from hyperalign.schedule import Schedule
 from train.models.base import Base, PromptEncoder, cfg_conditions
 from train.objective import without_nan
@@ -59,10 +60,10 @@ class Sampler:
     """Returns what moves the one-step predictions of these prompts."""
 
     @torch.no_grad()
-    def draw(self, prompts: Sequence[str], noise_BCHW: Tensor) -> tuple[Tensor, int]:
+    def draw(self, prompts: Sequence[str], noise_BCHW: Tensor, run: Run | None = None) -> tuple[Tensor, int]:
         """Returns an image of each prompt (B, 3, H, W) in [0, 1] on the CPU, and how often weights were made.
 
-        Images that are not finite stay so.
+        Images that are not finite stay so. `run` keeps the weights, or gives them; None for a run of its own.
         """
         base = self.base
         cond, uncond = cfg_conditions(base, self.encoder, prompts, self.guidance_scale)
@@ -71,7 +72,7 @@ class Sampler:
             trajectory = rollout(
                 base, self.adapter, schedule, cond, uncond, noise_BCHW.to(base.device),
                 steps=self.steps, guidance_scale=self.guidance_scale, strength=self.strength,
-                guide=None if self.guide_for is None else self.guide_for(prompts),
+                run=run, guide=None if self.guide_for is None else self.guide_for(prompts),
             )  # fmt: skip
             images = base.decode(trajectory.final).float().clamp(0.0, 1.0).cpu()
         return images, trajectory.generations

@@ -31,6 +31,7 @@ import tyro
 from accelerate import Accelerator, InitProcessGroupKwargs
 from tqdm import tqdm
 
+from hyperalign.conditioning import warning
 from hyperalign.errors import HyperAlignError
 from hyperalign.files import first_line
 from train.config import TrainConfig
@@ -149,7 +150,8 @@ def outcome(trainer: Trainer, show: Callable[[Metrics], None]) -> tuple[int, str
         return 1, f"error: the GPU's memory is full ({first_line(error)}) {LESS_MEMORY}"
     except HyperAlignError as error:
         return 1, f"error: {error}"
-    return 0, f"Wrote {trainer.path}"
+    remark = warning(trainer.results.conditioning.get("shares", {}))
+    return 0, "\n".join([f"Wrote {trainer.path}", *([remark] if remark else [])])
 
 
 if __name__ == "__main__":

@@ -384,7 +384,7 @@ class Trainer:
     def _validate(self, hyperalign: HyperAlign | None, step: int) -> Metrics:
         grid = self.config.run.out / "grids" / f"{step:05d}.png"
         with attention_kernels(self.config.run.attention_kernels, self.device):
-            return self.inputs.validate(hyperalign, grid)
+            return self.inputs.validate(hyperalign, grid, step == self.config.optim.steps)
 
     def _kept(self, metrics: Metrics) -> Metrics:
         """Writes the weights that were validated; returns what the log says about them."""

@@ -6,7 +6,7 @@ import dataclasses
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -15,22 +15,19 @@ from torch import Tensor
 
 from hyperalign.checkpoint import HyperAlign
 from hyperalign.files import replacing
+from hyperalign.hosts.diffusers.adapter import Adapter
 from hyperalign.rewards import Reward
 from hyperalign.tiny.geneval import diversity
+from train.analysis.conditioning import Judge, Setting, conditioning, identity
 from train.config import TrainConfig
+from train.evaluation.table import Numbers
 from train.log import Metrics
 from train.models.base import Base, PromptEncoder
 from train.models.image_embedding import Embed, diversity_embedding
 from train.models.tiny import Tiny
-from train.processes import mean_number
-from train.sampling import SampledImages, sample
-from train.tiny.evaluate import means_and_spread, metrics, sample_all
-
-Validate = Callable[[HyperAlign | None, Path], Metrics]
-"""Samples validation prompts, writes an image grid to the path and returns the metrics.
-
-None in place of a hypernetwork validates the base model. Every process calls it; only the main one's metrics
-count."""
+from train.processes import mean_number, mean_tensor
+from train.sampling import BATCH, SampledImages, Sampler, sample
+from train.tiny.evaluate import judged, means_and_spread, metrics, sample_all
 
 VALIDATION_SEEDS = (0, 1)
 """Seeds of each validation prompt; diversity compares the two images."""
@@ -38,6 +35,20 @@ GRID_ROWS, GRID_COLUMNS = 4, 6
 GRID_SIDE, GRID_SCALE = 256, 2
 """Pixels of an image in the grid: enlarged by the scale, but no larger than the side."""
 CAPTION_HEIGHT, CAPTION_LINE, CAPTION_LETTERS = 26, 12, 24
+
+
+class Validate(Protocol):
+    """Samples validation prompts, writes an image grid and returns the metrics."""
+
+    def __call__(self, hyperalign: HyperAlign | None, grid: Path, is_last: bool = False) -> Metrics:
+        """Every process calls it; only the main one's metrics count.
+
+        Args:
+            hyperalign: what is validated; None for the base model.
+            grid: where the image grid goes.
+            is_last: also measures what the conditioning is worth, which takes as long as five validations.
+        """
+        ...
 
 
 def reward_validation(
@@ -62,12 +73,14 @@ def reward_validation(
     def whole(values: Tensor) -> Tensor:
         return in_order(values, len(prompts), accelerator)
 
-    def validate(hyperalign: HyperAlign | None, grid: Path) -> Metrics:
+    judge = rewards_judge(rewards, config, base.device, whole)
+
+    def validate(hyperalign: HyperAlign | None, grid: Path, is_last: bool = False) -> Metrics:
+        own_prompts, scale = [prompts[index] for index in own], config.objective.guidance_scale
+        batch = config.objective.images_at_once or config.objective.prompt_batch
         images = sample(
-            base, encoder, hyperalign, [prompts[index] for index in own], indices=own,
-            seeds=VALIDATION_SEEDS, steps=config.validation.steps,
-            guidance_scale=config.objective.guidance_scale,
-            batch=config.objective.images_at_once or config.objective.prompt_batch,
+            base, encoder, hyperalign, own_prompts, indices=own, seeds=VALIDATION_SEEDS,
+            steps=config.validation.steps, guidance_scale=scale, batch=batch,
         )  # fmt: skip
         scores_PS = {name: whole(found) for name, found in image_scores(images, rewards, base.device).items()}
         shown = dataclasses.replace(images, prompts=list(prompts), images=whole(images.images[:, :1]))
@@ -78,24 +91,62 @@ def reward_validation(
             metrics["diversity"] = float(whole(image_diversity(images.images, embed)).mean())
         metrics["not_finite"] = 1.0 - float(whole(images.finite.float()).mean())
         metrics["seconds_per_image"] = mean_number(images.seconds_per_image, accelerator)
-        return metrics | {"generations_per_run": images.generations_per_run}
+        metrics["generations_per_run"] = images.generations_per_run
+        if hyperalign is not None:
+            adapter = Adapter(base.backbone, hyperalign)
+            sampler = Sampler(base, encoder, adapter, config.validation.steps, scale)
+            setting = Setting(
+                sampler,
+                own_prompts,
+                VALIDATION_SEEDS,
+                batch,
+                own,
+                lambda values: mean_tensor(values, accelerator),
+            )
+            metrics |= conditioning(setting, judge, {}, is_last)
+        return metrics
 
     return validate
+
+
+def rewards_judge(
+    rewards: Mapping[str, Reward],
+    config: TrainConfig,
+    device: torch.device,
+    whole: Callable[[Tensor], Tensor] = identity,
+) -> Judge:
+    """Returns what scores images by the rewards that no loss optimises, or by all if there is no other.
+
+    `whole` gathers the prompts of all processes.
+    """
+    measured = {name: reward for name, reward in rewards.items() if name not in config.objective.optimised}
+
+    def judge(images: SampledImages) -> dict[str, Numbers]:
+        found = image_scores(images, measured or rewards, device)
+        return {name: whole(scores_PS).double().mean(dim=1).numpy() for name, scores_PS in found.items()}
+
+    return judge
 
 
 def tiny_validation(config: TrainConfig, base: Tiny, is_main: bool) -> Validate:
     """Returns the embedded model's validation: its own prompts, scored by its own evaluators."""
 
-    def validate(hyperalign: HyperAlign | None, grid: Path) -> Metrics:
+    def validate(hyperalign: HyperAlign | None, grid: Path, is_last: bool = False) -> Metrics:
         if not is_main:
             return {}
+        steps, scale = config.validation.steps, config.objective.guidance_scale
         images = sample_all(
             base, hyperalign, config.validation.prompt_count, seeds=VALIDATION_SEEDS,
-            steps=config.validation.steps, guidance_scale=config.objective.guidance_scale,
-            bf16=config.optim.bf16,
+            steps=steps, guidance_scale=scale, bf16=config.optim.bf16,
         )  # fmt: skip
         save_grid(images, grid)
-        return metrics(images)
+        found = metrics(images)
+        if hyperalign is not None:
+            adapter = Adapter(base.backbone, hyperalign)
+            sampler = Sampler(base, base, adapter, steps, scale, bf16=config.optim.bf16)
+            setting = Setting(sampler, images.prompts, VALIDATION_SEEDS, BATCH)
+            found |= conditioning(setting, *judged(images.contents), is_last)
+        return found
 
     return validate
 

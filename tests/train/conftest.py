@@ -155,13 +155,15 @@ def letters(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 class Validations:
-    """Notes each validation: the first number of the network, its header and the grid."""
+    """Notes each validation: the first number of the network, its header and the grid; and the last ones."""
 
     def __init__(self) -> None:
+        self.last: list[Path] = []
         self.seen: list[tuple[float, Header, Path]] = []
         self.of_base: list[Path] = []
 
-    def __call__(self, hyperalign: HyperAlign | None, grid: Path) -> dict[str, Any]:
+    def __call__(self, hyperalign: HyperAlign | None, grid: Path, is_last: bool = False) -> dict[str, Any]:
+        self.last += [grid] if is_last else []
         if hyperalign is None:
             self.of_base.append(grid)
             return {"letters": 0.0}

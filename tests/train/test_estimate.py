@@ -41,6 +41,7 @@ from train.preflight.costs import NOTHING, Cost, Tally, cost_of, flash_attention
 from train.preflight.estimate import (
     ASSUMED_SHARE,
     frozen_bytes,
+    gain_work,
     generations,
     rollout_share,
     step_memory,
@@ -302,8 +303,23 @@ def test_processes_share_a_validation() -> None:
         config_of("sd15"), validation=ValidationConfig(every=10, prompt_count=32, steps=4)
     )
     assert validation_work(config, PARTS, 4) == pytest.approx(validation_work(config, PARTS) / 4)
+    assert gain_work(config, PARTS, 4) == pytest.approx(gain_work(config, PARTS) / 4)
     work = step_work(config, PARTS).total + validation_work(config, PARTS) / 10
-    assert step_seconds(config, PARTS, 1e12) == pytest.approx(work / 1e12 / ASSUMED_SHARE)
+    last = gain_work(config, PARTS) / config.optim.steps
+    assert step_seconds(config, PARTS, 1e12) == pytest.approx((work + last) / 1e12 / ASSUMED_SHARE)
+
+
+def test_conditioning_is_measured_on_what_is_conditional() -> None:
+    config = dataclasses.replace(
+        config_of("sd15"), validation=ValidationConfig(every=10, prompt_count=32, steps=4)
+    )
+    static = dataclasses.replace(config, network=HyperNetworkConfig(conditioning="none"))
+    assert gain_work(static, PARTS) == 0.0
+    assert gain_work(config, PARTS) == pytest.approx(5 * validation_work(static, PARTS))
+    images = 2 * 32 * 4  # both halves of 32 prompts and 2 seeds, for 4 steps
+    assert validation_work(config, PARTS) > validation_work(static, PARTS) > images * PARTS.sampling.forward
+    off = dataclasses.replace(config, validation=ValidationConfig(every=0))
+    assert gain_work(off, PARTS) == validation_work(off, PARTS) == 0.0
 
 
 def test_graphs_beside_each_other_wait_for_each_other() -> None:

@@ -23,10 +23,13 @@ from train.config import ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig,
 from train.preflight.input_checks import check_start
 from train.recipe import load_recipe
 from train.results import deciding_rewards, gain_over_base
+from train.train import outcome
 
 Runs = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
 QUICK: dict[str, Any] = {"prompt_batch": 1, "rollout_steps": 2, "timesteps": 1}
+SHARES = {"same": 0.99, "prompt": 0.004, "time": 0.006, "interaction": 0.0}
+GAIN = {"averaged": {"validation_reward": {"gain": 0.5, "low": 0.25, "high": 0.75}}}
 BASE = {"validation_reward": 1.0, "spread": {"validation_reward": 2.0}}
 
 
@@ -36,9 +39,12 @@ class Figures:
     def __init__(self, values: Sequence[float]) -> None:
         self.values, self.asked = iter(values), list[str]()
 
-    def __call__(self, hyperalign: Any, grid: Path) -> dict[str, Any]:
+    def __call__(self, hyperalign: Any, grid: Path, is_last: bool = False) -> dict[str, Any]:
         self.asked.append("base" if hyperalign is None else grid.stem)
-        return dict(BASE) if hyperalign is None else {"validation_reward": next(self.values)}
+        if hyperalign is None:
+            return dict(BASE)
+        conditioning = {"shares": SHARES} | ({"gain": GAIN} if is_last else {})
+        return {"validation_reward": next(self.values), "conditioning": conditioning}
 
 
 @pytest.fixture
@@ -139,6 +145,31 @@ def test_the_best_of_a_run_that_goes_on_is_remembered(validated: Runs, tmp_path:
     assert run.results.best == {"step": 1, "gain": 2.0}
     assert files_of(tmp_path) == ["hypernetwork", "hypernetwork-best"]
     assert checkpoint.read_header(tmp_path / "hypernetwork-best.safetensors").training["steps"] == 1
+
+
+def test_the_conditioning_of_the_last_validation_stands_in_the_file(validated: Runs, tmp_path: Path) -> None:
+    run = validated(2.0, 3.0)
+    run.fit()
+    finished, best = (checkpoint.load(path).header for path in (run.path, run.results.best_path))
+    assert (
+        finished.training["conditioning"] == best.training["conditioning"] == {"shares": SHARES, "gain": GAIN}
+    )
+    assert not any(name.startswith("conditioning") for name in finished.training["metrics"])
+    first = rows_of(tmp_path)[0]["validation"]
+    assert first["conditioning"] == {"shares": SHARES}
+    card = run.path.with_suffix(".md").read_text(encoding="utf-8")
+    assert "0.4 % of these weights depend on the prompt" in card
+    assert "averaged into one LoRA for all prompts and times: validation reward -0.5 [-0.75, -0.25]." in card
+    resumed = validated(4.0, steps=3)
+    assert resumed.results.conditioning == {"shares": SHARES, "gain": GAIN}
+
+
+def test_a_run_whose_weights_hardly_depend_on_the_prompt_says_so(validated: Runs) -> None:
+    status, message = outcome(validated(2.0), lambda _: None)
+    assert status == 0
+    wrote, remark = message.splitlines()
+    assert wrote.startswith("Wrote ")
+    assert remark.startswith("Only 0.4 % of the generated weights depend on the prompt")
 
 
 def test_figures_that_are_not_finite_are_never_the_best(validated: Runs, tmp_path: Path) -> None:

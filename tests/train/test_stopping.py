@@ -21,7 +21,7 @@ OF_BASE = {"first number": 0.0}
 Runs = Callable[..., Trainer]
 
 
-def first_number(hyperalign: Any, _grid: Path) -> dict[str, Any]:
+def first_number(hyperalign: Any, _grid: Path, _is_last: bool) -> dict[str, Any]:
     """A validation."""
     if hyperalign is None:
         return OF_BASE
@@ -152,7 +152,7 @@ def test_ctrl_c_after_a_request_ends_at_once_and_saves_no_half_step(
 def test_a_request_cuts_a_validation_off_and_the_resumed_run_begins_with_it(
     number: int, run_of: Runs, whole: list[dict[str, Any]], out: Path
 ) -> None:
-    def validate(hyperalign: Any, _grid: Path) -> dict[str, Any]:
+    def validate(hyperalign: Any, _grid: Path, _is_last: bool) -> dict[str, Any]:
         if hyperalign is None:
             return OF_BASE
         assert newest(out)["step"] == 2, "a validation starts only when the checkpoint is saved"
@@ -169,7 +169,7 @@ def test_a_request_cuts_a_validation_off_and_the_resumed_run_begins_with_it(
 
 
 def test_after_a_request_no_validation_begins(run_of: Runs, whole: list[dict[str, Any]], out: Path) -> None:
-    def validate(hyperalign: Any, _grid: Path) -> dict[str, Any]:
+    def validate(hyperalign: Any, _grid: Path, _is_last: bool) -> dict[str, Any]:
         if hyperalign is None:
             return OF_BASE
         raise AssertionError("a validation started")

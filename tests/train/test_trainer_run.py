@@ -151,6 +151,7 @@ def test_when_a_run_is_validated_and_saved(
     run.fit(note)
     seen = run.inputs.validate.seen
     assert [grid for _, _, grid in seen] == [tmp_path / "grids" / f"0000{step}.png" for step in validated]
+    assert run.inputs.validate.last == [grid for _, _, grid in seen if grid.stem == "00005"]
     assert [first for first, _, _ in seen] == averages
     assert [row["step"] + 1 for row in rows if "validation" in row] == validated
     assert checkpoints_of(tmp_path) == saved

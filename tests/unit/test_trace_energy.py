@@ -13,7 +13,7 @@ from torch import Tensor
 from hyperalign.delta import merged_delta
 from hyperalign.errors import HyperAlignError
 from hyperalign.trace import Trace, Track, coordinates
-from hyperalign.trace_energy import PARTS, energies, shares, trace_energies
+from hyperalign.trace_energy import PARTS, energies, image_shares, shares, trace_energies
 
 seeds = st.integers(0, 2**31)
 SAMPLES, STEPS, WIDTH = 5, 4, 6
@@ -118,3 +118,23 @@ def test_one_sample_cannot_be_divided(samples: int, chosen: list[int] | None) ->
 
 def test_shares_of_no_energy_are_undefined() -> None:
     assert bool(shares(torch.zeros(2, 4)).isnan().all())
+
+
+def test_the_shares_of_images_are_those_of_their_energies() -> None:
+    traces = [
+        trace_of(random(21, 3, 2, 2, WIDTH), (0, 1, 2)),
+        trace_of(random(22, 3, 1, 2, WIDTH), (0, 1, 2)),
+    ]
+    expected = shares(trace_energies(traces)).tolist()
+    assert list(image_shares(traces).values()) == pytest.approx(expected)
+    assert list(image_shares(traces)) == list(PARTS)
+
+
+def test_one_image_no_weights_and_regions_of_other_steps_have_no_shares() -> None:
+    assert image_shares([trace_of(random(23, 3, 1, 2, WIDTH), (0, 1, 2))]) == {}
+    early, late = (
+        trace_of(random(seed, 2, 1, 2, WIDTH), used) for seed, used in ((24, (0, 1, 1)), (25, (0, 0, 1)))
+    )
+    assert image_shares([trace_of(torch.zeros(2, 3, 1, WIDTH), (0, 1))]) == {}
+    regions = dataclasses.replace(early, tracks=(*early.tracks, *late.tracks))
+    assert image_shares([regions]) == {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from hyperalign.conditioning import percent
 from hyperalign.files import replacing
 from hyperalign.trace_energy import PARTS
 from train.analysis.diversity import Diversity
@@ -135,6 +136,34 @@ def plot_division(found: Division, title: str) -> Figure:
     lower.bar(places[1:], found.block_energy_K.tolist(), width=0.8, color="0.5")
     lower.set_ylabel("block's share\nof all energy")
     lower.set_xticks(places, names, rotation=90 if len(names) > 10 else 0)
+    return figure
+
+
+def plot_conditioning(found: Mapping[str, Any], title: str) -> Figure:
+    """Returns the shares of the weights' energy, and below, for each metric, what each change loses."""
+    gains: dict[str, dict[str, dict[str, float]]] = found["gain"]
+    metrics = list(next(iter(gains.values())))
+    figure = Figure(figsize=(8.0, 1.6 + 2.0 * len(metrics)), layout="constrained")
+    figure.suptitle(title)
+    rows: Any = figure.subplots(1 + len(metrics), 1, height_ratios=[0.5, *[1.0] * len(metrics)])
+    left = 0.0
+    for part in PARTS:
+        share = found["shares"][part]
+        label = f"{NAMES[part]}: {percent(share)}"
+        rows[0].barh([0.0], [share], left=left, color=COLOURS[part], label=label)
+        left += share
+    rows[0].set(xlim=(0, 1), yticks=[], xlabel="share of the energy |\u0394W|\u00b2")
+    rows[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize="small")
+    for axes, metric in zip(rows[1:], metrics, strict=True):
+        for place, change in enumerate(reversed(gains)):
+            value = gains[change][metric]
+            axes.plot([value["low"], value["high"]], [place, place], color="tab:blue")
+            axes.plot([value["gain"]], [place], "o", color="tab:blue")
+        axes.axvline(0.0, color="0.6", linewidth=0.8)
+        axes.set_yticks(range(len(gains)), [*reversed(gains)])
+        axes.set(
+            ylim=(-0.6, len(gains) - 0.4), xlabel=f"{metric}: own weights less changed ones, 95 % interval"
+        )
     return figure
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from hyperalign.conditioning import CHANGES
+from train.analysis.conditioning import SHARE_PROMPTS, SHARE_STEPS
 from train.config import TrainConfig
 from train.models.load import backbone_dtype
 from train.preflight.step_costs import StepCosts
@@ -127,7 +129,23 @@ def validation_work(config: TrainConfig, costs: StepCosts, processes: int = 1) -
     """Returns the operations of one validation in each of the processes that share it."""
     if not config.validation.every:
         return 0.0
+    prompts = -(-config.validation.prompt_count // processes)
+    images = _images_work(config, costs, prompts * len(VALIDATION_SEEDS))
+    if config.network.conditioning == "none":
+        return images
+    return images + sampling_work(config, costs, min(prompts, SHARE_PROMPTS), SHARE_STEPS)
+
+
+def gain_work(config: TrainConfig, costs: StepCosts, processes: int = 1) -> float:
+    """Returns the operations, after the last step, of measuring what the conditioning is worth."""
+    if not config.validation.every or config.network.conditioning == "none":
+        return 0.0
     images = -(-config.validation.prompt_count // processes) * len(VALIDATION_SEEDS)
+    return (1 + len(CHANGES)) * _images_work(config, costs, images)
+
+
+def _images_work(config: TrainConfig, costs: StepCosts, images: int) -> float:
+    """Returns the operations of sampling and scoring validation images."""
     scored = images * (costs.decoding.forward + costs.scoring.forward)
     return sampling_work(config, costs, images, config.validation.steps) + scored
 
@@ -145,7 +163,8 @@ def step_seconds(
         share: how much of that rate is reached.
     """
     validations = validation_work(config, costs, processes) / max(1, config.validation.every)
-    return (step_work(config, costs).total + validations) / (rate * share)
+    last = gain_work(config, costs, processes) / config.optim.steps
+    return (step_work(config, costs).total + validations + last) / (rate * share)
 
 
 def step_memory(config: TrainConfig, costs: StepCosts) -> Memory:

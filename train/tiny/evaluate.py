@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from hyperalign.tiny.evaluators import (
 from hyperalign.tiny.geneval import diversity, is_correct, summarise
 from hyperalign.tiny.prompts import Content, Family
 from hyperalign.tiny.text_encoder import tokenize_batch
+from train.analysis.conditioning import Judge, Strata
+from train.evaluation.table import Numbers
 from train.models.tiny import Tiny
 from train.sampling import SampledImages, sample
 from train.tiny.dataset import validation_prompts
@@ -61,13 +63,17 @@ def sample_all(
         base, base, hyperalign, [prompt for prompt, _ in chosen],
         seeds=seeds, steps=steps, guidance_scale=guidance_scale, strength=strength, bf16=bf16,
     )  # fmt: skip
+    return _showing(images, [content for _, content in chosen])
+
+
+def _showing(images: SampledImages, contents: list[Content]) -> Samples:
     return Samples(
         images.prompts,
         images.images,
         images.seconds_per_image,
         images.generations_per_run,
         images.finite,
-        [content for _, content in chosen],
+        contents,
     )
 
 
@@ -90,6 +96,24 @@ def score(samples: Samples) -> Scores:
         if shape[1] > 1
         else torch.zeros(shape[0]),
     )
+
+
+def judged(contents: Sequence[Content]) -> tuple[Judge, Strata]:
+    """Returns what scores images of these contents by the figures that no training optimised.
+
+    GenEval is the mean over its families, as `metrics` has it.
+    """
+
+    def judge(images: SampledImages) -> dict[str, Numbers]:
+        scores = score(_showing(images, [*contents]))
+        values = {"geneval": scores.correct.float(), "validation_reward": scores.validation_reward}
+        return {name: found_PS.double().mean(dim=1).numpy() for name, found_PS in values.items()}
+
+    families = [content.family for content in contents]
+    groups = [
+        [n for n, other in enumerate(families) if other == family] for family in dict.fromkeys(families)
+    ]
+    return judge, {"geneval": groups}
 
 
 def means_and_spread(scores: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path, PureWindowsPath
 import folder_paths
 
 from ...checkpoint import Header, read_header
+from ...conditioning import sentences
 from ...errors import HyperAlignError
 from ...provenance import Source
 from ...tiny.weights import HYPERNETWORKS
@@ -70,6 +71,7 @@ def describe(header: Header) -> str:
             f"perception: {header.mode}",
             f"layers: {len(header.targets)}, rank {network.rank}, a {network.a}, b {network.b}",
             *([f"trained: {steps} steps"] if steps else []),
+            *sentences(header.training),
             *(_described(source) for source in header.sources),
             *([f"preference images: {unsafe}"] if unsafe else []),
             *(

@@ -15,6 +15,7 @@ from hyperalign.errors import HyperAlignError
 from hyperalign.hosts.tracing import Recorder
 from hyperalign.strength import StrengthCurve
 from hyperalign.trace import as_json, block_strengths, dynamics, generated_at, strengths
+from hyperalign.trace_energy import PARTS
 from hyperalign.trace_pca import spread_of
 
 MODES = ["prefix", "separate"]
@@ -239,6 +240,7 @@ def test_the_trace_node_draws_and_tells_all_rows(trace_nodes, tiny, sample, make
     numbers = json.loads(text)
     assert numbers["variant"] == "P"
     assert numbers["key_times"] == [0.8, 0.5]
+    assert sum(numbers["shares"].values()) == pytest.approx(1.0)
     by_name = {track["name"]: track for track in numbers["tracks"]}
     assert set(by_name) == {"cond", "uncond"}
     assert len(by_name["cond"]["cosine"]) == 3  # rows
@@ -291,6 +293,9 @@ def test_a_pca_has_a_point_for_each_image(trace_nodes, tiny, sample, make_hypera
     assert numbers["trace_of_point"] == [0, 0, 1, 1, 2, 2]
     assert numbers["evaluations"] == [1, 2, 3, 4]
     assert [len(step) for step in numbers["points"]] == [6] * 4
+    assert set(numbers["shares"]) == set(PARTS)
+    assert sum(numbers["shares"].values()) == pytest.approx(1.0, abs=1e-5)
+    assert min(numbers["shares"].values()) > 0.0
 
 
 def test_traces_that_do_not_belong_together_are_refused(traced):
