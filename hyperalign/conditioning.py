@@ -69,11 +69,11 @@ def percent(share: float) -> str:
     return f"{value:.{digits}f} %"
 
 
-def _loss(name: str, value: Mapping[str, float]) -> str:
+def _loss(metric: str, value: Mapping[str, float]) -> str:
     if not {"gain", "low", "high"} <= value.keys():
         return ""
-    loss, low, high = -value["gain"], -value["high"], -value["low"]
-    return f"{NAMES.get(name, name)} {loss:+.3g} [{low:+.3g}, {high:+.3g}]"
+    loss, low, high = (0.0 - value[name] for name in ("gain", "high", "low"))  # 0 - 0 has no minus sign
+    return f"{NAMES.get(metric, metric)} {loss:+.3g} [{low:+.3g}, {high:+.3g}]"
 
 
 def _table(value: Any) -> dict[str, Any]:

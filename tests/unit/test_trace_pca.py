@@ -120,11 +120,13 @@ def test_it_is_told_in_json_with_steps_from_1_and_six_digits() -> None:
     trace = traced(torch.rand(2, 3, 2, 3), (0, 1), (0, 1))
     spread = dataclasses.replace(
         spread_of([trace]), times=(1 / 3, 0.25), explained=(2 / 3, 0.1), spreads=(1 / 7, 0.5),
+        shares={"same": 2 / 3},
         places_SN2=torch.tensor([[[1 / 3, 1234567.0]], [[0.0, -1e-9]]]), traces=(0, 4),
     )  # fmt: skip
     assert spread.as_json() == {
         "evaluations": [1, 2], "u": [0.333333, 0.25], "explained": [0.666667, 0.1],
         "spread": [0.142857, 0.5], "trace_of_point": [0, 4],
+        "shares": {"same": 0.666667},
         "points": [[[0.333333, 1234570.0]], [[0.0, -1e-09]]],
     }  # fmt: skip
 
