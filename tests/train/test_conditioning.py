@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from hyperalign import checkpoint
-from hyperalign.checkpoint import HyperAlign, load, read_header
+from hyperalign.checkpoint import HyperAlign, load
 from hyperalign.conditioning import CHANGES, sentences
 from hyperalign.errors import HyperAlignError
 from hyperalign.hosts.diffusers.adapter import Adapter
@@ -187,7 +187,7 @@ def test_the_command_measures_a_file_and_stores_the_figures_in_it(
     before = checkpoint.load(file)
     arguments = ("--hypernetwork", file, "--prompts", prompt_file, "--steps", STEPS, "--out", out)
     assert command(*arguments) == 0
-    assert "conditioning" not in read_header(file).training
+    assert file.read_bytes() == (HYPERNETWORKS / "tiny_i.safetensors").read_bytes()
     assert command(*arguments, "--store") == 0
     report = json.loads((out / "conditioning.json").read_text())
     assert set(report["shares"]) == set(PARTS)
@@ -195,6 +195,7 @@ def test_the_command_measures_a_file_and_stores_the_figures_in_it(
     after = checkpoint.load(file)
     training = after.header.training
     assert training["conditioning"] == {"shares": report["shares"], "gain": report["gain"]}
+    assert training["conditioning"] != before.header.training["conditioning"]
     assert dataclasses.replace(after.header, training=before.header.training) == before.header
     state = after.network.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in before.network.state_dict().items())

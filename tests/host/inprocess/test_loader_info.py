@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from hyperalign.checkpoint import Header, read_header
+from hyperalign.conditioning import sentences
 from hyperalign.provenance import sources
 from hyperalign.tiny.weights import HYPERNETWORKS
 
@@ -29,7 +30,10 @@ def test_a_committed_file_names_reward_data_licences_and_biases(header):
         line.startswith("reward: tiny preference reward (licence: Apache-2.0; known") for line in lines
     )
     assert any(line.startswith("preference dataset: EmojiScenes (licence: ") for line in lines)
-    assert len(lines) < 10
+    measured = sentences(header.training)
+    assert len(measured) == 3
+    assert set(measured) < set(lines)
+    assert len(lines) - len(measured) < 10
 
 
 def test_a_file_made_with_hpsv2_names_its_audits(header):
