@@ -51,8 +51,11 @@ class HyperAlignTrace(io.ComfyNode):
         """Returns the plot and its numbers, and shows the plot."""
         run = select(trace, latent).trace()
         rewards = None if reward is None else score_predictions(run, vae, reward, prompt)
-        numbers = as_json(run, rewards) | {"shares": image_shares([run])}
-        plot, numbers = trace_plot(run, rewards), json.dumps(numbers)
+        shares = image_shares([run])
+        plot, numbers = (
+            trace_plot(run, rewards, shares),
+            json.dumps(as_json(run, rewards) | {"shares": shares}),
+        )
         return io.NodeOutput(plot, numbers, ui=ui.PreviewImage(plot, cls=cls))
 
 

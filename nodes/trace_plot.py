@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..hyperalign.trace import Rewards, Trace, block_strengths, generated_at, shown_dynamics
-from ..hyperalign.trace_energy import image_shares
 from .drawing import DARK, LIGHT
 from .plotting import (
     BLUE,
@@ -44,8 +44,10 @@ class _Chart:
     """Whether the values stay constant until weights are generated again."""
 
 
-def trace_plot(trace: Trace, rewards: Rewards | None = None) -> Tensor:
-    """Returns the plot of a trace as one image (1, H, W, 3)."""
+def trace_plot(
+    trace: Trace, rewards: Rewards | None = None, shares: Mapping[str, float] | None = None
+) -> Tensor:
+    """Returns the plot of a trace as one image (1, H, W, 3), with the shares of its weights' energy if given."""
     blocks, strengths_EK = block_strengths(trace)
     _, cosines, changes = shown_dynamics(trace)
     charts = [
@@ -58,7 +60,7 @@ def trace_plot(trace: Trace, rewards: Rewards | None = None) -> Tensor:
     row = min(26.0, MAP_HEIGHT / len(blocks))
     bottom = HEAD + row * len(blocks) + len(charts) * (GAP + CHART_HEIGHT)
     plot = _Plot(Canvas(WIDTH, round(bottom + FOOT)), trace)
-    plot.heading()
+    plot.heading(shares or {})
     top = plot.heat_map(blocks, strengths_EK, row)
     plot.key_times(HEAD, top)
     for chart in charts:
@@ -76,8 +78,8 @@ class _Plot:
         self._generated = generated_at(trace)
         self._is_stepped = len(self._generated) < sum(-1 not in used for used in _generations_used(trace))
 
-    def heading(self) -> None:
-        """Writes the variant and the numbers of evaluations, generations and samples."""
+    def heading(self, shares: Mapping[str, float]) -> None:
+        """Writes the variant, the numbers of evaluations, generations and samples, and the shares."""
         trace, samples = self._trace, _sample_count(self._trace)
         times = "once" if len(self._generated) == 1 else f"{len(self._generated)} times"
         name = trace.shown[0].name
@@ -89,7 +91,7 @@ class _Plot:
         ]
         self.canvas.text((16, 24), "HyperAlign trace", size=20)
         self.canvas.text((192, 25), "  \u00b7  ".join(facts), FAINT, 14)
-        self.canvas.text((192, 46), shares_text(image_shares([trace])), FAINT, 13)
+        self.canvas.text((192, 46), shares_text(shares), FAINT, 13)
         self.canvas.text((LEFT, HEAD - 34), "Strength of the weights in each block", size=14)
 
     def heat_map(self, blocks: list[str], strengths_EK: Tensor, row: float) -> float:

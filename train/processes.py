@@ -28,9 +28,9 @@ def mean_number(value: float, accelerator: Accelerator) -> float:
 
 def mean_tensor(values: Tensor, accelerator: Accelerator) -> Tensor:
     """Returns the mean over processes of a tensor on any device, on the CPU."""
-    return (
-        values if accelerator.num_processes == 1 else _mean(values.to(accelerator.device), accelerator).cpu()
-    )
+    if accelerator.num_processes == 1:
+        return values
+    return _mean(values.to(accelerator.device), accelerator).cpu()
 
 
 def any_process(holds: bool, accelerator: Accelerator) -> bool:

@@ -97,17 +97,41 @@ def sample(
 
     `indices` are the prompts' places in the whole list, which decide their noise; None for a whole list.
     """
-    indices = range(len(prompts)) if indices is None else indices
-    jobs = [(index, seed) for index in range(len(prompts)) for seed in seeds]
     adapter = Adapter(base.backbone, hyperalign) if hyperalign else None
     sampler = Sampler(base, encoder, adapter, steps, guidance_scale, strength, bf16)
+    return draw_all(sampler, prompts, seeds, batch, indices)
+
+
+@torch.no_grad()
+def draw_all(
+    sampler: Sampler,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    batch: int,
+    indices: Sequence[int] | None = None,
+    run_of: Callable[[slice], Run | None] = lambda _: None,
+) -> SampledImages:
+    """Draws every prompt at every seed, a batch at a time; a prompt's seeds are neighbours.
+
+    Args:
+        sampler: draws a batch.
+        prompts: the prompts.
+        seeds: of the noise.
+        batch: images to draw at once.
+        indices: the prompts' places in the whole list, which decide their noise; None for a whole list.
+        run_of: which images a batch draws -> what keeps or gives its weights.
+    """
+    indices = range(len(prompts)) if indices is None else indices
+    jobs = [(index, seed) for index in range(len(prompts)) for seed in seeds]
+    shape = sampler.base.latent_shape
     images: list[Tensor] = []
     generations = 0
     started = time.monotonic()
     for first in range(0, len(jobs), batch):
         chunk = jobs[first : first + batch]
-        noises = [initial_noise(indices[index], seed, base.latent_shape) for index, seed in chunk]
-        drawn, generations = sampler.draw([prompts[index] for index, _ in chunk], torch.stack(noises))
+        noises = [initial_noise(indices[index], seed, shape) for index, seed in chunk]
+        run = run_of(slice(first, first + len(chunk)))
+        drawn, generations = sampler.draw([prompts[index] for index, _ in chunk], torch.stack(noises), run)
         images.append(drawn)
     seconds = (time.monotonic() - started) / len(jobs)
     shown, finite = without_nan(torch.cat(images))

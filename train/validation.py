@@ -96,13 +96,9 @@ def reward_validation(
             adapter = Adapter(base.backbone, hyperalign)
             sampler = Sampler(base, encoder, adapter, config.validation.steps, scale)
             setting = Setting(
-                sampler,
-                own_prompts,
-                VALIDATION_SEEDS,
-                batch,
-                own,
-                lambda values: mean_tensor(values, accelerator),
-            )
+                sampler, own_prompts, VALIDATION_SEEDS, batch, indices=own,
+                shared=lambda values: mean_tensor(values, accelerator),
+            )  # fmt: skip
             metrics |= conditioning(setting, judge, {}, is_last)
         return metrics
 

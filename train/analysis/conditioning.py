@@ -30,12 +30,11 @@ from hyperalign.errors import HyperAlignError
 from hyperalign.hosts.run_state import Chunk, Run
 from hyperalign.hosts.tracing import TracedRun
 from hyperalign.schedule import Schedule
-from hyperalign.trace_energy import PARTS, shares, trace_energies
+from hyperalign.trace_energy import image_shares
 from train.analysis.weights import trace_prompts
 from train.evaluation.table import Metric, Numbers
 from train.log import Metrics
-from train.objective import without_nan
-from train.sampling import SampledImages, Sampler, initial_noise
+from train.sampling import SampledImages, Sampler, draw_all
 
 SHARE_PROMPTS, SHARE_STEPS = 32, 6
 """What the shares are measured on: a small part of a validation's work."""
@@ -134,53 +133,42 @@ class Setting:
         """When the hypernetwork generates."""
         return self.hyperalign.header.schedule
 
-    def batches(self) -> list[slice]:
-        """Returns the images that are sampled at once; a prompt's seeds are neighbours."""
-        count = len(self.prompts) * len(self.seeds)
-        return [slice(first, min(first + self.batch, count)) for first in range(0, count, self.batch)]
+    def sampled(self, run_of: Callable[[slice], Run]) -> SampledImages:
+        """Samples all images, each batch with the weights of its run."""
+        return draw_all(self.sampler, self.prompts, self.seeds, self.batch, self.indices, run_of)
 
-    def draw(self, images: slice, run: Run) -> Tensor:
-        """Samples some images with a run's weights."""
-        places = [divmod(index, len(self.seeds)) for index in range(images.start, images.stop)]
-        shape = self.sampler.base.latent_shape
-        indices = range(len(self.prompts)) if self.indices is None else self.indices
-        noise = torch.stack([
-            initial_noise(indices[prompt], self.seeds[seed], shape) for prompt, seed in places
-        ])  # fmt: skip
-        return self.sampler.draw([self.prompts[prompt] for prompt, _ in places], noise, run)[0]
 
-    def images(self, drawn: Sequence[Tensor]) -> SampledImages:
-        """Returns the batches as images of prompts at seeds."""
-        shown, finite = without_nan(torch.cat([*drawn]))
-        shape = (len(self.prompts), len(self.seeds))
-        stacked, marks = (values.unflatten(0, shape) for values in (shown, finite))
-        return SampledImages(list(self.prompts), stacked, 0.0, 0, marks)
+class KeptRun(TracedRun):
+    """A run that keeps its weights on the CPU, since those of all images are needed together."""
+
+    def write(self, chunk: Chunk, cores_RMDA: Tensor, u: float) -> None:
+        """Also moves what is remembered."""
+        super().write(chunk, cores_RMDA, u)
+        evaluation, cores = self.written[chunk].pop()
+        self.written[chunk].append((evaluation, cores.cpu()))
 
 
 def own_weights(setting: Setting) -> tuple[SampledImages, Generated]:
     """Samples with the hypernetwork's own weights; returns the images and the weights."""
-    drawn, halves = list[Tensor](), list[list[Tensor]]()
-    used: tuple[int, ...] = ()
-    for images in setting.batches():
-        run = TracedRun(setting.schedule, keeps_predictions=False)
-        drawn.append(setting.draw(images, run))
-        (written,) = run.written.values()
-        at = [evaluation for evaluation, _ in written]
-        used = tuple(sum(a <= evaluation for a in at) - 1 for evaluation in range(run.evaluations))
-        cores_GRMDA = torch.stack([cores for _, cores in written]).cpu()
-        halves.append([*cores_GRMDA.split(images.stop - images.start, dim=1)])
-    joined = tuple(torch.cat(parts, dim=1) for parts in zip(*halves, strict=True))
-    return setting.images(drawn), Generated(joined, used)
+    runs: list[KeptRun] = []
+
+    def run_of(_: slice) -> Run:
+        runs.append(KeptRun(setting.schedule, keeps_predictions=False))
+        return runs[-1]
+
+    images = setting.sampled(run_of)
+    halves = 2 if setting.sampler.base.cfg else 1
+    written = [next(iter(run.written.values())) for run in runs]  # a rollout is one chunk
+    batches = [torch.stack([cores for _, cores in each]).chunk(halves, dim=1) for each in written]
+    at = [evaluation for evaluation, _ in written[0]]
+    used = tuple(sum(a <= evaluation for a in at) - 1 for evaluation in range(runs[0].evaluations))
+    return images, Generated(tuple(torch.cat(parts, dim=1) for parts in zip(*batches, strict=True)), used)
 
 
 def given_weights(setting: Setting, weights: Generated) -> SampledImages:
     """Samples with given weights."""
     device = setting.sampler.base.device
-    drawn = [
-        setting.draw(images, GivenRun(setting.schedule, weights.rows(images, device)))
-        for images in setting.batches()
-    ]
-    return setting.images(drawn)
+    return setting.sampled(lambda images: GivenRun(setting.schedule, weights.rows(images, device)))
 
 
 @torch.no_grad()
@@ -222,7 +210,8 @@ def _difference(own_P: Numbers, changed_P: Numbers, strata: Sequence[Sequence[in
 def weight_shares(setting: Setting, steps: int = SHARE_STEPS) -> dict[str, float]:
     """Returns the shares of PARTS in the energy of the weights; all prompts start from one noise.
 
-    So what differs between the prompts is the prompts' alone. Raises HyperAlignError for fewer than 2.
+    So what differs between the prompts is the prompts' alone. Empty for weights of zero. Raises
+    HyperAlignError for fewer than 2 prompts.
     """
     check_prompts(len(setting.prompts))
     sampler = setting.sampler
@@ -230,7 +219,7 @@ def weight_shares(setting: Setting, steps: int = SHARE_STEPS) -> dict[str, float
         sampler.base, sampler.encoder, setting.hyperalign, setting.prompts[:SHARE_PROMPTS], steps=steps,
         guidance_scale=sampler.guidance_scale, batch=setting.batch, same_noise=True,
     )  # fmt: skip
-    return dict(zip(PARTS, shares(trace_energies([*traces])).tolist(), strict=True))
+    return image_shares([*traces])
 
 
 def conditioning(setting: Setting, judge: Judge, strata: Strata, with_gain: bool) -> Metrics:
