@@ -70,10 +70,11 @@ def percent(share: float) -> str:
 
 
 def _loss(metric: str, value: Mapping[str, float]) -> str:
-    if not {"gain", "low", "high"} <= value.keys():
+    if "gain" not in value:
         return ""
-    loss, low, high = (0.0 - value[name] for name in ("gain", "high", "low"))  # 0 - 0 has no minus sign
-    return f"{NAMES.get(metric, metric)} {loss:+.3g} [{low:+.3g}, {high:+.3g}]"
+    ends = [value[name] for name in ("high", "low") if name in value]
+    loss, *interval = (f"{0.0 - number:+.3g}" for number in (value["gain"], *ends))  # 0 - 0 has no minus sign
+    return f"{NAMES.get(metric, metric)} {loss} [{', '.join(interval) or 'too few prompts for an interval'}]"
 
 
 def _table(value: Any) -> dict[str, Any]:

@@ -36,6 +36,11 @@ def test_shares_and_losses_are_sentences() -> None:
     assert sentences({}) == []
 
 
+def test_a_gain_without_an_interval_says_so() -> None:
+    stated = {"conditioning": {"gain": {"averaged": {"geneval": {"gain": 0.25}}}}}
+    assert sentences(stated)[0].endswith("GenEval -0.25 [too few prompts for an interval].")
+
+
 @given(value=anything, shares=anything, gain=anything)
 def test_whatever_a_file_states_is_read_without_a_traceback(value: Any, shares: Any, gain: Any) -> None:
     for stated in (value, {"shares": shares, "gain": gain}, {"gain": {"averaged": gain}}):

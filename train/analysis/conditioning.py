@@ -184,7 +184,8 @@ def conditioning_gain(
         progress: is called after each of the 5 rounds of sampling.
 
     Returns:
-        By change and metric, `gain` and the ends `low` and `high` of its 95 % interval.
+        By change and metric, `gain` and the ends `low` and `high` of its 95 % interval; without these where
+        a group has one prompt, which cannot be resampled.
 
     Raises:
         HyperAlignError: fewer than 2 prompts.
@@ -203,8 +204,7 @@ def conditioning_gain(
 
 def _difference(own_P: Numbers, changed_P: Numbers, strata: Sequence[Sequence[int]]) -> dict[str, float]:
     found = Metric("", {"own": own_P, "changed": changed_P}, strata).difference("own", "changed")
-    low, high = (found.value, found.value) if found.interval is None else found.interval
-    return {"gain": found.value, "low": low, "high": high}
+    return {"gain": found.value} | ({} if found.interval is None else found.interval._asdict())
 
 
 def weight_shares(setting: Setting, steps: int = SHARE_STEPS) -> dict[str, float]:

@@ -157,7 +157,8 @@ def plot_conditioning(found: Mapping[str, Any], title: str) -> Figure:
     for axes, metric in zip(rows[1:], metrics, strict=True):
         for place, change in enumerate(reversed(gains)):
             value = gains[change][metric]
-            axes.plot([value["low"], value["high"]], [place, place], color="tab:blue")
+            if "low" in value:
+                axes.plot([value["low"], value["high"]], [place, place], color="tab:blue")
             axes.plot([value["gain"]], [place], "o", color="tab:blue")
         axes.axvline(0.0, color="0.6", linewidth=0.8)
         axes.set_yticks(range(len(gains)), [*reversed(gains)])
