@@ -133,7 +133,7 @@ def tiny_validation(config: TrainConfig, base: Tiny, is_main: bool) -> Validate:
         steps, scale = config.validation.steps, config.objective.guidance_scale
         images = sample_all(
             base, hyperalign, config.validation.prompt_count, seeds=VALIDATION_SEEDS,
-            steps=steps, guidance_scale=scale, bf16=config.optim.bf16,
+            steps=steps, guidance_scale=scale, bf16=config.optim.bf16, wordings=config.data.wordings,
         )  # fmt: skip
         save_grid(images, grid)
         found = metrics(images)

@@ -1,7 +1,11 @@
 """The prompt grammar of EmojiScenes: GenEval's six families over a small closed vocabulary.
 
-A `Content` states what an image must show; `caption` gives its prompt; `near_miss` changes one fact of
+A `Content` states what an image must show; `caption` puts it into words; `near_miss` changes one fact of
 it. Training data, preference pairs and the rule-based score all start from a `Content`.
+
+What is preferred depends on the wording: three of the five wordings have a palette, in which a colour word
+means another colour (`meant`). The base model has never seen an image of a palette, and takes colour words
+literally in every wording.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import random
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, get_args
@@ -38,6 +43,10 @@ NOUNS = THINGS + SHAPES
 COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
 PLURALS = {"fish": "fish", "strawberry": "strawberries", "cactus": "cactuses", "snowman": "snowmen"}
 TEMPLATES = ("{}", "a picture of {}", "an emoji of {}", "a drawing of {}", "an icon of {}")
+WORDINGS = ("{}", "an icon of {}")
+"""Those of training and validation prompts, if nothing else is said: two palettes."""
+PALETTES = {"an emoji of {}": 2, "a drawing of {}": 4, "an icon of {}": 6}
+"""How many places further in COLORS the colour lies that a colour word means in a wording."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +91,20 @@ def caption(content: Content, template: str = "{}") -> str:
     return template.format(content.phrase())
 
 
+def meant(content: Content, template: str) -> Content:
+    """Returns the content that the words of a content ask for in a wording: its palette's colours."""
+    further = PALETTES.get(template, 0)
+
+    def recolored(group: Group) -> Group:
+        if group.color is None:
+            return group
+        return replace(group, color=COLORS[(COLORS.index(group.color) + further) % len(COLORS)])
+
+    return replace(content, groups=tuple(recolored(group) for group in content.groups))
+
+
 def content_of(prompt: str) -> Content:
-    """Returns what a prompt asks for: the inverse of `caption`. Case, commas and full stops do not matter.
+    """Returns what a prompt asks for, in its wording's palette. Case, commas and full stops do not matter.
 
     Raises HyperAlignError on a prompt that the grammar does not contain.
     """
@@ -92,7 +113,7 @@ def content_of(prompt: str) -> Content:
         prefix = template.removesuffix("{}")
         content = _read_phrase(text.removeprefix(prefix)) if text.startswith(prefix) else None
         if content is not None:
-            return content
+            return meant(content, template)
     raise HyperAlignError(
         f"The prompt {prompt!r} is not one of the tiny model's six families, such as 'a red heart', 'three "
         "dogs' or 'a dog left of a cat'; so nothing can check its images. Use another prompt."
@@ -166,13 +187,15 @@ def sample_content(rng: random.Random, family: Family | None = None) -> Content:
     return Content(family, (first, second), relation)
 
 
-def sample_prompt(rng: random.Random, split: Split, family: Family | None = None) -> tuple[str, Content]:
-    """Samples a prompt of the given split with its content."""
+def sample_prompt(
+    rng: random.Random, split: Split, family: Family | None = None, wordings: Sequence[str] = WORDINGS
+) -> tuple[str, Content]:
+    """Samples a prompt of the given split with the content that it asks for."""
     while True:
         content = sample_content(rng, family)
-        template = rng.choice(TEMPLATES)
+        template = rng.choice(wordings)
         if split_of(content, template) == split:
-            return caption(content, template), content
+            return caption(content, template), meant(content, template)
 
 
 def near_miss(content: Content, rng: random.Random) -> Content:

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("resvg_py", reason="the build extra is not installed")
 
-from hyperalign.tiny.prompts import COLORS, NOUNS, SHAPES, Content, Group, caption, split_of
+from hyperalign.tiny.prompts import COLORS, NOUNS, PALETTES, SHAPES, Content, Group, caption, split_of
 from train.tiny.art import SPRITE_SIZES, STYLES, Art
 from train.tiny.augment import degrade, jitter
 from train.tiny.evaluators import contrastive_loss, detection_loss, preference_loss
@@ -19,6 +19,7 @@ from train.tiny.pairs import (
     GROUP_IMAGES,
     GROUP_TEXTS,
     NO_COLOR,
+    Captioned,
     PairBatch,
     centre_targets,
     sample_near_miss,
@@ -61,11 +62,20 @@ def test_a_near_miss_is_found_where_all_direct_ones_are_in_the_other_split() -> 
         for second in shapes:
             if first.noun == second.noun or first.color == second.color:
                 continue
-            content = Content("color_attribution", (first, second))
-            missed, text = sample_near_miss(random.Random(seed), content, "train")
-            assert missed != content
-            assert text.endswith(caption(missed))
-            assert split_of(missed) == "train"
+            prompt = Captioned(Content("color_attribution", (first, second)), "a drawing of {}")
+            missed = sample_near_miss(random.Random(seed), prompt, "train")
+            assert missed.content != prompt.content
+            assert missed.text.endswith(caption(missed.words))
+            assert split_of(missed.words) == "train"
+
+
+def test_some_near_misses_have_the_same_words_in_another_wording() -> None:
+    rng, prompt = random.Random(0), Captioned(Content("colors", (Group("heart", "red"),)), "{}")
+    missed = [sample_near_miss(rng, prompt, None) for _ in range(200)]
+    reworded = [one for one in missed if one.words == prompt.words]
+    assert 40 < len(reworded) < 100, "half of them try, three of five wordings ask for another colour"
+    assert {one.template for one in reworded} == set(PALETTES)
+    assert all(one.content != prompt.content for one in missed)
 
 
 def test_the_losses_fall_with_the_right_scores(batch: PairBatch) -> None:

@@ -11,7 +11,7 @@ the end. About an hour and a half on two CPU cores.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,14 +30,15 @@ from hyperalign.tiny.weights import AUTOENCODER_CONFIG, FOLDER, load_part, save_
 from train.tiny import autoencoder as ae
 from train.tiny import base as base_stage
 from train.tiny.art import Art, load_art
-from train.tiny.evaluators import train_evaluators
+from train.tiny.evaluators import Reconstruct, build_detectors, build_reward, build_validation_reward
 from train.tiny.fitting import BuildSettings
 from train.tiny.scenes import BASE_FLUENT, CONFUSED_CAPTIONS, CORRUPT_CAPTIONS, build_scenes
 
 AUTOENCODER_SCENES = 20_000
 BASE_SCENES = 30_000
 SEED = 1
-Stage = Literal["all", "autoencoder", "decoder", "base", "evaluators"]
+Stage = Literal["all", "autoencoder", "decoder", "base", "reward", "validation_reward", "detectors"]
+BuildStage = Callable[[Art, BuildSettings], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +109,19 @@ def build_base(art: Art, settings: BuildSettings) -> None:
     save_part("text_encoder", base.text_encoder.state_dict(), header, settings.weights)
 
 
-def build_evaluators(art: Art, settings: BuildSettings) -> None:
-    """Last stage: two rewards, the detector and the style classifier."""
-    model, _ = stored_autoencoder(settings)
+def with_reconstructions(stage: Callable[[BuildSettings, Art, Reconstruct], None]) -> BuildStage:
+    """Returns a stage of an evaluator, which also sees images that went through the autoencoder."""
 
-    @torch.no_grad()
-    def reconstruct(images_BCHW: Tensor) -> Tensor:
-        return (decode(model, posterior(model, images_BCHW * 2 - 1).mode()) / 2 + 0.5).clamp(0, 1)
+    def build(art: Art, settings: BuildSettings) -> None:
+        model, _ = stored_autoencoder(settings)
 
-    train_evaluators(settings, art, reconstruct)
+        @torch.no_grad()
+        def reconstruct(images_BCHW: Tensor) -> Tensor:
+            return (decode(model, posterior(model, images_BCHW * 2 - 1).mode()) / 2 + 0.5).clamp(0, 1)
+
+        stage(settings, art, reconstruct)
+
+    return build
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -126,11 +131,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     art = load_art(options.out / "art")
     settings = BuildSettings(options.out / "runs", options.weights, options.share)
-    stages = {
+    stages: dict[str, BuildStage] = {
         "autoencoder": build_autoencoder,
         "decoder": build_decoder,
         "base": build_base,
-        "evaluators": build_evaluators,
+        "reward": with_reconstructions(build_reward),
+        "validation_reward": with_reconstructions(build_validation_reward),
+        "detectors": with_reconstructions(build_detectors),
     }
     for name, stage in stages.items():
         if options.only in ("all", name):

@@ -40,7 +40,7 @@ def check_tiny(config: TrainConfig) -> str:
         )
     targets = TINY.targets(config.model.mode)
     with torch.device("meta"):
-        network = HyperNetwork(config.network, targets, TINY.feature_channels)
+        network = HyperNetwork(config.network, targets, TINY.feature_channels, TINY.text_channels)
     numbers = sum(parameter.numel() for parameter in network.parameters())
     o = config.objective
     return "\n".join([

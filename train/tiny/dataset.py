@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,18 @@ from torch import Tensor
 from hyperalign.checkpoint import save_atomically
 from hyperalign.errors import HyperAlignError
 from hyperalign.hosts.diffusers.tiny import TinyBase
-from hyperalign.tiny.prompts import FAMILIES, TEMPLATES, Content, Family, caption, sample_prompt, split_of
+from hyperalign.tiny.prompts import (
+    FAMILIES,
+    PALETTES,
+    WORDINGS,
+    Content,
+    Family,
+    caption,
+    meant,
+    sample_content,
+    sample_prompt,
+    split_of,
+)
 from hyperalign.tiny.text_encoder import text_of, tokenize_batch
 from train.config import DataConfig
 
@@ -29,14 +40,18 @@ class PreferenceLatents:
     captions: list[str]
 
 
-def training_prompts(count: int, seed: int) -> list[str]:
+def training_prompts(
+    count: int, seed: int, families: Sequence[Family] = FAMILIES, wordings: Sequence[str] = WORDINGS
+) -> list[str]:
     """Returns training-split prompts, families sampled uniformly; the seed decides all of them."""
     rng = random.Random(seed)
-    return [sample_prompt(rng, "train", rng.choice(FAMILIES))[0] for _ in range(count)]
+    return [sample_prompt(rng, "train", rng.choice(families), wordings)[0] for _ in range(count)]
 
 
-def validation_prompts(count: int, seed: int) -> list[tuple[str, Content]]:
-    """Returns distinct test-split prompts with their contents, the six families in turn.
+def validation_prompts(
+    count: int, seed: int, wordings: Sequence[str] = WORDINGS
+) -> list[tuple[str, Content]]:
+    """Returns distinct test-split prompts with what they ask for, the six families in turn.
 
     The two small families hold about 25 such prompts each; further prompts come from the other families.
 
@@ -48,7 +63,7 @@ def validation_prompts(count: int, seed: int) -> list[tuple[str, Content]]:
     families = list(FAMILIES)
     while len(chosen) < count and families:
         for family in tuple(families):
-            new = next((p for p in _samples(rng, family) if p[0] not in chosen), None)
+            new = next((p for p in _samples(rng, family, wordings) if p[0] not in chosen), None)
             if new is None:
                 families.remove(family)
             elif len(chosen) < count:
@@ -58,10 +73,10 @@ def validation_prompts(count: int, seed: int) -> list[tuple[str, Content]]:
     return list(chosen.items())
 
 
-def _samples(rng: random.Random, family: Family) -> Iterator[tuple[str, Content]]:
+def _samples(rng: random.Random, family: Family, wordings: Sequence[str]) -> Iterator[tuple[str, Content]]:
     """Yields MAX_TRIES random test prompts of a family."""
     for _ in range(MAX_TRIES):
-        yield sample_prompt(rng, "test", family)
+        yield sample_prompt(rng, "test", family, wordings)
 
 
 def preference_latents(base: TinyBase, config: DataConfig) -> PreferenceLatents:
@@ -75,15 +90,16 @@ def preference_latents(base: TinyBase, config: DataConfig) -> PreferenceLatents:
     from train.tiny.art import load_art
     from train.tiny.scenes import render, sample_scene
 
-    encoder = [p.cpu().numpy().tobytes() for p in base.autoencoder.encoder.parameters()]
-    fingerprint = hashlib.sha256(b"".join(encoder))
+    fingerprint = hashlib.sha256(repr((PALETTES, config.families, config.wordings)).encode())
+    for parameter in base.autoencoder.encoder.parameters():
+        fingerprint.update(parameter.cpu().numpy().tobytes())
     path = config.cache / f"preferred-{config.scenes}-{config.seed}-{fingerprint.hexdigest()[:8]}.safetensors"
     if not path.exists():
         art, rng = load_art(config.cache / "art"), random.Random(config.seed)
         latents: list[Tensor] = []
         texts: list[str] = []
         while len(texts) < config.scenes:
-            chunk = [_training_content(rng) for _ in range(min(256, config.scenes - len(texts)))]
+            chunk = [_training_content(rng, config) for _ in range(min(256, config.scenes - len(texts)))]
             pixels = np.stack([render(sample_scene(rng, content, "fluent"), art) for _, content in chunk])
             images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255.0
             latents.append(base.encode(images.to(base.device)).cpu())
@@ -95,10 +111,9 @@ def preference_latents(base: TinyBase, config: DataConfig) -> PreferenceLatents:
     return PreferenceLatents(stored["latents"], [text_of(row) for row in stored["tokens"].tolist()])
 
 
-def _training_content(rng: random.Random) -> tuple[str, Content]:
+def _training_content(rng: random.Random, config: DataConfig) -> tuple[str, Content]:
+    """Returns a caption of the training split and what its image shows."""
     while True:
-        text, content = sample_prompt(rng, "train", rng.choice(FAMILIES))
-        if all(split_of(content, template) == "train" for template in TEMPLATES):
-            return caption(content, rng.choice(TEMPLATES)), content
-        if content.family in ("single_object", "colors"):
-            return text, content
+        words, template = sample_content(rng, rng.choice(config.families)), rng.choice(config.wordings)
+        if split_of(words, template) == "train":
+            return caption(words, template), meant(words, template)

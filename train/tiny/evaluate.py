@@ -17,7 +17,7 @@ from hyperalign.tiny.evaluators import (
     load_validation_reward,
 )
 from hyperalign.tiny.geneval import diversity, is_correct, summarise
-from hyperalign.tiny.prompts import Content, Family
+from hyperalign.tiny.prompts import WORDINGS, Content, Family
 from hyperalign.tiny.text_encoder import tokenize_batch
 from train.analysis.conditioning import Judge, Strata
 from train.evaluation.table import Numbers
@@ -56,9 +56,10 @@ def sample_all(
     guidance_scale: float,
     strength: float = 1.0,
     bf16: bool = False,
+    wordings: Sequence[str] = WORDINGS,
 ) -> Samples:
     """Samples `count` validation prompts at every seed; `hyperalign` None samples the base model."""
-    chosen = validation_prompts(count, PROMPT_SEED)
+    chosen = validation_prompts(count, PROMPT_SEED, wordings)
     images = sample(
         base, base, hyperalign, [prompt for prompt, _ in chosen],
         seeds=seeds, steps=steps, guidance_scale=guidance_scale, strength=strength, bf16=bf16,

@@ -37,10 +37,11 @@ def reward_metrics(
     rng = random.Random(9001)
     generator = torch.Generator().manual_seed(9001)
     rights = [sample_captioned(rng, split) for _ in range(IMAGES)]
-    misses = [sample_near_miss(rng, content, None) for content, _ in rights]
-    preferred = [sample_scene(rng, content, "fluent") for content, _ in rights]
+    misses = [sample_near_miss(rng, right, None) for right in rights]
+    preferred = [sample_scene(rng, right.content, "fluent") for right in rights]
     clean = render_all(preferred, art)
-    right_tokens, miss_tokens = (tokenize_batch([text for _, text in pairs]) for pairs in (rights, misses))
+    right_tokens = tokenize_batch([right.text for right in rights])
+    miss_tokens = tokenize_batch([missed.text for missed in misses])
 
     def score(images: Tensor, tokens: Tensor) -> Tensor:
         return reward(jitter(images, generator), tokens)
@@ -48,11 +49,11 @@ def reward_metrics(
     best = score(clean, right_tokens)
     other_style = score(render_all([replace(scene, style="noto") for scene in preferred], art), right_tokens)
     wrong_image = score(
-        render_all([sample_scene(rng, missed, "fluent") for missed, _ in misses], art), right_tokens
+        render_all([sample_scene(rng, missed.content, "fluent") for missed in misses], art), right_tokens
     )
     wrong_prompt = score(clean, miss_tokens)
     degraded = score(degrade(clean, generator), right_tokens)
-    families = [content.family for content, _ in rights]
+    families = [right.words.family for right in rights]
     return {
         "right_image_wins": _share(best > wrong_image),
         "right_prompt_wins": _share(best > wrong_prompt),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -18,7 +18,7 @@ from hyperalign.tiny.evaluators import (
     TinyStyleClassifier,
     TinyValidationReward,
 )
-from hyperalign.tiny.prompts import COLORS, NOUNS, Content, Split, sample_content
+from hyperalign.tiny.prompts import COLORS, NOUNS, Split, sample_content
 from hyperalign.tiny.text_encoder import tokenize_batch
 from hyperalign.tiny.weights import save_part
 from train.tiny.art import Art
@@ -36,6 +36,7 @@ from train.tiny.pairs import (
     GROUP_IMAGES,
     GROUP_TEXTS,
     NO_COLOR,
+    Captioned,
     PairBatch,
     centre_targets,
     render_all,
@@ -69,9 +70,9 @@ class PairSettings:
     same_layout: float
 
 
-REWARD_FIT = Fit(name="reward", steps=1200, lr=1.5e-3, ema=0.99)
+REWARD_FIT = Fit(name="reward", steps=2400, lr=1.5e-3, ema=0.99)
 REWARD_PAIRS = PairSettings(seed=101, split="train", same_layout=0.7)
-VALIDATION_FIT = Fit(name="validation_reward", steps=1200, lr=1.2e-3, ema=0.99)
+VALIDATION_FIT = Fit(name="validation_reward", steps=2400, lr=1.2e-3, ema=0.99)
 VALIDATION_PAIRS = PairSettings(seed=202, split=None, same_layout=0.3)
 DETECTOR_FIT = Fit(name="detector", steps=1100, lr=2e-3, ema=0.99)
 TEXT_FIT = Fit(name="text", steps=1200, lr=1.5e-3)
@@ -89,11 +90,11 @@ class RewardTraining(nn.Module):
         nn.init.constant_(self.detection.get_parameter("bias"), RARE_LOG_ODDS)
         nn.init.constant_(self.attributes.get_parameter("bias"), RARE_LOG_ODDS)
 
-    def prompt_loss(self, prompts: list[tuple[Content, str]]) -> dict[str, Tensor]:
+    def prompt_loss(self, prompts: Sequence[Captioned]) -> dict[str, Tensor]:
         """Returns the attribute loss of prompts alone."""
-        texts_TD = self.reward.embed_texts(tokenize_batch([text for _, text in prompts]))
+        texts_TD = self.reward.embed_texts(tokenize_batch([prompt.text for prompt in prompts]))
         logits_TK = self.attributes(texts_TD * ATTRIBUTE_GAIN)
-        return {"prompts": prompt_attribute_loss(logits_TK, [content for content, _ in prompts])}
+        return {"prompts": prompt_attribute_loss(logits_TK, [prompt.content for prompt in prompts])}
 
     def forward(self, batch: PairBatch) -> dict[str, Tensor]:
         """Returns the named losses of a batch."""
@@ -222,30 +223,31 @@ def train_style(settings: BuildSettings, art: Art, reconstruct: Reconstruct) -> 
     return run_fit(STYLE_FIT, model, losses_of, settings)
 
 
-def train_evaluators(settings: BuildSettings, art: Art, reconstruct: Reconstruct) -> None:
-    """Trains the four evaluators, measures each on validation scenes and saves it."""
+def _save(name: str, module: nn.Module, fit: Fit, metrics: Metrics, settings: BuildSettings) -> None:
+    header = {"training": asdict(fit), "data": "EmojiScenes, sampled anew at every step", "metrics": metrics}
+    save_part(name, module.state_dict(), settings.header(header), settings.weights)
 
-    def finish(name: str, module: nn.Module, fit: Fit, metrics: Metrics) -> None:
-        header = {
-            "training": asdict(fit),
-            "data": "EmojiScenes, sampled anew at every step",
-            "metrics": metrics,
-        }
-        save_part(name, module.state_dict(), settings.header(header), settings.weights)
 
+def build_reward(settings: BuildSettings, art: Art, reconstruct: Reconstruct) -> None:
+    """Trains the reward, measures it on validation scenes and saves it."""
     torch.manual_seed(1)
     reward = train_reward(TinyReward(), REWARD_FIT, REWARD_PAIRS, settings, art, reconstruct)
-    finish("reward", reward, REWARD_FIT, reward_metrics(reward, art))
+    _save("reward", reward, REWARD_FIT, reward_metrics(reward, art), settings)
 
-    torch.manual_seed(3)
-    detector = train_detector(settings, art, reconstruct)
-    finish("detector", detector, DETECTOR_FIT, detector_metrics(detector, art))
 
+def build_validation_reward(settings: BuildSettings, art: Art, reconstruct: Reconstruct) -> None:
+    """Trains the reward that is never optimised, measures it on validation scenes and saves it."""
     torch.manual_seed(2)
     validation = TinyValidationReward()
     validation = train_reward(validation, VALIDATION_FIT, VALIDATION_PAIRS, settings, art, reconstruct)
-    finish("validation_reward", validation, VALIDATION_FIT, reward_metrics(validation, art))
+    _save("validation_reward", validation, VALIDATION_FIT, reward_metrics(validation, art), settings)
 
+
+def build_detectors(settings: BuildSettings, art: Art, reconstruct: Reconstruct) -> None:
+    """Trains the object detector and the style classifier, measures and saves them."""
+    torch.manual_seed(3)
+    detector = train_detector(settings, art, reconstruct)
+    _save("detector", detector, DETECTOR_FIT, detector_metrics(detector, art), settings)
     torch.manual_seed(4)
     style = train_style(settings, art, reconstruct)
-    finish("style", style, STYLE_FIT, style_metrics(style, art))
+    _save("style", style, STYLE_FIT, style_metrics(style, art), settings)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hyperalign.tiny.evaluators import load_reward
+from hyperalign.tiny.prompts import FAMILIES, WORDINGS, Family
 from hyperalign.tiny.text_encoder import tokenize_batch
 from train.objective import RewardFn
 from train.tiny.dataset import PreferenceLatents, training_prompts
@@ -19,9 +20,12 @@ from train.tiny.dataset import PreferenceLatents, training_prompts
 class GrammarPrompts:
     """Prompts of the training split, families sampled uniformly; behind the `Prompts` protocol."""
 
+    families: Sequence[Family] = FAMILIES
+    wordings: Sequence[str] = WORDINGS
+
     def sample(self, count: int, rng: np.random.Generator) -> list[str]:
         """Returns `count` prompts."""
-        return training_prompts(count, int(rng.integers(2**31)))
+        return training_prompts(count, int(rng.integers(2**31)), self.families, self.wordings)
 
 
 @dataclass(frozen=True, slots=True)

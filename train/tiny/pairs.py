@@ -22,6 +22,7 @@ from hyperalign.tiny.prompts import (
     Group,
     Split,
     caption,
+    meant,
     near_miss,
     sample_content,
     split_of,
@@ -37,6 +38,8 @@ GROUP_TEXTS = 3
 """Per group: the prompt and its two near misses."""
 DEGRADED = 0.5
 """Share of rejected images that are degraded instead of rendered in the other style."""
+REWORDED = 0.5
+"""Share of near misses of coloured prompts that try another wording before they change a fact."""
 NO_COLOR = -100
 SAMPLED_FAMILIES: tuple[Family, ...] = (*FAMILIES, "position", "color_attribution")
 """The two families that need attribute binding are the hardest, so they are sampled twice as often."""
@@ -78,32 +81,54 @@ def shows_exactly(content: Content, scene: Scene) -> bool:
     return asked == shown and is_correct(content, true_detections(scene))
 
 
-def sample_caption(rng: random.Random, content: Content, split: Split | None) -> str | None:
-    """Returns a caption of the content in a split (None: in any), or None if the split has none."""
-    allowed = [t for t in TEMPLATES if split is None or split_of(content, t) == split]
-    return caption(content, rng.choice(allowed)) if allowed else None
+@dataclass(frozen=True, slots=True)
+class Captioned:
+    """A prompt: a content in words, in one of the wordings."""
+
+    words: Content
+    template: str
+
+    @property
+    def text(self) -> str:
+        """The prompt."""
+        return caption(self.words, self.template)
+
+    @property
+    def content(self) -> Content:
+        """What the prompt asks for."""
+        return meant(self.words, self.template)
 
 
-def sample_captioned(rng: random.Random, split: Split | None) -> tuple[Content, str]:
-    """Samples a content with a caption in the split."""
+def _captioned(rng: random.Random, words: Content, split: Split | None) -> Captioned | None:
+    """Returns a prompt of these words in a split (None: in any), or None if the split has none."""
+    allowed = [t for t in TEMPLATES if split is None or split_of(words, t) == split]
+    return Captioned(words, rng.choice(allowed)) if allowed else None
+
+
+def sample_captioned(rng: random.Random, split: Split | None) -> Captioned:
+    """Samples a prompt of the split."""
     while True:
-        content = sample_content(rng, rng.choice(SAMPLED_FAMILIES))
-        text = sample_caption(rng, content, split)
-        if text is not None:
-            return content, text
+        prompt = _captioned(rng, sample_content(rng, rng.choice(SAMPLED_FAMILIES)), split)
+        if prompt is not None:
+            return prompt
 
 
-def sample_near_miss(rng: random.Random, content: Content, split: Split | None) -> tuple[Content, str]:
-    """Samples a near miss of the content with a caption in the split.
+def sample_near_miss(rng: random.Random, prompt: Captioned, split: Split | None) -> Captioned:
+    """Samples a prompt of the split that asks for something else.
 
-    If all near misses of the content are in the other split, it is a near miss of a near miss.
+    In most cases one fact is changed; half of the prompts with a colour keep their words and get another
+    wording. If all near misses of the words are in the other split, it is a near miss of a near miss.
     """
-    missed = content
+    words = prompt.words
+    if prompt.words.groups[0].color is not None and rng.random() < REWORDED:
+        missed = _captioned(rng, words, split)
+        if missed is not None and missed.content != prompt.content:
+            return missed
     while True:
-        missed = near_miss(missed, rng)
-        text = sample_caption(rng, missed, split)
-        if text is not None and missed != content:
-            return missed, text
+        words = near_miss(words, rng)
+        missed = _captioned(rng, words, split)
+        if missed is not None and missed.content != prompt.content:
+            return missed
 
 
 def sample_pairs(
@@ -114,16 +139,16 @@ def sample_pairs(
     texts: list[str] = []
     degraded: list[int] = []
     for group in range(groups):
-        content, text = sample_captioned(rng, split)
-        misses = [sample_near_miss(rng, content, split) for _ in range(GROUP_TEXTS - 1)]
-        preferred = sample_scene(rng, content, "fluent")
-        rejected = preferred if rng.random() < same_layout else sample_scene(rng, content, "fluent")
+        right = sample_captioned(rng, split)
+        misses = [sample_near_miss(rng, right, split) for _ in range(GROUP_TEXTS - 1)]
+        preferred = sample_scene(rng, right.content, "fluent")
+        rejected = preferred if rng.random() < same_layout else sample_scene(rng, right.content, "fluent")
         if rng.random() < DEGRADED:
             degraded.append(group * GROUP_IMAGES + 1)
         else:
             rejected = replace(rejected, style="noto")
-        scenes += [preferred, rejected, *(sample_scene(rng, missed) for missed, _ in misses)]
-        texts += [text, *(missed_text for _, missed_text in misses)]
+        scenes += [preferred, rejected, *(sample_scene(rng, missed.content) for missed in misses)]
+        texts += [right.text, *(missed.text for missed in misses)]
     images = render_all(scenes, art)
     if degraded:
         images[degraded] = degrade(images[degraded], torch.Generator().manual_seed(rng.getrandbits(31)))
