@@ -24,7 +24,8 @@ from .provenance import Source
 from .schedule import Schedule
 from .targets import BaseSpec, PerceptionMode, Target
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 had no statistics, no static part beside the conditional one, and did not read the prompt's tokens."""
 HEADER_KEY = "hyperalign"
 MAX_BYTES = 2 << 30
 """Hypernetworks are far smaller than 2 GiB; a larger file is a base model in the wrong folder."""
@@ -38,6 +39,7 @@ class Header:
     """`BaseSpec.fingerprint()` of the base model."""
     mode: PerceptionMode
     feature_channels: tuple[int, ...]
+    text_channels: int
     targets: tuple[Target, ...]
     network: HyperNetworkConfig
     schedule: Schedule
@@ -63,10 +65,22 @@ class HyperAlign:
     header: Header
 
 
+def new_network(header: Header, operations: ModuleType | Any = nn) -> HyperNetwork:
+    """Returns an untrained hypernetwork of a header's sizes."""
+    return HyperNetwork(
+        header.network, header.targets, header.feature_channels, header.text_channels, operations
+    )
+
+
 def save(path: Path, network: HyperNetwork, header: Header, dtype: torch.dtype = torch.float16) -> None:
     """Writes the file atomically: a reader sees the old file or the whole new one."""
-    tensors = {_file_name(key, header.targets): value.detach().to("cpu", dtype).contiguous()
-               for key, value in network.state_dict().items()}  # fmt: skip
+    statistics = dict(network.named_buffers())  # activations of a base may be beyond half precision
+    tensors = {
+        _file_name(key, header.targets): value.detach()
+        .to("cpu", torch.float32 if key in statistics else dtype)
+        .contiguous()
+        for key, value in network.state_dict().items()
+    }
     save_atomically(tensors, path, {HEADER_KEY: header_text(header)})
 
 
@@ -118,15 +132,20 @@ def load(path: Path, operations: ModuleType | Any = nn) -> HyperAlign:
     """
     header = read_header(path)
     with torch.device("meta"):  # wrong sizes in a header must not allocate memory
-        network = HyperNetwork(header.network, header.targets, header.feature_channels, operations)
+        network = new_network(header, operations)
     wanted = network.state_dict()
     expected = {_file_name(key, header.targets): key for key in wanted}
     with safe_open(str(path), framework="pt") as file:
         found = {name: tuple(cast("list[int]", file.get_slice(name).get_shape())) for name in file.keys()}
         _check_shapes(path, found, {name: tuple(wanted[key].shape) for name, key in expected.items()})
-        state = {key: cast(Tensor, file.get_tensor(name)).float() for name, key in expected.items()}
+        # Copies: a tensor at any place of the mapped file is computed with by other instructions.
+        state = {
+            key: cast(Tensor, file.get_tensor(name)).to(torch.float32, copy=True)
+            for name, key in expected.items()
+        }
     _check_finite(path, state)
     network.load_state_dict(state, assign=True)
+    _check_conditional_part(path, network)
     return HyperAlign(network.eval().requires_grad_(False), header)
 
 
@@ -189,8 +208,9 @@ def parse_header(text: str, path: Path) -> Header:
         if version != FORMAT_VERSION:
             raise HyperAlignError(
                 f"{path.name} has format version {version}; this release reads version {FORMAT_VERSION}. "
-                "Update HyperAlign, or export the file again with a matching release."
-            )
+                + ("Train it again with its recipe: its weights do not fit the hypernetwork of this release."
+                   if version == 1 else "Update HyperAlign.")
+            )  # fmt: skip
         unknown = set(raw) - {f.name for f in fields(Header)}
         if unknown:
             raise HyperAlignError(
@@ -202,6 +222,7 @@ def parse_header(text: str, path: Path) -> Header:
             base=dict(raw["base"]),
             mode=raw["mode"],
             feature_channels=tuple(int(c) for c in raw["feature_channels"]),
+            text_channels=int(raw["text_channels"]),
             targets=tuple(Target(**target) for target in raw["targets"]),
             network=HyperNetworkConfig(**raw["network"]),
             schedule=Schedule(raw["schedule"]["variant"], tuple(raw["schedule"]["key_times"])),
@@ -230,6 +251,11 @@ def _check_shapes(
         )
     if wrong:
         name = wrong[0]
+        if "_statistics." in name:
+            raise HyperAlignError(
+                f"{path.name} has the statistics of another base model: {name} has shape {found[name]}, its "
+                f"header states {expected[name]}. Download it again, or train it again on its own base model."
+            )
         raise HyperAlignError(
             f"{path.name}: {name} has shape {found[name]}, its header states {expected[name]} "
             f"({len(wrong)} such tensors). Download or export it again."
@@ -241,7 +267,30 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
 
 
+def _check_conditional_part(path: Path, network: HyperNetwork) -> None:
+    """Raises HyperAlignError if statistics cannot standardise, or the conditional part is missing."""
+    if network.config.conditioning != "full":
+        return
+    for name, buffer in network.named_buffers():
+        if name.endswith("deviation") and bool((buffer <= 0).any()):
+            raise HyperAlignError(
+                f"{path.name}: {name} has a value of {float(buffer.min()):g}; expected deviations above 0. "
+                "The statistics are damaged: download the file again, or train it again."
+            )
+    if not network.head.weight.any():
+        raise HyperAlignError(
+            f"The conditional part of {path.name} is all zeros, so its weights are the same for every prompt "
+            "and time. Download or export it again; for weights that are meant to be so, train with "
+            'network.conditioning = "none".'
+        )
+
+
 def _check_finite(path: Path, state: dict[str, Tensor]) -> None:
+    if bad := [name for name in not_finite(state) if "_statistics." in name]:
+        raise HyperAlignError(
+            f"{path.name} contains NaN or infinite statistics ({bad[0]}). The base model's features were not "
+            "finite when they were measured, or the file is damaged: download it again, or train it again."
+        )
     if bad := not_finite(state):
         raise HyperAlignError(
             f"{path.name} contains NaN or infinite weights ({bad[0]}, {len(bad)} tensors). "

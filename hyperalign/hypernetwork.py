@@ -1,11 +1,15 @@
-"""The hypernetwork h of Eq 7: features of (x_t, t, c) in, one small core per adapted module out."""
+"""The hypernetwork h of Eq 7: features of (x_t, t, c) in, one small core per adapted module out.
+
+The core's factors are a static part, the same for every sample, and a conditional part, which the decoder
+generates. Both have the same energy when training begins, so that neither has to be woken by the other.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +17,10 @@ from torch.nn import functional as F
 
 from .delta import core_matrix
 from .errors import HyperAlignError
-from .perception import Perception, index_encoding
+from .perception import Perceived, Perception, Statistics, index_encoding, unit_linear
 from .targets import Target
 
-Conditioning = Literal["full", "none"]
+Conditioning = Literal["full", "constant", "none"]
 MAX_SIZE = 8192
 
 
@@ -31,7 +35,8 @@ class HyperNetworkConfig:
     layers: int = 3
     heads: int = 4
     conditioning: Conditioning = "full"
-    """`none` holds one learned core for all rows: a static LoRA of the same shape."""
+    """What the weights depend on. `none` holds the static part alone: a static LoRA of the same shape.
+    `constant` has the same decoder, which perceives nothing: as many trained numbers without conditioning."""
 
     def __post_init__(self) -> None:
         """Checks the sizes. Raises HyperAlignError."""
@@ -43,8 +48,10 @@ class HyperNetworkConfig:
             raise HyperAlignError(
                 f"width is {self.width} and heads is {self.heads}; width must be a multiple of 4 * heads."
             )
-        if self.conditioning not in ("full", "none"):
-            raise HyperAlignError(f"conditioning is {self.conditioning!r}; expected 'full' or 'none'.")
+        if self.conditioning not in get_args(Conditioning):
+            raise HyperAlignError(
+                f"conditioning is {self.conditioning!r}; expected 'full', 'constant' or 'none'."
+            )
 
 
 class Attention(nn.Module):
@@ -69,7 +76,10 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm self-attention among module tokens, cross-attention to memory, feed-forward."""
+    """Pre-norm self-attention among module tokens, cross-attention to memory, feed-forward.
+
+    The prompt scales and shifts the input of each (AdaLN, Peebles and Xie 2023, section 3.2).
+    """
 
     def __init__(self, width: int, heads: int, operations: ModuleType | Any) -> None:
         super().__init__()
@@ -80,17 +90,26 @@ class DecoderLayer(nn.Module):
         self.norm_feed = operations.LayerNorm(width)
         self.feed_in = operations.Linear(width, 4 * width)
         self.feed_out = operations.Linear(4 * width, width)
+        self.modulate = operations.Linear(width, 6 * width, bias=False)
 
-    def forward(self, x_BMC: Tensor, memory_BLC: Tensor) -> Tensor:
+    def forward(self, x_BMC: Tensor, memory_BLC: Tensor, modulation_BC: Tensor) -> Tensor:
         """Returns (B, M, C)."""
-        normed = self.norm_self(x_BMC)
+        of_self, of_memory, of_feed = self.modulate(modulation_BC)[:, None].chunk(3, dim=-1)
+        normed = modulated(self.norm_self(x_BMC), of_self)
         x_BMC = x_BMC + self.attend_self(normed, normed)
-        x_BMC = x_BMC + self.attend_memory(self.norm_memory(x_BMC), memory_BLC)
-        return x_BMC + self.feed_out(F.gelu(self.feed_in(self.norm_feed(x_BMC))))
+        x_BMC = x_BMC + self.attend_memory(modulated(self.norm_memory(x_BMC), of_memory), memory_BLC)
+        hidden = F.gelu(self.feed_in(modulated(self.norm_feed(x_BMC), of_feed)))
+        return x_BMC + self.feed_out(hidden)
+
+
+def modulated(x_BMC: Tensor, by_B1D: Tensor) -> Tensor:
+    """Returns x (1 + scale) + shift; D is 2 C, scale and shift."""
+    scale_B1C, shift_B1C = by_B1D.chunk(2, dim=-1)
+    return x_BMC * (1.0 + scale_B1C) + shift_B1C
 
 
 class HyperNetwork(nn.Module):
-    """Perception, one query token per adapted module, decoder, one shared linear head.
+    """Perception, one query token per adapted module, decoder, one shared linear head, and a static part.
 
     Only B_aux starts at zero: the adapted model begins as the base model, B_aux receives a gradient
     at the first step and everything else by the second.
@@ -101,61 +120,64 @@ class HyperNetwork(nn.Module):
         config: HyperNetworkConfig,
         targets: Sequence[Target],
         feature_channels: Sequence[int],
+        text_channels: int,
         operations: ModuleType | Any = nn,
     ) -> None:
         super().__init__()
         self.config = config
         self.targets = tuple(targets)
-        self.feature_channels = tuple(feature_channels)
+        self.feature_channels, self.text_channels = tuple(feature_channels), text_channels
         self.a_aux = nn.ParameterList(_scaled_normal(config.a, t.in_features) for t in self.targets)
         self.b_aux = nn.ParameterList(torch.zeros(t.out_features, config.b) for t in self.targets)
         count, numbers = len(self.targets), config.rank * (config.a + config.b)
+        self.static_factors = nn.Parameter(torch.randn(count, numbers))
         if config.conditioning == "none":
-            self.static_factors = nn.Parameter(torch.randn(count, numbers) * config.rank**-0.25)
             return
-        self.perception = Perception(self.feature_channels, config.width, operations)
+        self.perception = Perception(self.feature_channels, text_channels, config.width, operations)
         self.queries = nn.Parameter(torch.zeros(count, config.width))
         self.decoder = nn.ModuleList(
             DecoderLayer(config.width, config.heads, operations) for _ in range(config.layers)
         )
         self.head_norm = operations.LayerNorm(config.width)
-        self.head = operations.Linear(config.width, numbers)
+        self.token_statistics = Statistics(count, config.width)
+        self.head = unit_linear(config.width, numbers, operations)
 
     @property
     def is_static(self) -> bool:
         """Whether the same core serves every row."""
-        return self.config.conditioning == "none"
+        return self.config.conditioning != "full"
 
     def aux(self, index: int) -> tuple[Tensor, Tensor]:
         """Returns A_aux (a, d_in) and B_aux (d_out, b) of one target."""
         return self.a_aux[index], self.b_aux[index]
 
-    def factors(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns B_hyper (B, M, b, r) and A_hyper (B, M, r, a), in float32.
-
-        `features` is one map (B, C, H, W) per level of `feature_channels`.
-        """
-        rows = features[0].shape[0]
-        if self.is_static:
-            numbers_BMF = self.static_factors.float().expand(rows, -1, -1)
-        else:
-            numbers_BMF = self._decode(features).float() * self.config.rank**-0.25
+    def factors(self, perceived: Perceived) -> tuple[Tensor, Tensor]:
+        """Returns B_hyper (B, M, b, r) and A_hyper (B, M, r, a), in float32."""
+        numbers_BMF = self.static_factors.float().expand(perceived.rows, -1, -1)
+        if self.config.conditioning != "none":
+            conditional_BMF = self.head(self.token_statistics(self.tokens(perceived))).float()
+            numbers_BMF = conditional_BMF + numbers_BMF.to(conditional_BMF.device)
         rank, a, b = self.config.rank, self.config.a, self.config.b
-        b_numbers, a_numbers = numbers_BMF.split([rank * b, rank * a], dim=-1)
+        b_numbers, a_numbers = (rank**-0.25 * numbers_BMF).split([rank * b, rank * a], dim=-1)
         return b_numbers.unflatten(-1, (b, rank)), a_numbers.unflatten(-1, (rank, a))
 
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
+    def forward(self, perceived: Perceived) -> Tensor:
         """Returns the cores K (B, M, b, a), in float32 and in the order of `targets`."""
-        return core_matrix(*self.factors(features))
+        return core_matrix(*self.factors(perceived))
 
-    def _decode(self, features: Sequence[Tensor]) -> Tensor:
-        memory_BLC = self.perception(features)
+    def tokens(self, perceived: Perceived) -> Tensor:
+        """Returns the decoded module tokens (B, M, C), before they are standardised for the head."""
+        if self.is_static:
+            memory_BLC = self.queries.new_zeros(1, 1, self.config.width)
+            modulation_BC = memory_BLC[:, 0]
+        else:
+            memory_BLC, modulation_BC = self.perception(perceived)
         places_MC = index_encoding(len(self.targets), self.config.width, memory_BLC.device)
         tokens_MC = self.queries.to(memory_BLC) + places_MC
         x_BMC = tokens_MC.expand(memory_BLC.shape[0], -1, -1)
         for layer in self.decoder:
-            x_BMC = layer(x_BMC, memory_BLC)
-        return self.head(self.head_norm(x_BMC))
+            x_BMC = layer(x_BMC, memory_BLC, modulation_BC)
+        return self.head_norm(x_BMC)
 
 
 def _scaled_normal(rows: int, columns: int) -> Tensor:

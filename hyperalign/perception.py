@@ -2,7 +2,10 @@
 
 No encoder weights are stored; the base model looks at the noisy latent, the time and the prompt,
 and its features go through one linear layer per resolution ("Linear -> K, V" in the paper's
-framework figure).
+framework figure). The prompt's own tokens also reach the decoder directly, as one vector.
+
+Raw features and text vectors are nearly the same for every prompt and time. Both are standardised per channel
+by statistics of the base model's rollouts, so that what differs is what the hypernetwork sees.
 """
 
 from __future__ import annotations
@@ -10,13 +13,38 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 MAX_IMAGE_TOKENS = 256
+PLACE_SCALE = 0.25
+"""Length of a cell's place encoding; at full length it would outweigh the standardised features."""
+
+
+class Perceived(NamedTuple):
+    """What the hypernetwork reads of one call of the base model."""
+
+    features: Sequence[Tensor]
+    """Unadapted features, one map (B, C, H, W) per level."""
+    prompt_BC: Tensor
+    """The mean of the prompt's text tokens."""
+
+    @property
+    def rows(self) -> int:
+        """The number of samples."""
+        return len(self.prompt_BC)
+
+    def detached(self) -> Perceived:
+        """Returns it without a gradient to the base model."""
+        return Perceived([feature.detach() for feature in self.features], self.prompt_BC.detach())
+
+
+def pool_text(tokens_BLC: Tensor) -> Tensor:
+    """Returns the mean of the text tokens (B, C); repeating them all, as ComfyUI does, changes nothing."""
+    return tokens_BLC.float().mean(dim=1)
 
 
 def token_map(tokens_BLC: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -84,20 +112,56 @@ def _cached(make: Callable[..., Tensor], *arguments: Any) -> Tensor:
     return make(*arguments)
 
 
-class Perception(nn.Module):
-    """Features of each resolution level to one sequence of memory tokens."""
+class Statistics(nn.Module):
+    """Standardises the last dimensions by fixed means and deviations; neutral until they are measured."""
 
-    def __init__(self, channels: Sequence[int], width: int, operations: ModuleType | Any = nn) -> None:
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("deviation", torch.ones(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (x - mean) / deviation in float32."""
+        return (x.float() - self.mean.to(x.device)) / self.deviation.to(x.device)
+
+
+def unit_linear(channels: int, width: int, operations: ModuleType | Any) -> Any:
+    """Returns a linear layer without bias whose outputs have as much variance as its inputs at first."""
+    layer = operations.Linear(channels, width, bias=False)
+    if layer.weight is not None:  # some hosts create it when they load the file
+        nn.init.normal_(layer.weight, std=channels**-0.5)
+    return layer
+
+
+class Perception(nn.Module):
+    """What was perceived, as the memory tokens and the modulation vector of the decoder."""
+
+    def __init__(
+        self,
+        feature_channels: Sequence[int],
+        text_channels: int,
+        width: int,
+        operations: ModuleType | Any = nn,
+    ) -> None:
         super().__init__()
         self.width = width
-        self.norms = nn.ModuleList(operations.LayerNorm(c) for c in channels)
-        self.projections = nn.ModuleList(operations.Linear(c, width) for c in channels)
+        self.feature_statistics = nn.ModuleList(Statistics(c) for c in feature_channels)
+        self.projections = nn.ModuleList(unit_linear(c, width, operations) for c in feature_channels)
+        self.text_statistics = Statistics(text_channels)
+        self.project_text = unit_linear(text_channels, width, operations)
 
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Returns memory (B, L, width) for one (B, C, H, W) map per level; L is at most 256."""
+    def forward(self, perceived: Perceived) -> tuple[Tensor, Tensor]:
+        """Returns the memory (B, L, width), L at most 256, and the modulation vector (B, width)."""
+        modulation_BC = F.silu(self.project_text(self.text_statistics(perceived.prompt_BC)))
         tokens: list[Tensor] = []
-        for feature, norm, project in zip(pool_features(features), self.norms, self.projections, strict=True):
-            flat_BLC = feature.flatten(2).transpose(1, 2).float()
+        levels = zip(
+            pool_features(perceived.features), self.feature_statistics, self.projections, strict=True
+        )
+        for feature, standardise, project in levels:
+            flat_BLC = feature.flatten(2).transpose(1, 2)
             place_LC = grid_encoding(feature.shape[-2], feature.shape[-1], self.width, feature.device)
-            tokens.append(project(norm(flat_BLC)) + place_LC)
-        return torch.cat(tokens, dim=1)
+            tokens.append(project(standardise(flat_BLC)) + PLACE_SCALE * place_LC)
+        return torch.cat(tokens, dim=1), modulation_BC

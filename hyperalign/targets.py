@@ -68,6 +68,11 @@ class BaseSpec(Protocol):
         """Channels of each feature map that perception reads."""
         ...
 
+    @property
+    def text_channels(self) -> int:
+        """Width of the text tokens that the model reads."""
+        ...
+
     def fingerprint(self) -> dict[str, Any]:
         """Returns the dimensions as JSON types, as the checkpoint header stores them."""
         ...

@@ -11,6 +11,7 @@ from hyperalign.errors import HyperAlignError
 from hyperalign.hypernetwork import HyperNetworkConfig
 from hyperalign.schedule import Schedule, Variant
 from hyperalign.targets import PerceptionMode
+from hyperalign.tiny.prompts import FAMILIES, TEMPLATES, WORDINGS, Family
 
 BaseName = Literal["tiny", "sd15", "sdxl", "flux", "sd3"]
 State = Literal["rollout", "noised", "mixed"]
@@ -46,6 +47,9 @@ class ModelConfig:
     """Key times of P, falling fractions of the noise schedule; empty measures them on the base model."""
     key_count: int = 2
     """How many key times to find for P, besides the start."""
+    statistics_prompts: int = 32
+    """Prompts on whose rollouts by the base model a new run measures what features and text are standardised
+    by."""
     gradient_checkpointing: GradientCheckpointing = "all"
     """What recomputes activations in its backward pass, slower but with far less memory: all; decoder, with
     the rewards but without the backbone; none; auto, what is fastest and fits the GPU by estimate."""
@@ -181,6 +185,12 @@ class DataConfig:
     scenes: int = 12000
     """Tiny model: preference images (right captions, Fluent style) to encode once."""
     seed: int = 101
+    families: tuple[Family, ...] = FAMILIES
+    """Tiny model: families of training prompts and preference images; one named twice is sampled twice as
+    often."""
+    wordings: tuple[str, ...] = WORDINGS
+    """Tiny model: wordings of training prompts and preference images. Those with palettes of their own ask
+    for one correction of each colour word more: the number of palettes is how much there is to learn."""
     cache: Path = Path("build/tiny")
     """Tiny model: where fetched art and encoded scenes are kept."""
     prompts: Path = Path()
@@ -263,6 +273,8 @@ class TrainConfig:
         """Checks ranges. Raises HyperAlignError."""
         self._check_objective()
         p, run = self.optim, self.run
+        prompts = self.model.statistics_prompts
+        _require(prompts >= 2, "model.statistics_prompts", prompts, "2 or more")
         _require(p.steps >= 1, "optim.steps", p.steps, "1 or more")
         _require(p.lr > 0, "optim.lr", p.lr, "above 0")
         _require(p.max_grad_norm > 0, "optim.max_grad_norm", p.max_grad_norm, "above 0")
@@ -272,6 +284,12 @@ class TrainConfig:
             self.data.scenes >= self.objective.preference_batch,
             "data.scenes", self.data.scenes, "objective.preference_batch or more",
         )  # fmt: skip
+        known = [template for template in self.data.wordings if template in TEMPLATES]
+        _require(
+            bool(known) and len(known) == len(self.data.wordings),
+            "data.wordings", self.data.wordings, "some of " + ", ".join(map(repr, TEMPLATES)),
+        )  # fmt: skip
+        _require(bool(self.data.families), "data.families", self.data.families, "one or more")
         _require(bool(run.attention_kernels), "run.attention_kernels", run.attention_kernels, "one or more")
         _require(run.checkpoint_every >= 1, "run.checkpoint_every", run.checkpoint_every, "1 or more")
         _require(run.keep_checkpoints >= 1, "run.keep_checkpoints", run.keep_checkpoints, "1 or more")

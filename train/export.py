@@ -21,7 +21,6 @@ from hyperalign import checkpoint
 from hyperalign.card import write_card
 from hyperalign.errors import HyperAlignError
 from hyperalign.files import cannot_write, check_writable
-from hyperalign.hypernetwork import HyperNetwork
 from train.checkpoints import read_checkpoint
 
 
@@ -64,7 +63,7 @@ def export(options: Options) -> Path:
     if options.raw:
         header = dataclasses.replace(header, training=header.training | {"weights": "raw, not averaged"})
     with torch.device("meta"):
-        network = HyperNetwork(header.network, header.targets, header.feature_channels)
+        network = checkpoint.new_network(header)
     network.load_state_dict(weights, assign=True)
     with cannot_write(options.out, "Make room, or choose another path."):
         checkpoint.save(options.out, network, header)

@@ -234,7 +234,7 @@ def reward_prompts(config: TrainConfig) -> Prompts:
     if config.model.base != "tiny":
         return PromptList(training_prompts(config))
     if config.data.prompts == Path():
-        return GrammarPrompts()
+        return GrammarPrompts(config.data.families, config.data.wordings)
     prompts = load_prompts(config.data.prompts)
     tokenize_batch(prompts)
     return PromptList(prompts)

@@ -15,7 +15,6 @@ from hyperalign.checkpoint import Header, HyperAlign
 from hyperalign.errors import HyperAlignError
 from hyperalign.families.dit import TransformerSpec
 from hyperalign.hosts.diffusers.adapter import spec_of
-from hyperalign.hypernetwork import HyperNetwork
 from hyperalign.provenance import Source
 from hyperalign.schedule import Schedule
 from hyperalign.targets import BaseSpec, Target
@@ -48,6 +47,7 @@ def new_header(config: TrainConfig, spec: BaseSpec, schedule: Schedule) -> Heade
         base=spec.fingerprint(),
         mode=config.model.mode,
         feature_channels=spec.feature_channels,
+        text_channels=spec.text_channels,
         targets=spec.targets(config.model.mode, blocks),
         network=config.network,
         schedule=schedule,
@@ -58,7 +58,7 @@ def new_header(config: TrainConfig, spec: BaseSpec, schedule: Schedule) -> Heade
 def new_hyperalign(config: TrainConfig, backbone: nn.Module, schedule: Schedule) -> HyperAlign:
     """Returns an untrained hypernetwork for a base model; it changes nothing yet."""
     header = new_header(config, spec_of(backbone), schedule)
-    return HyperAlign(HyperNetwork(header.network, header.targets, header.feature_channels), header)
+    return HyperAlign(checkpoint.new_network(header), header)
 
 
 def begin_from(path: Path, hyperalign: HyperAlign) -> Origin:
@@ -99,6 +99,7 @@ def _architecture(header: Header) -> dict[str, Any]:
         "mode": header.mode,
         "perception_blocks": header.perception_blocks,
         "feature_channels": header.feature_channels,
+        "text_channels": header.text_channels,
         "targets": header.targets,
         **{f"network.{name}": value for name, value in asdict(header.network).items()},
     }

@@ -37,6 +37,7 @@ from train.relative_distance import weight_schedule
 from train.results import Results
 from train.rollout import rollout
 from train.start import begin_from, new_hyperalign
+from train.statistics import measure_statistics
 from train.stopping import Stopped, StopRequest
 from train.transfer import to_device
 
@@ -73,8 +74,11 @@ class Trainer:
         if saved is None and config.run.init_from != Path():
             self.results.origin = begin_from(config.run.init_from, self.hyperalign)
         self.network = self.hyperalign.network.to(self.device)
-        self.average = copy.deepcopy(self.network).requires_grad_(False)
         self.adapter = Adapter(self.base.backbone, self.hyperalign)
+        if saved is None and config.run.init_from == Path():
+            with self._autocast():
+                measure_statistics(inputs, self.adapter, config, self.accelerator)
+        self.average = copy.deepcopy(self.network).requires_grad_(False)
         if config.model.recomputes_backbone and config.model.base != "tiny":
             self.adapter.checkpoint_activations()
         self.optimiser = torch.optim.AdamW(

@@ -44,6 +44,7 @@ class TransformerSpec:
 
     family: str
     hidden: int
+    context_dim: int
     patch: int
     """Side of the square of latent cells that makes one token."""
     image_output: int
@@ -61,6 +62,11 @@ class TransformerSpec:
     def feature_channels(self) -> tuple[int, ...]:
         """Perception reads the image tokens after its last block."""
         return (self.hidden,)
+
+    @property
+    def text_channels(self) -> int:
+        """Width of the text tokens before the model's own first layer."""
+        return self.context_dim
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns the dimensions as JSON types."""

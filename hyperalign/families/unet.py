@@ -45,6 +45,11 @@ class UNetSpec:
         return self.block_out_channels
 
     @property
+    def text_channels(self) -> int:
+        """Cross-attention reads the text tokens."""
+        return self.cross_attention_dim
+
+    @property
     def perception_input_blocks(self) -> tuple[int, ...]:
         """ComfyUI's input_blocks whose outputs are those features."""
         per_level = self.layers_per_block + 1

@@ -187,7 +187,7 @@ def small_run(make_base: Callable[..., Any], tmp_path: Path) -> Callable[..., Tr
     ) -> Trainer:
         config = TrainConfig(
             network=NETWORK,
-            model=ModelConfig(**sections.get("model", {})),
+            model=ModelConfig(**{"statistics_prompts": 4} | sections.get("model", {})),
             objective=ObjectiveConfig(**OBJECTIVE | sections.get("objective", {})),
             optim=OptimConfig(**OPTIM | sections.get("optim", {})),
             data=DataConfig(**sections.get("data", {})),

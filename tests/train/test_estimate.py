@@ -241,7 +241,11 @@ def test_the_trainers_own_step_takes_what_is_estimated(case: str, tmp_path: Path
     parts = step_costs(config, *meta_models(base, SMALL[base]))
     memory = step_memory(config, parts)
     assert tally.operations == pytest.approx(step_work(config, parts).total, rel=0.03)
-    assert tally.peak == pytest.approx(memory.peak - memory.weights - memory.optimiser, rel=0.2)
+    gradients = (
+        4 * parts.parameters["hypernetwork"]
+    )  # of the first backward pass; the optimiser's part has them
+    activations = memory.peak - memory.weights - memory.optimiser
+    assert 0.8 * activations < tally.peak < 1.2 * activations + gradients
 
 
 @given(steps=st.integers(2, 12), skip=st.integers(0, 11), count=st.integers(1, 12), seed=st.integers(0, 99))

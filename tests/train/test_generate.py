@@ -19,6 +19,7 @@ from hyperalign.checkpoint import load
 from hyperalign.families.unet import TINY
 from hyperalign.hosts.diffusers.tiny import load_tiny
 from hyperalign.image_sets import ImageSet, image_path, open_image_set, read_record
+from hyperalign.perception import Perceived
 from hyperalign.rewards import loading
 from hyperalign.tiny.weights import HYPERNETWORKS
 from train.generate import main
@@ -86,7 +87,7 @@ def static_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     network = load(HYPERNETWORKS / "tiny_static.safetensors").network
     path = tmp_path_factory.mktemp("lora") / "static.safetensors"
-    factors = network.factors([torch.zeros(1, channels, 1, 1) for channels in TINY.feature_channels])
+    factors = network.factors(Perceived([], torch.zeros(1, TINY.text_channels)))
     save_file(lora_tensors(network, TINY.lora_names, factors, dtype=torch.float32), path)
     return path
 

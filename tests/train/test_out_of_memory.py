@@ -36,7 +36,8 @@ def test_a_full_gpu_halves_the_backward_passes_and_says_so(
     small_run: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     steps = {"steps": 3}
-    halved = small_run(tmp_path / "halved", reward=room_for(2), objective=OBJECTIVE, optim=steps)
+    few = {"statistics_prompts": 2}  # one batch of them in both runs
+    halved = small_run(tmp_path / "halved", reward=room_for(2), objective=OBJECTIVE, optim=steps, model=few)
     halved.fit()
     said = [message for message in caplog.messages if "memory was full" in message]
     assert len(said) == 1
@@ -44,8 +45,9 @@ def test_a_full_gpu_halves_the_backward_passes_and_says_so(
     assert "2 images in one backward pass instead of 4" in said[0]
     assert "objective.micro_batch = 2" in said[0]
     small_run(
-        tmp_path / "lower", reward=room_for(2), objective=OBJECTIVE | {"micro_batch": 2}, optim=steps
-    ).fit()
+        tmp_path / "lower", reward=room_for(2), objective=OBJECTIVE | {"micro_batch": 2}, optim=steps,
+        model=few,
+    ).fit()  # fmt: skip
     assert losses(tmp_path / "halved") == losses(tmp_path / "lower")
     assert halved.images_seen == 3 * OBJECTIVE["preference_batch"]
 

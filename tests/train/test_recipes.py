@@ -60,10 +60,11 @@ def test_the_commands_of_a_header_name_their_own_recipe(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "flux", "sd35m", "tiny"])
-def test_a_static_lora_is_its_s_recipe_without_conditioning(name: str) -> None:
+def test_a_static_lora_is_its_s_recipe_without_conditioning_at_a_rate_of_its_own(name: str) -> None:
     s, static = load_recipe(ALL[f"{name}_s"]), load_recipe(ALL[f"{name}_static"])
     assert static.network == dataclasses.replace(s.network, conditioning="none")
-    assert dataclasses.replace(static, network=s.network, run=s.run) == s
+    assert dataclasses.replace(static.optim, lr=s.optim.lr) == s.optim
+    assert dataclasses.replace(static, network=s.network, run=s.run, optim=s.optim) == s
 
 
 @pytest.mark.parametrize(

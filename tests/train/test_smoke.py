@@ -124,7 +124,8 @@ def test_smoke_runs_begin_anew_and_leave_the_recipes_own_run_alone(tmp_path: Pat
         assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
         assert not out.exists()
         (tmp_path / "run_smoke" / "log.jsonl").unlink()
-    small = ["--optim.steps", "1", "--objective.prompt_batch", "2", "--validation.every", "0"]
+    small = ["--optim.steps", "1", "--objective.prompt_batch", "2", "--validation.every", "0",
+             "--model.statistics-prompts", "2"]  # fmt: skip
     assert main([*program, *small]) == 0
     assert (out / "hypernetwork.safetensors").is_file()
 

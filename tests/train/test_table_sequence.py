@@ -18,7 +18,7 @@ FEWER = {
     "train/train.py": [
         "--optim.steps", "1", "--objective.prompt-batch", "1", "--objective.rollout-steps", "4",
         "--objective.timesteps", "1", "--objective.preference-batch", "2", "--validation.every", "0",
-        "--data.scenes", "16", "--network.layers", "1",
+        "--data.scenes", "16", "--network.layers", "1", "--model.statistics-prompts", "2",
     ],
     "train/generate.py": ["--steps", "2", "--limit", "2", "--images-per-prompt", "2"],
     "train/evaluate.py": ["--cpu"],

@@ -229,6 +229,7 @@ def test_no_caption_is_dropped_where_nothing_samples_with_the_empty_prompt(
     conditions, base.cfg = base.conditions, False
     base.conditions = lambda prompts: captions.extend(prompts) or conditions(prompts)
     run = small_run(base=base, objective={"caption_dropout": 0.9})
+    captions.clear()
     run._preference_pass()
     assert captions == ["image 0", "image 1", "image 2"]
 

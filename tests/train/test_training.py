@@ -189,6 +189,7 @@ def arguments(out: Path, prompts: int, preferred: int) -> list[str]:
         "objective.rollout-steps": 3, "objective.timesteps": 1, "objective.skip-first": 1,
         "objective.preference-batch": preferred,
         "data.scenes": 16, "validation.every": 0, "run.out": out, "run.checkpoint-every": 1,
+        "model.statistics-prompts": 2,
     }  # fmt: skip
     flags = [text for key, value in overrides.items() for text in (f"--{key}", str(value))]
     return ["--recipe", "train/recipes/tiny_s.toml", "--optim.no-bf16", *flags]

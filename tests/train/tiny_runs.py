@@ -39,7 +39,7 @@ def small(
 ) -> TrainConfig:
     keys = (0.6,) if variant == "P" else ()
     return TrainConfig(
-        model=ModelConfig(variant=variant, mode=mode, key_times=keys),
+        model=ModelConfig(variant=variant, mode=mode, key_times=keys, statistics_prompts=2),
         network=HyperNetworkConfig(**({"layers": 1} | network)),
         objective=ObjectiveConfig(prompt_batch=2, rollout_steps=3, timesteps=1, preference_batch=4),
         optim=OptimConfig(steps=4, warmup_steps=2, lr=1e-2, bf16=bf16),
@@ -83,12 +83,12 @@ def one_of_two_fails(out: Path) -> int:
     short = {"prompt_batch": 2, "rollout_steps": 3, "timesteps": 1, "skip_first": 1, "preference_batch": 2}
     config = dataclasses.replace(
         recipe,
-        model=dataclasses.replace(recipe.model, key_times=(), key_count=1),
+        model=dataclasses.replace(recipe.model, key_times=(), key_count=1, statistics_prompts=2),
         objective=dataclasses.replace(recipe.objective, **short),
         optim=dataclasses.replace(recipe.optim, steps=9, bf16=False),
         data=dataclasses.replace(recipe.data, scenes=16),
         validation=dataclasses.replace(recipe.validation, every=0),
-        run=dataclasses.replace(recipe.run, out=out, checkpoint_every=100),
+        run=dataclasses.replace(recipe.run, out=out, checkpoint_every=100, init_from=Path()),
     )
     accelerator = Accelerator()
     search, loss = relative_distance.base_key_times, loop.preference_loss

@@ -52,14 +52,15 @@ def _hyperalign(
     torch.manual_seed(seed)
     config = HyperNetworkConfig(conditioning=conditioning)
     targets = spec.targets(mode, perception_blocks)
-    network = HyperNetwork(config, targets, spec.feature_channels)
+    network = HyperNetwork(config, targets, spec.feature_channels, spec.text_channels)
     if trained:
         for b_aux in network.b_aux:
-            torch.nn.init.normal_(b_aux, std=0.1)
+            torch.nn.init.normal_(b_aux, std=0.02)
     header = Header(
         spec.fingerprint(),
         mode,
         spec.feature_channels,
+        spec.text_channels,
         targets,
         config,
         schedule or Schedule("S"),

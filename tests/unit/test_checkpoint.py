@@ -40,17 +40,18 @@ def rewritten(path: Path, change: dict[str, Any] | None = None, drop: str = "", 
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9), st.sampled_from(["full", "none"]))
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9), st.sampled_from(["full", "constant", "none"]))
 def test_a_saved_hypernetwork_loads_exactly(
     tmp_path: Path, rank: int, a: int, b: int, conditioning: Any
 ) -> None:
     config = HyperNetworkConfig(rank=rank, a=a, b=b, width=32, layers=1, heads=2, conditioning=conditioning)
     targets = TINY.targets("prefix")
-    network = HyperNetwork(config, targets, TINY.feature_channels)
+    network = HyperNetwork(config, targets, TINY.feature_channels, TINY.text_channels)
     header = Header(
         TINY.fingerprint(),
         "prefix",
         TINY.feature_channels,
+        TINY.text_channels,
         targets,
         config,
         Schedule("P", (0.5,)),
@@ -117,7 +118,39 @@ def test_lora_without_header(tmp_path: Path) -> None:
 
 
 def test_other_version(saved: Path) -> None:
-    refused(rewritten(saved, {"format_version": 99}), "format version 99; this release reads version 1")
+    refused(rewritten(saved, {"format_version": 99}), "format version 99; this release reads version 2")
+
+
+def test_a_file_of_the_first_format(saved: Path) -> None:
+    refused(rewritten(saved, {"format_version": 1}), "format version 1; .*Train it again with its recipe")
+
+
+def test_statistics_of_another_base_model(saved: Path) -> None:
+    state = load_file(saved)
+    state["perception.text_statistics.mean"] = torch.zeros(768)
+    refused(rewritten(saved, tensors=state), r"statistics of another base model: .*\(768,\).*\(128,\)")
+
+
+def test_statistics_that_are_no_numbers_or_cannot_divide(saved: Path) -> None:
+    state = load_file(saved)
+    state["perception.feature_statistics.1.mean"][3] = float("nan")
+    refused(
+        rewritten(saved, tensors=state), r"NaN or infinite statistics \(perception.feature_statistics.1.mean"
+    )
+    state = load_file(saved)
+    state["token_statistics.deviation"][2, 5] = 0.0
+    refused(
+        rewritten(saved, tensors=state), "token_statistics.deviation has a value of 0; expected deviations"
+    )
+
+
+def test_a_conditional_part_of_zeros(saved: Path, make_hyperalign: Any, tmp_path: Path) -> None:
+    state = load_file(saved)
+    state["head.weight"].zero_()
+    refused(rewritten(saved, tensors=state), "The conditional part of .* is all zeros")
+    static = make_hyperalign(conditioning="none")
+    checkpoint.save(tmp_path / "static.safetensors", static.network, static.header)
+    assert checkpoint.load(tmp_path / "static.safetensors").network.is_static
 
 
 def test_unknown_header_field(saved: Path) -> None:
@@ -167,7 +200,9 @@ def test_a_file_is_written_in_half_precision_readable_by_all_and_read_in_single(
     made = make_hyperalign()
     path = tmp_path / "deep" / "er" / "x.safetensors"
     checkpoint.save(path, made.network, made.header)
-    assert {value.dtype for value in load_file(path).values()} == {torch.float16}
+    dtypes = {name: value.dtype for name, value in load_file(path).items()}
+    assert {dtypes.pop(name) for name in dict(made.network.named_buffers())} == {torch.float32}, "statistics"
+    assert set(dtypes.values()) == {torch.float16}
     assert path.stat().st_mode & 0o777 == 0o644
     loaded = checkpoint.load(path)
     assert {p.dtype for p in loaded.network.parameters()} == {torch.float32}
@@ -181,7 +216,7 @@ def test_a_header_s_family_and_version(saved: Path) -> None:
     assert (header.family, dataclasses.replace(header, base={}).family) == ("tiny", "unknown")
     source = Source(kind="base model", name="mine", licence="none")
     assert dataclasses.replace(header, sources=(source,)).sources == (source,)
-    assert (header.format_version, header.perception_blocks, checkpoint.FORMAT_VERSION) == (1, 0, 1)
+    assert (header.format_version, header.perception_blocks, checkpoint.FORMAT_VERSION) == (2, 0, 2)
 
 
 def test_a_file_as_large_as_allowed_is_opened(tmp_path: Path) -> None:

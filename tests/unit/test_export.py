@@ -27,6 +27,7 @@ from hyperalign.families.unet import SD15, SDXL, TINY
 from hyperalign.hosts.diffusers.export import encode, export_lora
 from hyperalign.hosts.diffusers.session import denoiser_of
 from hyperalign.hypernetwork import HyperNetwork, HyperNetworkConfig
+from hyperalign.perception import Perceived
 from hyperalign.targets import LoraNames, Target
 
 SIZES = st.integers(1, 9)
@@ -38,10 +39,13 @@ def test_the_file_holds_the_change_itself(
     rank: int, a: int, b: int, inside: int, outside: int, strength: float
 ) -> None:
     network = HyperNetwork(
-        HyperNetworkConfig(rank=rank, a=a, b=b, conditioning="none"), [Target("x.to_q", inside, outside)], [4]
+        HyperNetworkConfig(rank=rank, a=a, b=b, conditioning="none"),
+        [Target("x.to_q", inside, outside)],
+        [4],
+        2,
     ).requires_grad_(False)
     torch.nn.init.normal_(network.b_aux[0])
-    factors = network.factors([torch.zeros(1, 4, 1, 1)])
+    factors = network.factors(Perceived([], torch.zeros(1, 2)))
     tensors = lora_tensors(network, LoraNames("lora_unet_"), factors, strength, torch.float32)
 
     down, up = tensors["lora_unet_x_to_q.lora_down.weight"], tensors["lora_unet_x_to_q.lora_up.weight"]
@@ -70,12 +74,12 @@ def test_every_layer_of_a_family_has_keys_of_its_own(spec: Any, first: str) -> N
 
 
 def test_more_than_one_row_and_an_overflow_are_refused() -> None:
-    network = HyperNetwork(HyperNetworkConfig(conditioning="none"), [Target("x", 4, 4)], [4])
+    network = HyperNetwork(HyperNetworkConfig(conditioning="none"), [Target("x", 4, 4)], [4], 2)
     torch.nn.init.normal_(network.b_aux[0], std=1e6)
     with pytest.raises(HyperAlignError, match="weights of 2 samples; a LoRA file holds those of one"):
-        lora_tensors(network, LoraNames(""), network.factors([torch.zeros(2, 4, 1, 1)]))
+        lora_tensors(network, LoraNames(""), network.factors(Perceived([], torch.zeros(2, 2))))
     with pytest.raises(HyperAlignError, match=r"not finite in torch.float16. Lower the strength"):
-        lora_tensors(network, LoraNames(""), network.factors([torch.zeros(1, 4, 1, 1)]))
+        lora_tensors(network, LoraNames(""), network.factors(Perceived([], torch.zeros(1, 2))))
 
 
 def use_lora(pipe: Any, path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hyperalign.errors import HyperAlignError
 from hyperalign.export import ORIGIN_KEY, Origin, check_time, lora_tensors, save_lora
 from hyperalign.hypernetwork import HyperNetwork, HyperNetworkConfig
+from hyperalign.perception import Perceived
 from hyperalign.targets import LoraNames, Target
 
 KOHYA, PEFT = LoraNames("k_"), LoraNames("p.", ".", "lora_A", "lora_B", has_alpha=False)
@@ -22,10 +23,10 @@ KOHYA, PEFT = LoraNames("k_"), LoraNames("p.", ".", "lora_A", "lora_B", has_alph
 def made() -> tuple[HyperNetwork, tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
     config = HyperNetworkConfig(rank=2, a=3, b=4, conditioning="none")
-    network = HyperNetwork(config, [Target("x.q", 5, 6), Target("y", 7, 3)], [1]).requires_grad_(False)
+    network = HyperNetwork(config, [Target("x.q", 5, 6), Target("y", 7, 3)], [1], 2).requires_grad_(False)
     for b_aux in network.b_aux:
         nn.init.normal_(b_aux)
-    return network, network.factors([torch.zeros(1, 1, 1, 1)])
+    return network, network.factors(Perceived([torch.zeros(1, 1, 1, 1)], torch.zeros(1, 2)))
 
 
 @pytest.mark.parametrize("strength", [1.0, -0.5])

@@ -18,7 +18,7 @@ WIDTHS = ((6, 7), (4, 7), (6, 5), (4, 4))
 def network() -> HyperNetwork:
     torch.manual_seed(0)
     config = HyperNetworkConfig(rank=1, a=2, b=3, conditioning="none")
-    made = HyperNetwork(config, [Target(f"t{i}", *widths) for i, widths in enumerate(WIDTHS)], [1])
+    made = HyperNetwork(config, [Target(f"t{i}", *widths) for i, widths in enumerate(WIDTHS)], [1], 2)
     for b_aux in made.b_aux:
         nn.init.normal_(b_aux)
     return made.requires_grad_(False)
@@ -102,7 +102,7 @@ def formula(x, a_aux, b_aux, core):
 def fused_layer(first: int) -> tuple[HyperNetwork, AdaptedLayers, torch.nn.Linear]:
     """Query, key and value of width 6 in one layer, `first` outputs before them and 5 behind."""
     targets = [Target(name, 8, 6) for name in ("q", "k", "v")]
-    network = HyperNetwork(HyperNetworkConfig(rank=2, a=4, b=4, width=16, layers=1), targets, (3,))
+    network = HyperNetwork(HyperNetworkConfig(rank=2, a=4, b=4, width=16, layers=1), targets, (3,), 2)
     for b_aux in network.b_aux:
         torch.nn.init.normal_(b_aux)
     places = [Place("qkv", first + 6 * index) for index in range(3)]
@@ -126,7 +126,7 @@ def test_fused_projections_each_get_their_own_rows(first: int) -> None:
 
 def test_an_adapted_layer_is_two_operators_more_than_the_plain_one() -> None:
     targets = [Target("q", 8, 6)]
-    network = HyperNetwork(HyperNetworkConfig(rank=2, a=4, b=4, width=16, layers=1), targets, (3,))
+    network = HyperNetwork(HyperNetworkConfig(rank=2, a=4, b=4, width=16, layers=1), targets, (3,), 2)
     layers, module = AdaptedLayers(network, [Place("q")]), torch.nn.Linear(8, 6)
     x = torch.randn(2, 5, 8)
     plain = counted(lambda: module(x))
@@ -194,7 +194,7 @@ def test_reset_forgets_which_layers_ran() -> None:
 def test_fused_projections_may_come_in_any_order_and_width() -> None:
     """Value of 5 outputs at row 9, query of 6 at row 3; the layer has 2 inputs and 16 outputs."""
     targets = [Target("v", 2, 5), Target("q", 2, 6)]
-    made = HyperNetwork(HyperNetworkConfig(rank=1, a=2, b=3, conditioning="none"), targets, [1])
+    made = HyperNetwork(HyperNetworkConfig(rank=1, a=2, b=3, conditioning="none"), targets, [1], 2)
     for b_aux in made.b_aux:
         nn.init.normal_(b_aux)
     layers, module = AdaptedLayers(made, [Place("qv", 9), Place("qv", 3)]), nn.Linear(2, 16)

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from hyperalign.perception import (
     MAX_IMAGE_TOKENS,
+    Perceived,
     Perception,
     grid_encoding,
     index_encoding,
     pool_features,
+    pool_text,
     sinusoidal_encoding,
     token_map,
 )
@@ -113,33 +115,56 @@ def test_what_an_inference_kept_may_be_trained_on(encode) -> None:
     assert weight.grad is not None
 
 
-def test_memory_is_each_normed_cell_projected_plus_its_place_level_after_level() -> None:
+def test_memory_is_each_standardised_cell_projected_plus_its_place_level_after_level() -> None:
     torch.manual_seed(0)
-    perception = Perception([2, 3], 8)
-    for norm in perception.norms:
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias)
+    perception = Perception([2, 3], 5, 8)
+    for name, buffer in perception.named_buffers():
+        nn.init.uniform_(buffer, *((0.5, 2.0) if name.endswith("deviation") else (-1.0, 1.0)))
     maps = [torch.randn(2, 2, 3, 4), torch.randn(2, 3, 2, 1, dtype=torch.float64)]
-    memory = perception(maps)
+    memory, _ = perception(Perceived(maps, torch.zeros(2, 5)))
     expected = []
     for level, one in enumerate(maps):
-        norm, project = perception.norms[level], perception.projections[level]
+        statistics, project = perception.feature_statistics[level], perception.projections[level]
         places = grid_encoding(one.shape[2], one.shape[3], 8, CPU)
         for row in range(one.shape[2]):
             for column in range(one.shape[3]):
                 cell_BC = one[:, :, row, column].float()
-                normed = (cell_BC - cell_BC.mean(1, keepdim=True)) / (
-                    cell_BC.var(1, unbiased=False, keepdim=True) + 1e-5
-                ).sqrt() * norm.weight + norm.bias
-                token = normed @ project.weight.T + project.bias
-                expected.append(token + places[row * one.shape[3] + column])
+                standard = (cell_BC - statistics.mean) / statistics.deviation
+                expected.append(standard @ project.weight.T + 0.25 * places[row * one.shape[3] + column])
     torch.testing.assert_close(memory, torch.stack(expected, dim=1), atol=1e-5, rtol=1e-5)
 
 
 def test_memory_has_at_most_256_tokens() -> None:
-    assert Perception([2], 8)([torch.zeros(1, 2, 20, 20)]).shape == (1, 100, 8)
+    memory, modulation = Perception([2], 5, 8)(Perceived([torch.zeros(1, 2, 20, 20)], torch.zeros(1, 5)))
+    assert (memory.shape, modulation.shape) == ((1, 100, 8), (1, 8))
+
+
+def test_the_prompt_s_standardised_mean_modulates() -> None:
+    torch.manual_seed(0)
+    perception = Perception([2], 5, 8)
+    nn.init.uniform_(perception.text_statistics.mean)
+    nn.init.uniform_(perception.text_statistics.deviation, 0.5, 2.0)
+    tokens = torch.randn(3, 7, 5)
+    _, found = perception(Perceived([torch.zeros(3, 2, 1, 1)], pool_text(tokens)))
+    standard = (tokens.mean(1) - perception.text_statistics.mean) / perception.text_statistics.deviation
+    projected = standard @ perception.project_text.weight.T
+    torch.testing.assert_close(found, projected * projected.sigmoid())
+
+
+def test_repeated_text_tokens_say_the_same() -> None:
+    tokens = torch.randn(2, 7, 5)
+    torch.testing.assert_close(pool_text(tokens.repeat(1, 3, 1)), pool_text(tokens))
+    assert pool_text(tokens.half()).dtype == torch.float32
+
+
+def test_projections_keep_the_variance_of_what_is_standardised() -> None:
+    torch.manual_seed(0)
+    perception = Perception([320], 768, 256)
+    for project, channels in ((perception.projections[0], 320), (perception.project_text, 768)):
+        assert project.bias is None
+        assert float(project(torch.randn(400, channels)).detach().var()) == pytest.approx(1.0, rel=0.05)
 
 
 def test_another_number_of_maps_than_levels_is_refused() -> None:
     with pytest.raises(ValueError, match="zip"):
-        Perception([2, 2], 8)([torch.zeros(1, 2, 2, 2)])
+        Perception([2, 2], 5, 8)(Perceived([torch.zeros(1, 2, 2, 2)], torch.zeros(1, 5)))

@@ -17,7 +17,7 @@ TIMES = (1.0, 0.6, 0.3)
 def network() -> HyperNetwork:
     torch.manual_seed(0)
     targets = [Target("mid_block.attentions.0.to_q", 6, 5), Target("mid_block.attentions.0.to_k", 6, 5)]
-    made = HyperNetwork(HyperNetworkConfig(rank=2, a=3, b=2, width=16, heads=2, layers=1), targets, (4,))
+    made = HyperNetwork(HyperNetworkConfig(rank=2, a=3, b=2, width=16, heads=2, layers=1), targets, (4,), 5)
     for b_aux in made.b_aux:
         torch.nn.init.normal_(b_aux)
     return made.requires_grad_(False)

@@ -95,7 +95,7 @@ def method_name(options: Options) -> str:
     """Returns the method's short name: that of a hypernetwork is its variant. Raises HyperAlignError."""
     if options.hypernetwork != Path():
         header = read_header(options.hypernetwork)
-        return "static" if header.network.conditioning == "none" else header.schedule.variant
+        return "static" if header.network.conditioning != "full" else header.schedule.variant
     if options.lora != Path():
         return "lora"
     if options.fine_tuned != Path():

@@ -131,14 +131,14 @@ def validation_work(config: TrainConfig, costs: StepCosts, processes: int = 1) -
         return 0.0
     prompts = -(-config.validation.prompt_count // processes)
     images = _images_work(config, costs, prompts * len(VALIDATION_SEEDS))
-    if config.network.conditioning == "none":
+    if config.network.conditioning != "full":
         return images
     return images + sampling_work(config, costs, min(prompts, SHARE_PROMPTS), SHARE_STEPS)
 
 
 def gain_work(config: TrainConfig, costs: StepCosts, processes: int = 1) -> float:
     """Returns the operations, after the last step, of measuring what the conditioning is worth."""
-    if not config.validation.every or config.network.conditioning == "none":
+    if not config.validation.every or config.network.conditioning != "full":
         return 0.0
     images = -(-config.validation.prompt_count // processes) * len(VALIDATION_SEEDS)
     return (1 + len(CHANGES)) * _images_work(config, costs, images)

@@ -36,7 +36,7 @@ def smoke_config(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(
         config,
         model=dataclasses.replace(
-            model, resolution=SIDE, vae="full", key_times=key_times,
+            model, resolution=SIDE, vae="full", key_times=key_times, statistics_prompts=2,
             gradient_checkpointing="all" if model.recomputes_backbone else model.gradient_checkpointing,
         ),
         objective=dataclasses.replace(

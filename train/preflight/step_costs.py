@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hyperalign.families.dit import TransformerSpec
 from hyperalign.hosts.diffusers.adapter import Adapter, spec_of
+from hyperalign.perception import Perceived
 from hyperalign.rewards import Reward, clip, loading, tiny
 from hyperalign.rewards.clip import ClipReward
 from hyperalign.rewards.heads import HeadReward
@@ -72,7 +73,7 @@ def step_costs(config: TrainConfig, backbone: nn.Module, autoencoder: nn.Module)
         hyperalign = new_hyperalign(config, backbone, Schedule("S"))
         x_1CHW, t_1 = torch.randn(1, *base.latent_shape), torch.ones(1)
         core_1MDA = torch.zeros(1, len(hyperalign.header.targets), config.network.b, config.network.a)
-        maps = [torch.zeros(1, *s) for s in feature_shapes(spec_of(backbone), base.latent_shape[-1])]
+        perceived = meta_perceived(spec_of(backbone), base.latent_shape[-1])
     adapter = Adapter(backbone, hyperalign)
     conditions = with_guidance(base, meta_conditions(config, max(text_lengths(config))), 1.0)
     call = base.call(x_1CHW, t_1, conditions)
@@ -90,7 +91,7 @@ def step_costs(config: TrainConfig, backbone: nn.Module, autoencoder: nn.Module)
         sampling=sampling,
         training=cost_of(lambda: adapter.forward(call, core_1MDA)),
         perception=perception,
-        generation=cost_of(lambda: hyperalign.network(maps)),
+        generation=cost_of(lambda: hyperalign.network(perceived)),
         decoding=cost_of(lambda: base.decode(x_1CHW.requires_grad_())),
         scoring=scoring(config, [rewards[name] for name in config.objective.rewards if name in rewards]),
         parameters={
@@ -130,6 +131,12 @@ def meta_conditions(config: TrainConfig, length: int) -> Conditions:
     """Returns the conditions of one text at a padding."""
     width, pooled = TEXT_WIDTHS[config.model.base]
     return RandomPromptEncoder(width, pooled, (context_tokens(config, length),), META).conditions([""])
+
+
+def meta_perceived(spec: BaseSpec, side: int) -> Perceived:
+    """Returns what is perceived of one sample of square latents, without values."""
+    maps = [torch.zeros(1, *shape) for shape in feature_shapes(spec, side)]
+    return Perceived(maps, torch.zeros(1, spec.text_channels))
 
 
 def feature_shapes(spec: BaseSpec, side: int) -> list[tuple[int, int, int]]:

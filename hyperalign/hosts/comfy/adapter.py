@@ -15,6 +15,7 @@ from ...errors import HyperAlignError
 from ...families.dit import TransformerSpec
 from ...families.unet import UNetSpec
 from ...hypernetwork import HyperNetwork
+from ...perception import Perceived, pool_text
 from ...schedule import Schedule
 from ...strength import StrengthCurve, TargetStrengths, scaled
 from ...targets import BaseSpec
@@ -22,7 +23,7 @@ from ..features import FeatureMap, ImageTokens, PerceptionDone, collecting, firs
 from ..layers import AdaptedLayers, LowRank
 from ..run_state import Chunk, Run
 from ..tracing import Recorder, TracedRun
-from .calls import chunks_of, eager, options_of, perception_arguments, will_be_compiled
+from .calls import chunks_of, eager, options_of, perception_arguments, text_of, will_be_compiled
 
 LOG = logging.getLogger(__name__)
 
@@ -98,13 +99,14 @@ class Adapter:
         if isinstance(run, TracedRun):
             run.note_strengths(strengths_M)
         base = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)
-        call = _Call(self, run, chunks, due, u, strengths_M, _compute_dtype(model))
+        prompt_BC = pool_text(text_of(args, kwargs))
+        call = _Call(self, run, chunks, due, u, prompt_BC, strengths_M, _compute_dtype(model))
         is_compiled = base is not model.diffusion_model or will_be_compiled(options_of(args, kwargs))
         in_forward = bool(due) and self._generates_in_forward(is_compiled)
         if not due:
             call.give_weights()
         elif not in_forward:
-            call.generate([x_BCHW] if self.network.is_static else self._perceive(model, base, args, kwargs))
+            call.generate([] if self.network.is_static else self._perceive(model, base, args, kwargs))
         modules = [base.get_submodule(path) for path in self.layers.paths]
         with self.layers.installed(modules), contextlib.ExitStack() as stack:
             if in_forward:
@@ -223,11 +225,12 @@ class _Call:
         chunks: Sequence[Chunk],
         due: Sequence[int],
         u: float,
+        prompt_BC: Tensor,
         strengths_M: Tensor | None,
         dtype: torch.dtype,
     ) -> None:
         self._adapter, self._run, self._chunks, self._due, self._u = adapter, run, chunks, due, u
-        self._strengths_M, self._dtype = strengths_M, dtype
+        self._prompt_BC, self._strengths_M, self._dtype = prompt_BC, strengths_M, dtype
         self._generates_all = len(due) == len(chunks)
         self._unstored: Tensor | None = None
 
@@ -238,13 +241,18 @@ class _Call:
         Where all chunks are due this may be a part of a compiled graph, which leaves the run's state alone.
         """
         if self._generates_all:
-            self._unstored = cores_BMDA = self._adapter.network(features)
+            perceived = Perceived(features, self._prompt_BC)
+            self._unstored = cores_BMDA = self._adapter.network(perceived)
             self._give(cores_BMDA)
             return
-        per_chunk = [feature.chunk(len(self._chunks)) for feature in features]
-        selected = [torch.cat([level[index] for index in self._due]) for level in per_chunk]
-        self._store(self._adapter.network(selected))
+        selected = [self._due_of(feature) for feature in features]
+        self._store(self._adapter.network(Perceived(selected, self._due_of(self._prompt_BC))))
         self.give_weights()
+
+    def _due_of(self, x: Tensor) -> Tensor:
+        """Returns the samples of the chunks that are due."""
+        per_chunk = x.chunk(len(self._chunks))
+        return torch.cat([per_chunk[index] for index in self._due])
 
     def give_weights(self) -> None:
         """Gives the layers the weights that the run keeps."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..run_state import Chunk
 
-OPTIONS_INDEX = 5
-"""Position of transformer_options among the arguments of the host's apply_model."""
+TEXT_INDEX, OPTIONS_INDEX = 3, 5
+"""Positions of c_crossattn and transformer_options among the arguments of the host's apply_model."""
 
 
 @contextlib.contextmanager
@@ -28,6 +28,14 @@ def eager(model: Any, unet: nn.Module) -> Iterator[None]:
 def options_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the call's transformer_options."""
     return args[OPTIONS_INDEX] if len(args) > OPTIONS_INDEX else kwargs.get("transformer_options", {})
+
+
+def text_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """Returns the call's text tokens (B, L, C).
+
+    The host repeats those of shorter prompts until all samples of a call have equally many.
+    """
+    return args[TEXT_INDEX] if len(args) > TEXT_INDEX else kwargs["c_crossattn"]
 
 
 def will_be_compiled(options: Mapping[str, Any]) -> bool:

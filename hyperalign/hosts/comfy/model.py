@@ -153,10 +153,11 @@ def _check_numbers(strength: float, start_percent: float, end_percent: float) ->
 
 def _check_targets(header: Header, spec: BaseSpec, model: Any) -> None:
     """Finds every target in the model before any sampling. Raises HyperAlignError."""
-    if header.feature_channels != spec.feature_channels:
+    if (header.feature_channels, header.text_channels) != (spec.feature_channels, spec.text_channels):
         raise HyperAlignError(
-            f"This hypernetwork reads features of widths {list(header.feature_channels)}, but the "
-            f"MODEL's levels have {list(spec.feature_channels)}. Load one trained for this model."
+            f"This hypernetwork reads features of widths {list(header.feature_channels)} and text of width "
+            f"{header.text_channels}, but the MODEL's have {list(spec.feature_channels)} and "
+            f"{spec.text_channels}. Load one trained for this model."
         )
     for target in header.targets:
         try:

@@ -18,6 +18,7 @@ from ...checkpoint import HyperAlign, check_base
 from ...errors import HyperAlignError
 from ...families import flux, sd3, unet
 from ...families.dit import TransformerSpec
+from ...perception import Perceived, pool_text
 from ...targets import BaseSpec, Place
 from ..features import FeatureMap, ImageTokens, PerceptionDone, collecting, first_output, stop_forward
 from ..layers import AdaptedLayers, LowRank
@@ -115,12 +116,12 @@ class Adapter:
         return prediction
 
     @torch.no_grad()
-    def perceive(self, call: Call) -> list[Tensor]:
-        """Returns the unadapted features of a call, one map (B, C, H, W) per level."""
+    def perceive(self, call: Call) -> Perceived:
+        """Returns what the hypernetwork reads of a call: unadapted features and the prompt."""
         collector = collecting(self._perception_blocks, self._feature_map(call), stop_forward)
         with collector as features, contextlib.suppress(PerceptionDone):
             self.base(**call)
-        return features
+        return Perceived(features, pool_text(call["encoder_hidden_states"]))
 
     def forward(self, call: Call, cores_BMDA: Tensor | None, strength: float = 1.0) -> Tensor:
         """Returns the adapted prediction; `cores_BMDA` None is the base model, bit for bit."""
@@ -142,7 +143,8 @@ class Adapter:
         weights: list[Sequence[LowRank]] = []
 
         def generate(features: Sequence[Tensor]) -> None:
-            cores.append(self.network([feature.detach() for feature in features]))
+            prompt_BC = pool_text(call["encoder_hidden_states"])
+            cores.append(self.network(Perceived(features, prompt_BC).detached()))
             weights.append(self._fold(call, cores[0], strength))
             self._layers.give(weights[0])
 

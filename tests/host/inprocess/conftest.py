@@ -99,13 +99,13 @@ def save_hyperalign() -> Callable[..., Path]:
         torch.manual_seed(seed)
         targets = spec.targets(mode, perception_blocks)
         sizes = HyperNetworkConfig(**config)
-        network = HyperNetwork(sizes, targets, spec.feature_channels)
+        network = HyperNetwork(sizes, targets, spec.feature_channels, spec.text_channels)
         for b_aux in network.b_aux:
-            torch.nn.init.normal_(b_aux, std=0.1)
+            torch.nn.init.normal_(b_aux, std=0.02)
         times = (0.8, 0.5) if variant == "P" else ()
         header = Header(
-            spec.fingerprint(), mode, spec.feature_channels, targets, sizes, Schedule(variant, times),
-            perception_blocks=perception_blocks,
+            spec.fingerprint(), mode, spec.feature_channels, spec.text_channels, targets, sizes,
+            Schedule(variant, times), perception_blocks=perception_blocks,
         )  # fmt: skip
         save(path, network, header, dtype=torch.float32)
         return path

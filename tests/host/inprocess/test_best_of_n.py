@@ -121,10 +121,12 @@ STEPS = {"mode": "epsilon-greedy-steps", "sampler_name": "euler_ancestral", "ste
 
 
 def test_searching_every_step_s_noise_beats_the_sampler_s_own_and_is_reproducible(best):
-    plain = best(sampler_name="euler_ancestral", steps=3, count=1)
     first, again = best(**STEPS, count=1, radius=0.15), best(**STEPS, count=1, radius=0.15)
     assert torch.equal(first[1], again[1])
-    assert first[2][0] > plain[2][0]
+    seeds = range(41, 44)  # a step's best noise need not be the run's: on average it is better
+    plain = [best(sampler_name="euler_ancestral", steps=3, count=1, seed=seed)[2][0] for seed in seeds]
+    searched = [best(**STEPS, count=1, radius=0.15, seed=seed)[2][0] for seed in seeds]
+    assert sum(searched) > sum(plain)
     assert first[4].splitlines()[0] == "tiny reward: 1 of 1 (done)"
     batched = best(**STEPS, count=1, radius=0.15, batch_size=2)
     assert torch.allclose(first[1], batched[1], atol=1e-3)

@@ -176,6 +176,7 @@ def test_unets_agree_too(comfy, make_hyperalign, spec, prediction, mode):
     assert spec_of(ours) == spec
     hyperalign = make_hyperalign(spec=spec, mode=mode)
     context, pooled = torch.randn(1, 7, spec.cross_attention_dim), torch.randn(1, 1280)
+    extra = {"text_embeds": pooled.expand(2, -1), "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64]] * 2)}
     sizes = {"height": 64, "width": 64, "crop_h": 0, "crop_w": 0, "target_height": 64, "target_width": 64}
     positive = [[context, {"pooled_output": pooled, **sizes}]]
     noise = torch.randn(2, 4, 8, 8)
@@ -187,7 +188,6 @@ def test_unets_agree_too(comfy, make_hyperalign, spec, prediction, mode):
     with recorded_cores(hyperalign) as from_comfyui:
         in_comfyui = euler_in_comfyui(apply(theirs, hyperalign), noise, positive, [*sigmas, 0.0])
 
-    extra = {"text_embeds": pooled.expand(2, -1), "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64]] * 2)}
     x, process = noise, DiffusionSchedule(prediction)
     with recorded_cores(hyperalign) as from_diffusers, torch.no_grad(), attach(ours, hyperalign.hyperalign):
         for t, following in zip(STEPS, [*STEPS[1:], None], strict=True):
@@ -225,9 +225,11 @@ def test_a_reference_image_does_not_enter_perception(family, make_hyperalign):
 
     spec, _, theirs, _, _ = family
     hyperalign = make_hyperalign(spec=spec, perception_blocks=2)
-    shapes: list[tuple[int, ...]] = []
+    shapes: list[torch.Size] = []
     network: nn.Module = hyperalign.hyperalign.network
-    handle = network.register_forward_pre_hook(lambda _m, inputs: shapes.append(tuple(inputs[0][0].shape)))
+    handle = network.register_forward_pre_hook(
+        lambda _m, inputs: shapes.append(tuple(inputs[0].features[0].shape))
+    )
     _, _, positive = conditioning(spec)
     positive[0][1]["reference_latents"] = [torch.randn(1, 4, 8, 8)]
     noise = torch.randn(1, 4, SIDE, SIDE)
