@@ -139,7 +139,7 @@ def random_hyperalign(
     targets = spec.targets(mode, blocks)
     torch.manual_seed(1)
     with torch.device(device):
-        network = HyperNetwork(config, targets, spec.feature_channels, operations)
+        network = HyperNetwork(config, targets, spec.feature_channels, spec.text_channels, operations)
     for parameter in network.parameters():
         if parameter.dim() > 1:  # a host may leave its layers empty
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
@@ -148,8 +148,8 @@ def random_hyperalign(
     for b_aux in network.b_aux:  # not larger: a random model with large changes amplifies rounding
         nn.init.normal_(b_aux, std=0.02)
     header = Header(
-        spec.fingerprint(), mode, spec.feature_channels, targets, config, Schedule("P", KEY_TIMES),
-        perception_blocks=blocks,
+        spec.fingerprint(), mode, spec.feature_channels, spec.text_channels, targets, config,
+        Schedule("P", KEY_TIMES), perception_blocks=blocks,
     )  # fmt: skip
     return HyperAlign(network.eval().requires_grad_(False), header)
 

@@ -214,13 +214,13 @@ def parts(base: Base, hyperalign: HyperAlign, repeats: int) -> dict[str, float]:
     """
     adapter = Adapter(base.model, hyperalign)
     call = base.call(base.noise, torch.tensor(0.5 * base.spec.last_timestep, device=base.noise.device))
-    features = adapter.perceive(call)
-    cores_BMDA = adapter.network(features)
+    perceived = adapter.perceive(call)
+    cores_BMDA = adapter.network(perceived)
     found = interleaved(
         {
             "forward": partial(adapter.forward, call, None),
             "adapted": partial(adapter.forward, call, cores_BMDA),
-            "generation": partial(adapter.network, features),
+            "generation": partial(adapter.network, perceived),
             "perception": partial(adapter.perceive, call),
         },
         base.noise.device,

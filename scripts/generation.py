@@ -23,6 +23,7 @@ from scripts.host import Server
 WORKFLOW = ROOT / "example_workflows" / "base_versus_aligned.json"
 BASE = "base"
 HYPERNETWORKS = {
+    "static": "tiny_static.safetensors",
     "hyperalign-i": "tiny_i.safetensors",
     "hyperalign-p": "tiny_p.safetensors",
     "hyperalign-s": "tiny_s.safetensors",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from scripts.generation import METHODS, SEEDS
+from scripts.generation import METHODS, SEEDS, Request
 from scripts.measure import Scored
 
 TILE = 192
@@ -17,16 +17,18 @@ LABELS = 200
 UNDER = 26
 HEAD = 64
 INK, RIGHT, WRONG = (32, 33, 36), (24, 128, 56), (179, 38, 30)
-TITLES = {"base": "base model", "hyperalign-i": "HyperAlign-I", "hyperalign-p": "HyperAlign-P"}
-TITLES["hyperalign-s"] = "HyperAlign-S"
+TITLES = {
+    "base": "base model", "static": "static LoRA", "hyperalign-i": "HyperAlign-I",
+    "hyperalign-p": "HyperAlign-P", "hyperalign-s": "HyperAlign-S",
+}  # fmt: skip
 
 
 def save_grid(scored: Sequence[Scored], path: Path) -> None:
     """Saves a grid of the first seed's images of every prompt and method."""
-    shown = {(s.image.request.prompt, s.image.method): s for s in scored if s.image.seed == SEEDS[0]}
-    prompts = list(dict.fromkeys(prompt for prompt, _ in shown))
+    shown = {(s.image.request, s.image.method): s for s in scored if s.image.seed == SEEDS[0]}
+    requests = list(dict.fromkeys(request for request, _ in shown))
     width = LABELS + len(METHODS) * (TILE + GAP) + GAP
-    height = HEAD + len(prompts) * (TILE + UNDER + GAP) + GAP
+    height = HEAD + len(requests) * (TILE + UNDER + GAP) + GAP
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     note = f"One prompt a row, seed {SEEDS[0]}; under each image its reward and the detector's result."
@@ -34,13 +36,19 @@ def save_grid(scored: Sequence[Scored], path: Path) -> None:
     for column, method in enumerate(METHODS):
         centre = (_left(column) + TILE // 2, HEAD - 20)
         draw.text(centre, TITLES[method], INK, ImageFont.load_default(18), anchor="mm")
-    for row, prompt in enumerate(prompts):
+    for row, request in enumerate(requests):
         top = HEAD + row * (TILE + UNDER + GAP)
-        label = "\n".join(textwrap.wrap(prompt, 20))
+        label = "\n".join(line for text in _label(request) for line in textwrap.wrap(text, 20))
         draw.multiline_text((GAP, top + TILE // 2), label, INK, ImageFont.load_default(18), anchor="lm")
         for column, method in enumerate(METHODS):
-            _place(sheet, draw, shown[prompt, method], (_left(column), top))
+            _place(sheet, draw, shown[request, method], (_left(column), top))
     sheet.save(path)
+
+
+def _label(request: Request) -> list[str]:
+    """Returns the prompt and, in a wording with a palette of its own, what it asks for."""
+    asked = request.content.phrase()
+    return [request.prompt] if asked in request.prompt else [request.prompt, f"({asked})"]
 
 
 def _left(column: int) -> int:
