@@ -24,12 +24,11 @@ from accelerate import Accelerator
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hyperalign.checkpoint import HyperAlign, load, new_network
+from hyperalign.checkpoint import HyperAlign, load
 from hyperalign.families.unet import TINY
 from hyperalign.files import write_text
 from hyperalign.hosts.diffusers.tiny import load_tiny
 from hyperalign.hypernetwork import HyperNetworkConfig
-from hyperalign.schedule import Schedule
 from hyperalign.tiny.prompts import PALETTES
 from train.analysis.conditioning import Strata
 from train.analysis.plots import save
@@ -38,7 +37,7 @@ from train.evaluation.table import Metric, Numbers
 from train.inputs import load_inputs
 from train.models.tiny import Tiny
 from train.recipe import load_recipe
-from train.start import new_header
+from train.start import trained_numbers
 from train.tiny.evaluate import judged, sample_all
 from train.trainer import Trainer
 
@@ -131,18 +130,14 @@ def config_of(cell: Cell, recipe: TrainConfig, out: Path, steps: int = 0) -> Tra
 
 def as_large(network: HyperNetworkConfig, recipe: TrainConfig) -> HyperNetworkConfig:
     """Returns the static LoRA that has at least as many trained numbers as the recipe's hypernetwork."""
-    wanted = trained_numbers(network, recipe)
-    static = dataclasses.replace(network, conditioning="none")
-    while trained_numbers(static, recipe) < wanted:
+
+    def numbers(sizes: HyperNetworkConfig) -> int:
+        return trained_numbers(dataclasses.replace(recipe, network=sizes), TINY)
+
+    static, wanted = dataclasses.replace(network, conditioning="none"), numbers(network)
+    while numbers(static) < wanted:
         static = dataclasses.replace(static, a=static.a + 4, b=static.b + 4)
     return static
-
-
-def trained_numbers(network: HyperNetworkConfig, recipe: TrainConfig) -> int:
-    """Returns how many numbers a training changes."""
-    header = new_header(dataclasses.replace(recipe, network=network), TINY, Schedule("S"))
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in new_network(header).parameters())
 
 
 def trained(config: TrainConfig) -> HyperAlign:
@@ -196,7 +191,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
             row = asdict(cell) | {
                 "corrections": CORRECTIONS * cell.palettes,
                 "steps": config.optim.steps,
-                "trained_numbers": trained_numbers(config.network, config),
+                "trained_numbers": trained_numbers(config, TINY),
                 "metrics": gains(own, values, strata),
             }
             write_text(kept, json.dumps(row, indent=1) + "\n")

@@ -142,7 +142,8 @@ def chosen_prompts(options: AnyOptions, config: TrainConfig, least: int) -> list
     if options.prompts != Path():
         found, source = load_prompts(options.prompts), str(options.prompts)
     elif config.model.base == "tiny":
-        found, source = [text for text, _ in tiny_prompts(TINY_PROMPTS, PROMPT_SEED)], "the tiny model"
+        own = tiny_prompts(TINY_PROMPTS, PROMPT_SEED, config.data.wordings)
+        found, source = [text for text, _ in own], "the tiny model"
     else:
         found, source = validation_prompts(config), f"validation.prompts of {options.recipe.name}"
     if 0 < options.count < len(found):

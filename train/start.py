@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from hyperalign import checkpoint
@@ -53,6 +54,13 @@ def new_header(config: TrainConfig, spec: BaseSpec, schedule: Schedule) -> Heade
         schedule=schedule,
         perception_blocks=blocks,
     )
+
+
+def trained_numbers(config: TrainConfig, spec: BaseSpec) -> int:
+    """Returns how many numbers a recipe's training changes."""
+    with torch.device("meta"):
+        network = checkpoint.new_network(new_header(config, spec, Schedule("S")))
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def new_hyperalign(config: TrainConfig, backbone: nn.Module, schedule: Schedule) -> HyperAlign:

@@ -18,9 +18,10 @@ from benchmarks.conditioning import (
     line,
     main,
     plot,
-    trained_numbers,
 )
+from hyperalign.families.unet import TINY
 from train.recipe import load_recipe
+from train.start import trained_numbers
 
 ROOT = Path(__file__).parents[2]
 RECIPE = load_recipe(ROOT / "train" / "recipes" / "tiny_s.toml")
@@ -55,7 +56,7 @@ def test_a_cell_changes_the_recipe_where_its_method_says(method: Any, tmp_path: 
 
 def test_the_large_static_lora_has_as_many_trained_numbers_as_the_hypernetwork(tmp_path: Path) -> None:
     sizes = {
-        method: trained_numbers(config_of(Cell(method, 4, 2, 1e-3), RECIPE, tmp_path).network, RECIPE)
+        method: trained_numbers(config_of(Cell(method, 4, 2, 1e-3), RECIPE, tmp_path), TINY)
         for method in METHODS
     }
     assert sizes["S"] <= sizes["static, as large as S"] < 1.05 * sizes["S"]

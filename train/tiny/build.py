@@ -5,7 +5,7 @@
     python train/tiny/build.py --out /tmp/trial --weights /tmp/trial/weights --share 0.002
 
 Every stage resumes where it stopped, logs its losses to <out>/runs/*.jsonl and writes its weights at
-the end. About an hour and a half on two CPU cores.
+the end. Hours on two CPU cores.
 """
 
 from __future__ import annotations

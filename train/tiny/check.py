@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import shutil
 
-import torch
-
 from hyperalign.errors import HyperAlignError
 from hyperalign.families.unet import TINY
-from hyperalign.hypernetwork import HyperNetwork
 from hyperalign.tiny.weights import part_path
 from train.config import TrainConfig
 from train.preflight.input_checks import check_folder_writable, check_start, check_trackers, saved_step
+from train.start import trained_numbers
 from train.tiny.art import STYLES
 
 PARTS = ("unet", "autoencoder", "text_encoder", "reward", "validation_reward", "detector", "style")
@@ -38,10 +36,7 @@ def check_tiny(config: TrainConfig) -> str:
             f"The emoji art is not in {config.data.cache / 'art'} and npm, which fetches it, was not found. "
             "Install Node.js, or copy the art there."
         )
-    targets = TINY.targets(config.model.mode)
-    with torch.device("meta"):
-        network = HyperNetwork(config.network, targets, TINY.feature_channels, TINY.text_channels)
-    numbers = sum(parameter.numel() for parameter in network.parameters())
+    numbers, targets = trained_numbers(config, TINY), TINY.targets(config.model.mode)
     o = config.objective
     return "\n".join([
         f"recipe is sound: variant {config.model.variant}, {config.model.mode} perception, "

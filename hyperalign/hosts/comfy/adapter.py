@@ -99,8 +99,8 @@ class Adapter:
         if isinstance(run, TracedRun):
             run.note_strengths(strengths_M)
         base = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)
-        prompt_BC = pool_text(text_of(args, kwargs))
-        call = _Call(self, run, chunks, due, u, prompt_BC, strengths_M, _compute_dtype(model))
+        text_BLC = text_of(args, kwargs)
+        call = _Call(self, run, chunks, due, u, text_BLC, strengths_M, _compute_dtype(model))
         is_compiled = base is not model.diffusion_model or will_be_compiled(options_of(args, kwargs))
         in_forward = bool(due) and self._generates_in_forward(is_compiled)
         if not due:
@@ -225,12 +225,12 @@ class _Call:
         chunks: Sequence[Chunk],
         due: Sequence[int],
         u: float,
-        prompt_BC: Tensor,
+        text_BLC: Tensor,
         strengths_M: Tensor | None,
         dtype: torch.dtype,
     ) -> None:
         self._adapter, self._run, self._chunks, self._due, self._u = adapter, run, chunks, due, u
-        self._prompt_BC, self._strengths_M, self._dtype = prompt_BC, strengths_M, dtype
+        self._text_BLC, self._strengths_M, self._dtype = text_BLC, strengths_M, dtype
         self._generates_all = len(due) == len(chunks)
         self._unstored: Tensor | None = None
 
@@ -240,13 +240,13 @@ class _Call:
 
         Where all chunks are due this may be a part of a compiled graph, which leaves the run's state alone.
         """
+        prompt_BC = pool_text(self._text_BLC)
         if self._generates_all:
-            perceived = Perceived(features, self._prompt_BC)
-            self._unstored = cores_BMDA = self._adapter.network(perceived)
+            self._unstored = cores_BMDA = self._adapter.network(Perceived(features, prompt_BC))
             self._give(cores_BMDA)
             return
         selected = [self._due_of(feature) for feature in features]
-        self._store(self._adapter.network(Perceived(selected, self._due_of(self._prompt_BC))))
+        self._store(self._adapter.network(Perceived(selected, self._due_of(prompt_BC))))
         self.give_weights()
 
     def _due_of(self, x: Tensor) -> Tensor:
