@@ -1,29 +1,33 @@
 """When does conditioning pay: a static LoRA against I, P and S, by rank and by number of corrections.
 
     python -m benchmarks.conditioning                                       # hours on two cores; resumes
-    python -m benchmarks.conditioning --methods static S --ranks 4 --palettes 2
+    python -m benchmarks.conditioning --methods static S --ranks 4 --palettes 2 --seeds 0
 
 Every cell is a training of the embedded model with the recipe tiny_s: equal steps, equal images. The number
 of corrections is that of the palettes in its prompts times eight colours; with one palette there is nothing
-that depends on the prompt. Trainings and measured cells are kept in --out; the same command goes on.
-Writes results/conditioning_pays.json and the figure, and prints the table.
+that depends on the prompt. Every method tries each learning rate at the middle rank and number of palettes,
+and goes on with its best one. The finalists are trained as long as the recipe says, from several seeds, and
+validated on the way. The oracle is a static LoRA for each prompt, trained on that prompt alone.
+
+Trainings and images' scores are kept in --out; the same command goes on. Writes the figures of
+results/conditioning_pays.json and its two plots, and prints the tables.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
 from accelerate import Accelerator
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from benchmarks.conditioning_report import best, curve_of, plot, plot_curves, report_of, tables
+from benchmarks.one_prompt import OraclePlan, oracle_scores
 from hyperalign.checkpoint import HyperAlign, load
 from hyperalign.families.unet import TINY
 from hyperalign.files import write_text
@@ -33,12 +37,12 @@ from hyperalign.tiny.prompts import PALETTES
 from train.analysis.conditioning import Strata
 from train.analysis.plots import save
 from train.config import TrainConfig
-from train.evaluation.table import Metric, Numbers
 from train.inputs import load_inputs
 from train.models.tiny import Tiny
 from train.recipe import load_recipe
 from train.start import trained_numbers
-from train.tiny.evaluate import judged, sample_all
+from train.tiny.dataset import validation_prompts
+from train.tiny.evaluate import PROMPT_SEED, judged, sample_all
 from train.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +59,10 @@ WORDINGS: dict[int, tuple[str, ...]] = {
 """By number of palettes, the wordings of a cell's prompts."""
 CORRECTIONS = 8
 """Colours of a palette."""
-METRICS = ("geneval", "validation_reward")
+GUIDANCE = 4.0
+
+Scores = dict[str, list[float]]
+"""By figure, one number a validation prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +70,25 @@ class Options:
     """Which cells are measured, and how."""
 
     methods: tuple[Method, ...] = METHODS
+    """At the middle rank, for every number of palettes."""
+    rank_methods: tuple[Method, ...] = ("static", "S")
+    """At the other ranks."""
     ranks: tuple[int, ...] = (1, 4, 8)
-    """At the middle number of palettes."""
     palettes: tuple[Literal[1, 2, 4], ...] = (1, 2, 4)
-    """At the middle rank."""
     rates: tuple[float, ...] = (1e-3, 2e-3)
-    """Learning rates; the best one by GenEval counts."""
-    steps: int = 0
-    """Training steps; 0 takes the recipe's."""
+    """Learning rates that are tried at the middle rank and number of palettes; the best by GenEval counts."""
+    steps: int = 300
+    """Training steps of a cell."""
+    finalists: tuple[Method, ...] = ("static", "S")
+    """Trained for the recipe's steps."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the finalists."""
     prompts: int = 120
     """Validation prompts of each cell."""
+    noises: int = 2
+    """Images of each."""
     sampling_steps: int = 12
+    oracle: OraclePlan = field(default_factory=OraclePlan)
     recipe: Path = ROOT / "train" / "recipes" / "tiny_s.toml"
     out: Path = Path("runs/conditioning")
     """Folder of the trainings."""
@@ -88,26 +103,54 @@ class Cell:
     rank: int
     palettes: int
     rate: float
+    steps: int
+    seed: int = 0
+    validated: bool = False
+    """Whether it is validated on the way: the finalists' curves."""
 
     @property
     def name(self) -> str:
         """Its folder."""
         words = self.method.replace(",", "").replace(" ", "_")
-        return f"{words}-rank{self.rank}-palettes{self.palettes}-lr{self.rate:g}"
+        place = f"rank{self.rank}-palettes{self.palettes}"
+        return f"{words}-{place}-lr{self.rate:g}-steps{self.steps}-seed{self.seed}"
 
 
-def cells(options: Options) -> Iterator[Cell]:
-    """Yields every cell: the ranks at the middle number of palettes, the palettes at the middle rank."""
-    middle_rank = options.ranks[len(options.ranks) // 2]
-    middle_palettes = options.palettes[len(options.palettes) // 2]
-    places = [(rank, middle_palettes) for rank in options.ranks]
-    places += [(middle_rank, count) for count in options.palettes if count != middle_palettes]
-    for rank, count in places:
-        for method in options.methods:
-            yield from (Cell(method, rank, count, rate) for rate in options.rates)
+def middle(values: Sequence[int]) -> int:
+    """Returns the value in the middle of a list."""
+    return values[len(values) // 2]
 
 
-def config_of(cell: Cell, recipe: TrainConfig, out: Path, steps: int = 0) -> TrainConfig:
+def middle_cells(options: Options) -> Iterator[Cell]:
+    """Yields every method at every learning rate."""
+    rank, palettes = middle(options.ranks), middle(options.palettes)
+    for method in options.methods:
+        for rate in options.rates:
+            yield Cell(method, rank, palettes, rate, options.steps)
+
+
+def outer_cells(options: Options, rates: Mapping[str, float]) -> Iterator[Cell]:
+    """Yields the other numbers of palettes at the middle rank, then the other ranks, at the best rates."""
+    rank, palettes = middle(options.ranks), middle(options.palettes)
+    for count in options.palettes:
+        if count != palettes:
+            for method in options.methods:
+                yield Cell(method, rank, count, rates[method], options.steps)
+    for other in options.ranks:
+        if other != rank:
+            for method in options.rank_methods:
+                yield Cell(method, other, palettes, rates[method], options.steps)
+
+
+def final_cells(options: Options, rates: Mapping[str, float], steps: int) -> Iterator[Cell]:
+    """Yields the finalists from every seed."""
+    rank, palettes = middle(options.ranks), middle(options.palettes)
+    for seed in options.seeds:
+        for method in options.finalists:
+            yield Cell(method, rank, palettes, rates[method], steps, seed, validated=True)
+
+
+def config_of(cell: Cell, recipe: TrainConfig, out: Path) -> TrainConfig:
     """Returns the recipe of a cell."""
     network = dataclasses.replace(recipe.network, rank=cell.rank)
     if cell.method == "static":
@@ -117,14 +160,15 @@ def config_of(cell: Cell, recipe: TrainConfig, out: Path, steps: int = 0) -> Tra
     elif cell.method == "static, as large as S":
         network = as_large(network, recipe)
     variant = cell.method if cell.method in ("I", "P", "S") else "S"
+    every = recipe.validation.every if cell.validated else 0
     return dataclasses.replace(
         recipe,
         model=dataclasses.replace(recipe.model, variant=variant),
         network=network,
-        optim=dataclasses.replace(recipe.optim, lr=cell.rate, steps=steps or recipe.optim.steps),
+        optim=dataclasses.replace(recipe.optim, lr=cell.rate, steps=cell.steps),
         data=dataclasses.replace(recipe.data, wordings=WORDINGS[cell.palettes]),
-        validation=dataclasses.replace(recipe.validation, every=0),
-        run=dataclasses.replace(recipe.run, out=out / cell.name),
+        validation=dataclasses.replace(recipe.validation, every=every),
+        run=dataclasses.replace(recipe.run, out=out / cell.name, seed=cell.seed),
     )
 
 
@@ -151,121 +195,71 @@ def trained(config: TrainConfig) -> HyperAlign:
     return load(path)
 
 
-def judged_images(
-    base: Tiny, hyperalign: HyperAlign | None, wordings: Sequence[str], options: Options
-) -> tuple[dict[str, Numbers], Strata]:
-    """Returns the figures of each validation prompt of some wordings, and GenEval's families."""
-    images = sample_all(
-        base, hyperalign, options.prompts, seeds=(0,), steps=options.sampling_steps, guidance_scale=4.0,
-        wordings=wordings,
-    )  # fmt: skip
-    judge, strata = judged(images.contents)
-    return dict(judge(images)), strata
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Scores the images of cells, and keeps the scores in files."""
 
+    options: Options
+    base: Tiny
 
-def gains(own: dict[str, Numbers], base: dict[str, Numbers], strata: Strata) -> dict[str, Any]:
-    """Returns by metric the value and the paired difference to the base with its 95 % interval."""
-    found: dict[str, Any] = {}
-    for name in METRICS:
-        metric = Metric(name, {"own": own[name], "base": base[name]}, strata.get(name, ()))
-        difference = metric.difference("own", "base")
-        interval = {} if difference.interval is None else difference.interval._asdict()
-        found[name] = {"value": metric.value("own"), "gain": difference.value, **interval}
-    return found
+    def of(self, name: str, hyperalign: Callable[[], HyperAlign | None], palettes: int) -> Scores:
+        """Returns the mean scores of each validation prompt's images; scores that are kept are read."""
+        o = self.options
+        path = o.out / name / f"scores-{o.prompts}x{o.noises}-{o.sampling_steps}.json"
+        if not path.exists():
+            images = sample_all(
+                self.base, hyperalign(), o.prompts, seeds=tuple(range(o.noises)), steps=o.sampling_steps,
+                guidance_scale=GUIDANCE, wordings=WORDINGS[palettes],
+            )  # fmt: skip
+            found = judged(images.contents)[0](images)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps({metric: values.tolist() for metric, values in found.items()}))
+        return json.loads(path.read_text(encoding="utf-8"))
 
+    def strata(self, palettes: int) -> Strata:
+        """Returns GenEval's families among the validation prompts."""
+        prompts = validation_prompts(self.options.prompts, PROMPT_SEED, WORDINGS[palettes])
+        return judged([content for _, content in prompts])[1]
 
-def measure(options: Options) -> list[dict[str, Any]]:
-    """Trains and measures every cell; a cell that was measured is read from its folder."""
-    base, recipe = Tiny(load_tiny()), load_recipe(options.recipe)
-    of_base: dict[int, tuple[dict[str, Numbers], Strata]] = {}
-    rows: list[dict[str, Any]] = []
-    for cell in cells(options):
-        config = config_of(cell, recipe, options.out, options.steps)
-        kept = config.run.out / f"measured-{options.prompts}-{options.sampling_steps}.json"
-        if not kept.exists():
-            hyperalign, wordings = trained(config), WORDINGS[cell.palettes]
-            if cell.palettes not in of_base:
-                of_base[cell.palettes] = judged_images(base, None, wordings, options)
-            values, strata = of_base[cell.palettes]
-            own, _ = judged_images(base, hyperalign, wordings, options)
+    def of_cells(self, cells: Iterator[Cell], recipe: TrainConfig) -> list[dict[str, Any]]:
+        """Trains and measures cells; returns each with its scores and those of the base model."""
+        rows: list[dict[str, Any]] = []
+        for cell in cells:
+            config = config_of(cell, recipe, self.options.out)
             row = asdict(cell) | {
                 "corrections": CORRECTIONS * cell.palettes,
-                "steps": config.optim.steps,
                 "trained_numbers": trained_numbers(config, TINY),
-                "metrics": gains(own, values, strata),
+                "scores": self.of(cell.name, lambda config=config: trained(config), cell.palettes),
+                "base": self.of(f"base-palettes{cell.palettes}", lambda: None, cell.palettes),
+                "strata": self.strata(cell.palettes),
+                "curve": curve_of(config.run.out / "log.jsonl") if cell.validated else [],
             }
-            write_text(kept, json.dumps(row, indent=1) + "\n")
-        rows.append(json.loads(kept.read_text(encoding="utf-8")))
-        print(line(rows[-1]))
-    return rows
-
-
-def best(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns each cell's row at its best learning rate."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in rows:
-        key = (row["rank"], row["palettes"], row["method"])
-        if key not in found or value_of(row) > value_of(found[key]):
-            found[key] = row
-    return list(found.values())
-
-
-def value_of(row: dict[str, Any]) -> float:
-    """Returns a row's GenEval."""
-    return row["metrics"]["geneval"]["value"]
-
-
-def line(row: dict[str, Any]) -> str:
-    """Returns a row of the table."""
-    cells = [f"{m['gain']:+.2f} [{m['low']:+.2f}, {m['high']:+.2f}]" for m in row["metrics"].values()]
-    front = (
-        row["corrections"],
-        row["rank"],
-        row["method"],
-        f"{row['trained_numbers'] / 1e3:.0f}k",
-        f"{row['rate']:g}",
-    )
-    return "| " + " | ".join([*map(str, front), *cells]) + " |"
-
-
-def plot(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Returns the gain in GenEval over the base, against the rank and against the number of corrections."""
-    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    _panel(left, rows, "rank", "corrections")
-    _panel(right, rows, "corrections", "rank")
-    left.set_ylabel("gain in GenEval over the base")
-    right.legend(fontsize="small")
-    return figure
-
-
-def _panel(axes: Axes, rows: Sequence[dict[str, Any]], varied: str, fixed: str) -> None:
-    """Draws every method where `fixed` has the value at which `varied` has most."""
-    values = sorted({row[varied] for row in rows})
-    at = max({row[fixed] for row in rows}, key=lambda v: len({r[varied] for r in rows if r[fixed] == v}))
-    for method in METHODS:
-        shown = [row for row in rows if row["method"] == method and row[fixed] == at]
-        shown.sort(key=lambda row: row[varied])
-        found = [row["metrics"]["geneval"] for row in shown]
-        below, above = [m["gain"] - m["low"] for m in found], [m["high"] - m["gain"] for m in found]
-        axes.errorbar(
-            [values.index(row[varied]) for row in shown], [m["gain"] for m in found], yerr=[below, above],
-            label=method, linestyle="-" if method in ("I", "P", "S") else "--", marker="o", capsize=3,
-        )  # fmt: skip
-    axes.set_xticks(range(len(values)), list(map(str, values)))
-    axes.set_xlabel(f"{varied} ({fixed} {at})")
-    axes.axhline(0, color="0.8", linewidth=0.8)
+            rows.append(row)
+        return rows
 
 
 def main(options: Options) -> None:
-    """Trains, measures, and writes figures, table and plot."""
-    rows = best(measure(options))
-    setting = {"prompts": options.prompts, "steps": options.sampling_steps, "torch": torch.__version__}
-    write_text(options.results, json.dumps({"setting": setting, "cells": rows}, indent=1) + "\n")
-    save(plot(rows), options.results.with_suffix(".png"))
-    print("\n| corrections | rank | method | trained numbers | lr | GenEval | validation reward |")
-    print("|---|---|---|---|---|---|---|")
-    print("\n".join(map(line, rows)))
+    """Trains, measures, and writes figures, tables and plots."""
+    recipe, measurement = load_recipe(options.recipe), Measurement(options, Tiny(load_tiny()))
+    found = measurement.of_cells(middle_cells(options), recipe)
+    rates = {row["method"]: row["rate"] for row in best(found)}
+    found += measurement.of_cells(outer_cells(options, rates), recipe)
+    finals = measurement.of_cells(final_cells(options, rates, recipe.optim.steps), recipe)
+    oracle = oracle_scores(
+        options.oracle, recipe, measurement.base, WORDINGS[middle(options.palettes)], noises=options.noises,
+        sampling_steps=options.sampling_steps, guidance_scale=GUIDANCE, out=options.out / "oracle",
+    )  # fmt: skip
+    report: dict[str, Any] = {
+        "setting": {
+            "prompts": options.prompts, "noises": options.noises, "steps": options.sampling_steps,
+            "torch": torch.__version__,
+        },
+        **report_of(found, finals, oracle),
+    }  # fmt: skip
+    write_text(options.results, json.dumps(report, indent=1) + "\n")
+    save(plot(report["cells"]), options.results.with_suffix(".png"))
+    save(plot_curves(report["finalists"]), options.results.with_name("conditioning_curves.png"))
+    print(tables(report))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from hyperalign.tiny.prompts import (
 )
 from hyperalign.tiny.text_encoder import text_of, tokenize_batch
 from train.config import DataConfig
+
+if TYPE_CHECKING:
+    from train.tiny.art import Art
 
 MAX_TRIES = 500
 """A prompt that these many samples do not contain does not exist."""
@@ -84,11 +88,9 @@ def preference_latents(base: TinyBase, config: DataConfig) -> PreferenceLatents:
 
     Their contents are of the training split.
     """
-    import numpy as np
     from safetensors.torch import load_file
 
     from train.tiny.art import load_art
-    from train.tiny.scenes import render, sample_scene
 
     fingerprint = hashlib.sha256(repr((PALETTES, config.families, config.wordings)).encode())
     for parameter in base.autoencoder.encoder.parameters():
@@ -100,15 +102,24 @@ def preference_latents(base: TinyBase, config: DataConfig) -> PreferenceLatents:
         texts: list[str] = []
         while len(texts) < config.scenes:
             chunk = [_training_content(rng, config) for _ in range(min(256, config.scenes - len(texts)))]
-            pixels = np.stack([render(sample_scene(rng, content, "fluent"), art) for _, content in chunk])
-            images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255.0
-            latents.append(base.encode(images.to(base.device)).cpu())
+            latents.append(encoded_scenes(base, [content for _, content in chunk], art, rng))
             texts += [text for text, _ in chunk]
         save_atomically(
             {"latents": torch.cat(latents).contiguous(), "tokens": tokenize_batch(texts)}, path, {}
         )
     stored = load_file(path)
     return PreferenceLatents(stored["latents"], [text_of(row) for row in stored["tokens"].tolist()])
+
+
+def encoded_scenes(base: TinyBase, contents: Sequence[Content], art: Art, rng: random.Random) -> Tensor:
+    """Returns latents (N, 4, 16, 16) of a scene of each content in the preferred style."""
+    import numpy as np
+
+    from train.tiny.scenes import render, sample_scene
+
+    pixels = np.stack([render(sample_scene(rng, content, "fluent"), art) for content in contents])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255.0
+    return base.encode(images.to(base.device)).cpu()
 
 
 def _training_content(rng: random.Random, config: DataConfig) -> tuple[str, Content]:
