@@ -5,9 +5,10 @@
 
 Every cell is a training of the embedded model with the recipe tiny_s: equal steps, equal images. The number
 of corrections is that of the palettes in its prompts times eight colours; with one palette there is nothing
-that depends on the prompt. Every method tries each learning rate at the middle rank and number of palettes,
-and goes on with its best one. The finalists are trained as long as the recipe says, from several seeds, and
-validated on the way. The oracle is a static LoRA for each prompt, trained on that prompt alone.
+that depends on the prompt. The controls, which depend on nothing, try each learning rate at the middle rank
+and number of palettes and go on with their best one; the others have the recipe's. The finalists are trained
+as long as the recipe says, from several seeds, and validated on the way. The oracle is a static LoRA for each
+prompt, trained on that prompt alone.
 
 Trainings and images' scores are kept in --out; the same command goes on. Writes the figures of
 results/conditioning_pays.json and its two plots, and prints the tables.
@@ -48,9 +49,8 @@ from train.trainer import Trainer
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 Method = Literal["static", "static, as large as S", "decoder without conditioning", "I", "P", "S"]
-METHODS: tuple[Method, ...] = (
-    "static", "static, as large as S", "decoder without conditioning", "I", "P", "S",
-)  # fmt: skip
+CONTROLS: tuple[Method, ...] = ("static", "static, as large as S", "decoder without conditioning")
+METHODS: tuple[Method, ...] = (*CONTROLS, "I", "P", "S")
 WORDINGS: dict[int, tuple[str, ...]] = {
     1: ("an icon of {}",),
     2: ("{}", "an icon of {}"),
@@ -76,7 +76,7 @@ class Options:
     ranks: tuple[int, ...] = (1, 4, 8)
     palettes: tuple[Literal[1, 2, 4], ...] = (1, 2, 4)
     rates: tuple[float, ...] = (1e-3, 2e-3)
-    """Learning rates that are tried at the middle rank and number of palettes; the best by GenEval counts."""
+    """Learning rates that the controls try at the middle rank and number of palettes; the best counts."""
     steps: int = 300
     """Training steps of a cell."""
     finalists: tuple[Method, ...] = ("static", "S")
@@ -121,12 +121,12 @@ def middle(values: Sequence[int]) -> int:
     return values[len(values) // 2]
 
 
-def middle_cells(options: Options) -> Iterator[Cell]:
-    """Yields every method at every learning rate."""
+def middle_cells(options: Options, rate: float) -> Iterator[Cell]:
+    """Yields the controls at every learning rate, and the others at the recipe's."""
     rank, palettes = middle(options.ranks), middle(options.palettes)
     for method in options.methods:
-        for rate in options.rates:
-            yield Cell(method, rank, palettes, rate, options.steps)
+        for own in options.rates if method in CONTROLS else (rate,):
+            yield Cell(method, rank, palettes, own, options.steps)
 
 
 def outer_cells(options: Options, rates: Mapping[str, float]) -> Iterator[Cell]:
@@ -241,7 +241,7 @@ class Measurement:
 def main(options: Options) -> None:
     """Trains, measures, and writes figures, tables and plots."""
     recipe, measurement = load_recipe(options.recipe), Measurement(options, Tiny(load_tiny()))
-    found = measurement.of_cells(middle_cells(options), recipe)
+    found = measurement.of_cells(middle_cells(options, recipe.optim.lr), recipe)
     rates = {row["method"]: row["rate"] for row in best(found)}
     found += measurement.of_cells(outer_cells(options, rates), recipe)
     finals = measurement.of_cells(final_cells(options, rates, recipe.optim.steps), recipe)

@@ -48,12 +48,12 @@ def cell(method: Any, rank: int = 4, palettes: int = 2, rate: float = 1e-3, seed
     return Cell(method, rank, palettes, rate, 5, seed)
 
 
-def test_rates_are_tried_in_the_middle_and_the_best_goes_on() -> None:
+def test_controls_try_their_rates_in_the_middle_and_the_best_goes_on() -> None:
     options = Options(methods=("static", "S"), rank_methods=("S",), rates=(1e-3, 2e-3))
-    assert [(one.method, one.rate) for one in middle_cells(options)] == [
-        ("static", 1e-3), ("static", 2e-3), ("S", 1e-3), ("S", 2e-3),
-    ]  # fmt: skip
-    assert {(one.rank, one.palettes) for one in middle_cells(options)} == {(4, 2)}
+    tried = list(middle_cells(options, 3e-3))
+    rates = [(one.method, one.rate) for one in tried]
+    assert rates == [("static", 1e-3), ("static", 2e-3), ("S", 3e-3)]
+    assert {(one.rank, one.palettes) for one in tried} == {(4, 2)}
     found = list(outer_cells(options, {"static": 2e-3, "S": 1e-3}))
     assert [(one.method, one.rank, one.palettes, one.rate) for one in found] == [
         ("static", 4, 1, 2e-3), ("S", 4, 1, 1e-3), ("static", 4, 4, 2e-3), ("S", 4, 4, 1e-3),
@@ -63,7 +63,7 @@ def test_rates_are_tried_in_the_middle_and_the_best_goes_on() -> None:
     assert [(one.method, one.seed, one.steps, one.rate) for one in finals] == [
         ("static", 0, 9, 2e-3), ("S", 0, 9, 1e-3), ("static", 5, 9, 2e-3), ("S", 5, 9, 1e-3),
     ]  # fmt: skip
-    every = [*middle_cells(options), *found, *finals]
+    every = [*tried, *found, *finals]
     assert len({one.name for one in every}) == len(every)
 
 
@@ -136,7 +136,7 @@ def test_a_curve_begins_with_the_base_model(tmp_path: Path) -> None:
 
 def test_the_figure_has_every_method_against_corrections_and_rank() -> None:
     options = Options(rates=(1e-3,))
-    found = [*middle_cells(options), *outer_cells(options, dict.fromkeys(METHODS, 1e-3))]
+    found = [*middle_cells(options, 1e-3), *outer_cells(options, dict.fromkeys(METHODS, 1e-3))]
     report = report_of([row(one, 0.1, 0.2, 0.3, 0.4) for one in found], [], {})
     upper = plot(report["cells"]).axes[:2]
     assert [text.get_text() for text in upper[0].get_xticklabels()] == ["8", "16", "32"]
