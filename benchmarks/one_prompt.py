@@ -22,8 +22,8 @@ from train.config import TrainConfig
 from train.inputs import PromptList, load_inputs
 from train.models.tiny import Tiny
 from train.sampling import sample
-from train.tiny.art import load_art
-from train.tiny.dataset import PreferenceLatents, encoded_scenes, validation_prompts
+from train.tiny.art import Style
+from train.tiny.dataset import PreferenceLatents, SceneEncoder, validation_prompts
 from train.tiny.evaluate import PROMPT_SEED, judged
 from train.tiny.inputs import EmojiScenes
 from train.trainer import Trainer
@@ -61,8 +61,9 @@ class OraclePlan:
         """Trains a LoRA on one prompt alone."""
         config, accelerator = self.config_of(recipe, out), Accelerator(cpu=True)
         inputs = load_inputs(config, accelerator)
-        art, rng = load_art(config.data.cache / "art"), random.Random(config.data.seed)
-        latents = encoded_scenes(base.model, [content] * self.scenes, art, rng)
+        encode = SceneEncoder(base.model, config.data.cache, random.Random(config.data.seed))
+        looks: list[tuple[Content, Style]] = [(content, "fluent")] * self.scenes
+        latents = encode(looks)
         scenes = EmojiScenes(PreferenceLatents(latents, [prompt] * self.scenes))
         alone = dataclasses.replace(inputs, prompts=PromptList([prompt]), preference=scenes)
         trainer = Trainer(config, alone, accelerator)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,10 +32,11 @@ from hyperalign.targets import PerceptionMode
 from train.config import GradientCheckpointing, RunConfig, TrainConfig, ValidationConfig
 from train.inputs import smoke_inputs
 from train.log import Metrics
+from train.methods.hyperalign import preference_pass, reward_pass, rewarded_states
+from train.methods.step import Step, StepMetrics
 from train.models.architectures import FULL_SIZES, ModelSize
 from train.models.load import backbone_dtype
 from train.models.text_encoders import text_lengths
-from train.objective import States
 from train.preflight.costs import matrix_rate
 from train.preflight.estimate import Work, step_memory, step_work
 from train.preflight.fit import fitted
@@ -119,24 +120,17 @@ class TimedTrainer(Trainer):
 
     def measured_step(self) -> dict[str, Phase]:
         """Takes a step; returns its phases."""
-        self.phases = {}
+        self.phases, self._method = {}, self._by_phases
         self._train_step()
         return self.phases
 
-    def _rollout_states(self) -> States:
-        states = self._timed("rollout", super()._rollout_states)
+    def _by_phases(self, step: Step) -> Iterator[StepMetrics]:
+        """HyperAlign's method, a phase after the other."""
+        states = self._timed("rollout", lambda: rewarded_states(step))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # what follows belongs to the gradient
-        return states
-
-    def _reward_pass(self) -> dict[str, Tensor]:
-        row = self._timed("reward", super()._reward_pass)
-        rollout, both = self.phases["rollout"], self.phases["reward"]
-        self.phases["reward"] = replace(both, seconds=both.seconds - rollout.seconds)
-        return row
-
-    def _preference_pass(self) -> dict[str, Tensor]:
-        return self._timed("preference", super()._preference_pass)
+        metrics = self._timed("reward", lambda: reward_pass(step, states))
+        yield metrics | self._timed("preference", lambda: preference_pass(step))
 
     def _apply_gradient(self, measured: dict[str, Tensor]) -> Metrics:
         return self._timed("optimiser", lambda: super(TimedTrainer, self)._apply_gradient(measured))

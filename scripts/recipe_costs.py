@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # at the end: see "no
 from hyperalign.files import write_text
 from scripts.common import ROOT, say
 from train.config import TrainConfig
+from train.methods.passes import step_passes
 from train.models.text_encoders import text_bytes
 from train.preflight.estimate import (
     Work,
@@ -107,7 +108,7 @@ def cost_of_recipe(config: TrainConfig) -> RecipeCost:
         seconds=seconds,
         gpu_hours=GPUS * (config.optim.steps * seconds + validating) / 3600,
         peak=step_memory(config, costs).peak,
-        images=config.objective.images_at_once or config.objective.largest_batch,
+        images=config.objective.images_at_once or step_passes(config).largest_batch,
         recomputed=config.model.gradient_checkpointing,
         checkpoints=checkpoint_bytes(config, costs),
         hypernetworks=export_bytes(config, costs),

@@ -7,11 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from hyperalign.errors import HyperAlignError
 from hyperalign.hypernetwork import HyperNetworkConfig
 from hyperalign.schedule import Schedule, Variant
 from hyperalign.targets import PerceptionMode
 from hyperalign.tiny.prompts import FAMILIES, TEMPLATES, WORDINGS, Family
+from train.methods.settings import (
+    PAIRED,
+    AlignPropConfig,
+    DpoConfig,
+    GrpoConfig,
+    KtoConfig,
+    MethodName,
+    SrpoConfig,
+)
+from train.ranges import require
 
 BaseName = Literal["tiny", "sd15", "sdxl", "flux", "sd3"]
 State = Literal["rollout", "noised", "mixed"]
@@ -71,8 +80,12 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveConfig:
-    """L = reward_weight * L_R + preference_weight * L_G (Eq 10)."""
+    """L = reward_weight * L_R + preference_weight * L_G (Eq 10), or another method's loss."""
 
+    method: MethodName = "hyperalign"
+    """hyperalign: both losses, or one of them where the other's weight is 0 (the reward alone, supervised
+    fine-tuning). The others have a loss of their own, times reward_weight or preference_weight; their
+    settings stand in a table of their name, those of dance_grpo and mix_grpo in [grpo]."""
     rewards: dict[str, float] = field(default_factory=lambda: {"tiny reward": 1.0})
     """Rewards by name with their weights; their weighted sum is R."""
     reward_weight: float = 1.0
@@ -121,21 +134,6 @@ class ObjectiveConfig:
     fastest and fit the GPU, by estimate."""
 
     @property
-    def rewarded_images(self) -> int:
-        """Images with a reward gradient in each step of each process."""
-        return self.prompt_batch * self.timesteps * bool(self.reward_weight)
-
-    @property
-    def preferred_images(self) -> int:
-        """Images of the preference loss in each step of each process."""
-        return self.preference_batch * bool(self.preference_weight)
-
-    @property
-    def largest_batch(self) -> int:
-        """Images of the loss that has more of them."""
-        return max(self.rewarded_images, self.preferred_images)
-
-    @property
     def images_at_once(self) -> int:
         """Images in one backward pass; 0 is all at once, as is an `auto` that was not chosen yet."""
         return 0 if self.micro_batch == "auto" else self.micro_batch
@@ -143,12 +141,21 @@ class ObjectiveConfig:
     @property
     def optimised(self) -> dict[str, float]:
         """The rewards that a loss acts on, with their weights."""
-        return {name: weight for name, weight in self.rewards.items() if weight and self.reward_weight}
+        acts = self.reward_weight and not self.needs_pairs
+        return {name: weight for name, weight in self.rewards.items() if weight and acts}
 
     @property
     def needs_preference_images(self) -> bool:
         """Whether a loss reads preference images."""
-        return self.preference_weight > 0 or (self.reward_weight > 0 and self.state != "rollout")
+        noised = self.reward_weight > 0 and self.state != "rollout"
+        if self.method == "hyperalign":
+            return self.preference_weight > 0 or noised
+        return self.method == "srpo" and noised
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether the method reads pairs of images."""
+        return self.method in PAIRED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,78 +275,84 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    alignprop: AlignPropConfig = field(default_factory=AlignPropConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    kto: KtoConfig = field(default_factory=KtoConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    srpo: SrpoConfig = field(default_factory=SrpoConfig)
 
     def __post_init__(self) -> None:
         """Checks ranges. Raises HyperAlignError."""
         self._check_objective()
+        self._check_method()
         p, run = self.optim, self.run
         prompts = self.model.statistics_prompts
-        _require(prompts >= 2, "model.statistics_prompts", prompts, "2 or more")
-        _require(p.steps >= 1, "optim.steps", p.steps, "1 or more")
-        _require(p.lr > 0, "optim.lr", p.lr, "above 0")
-        _require(p.max_grad_norm > 0, "optim.max_grad_norm", p.max_grad_norm, "above 0")
-        _require(0 <= p.ema_decay < 1, "optim.ema_decay", p.ema_decay, "0 up to 1")
-        _require(p.bad_steps >= 1, "optim.bad_steps", p.bad_steps, "1 or more")
-        _require(
+        require(prompts >= 2, "model.statistics_prompts", prompts, "2 or more")
+        require(p.steps >= 1, "optim.steps", p.steps, "1 or more")
+        require(p.lr > 0, "optim.lr", p.lr, "above 0")
+        require(p.max_grad_norm > 0, "optim.max_grad_norm", p.max_grad_norm, "above 0")
+        require(0 <= p.ema_decay < 1, "optim.ema_decay", p.ema_decay, "0 up to 1")
+        require(p.bad_steps >= 1, "optim.bad_steps", p.bad_steps, "1 or more")
+        require(
             self.data.scenes >= self.objective.preference_batch,
             "data.scenes", self.data.scenes, "objective.preference_batch or more",
         )  # fmt: skip
         known = [template for template in self.data.wordings if template in TEMPLATES]
-        _require(
+        require(
             bool(known) and len(known) == len(self.data.wordings),
             "data.wordings", self.data.wordings, "some of " + ", ".join(map(repr, TEMPLATES)),
         )  # fmt: skip
-        _require(bool(self.data.families), "data.families", self.data.families, "one or more")
-        _require(bool(run.attention_kernels), "run.attention_kernels", run.attention_kernels, "one or more")
-        _require(run.checkpoint_every >= 1, "run.checkpoint_every", run.checkpoint_every, "1 or more")
-        _require(run.keep_checkpoints >= 1, "run.keep_checkpoints", run.keep_checkpoints, "1 or more")
-        _require(run.keep_exports >= 0, "run.keep_exports", run.keep_exports, "0 or more")
-        _require(
+        require(bool(self.data.families), "data.families", self.data.families, "one or more")
+        require(bool(run.attention_kernels), "run.attention_kernels", run.attention_kernels, "one or more")
+        require(run.checkpoint_every >= 1, "run.checkpoint_every", run.checkpoint_every, "1 or more")
+        require(run.keep_checkpoints >= 1, "run.keep_checkpoints", run.keep_checkpoints, "1 or more")
+        require(run.keep_exports >= 0, "run.keep_exports", run.keep_exports, "0 or more")
+        require(
             self.model.resolution % 64 == 0, "model.resolution", self.model.resolution, "a multiple of 64"
         )
         lengths = self.data.text_lengths
-        _require(bool(lengths) and min(lengths) > 0, "data.text_lengths", lengths, "numbers above 0")
+        require(bool(lengths) and min(lengths) > 0, "data.text_lengths", lengths, "numbers above 0")
         limit = self.data.embeddings_limit_gb
-        _require(limit > 0, "data.embeddings_limit_gb", limit, "above 0")
+        require(limit > 0, "data.embeddings_limit_gb", limit, "above 0")
         above = self.data.unsafe_above
-        _require(math.isfinite(above), "data.unsafe_above", above, "a number")
+        require(math.isfinite(above), "data.unsafe_above", above, "a number")
         if self.model.key_times or self.model.variant != "P":
             self.schedule()
 
     def _check_objective(self) -> None:
         o = self.objective
-        _require(o.reward_weight >= 0, "objective.reward_weight", o.reward_weight, "0 or more")
-        _require(o.preference_weight >= 0, "objective.preference_weight", o.preference_weight, "0 or more")
-        _require(
+        require(o.reward_weight >= 0, "objective.reward_weight", o.reward_weight, "0 or more")
+        require(o.preference_weight >= 0, "objective.preference_weight", o.preference_weight, "0 or more")
+        require(
             o.reward_weight + o.preference_weight > 0, "objective weights", "both 0", "at least one above 0"
         )
-        _require(bool(o.rewards) or o.reward_weight == 0, "objective.rewards", "empty", "a reward")
+        require(bool(o.rewards) or o.reward_weight == 0, "objective.rewards", "empty", "a reward")
         finite = all(math.isfinite(weight) for weight in o.rewards.values())
-        _require(finite, "objective.rewards", o.rewards, "finite weights")
-        _require(o.rollout_steps >= 2, "objective.rollout_steps", o.rollout_steps, "2 or more")
+        require(finite, "objective.rewards", o.rewards, "finite weights")
+        require(o.rollout_steps >= 2, "objective.rollout_steps", o.rollout_steps, "2 or more")
         room, steps = o.rollout_steps - o.skip_first, o.rollout_steps
-        _require(0 <= o.skip_first < steps, "objective.skip_first", o.skip_first, "0 to rollout_steps - 1")
-        _require(1 <= o.timesteps <= room, "objective.timesteps", o.timesteps, f"1 to {room}")
-        _require(o.prompt_batch >= 1, "objective.prompt_batch", o.prompt_batch, "1 or more")
-        _require(o.preference_batch >= 1, "objective.preference_batch", o.preference_batch, "1 or more")
+        require(0 <= o.skip_first < steps, "objective.skip_first", o.skip_first, "0 to rollout_steps - 1")
+        require(1 <= o.timesteps <= room, "objective.timesteps", o.timesteps, f"1 to {room}")
+        require(o.prompt_batch >= 1, "objective.prompt_batch", o.prompt_batch, "1 or more")
+        require(o.preference_batch >= 1, "objective.preference_batch", o.preference_batch, "1 or more")
         for name in ("preference_range", "reward_range"):
             low, high = getattr(o, name)
-            _require(0 <= low < high <= 1, f"objective.{name}", (low, high), "0 <= low < high <= 1")
-        _require(o.snr_gamma > 0, "objective.snr_gamma", o.snr_gamma, "above 0")
-        _require(0 <= o.caption_dropout < 1, "objective.caption_dropout", o.caption_dropout, "0 up to 1")
-        _require(o.guidance_scale >= 1, "objective.guidance_scale", o.guidance_scale, "1 or more")
-        _require(
+            require(0 <= low < high <= 1, f"objective.{name}", (low, high), "0 <= low < high <= 1")
+        require(o.snr_gamma > 0, "objective.snr_gamma", o.snr_gamma, "above 0")
+        require(0 <= o.caption_dropout < 1, "objective.caption_dropout", o.caption_dropout, "0 up to 1")
+        require(o.guidance_scale >= 1, "objective.guidance_scale", o.guidance_scale, "1 or more")
+        require(
             o.preference_guidance >= 0, "objective.preference_guidance", o.preference_guidance, "0 or more"
         )
-        _require(o.images_at_once >= 0, "objective.micro_batch", o.micro_batch, "0 or more, or auto")
+        require(o.images_at_once >= 0, "objective.micro_batch", o.micro_batch, "0 or more, or auto")
+
+    def _check_method(self) -> None:
+        o, steps = self.objective, self.alignprop.last_steps
+        acts = o.preference_weight if o.needs_pairs else o.reward_weight
+        name = "objective.preference_weight" if o.needs_pairs else "objective.reward_weight"
+        require(o.method == "hyperalign" or acts > 0, name, acts, f"above 0 for {o.method}")
+        require(steps <= o.rollout_steps, "alignprop.last_steps", steps, "at most objective.rollout_steps")
 
     def schedule(self) -> Schedule:
         """Returns the schedule. Raises HyperAlignError if key times are wrong."""
         return Schedule(self.model.variant, self.model.key_times)
-
-
-def _require(holds: bool, name: str, found: object, expected: str) -> None:
-    if not holds:
-        raise HyperAlignError(
-            f"{name} is {found}; expected {expected}. Change it in the recipe or on the command line."
-        )

@@ -65,6 +65,8 @@ class Options:
     buckets: bool = True
     """Encode each image to the size of the nearest aspect ratio from 1:2 to 2:1, all of about equal area. A
     square crop would cut away what captions name; --no-buckets crops all to squares."""
+    pairs: bool = False
+    """Encode each preferred image with the one that it won against, for dpo and kto. Ties are left out."""
     limit: int | None = None
     """Take only the first images of the source, for a trial; those that are skipped count too."""
     batch: int = 16
@@ -85,7 +87,7 @@ def run(options: Options, accelerator: Accelerator) -> Counts:
     config = load_recipe(options.recipe)
     unsafe = unsafe_filter(options, config)
     with accelerator.main_process_first():  # it writes the index of a tar, which the others read
-        dataset = open_dataset(options.kind, options.source, unsafe)
+        dataset = open_dataset(options.kind, options.source, unsafe, options.pairs)
     if options.limit is not None:
         dataset = FirstImages(dataset, options.limit)
     encoder = image_encoder(config, accelerator.device)
@@ -112,6 +114,7 @@ def run(options: Options, accelerator: Accelerator) -> Counts:
             min_side=options.min_side,
             buckets=buckets_of(encoder.resolution) if options.buckets else None,
             unsafe=unsafe,
+            pairs=options.pairs,
             progress=show,
         )
 

@@ -41,8 +41,8 @@ from train.models.text_encoders import (
 )
 from train.models.tiny import Tiny
 from train.objective import Rewards
-from train.tiny.dataset import preference_latents
-from train.tiny.inputs import EmojiScenes, GrammarPrompts, tiny_reward
+from train.tiny.dataset import preference_latents, rejected_latents
+from train.tiny.inputs import EmojiScenes, GrammarPrompts, ScenePairs, tiny_reward
 from train.validation import Validate, reward_validation, tiny_validation
 
 PATIENCE = 90.0
@@ -71,6 +71,16 @@ class PreferenceDataset(Protocol):
         ...
 
 
+class PairDataset(Protocol):
+    """Pairs of a preferred and a rejected image of one prompt, as a stream of batches."""
+
+    def pairs(
+        self, position: int, count: int, rng: np.random.Generator, part: slice
+    ) -> tuple[Tensor, Tensor, list[str]]:
+        """Returns part of a batch: preferred and rejected latents (B, C, H, W), and captions."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingInputs:
     """What sampling a recipe's prompts takes."""
@@ -90,6 +100,8 @@ class RunInputs(SamplingInputs):
     validate: Validate
     provenance: Mapping[str, str]
     """Rewards and preference dataset, for the hypernetwork's header."""
+    pairs: PairDataset | None = None
+    """None where no loss reads pairs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +118,7 @@ class PromptList:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceShards:
-    """Latent shards as a stream whose order the run's seed decides."""
+    """Latent shards as a stream whose order the run's seed decides; pairs too, where they hold pairs."""
 
     shards: LatentShards
     seed: int
@@ -118,6 +130,15 @@ class PreferenceShards:
         del rng
         latents, captions = self.shards.read(self.shards.batch(position, count, self.seed)[part])
         return latents.float(), captions
+
+    def pairs(
+        self, position: int, count: int, rng: np.random.Generator, part: slice
+    ) -> tuple[Tensor, Tensor, list[str]]:
+        """Returns preferred and rejected latents (B, C, H, W) in float32, and captions."""
+        del rng
+        chosen = self.shards.batch(position, count, self.seed)[part]
+        latents, rejected, captions = self.shards.read_pairs(chosen)
+        return latents.float(), rejected.float(), captions
 
 
 def load_inputs(config: TrainConfig, accelerator: Accelerator, smoke: ModelSize | None = None) -> RunInputs:
@@ -167,7 +188,8 @@ def base_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
         base=base,
         encoder=encoder,
         prompts=PromptList(prompts),
-        preference=images,
+        preference=images if config.objective.needs_preference_images else None,
+        pairs=images if config.objective.needs_pairs else None,
         rewards=optimised(rewards, config),
         validate=reward_validation(config, base, steady, rewards, validation, accelerator),
         provenance=provenance(config) | ({"unsafe": excluded} if excluded else {}),
@@ -182,11 +204,12 @@ def smoke_inputs(config: TrainConfig, accelerator: Accelerator, shape: ModelSize
     backbone = with_random_weights(backbone, device, dtype)
     if uses_fsdp(accelerator):
         shard_backbone(backbone)
-    images = Autoencoder(with_random_weights(decoder, device, dtype), config.model.recomputes_images)
-    base = make_base(config, backbone, images, "epsilon")
+    decoder = Autoencoder(with_random_weights(decoder, device, dtype), config.model.recomputes_images)
+    base = make_base(config, backbone, decoder, "epsilon")
     width, pooled = TEXT_WIDTHS[name]
     lengths = tuple(context_tokens(config, padding) for padding in text_lengths(config))
     encoder = RandomPromptEncoder(width, pooled, lengths, device)
+    images = RandomImages(base.latent_shape)
     rewards = {
         reward: loading.random_weights(reward, device=device, dtype=dtype)
         for reward in config.objective.rewards
@@ -200,7 +223,8 @@ def smoke_inputs(config: TrainConfig, accelerator: Accelerator, shape: ModelSize
         base=base,
         encoder=encoder,
         prompts=PromptList(list(PROMPTS)),
-        preference=RandomImages(base.latent_shape) if config.objective.needs_preference_images else None,
+        preference=images if config.objective.needs_preference_images else None,
+        pairs=images if config.objective.needs_pairs else None,
         rewards=optimised(rewards, config),
         validate=reward_validation(config, base, steady, rewards, validation, accelerator),
         provenance=provenance(config),
@@ -223,6 +247,7 @@ def tiny_inputs(config: TrainConfig, device: torch.device, is_main: bool = True)
             "reward": "tiny preference reward (hyperalign/tiny/weights/reward.safetensors)",
             "preference_data": "EmojiScenes, right captions, Fluent style (Fluent Emoji, MIT)",
         },
+        pairs=tiny_pairs(config, base),
     )
 
 
@@ -249,6 +274,14 @@ def tiny_preference(config: TrainConfig, base: Tiny) -> PreferenceDataset:
     return PreferenceShards(shards, config.run.seed)
 
 
+def tiny_pairs(config: TrainConfig, base: Tiny) -> PairDataset | None:
+    """Returns pairs of EmojiScenes where the method reads pairs."""
+    if not config.objective.needs_pairs:
+        return None
+    scenes = preference_latents(base.model, config.data)
+    return ScenePairs(scenes, rejected_latents(base.model, config.data, scenes.captions))
+
+
 def training_prompts(config: TrainConfig) -> list[str]:
     """Returns the prompts to train on. Raises HyperAlignError."""
     if config.data.prompts == Path():
@@ -270,12 +303,13 @@ def validation_prompts(config: TrainConfig) -> list[str]:
 
 
 def open_preference_shards(config: TrainConfig, fingerprint: str | None) -> PreferenceShards | None:
-    """Returns a recipe's preference images, None if no loss reads them.
+    """Returns a recipe's preference images or pairs, None if no loss reads them.
 
     Raises:
-        HyperAlignError: they do not exist, or are of another autoencoder or resolution.
+        HyperAlignError: they do not exist, are of another autoencoder or resolution, or no pairs.
     """
-    if not config.objective.needs_preference_images:
+    o = config.objective
+    if not o.needs_preference_images and not o.needs_pairs:
         return None
     folder = config.data.preference
     if not folder.is_dir() or folder == Path():
@@ -283,7 +317,10 @@ def open_preference_shards(config: TrainConfig, fingerprint: str | None) -> Pref
             f"data.preference is {folder}; expected a folder of latent shards. Make them with "
             "train/encode.py, or set objective.preference_weight to 0 and objective.state to rollout."
         )
-    return PreferenceShards(LatentShards(folder, fingerprint, config.model.resolution), config.run.seed)
+    shards = LatentShards(folder, fingerprint, config.model.resolution)
+    if o.needs_pairs:
+        shards.check_pairs()
+    return PreferenceShards(shards, config.run.seed)
 
 
 def reward_names(config: TrainConfig) -> Iterable[str]:
@@ -320,11 +357,12 @@ def optimised(rewards: Mapping[str, Reward], config: TrainConfig) -> Rewards:
 
 def provenance(config: TrainConfig) -> dict[str, str]:
     """Returns the names of rewards and preference dataset, for the hypernetwork's header."""
-    weights = [f"{weight:g} x {name}" for name, weight in config.objective.optimised.items()]
+    o = config.objective
+    weights = [f"{weight:g} x {name}" for name, weight in o.optimised.items()]
     data = config.data.preference_name or str(config.data.preference.name) or "none"
     return {
         "reward": " + ".join(weights) or "none",
-        "preference_data": data if config.objective.needs_preference_images else "none",
+        "preference_data": data if o.needs_preference_images or o.needs_pairs else "none",
     }
 
 

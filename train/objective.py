@@ -34,6 +34,25 @@ class Rewards:
 
 
 @dataclass(frozen=True, slots=True)
+class NoisedImages:
+    """Images with the noise and timesteps that a model's error is measured at."""
+
+    x0: Tensor
+    eps: Tensor
+    eps_gen: Tensor
+    """Other noise, for weights that are generated at another time."""
+    t_B: Tensor
+    """On the CPU."""
+    captions: list[str]
+
+    def __getitem__(self, part: slice) -> NoisedImages:
+        """Returns some of them."""
+        return NoisedImages(
+            self.x0[part], self.eps[part], self.eps_gen[part], self.t_B[part], self.captions[part]
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class States:
     """A batch of noisy latents x_t, with the (x, t) that their weights are generated from."""
 
@@ -58,6 +77,15 @@ class States:
         return States(
             self.x[part], self.t_B[part], self.x_gen[part], self.t_gen_B[part],
             take(self.cond, part), uncond, self.prompts[part], self.generates[part],
+        )  # fmt: skip
+
+    def rows(self, rows: Sequence[int]) -> States:
+        """Returns the samples of these rows."""
+        own = list(rows)
+        uncond = None if self.uncond is None else take(self.uncond, own)
+        return States(
+            self.x[own], self.t_B[own], self.x_gen[own], self.t_gen_B[own], take(self.cond, own), uncond,
+            [self.prompts[row] for row in own], [self.generates[row] for row in own],
         )  # fmt: skip
 
     def twice(self) -> States:
@@ -97,37 +125,34 @@ def rollout_states(
 
 
 def noised_states(
-    base: Base,
-    schedule: Schedule,
-    x0: Tensor,
-    eps: Tensor,
-    eps_gen: Tensor,
-    t_B: Tensor,
-    cond: Conditions,
-    uncond: Conditions | None,
-    prompts: list[str],
+    base: Base, schedule: Schedule, images: NoisedImages, cond: Conditions, uncond: Conditions | None
 ) -> States:
     """Returns noised images, whose weights are generated from the same images, noised.
 
     That is at t itself for S; for P and I at the timestep where sampling generates the weights it uses at t,
     with noise `eps_gen` of its own. With the same noise the hypernetwork would read off what the model is to
-    predict, which no sampling can give it: at the start of a run the latents are that noise. The timesteps
-    `t_B` are on the CPU.
+    predict, which no sampling can give it: at the start of a run the latents are that noise.
     """
-    last = base.noise_schedule.last_timestep
-    own_B = to_device(t_B, x0.device)
-    x_t = base.noise_schedule.add_noise(x0, eps, own_B)
+    last, prompts, x0 = base.noise_schedule.last_timestep, images.captions, images.x0
+    own_B = to_device(images.t_B, x0.device)
+    x_t = base.noise_schedule.add_noise(x0, images.eps, own_B)
     if schedule.variant == "S":
         return States(x_t, own_B, x_t, own_B, cond, uncond, prompts, [True] * len(prompts))
-    timesteps = [last * schedule.generation_time(t / last) for t in t_B.tolist()]
-    t_gen_B = to_device(base.noise_schedule.nearest(torch.tensor(timesteps) / last).to(t_B), x0.device)
-    x_gen = base.noise_schedule.add_noise(x0, eps_gen, t_gen_B)
+    timesteps = [last * schedule.generation_time(t / last) for t in images.t_B.tolist()]
+    t_gen_B = base.noise_schedule.nearest(torch.tensor(timesteps) / last).to(images.t_B)
+    t_gen_B = to_device(t_gen_B, x0.device)
+    x_gen = base.noise_schedule.add_noise(x0, images.eps_gen, t_gen_B)
     return States(x_t, own_B, x_gen, t_gen_B, cond, uncond, prompts, [False] * len(prompts))
 
 
-def adapted_prediction(adapter: Adapter, base: Base, states: States, conditions: Conditions) -> Tensor:
-    """Returns the output at (x, t) with weights generated at (x_gen, t_gen), with gradient to the network."""
+def adapted_prediction(adapter: Adapter | None, base: Base, states: States, conditions: Conditions) -> Tensor:
+    """Returns the output at (x, t) with weights generated at (x_gen, t_gen), with gradient to the network.
+
+    Without an adapter it is the base model's: the reference of methods that compare.
+    """
     call = base.call(states.x, states.t_B, conditions)
+    if adapter is None:
+        return base.prediction(base.backbone(**call)[0], states.x)
     if all(states.generates):
         return base.prediction(adapter.generate_and_forward(call)[0], states.x)
     cores = adapter.network(adapter.perceive(base.call(states.x_gen, states.t_gen_B, conditions)))
@@ -135,7 +160,7 @@ def adapted_prediction(adapter: Adapter, base: Base, states: States, conditions:
 
 
 def guided_prediction(
-    adapter: Adapter, base: Base, states: States, guidance_scale: float, conditional_only: bool = False
+    adapter: Adapter | None, base: Base, states: States, guidance_scale: float, conditional_only: bool = False
 ) -> Tensor:
     """Returns the classifier-free guided output, as in sampling.
 
@@ -180,16 +205,27 @@ def reward_loss(
     """
     output = guided_prediction(adapter, base, states, guidance_scale, conditional_only)
     x0, _ = base.noise_schedule.predictions(states.x, output, states.t_B)
-    images, finite_B = without_nan(base.decode(x0).float())
-    total, each = rewards(images, states.prompts)
-    loss_B = F.relu(cap - total) if cap < float("inf") else -total
+    loss_B, scores = scored(base, rewards, x0, states.prompts, cap)
     if weighting == "signal":
         loss_B = base.noise_schedule.signal(states.t_B) * loss_B
+    return loss_B.mean(), scores
+
+
+def scored(
+    base: Base, rewards: Rewards, x0: Tensor, prompts: Sequence[str], cap: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns relu(cap - R), -R without a cap, of decoded latents (B,), and each reward's scores (B,).
+
+    An image that is not finite has the loss 0, and NaN as its scores.
+    """
+    images, finite_B = without_nan(base.decode(x0).float())
+    total, each = rewards(images, prompts)
+    loss_B = F.relu(cap - total) if cap < float("inf") else -total
     nothing = float("nan")
     scores = {
         name: torch.where(finite_B, s_B.detach(), nothing) for name, s_B in (each | {"reward": total}).items()
     }
-    return torch.where(finite_B, loss_B, 0.0).mean(), scores
+    return torch.where(finite_B, loss_B, 0.0), scores
 
 
 def without_nan(images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,7 +238,12 @@ def preference_loss(
     adapter: Adapter, base: Base, x0: Tensor, eps: Tensor, states: States, snr_gamma: float = float("inf")
 ) -> Tensor:
     """Returns L_G = E w(t) || output - target ||^2 on noised preference images (Eq 9)."""
+    error_B = denoising_errors(adapter, base, x0, eps, states)
+    return (base.noise_schedule.loss_weight(states.t_B, snr_gamma) * error_B).mean()
+
+
+def denoising_errors(adapter: Adapter | None, base: Base, x0: Tensor, eps: Tensor, states: States) -> Tensor:
+    """Returns || output - target ||^2 of each image (B,), a mean over dimensions; None is the base model."""
     output = adapted_prediction(adapter, base, states, states.cond)
     target = base.noise_schedule.target(x0, eps, states.t_B)
-    error_B = (output - target).square().flatten(1).mean(dim=1)
-    return (base.noise_schedule.loss_weight(states.t_B, snr_gamma) * error_B).mean()
+    return (output - target).square().flatten(1).mean(dim=1)

@@ -83,6 +83,8 @@ class Denoiser:
         return self.base.noise_schedule.predictions(x, output, torch.full((x.shape[0],), t, device=x.device))
 
 
+Move = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""Index of a step, x_t, x0-hat and eps-hat -> the x of the next timestep."""
 Guide = Callable[[Denoiser, Tensor, int], Tensor | None]
 """Model, x_t and index of a step -> the x0-hat to go on with; None for the model's own."""
 
@@ -111,10 +113,11 @@ def rollout(
     until: int | None = None,
     run: Run | None = None,
     guide: Guide | None = None,
+    move: Move | None = None,
 ) -> Trajectory:
     """Samples deterministically: DDIM (Song et al. 2021, eq 12 with eta 0), or Euler for a flow.
 
-    Both are the same step: x0-hat and eps-hat, mixed for the next timestep.
+    Both are the same step: x0-hat and eps-hat, mixed for the next timestep. The last step ends at x0-hat.
 
     Args:
         base: the base model.
@@ -129,6 +132,7 @@ def rollout(
         until: stop before this step, with its state x_t as the last; None takes all steps.
         run: keeps the run's weights, as a `TracedRun` does for those who look at them; None for a plain one.
         guide: moves x0-hat at the steps that it chooses.
+        move: takes the steps but the last, with noise of its own; None takes them deterministically.
     """
     timesteps = base.noise_schedule.timesteps(steps)
     model = SampledModel(base, adapter, schedule, strength, run)
@@ -147,6 +151,8 @@ def rollout(
         predictions.append(x0)
         if index + 1 == steps:
             x = x0
+        elif move is not None:
+            x = move(index, x, x0, eps)
         else:
             t_next_B = torch.full_like(x[:, 0, 0, 0], timesteps[index + 1])
             x = base.noise_schedule.add_noise(x0, eps, t_next_B)

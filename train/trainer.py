@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -27,19 +26,17 @@ from train.checkpoints import Checkpoint, TrainingCheckpoints, announce_changes,
 from train.config import TrainConfig
 from train.inputs import RunInputs
 from train.log import Metrics, TimeLeft, TrainingLog, flat
-from train.models.base import cfg_conditions, with_guidance
+from train.methods.passes import step_passes
+from train.methods.step import Step, StepMetrics
+from train.methods.table import METHODS
 from train.models.fsdp import uses_fsdp
 from train.models.kernels import attention_kernels
-from train.objective import States, noised_states, preference_loss, reward_loss, rollout_states
-from train.processes import any_process, average_gradients, gradient_of, mean_metrics
-from train.randomness import StepRandomness, normal, sample_u
+from train.processes import any_process, average_gradients, mean_metrics
 from train.relative_distance import weight_schedule
 from train.results import Results
-from train.rollout import rollout
 from train.start import begin_from, new_hyperalign
 from train.statistics import measure_statistics
 from train.stopping import Stopped, StopRequest
-from train.transfer import to_device
 
 logger = logging.getLogger("hyperalign.train")
 GIB = 2**30
@@ -85,6 +82,7 @@ class Trainer:
             self.network.parameters(), config.optim.lr, (0.9, 0.99), weight_decay=config.optim.weight_decay,
             fused=self.device.type == "cuda",
         )  # fmt: skip
+        self._method = METHODS[config.objective.method]
         self._micro_batch = config.objective.images_at_once
         self._is_halved = False
         self.step = self.images_seen = self.skipped = self._skipped_in_a_row = 0
@@ -106,57 +104,67 @@ class Trainer:
         started = time.monotonic()
         for group in self.optimiser.param_groups:
             group["lr"] = self.config.optim.learning_rate(self.step)
+        metrics: Metrics = {"step": self.step} | self.results.baseline_of(self.step)
         with attention_kernels(self.config.run.attention_kernels, self.device):
-            before: Metrics = {"step": self.step} | self.results.baseline_of(self.step)
-            metrics = before | self._apply_gradient(self._passes())
+            for measured in self._updates():
+                metrics |= self._apply_gradient(measured)
+        self.images_seen += self._images_read
+        self.step += 1
         seconds = time.monotonic() - started
         return metrics | {"seconds": seconds} | self._speed(seconds)
 
-    def _gradients(self) -> dict[str, Tensor]:
-        """Adds up the gradient of L = w_R L_R + w_G L_G (Eq 10), one loss after the other.
-
-        The metrics stay on the device, whose work nothing waits for until the step ends.
-        """
-        metrics: dict[str, Tensor] = {}
-        if self.config.objective.reward_weight:
-            metrics |= self._reward_pass()
-        if self.config.objective.preference_weight:
-            metrics |= self._preference_pass()
-        return metrics
-
-    def _passes(self) -> dict[str, Tensor]:
-        """Returns the metrics of `_gradients`, averaged over the processes.
+    def _updates(self) -> Iterator[StepMetrics]:
+        """Yields the metrics of each update, averaged over the processes, when its gradient is complete.
 
         A process that fails reports it at the next exchange, so that the others do not wait for it. With a
         sharded backbone the processes exchange in each pass, and the launcher ends them.
         """
-        self._images_read = 0
-        self.optimiser.zero_grad()
-        metrics: dict[str, Tensor] = {}
-        failure: Exception | None = None
-        try:
-            metrics = self._gradients()
-        except Exception as error:
-            if uses_fsdp(self.accelerator):
-                raise
-            failure = error
-        if not any_process(failure is not None, self.accelerator):
-            own = {"grad_norm_reward", "grad_norm_preference"}
-            shared = {name: value for name, value in metrics.items() if name not in own}
-            return metrics | mean_metrics(shared, self.accelerator)
+        taken, step = 0, self._new_step()
+        updates = self._method(step)
+        while True:
+            self.optimiser.zero_grad()
+            metrics: StepMetrics | None = None
+            failure: Exception | None = None
+            try:
+                metrics = next(updates, None)
+            except Exception as error:
+                if uses_fsdp(self.accelerator):
+                    raise
+                failure = error
+            if any_process(failure is not None, self.accelerator):
+                if taken or not self._may_go_on(failure):
+                    raise failure or self._failure_elsewhere()
+                failure = None  # its traceback holds on to activations
+                step = self._new_step()
+                updates = self._method(step)
+                continue
+            if metrics is None:
+                return
+            shared = {name: value for name, value in metrics.items() if not name.startswith("grad_norm_")}
+            self._images_read = step.images_read
+            yield metrics | mean_metrics(shared, self.accelerator)
+            taken += 1
+
+    def _new_step(self) -> Step:
+        return Step(
+            self.config, self.inputs, self.adapter, self.schedule, self.accelerator, self.step,
+            self.images_seen, self._micro_batch,
+        )  # fmt: skip
+
+    def _may_go_on(self, failure: Exception | None) -> bool:
+        """Returns whether the memory was full in whatever process failed, and the passes could be halved."""
         out_of_memory = failure is None or isinstance(failure, torch.cuda.OutOfMemoryError)
-        if not any_process(not out_of_memory, self.accelerator) and self._halve_micro_batch():
-            failure = None  # its traceback holds on to activations
-            return self._passes()
-        raise failure or HyperAlignError(
+        return not any_process(not out_of_memory, self.accelerator) and self._halve_micro_batch()
+
+    def _failure_elsewhere(self) -> HyperAlignError:
+        return HyperAlignError(
             f"Another process failed in step {self.step} and reports the reason. Run the same command again "
             "to resume."
         )
 
     def _halve_micro_batch(self) -> bool:
         """Halves the backward passes, once in a run, and says so; returns whether it could."""
-        o = self.config.objective
-        largest = o.largest_batch
+        largest = step_passes(self.config).largest_batch
         before = min(self._micro_batch or largest, largest)
         if self._is_halved or before == 1:
             return False
@@ -169,104 +177,8 @@ class Trainer:
             )  # fmt: skip
         return True
 
-    def _reward_pass(self) -> dict[str, Tensor]:
-        """L_R through one step from states of a rollout, of noised images, or of both in turn (Eq 8)."""
-        o = self.config.objective
-        kind = o.state if o.state != "mixed" else ("rollout", "noised")[self.step % 2]
-        states = self._rollout_states() if kind == "rollout" else self._noised_states()
-        losses, scores = list[Tensor](), dict[str, list[Tensor]]()
-        for part, share in self._micro_batches(len(states)):
-            with self._autocast():
-                loss, found = reward_loss(
-                    self.adapter, self.base, self.inputs.rewards, states[part],
-                    guidance_scale=o.guidance_scale, cap=o.reward_cap, conditional_only=o.conditional_only,
-                    weighting=o.reward_weighting,
-                )  # fmt: skip
-            self.accelerator.backward(o.reward_weight * share * loss)
-            losses.append(share * loss.detach())
-            for name, score_B in found.items():
-                scores.setdefault(name, []).append(score_B)
-        metrics = {name: torch.cat(parts) for name, parts in scores.items()}
-        return {
-            "reward_loss": torch.stack(losses).sum(),
-            **{name: score_B.nanmean() for name, score_B in metrics.items()},
-            "not_finite": metrics["reward"].isnan().float().mean(),
-            "grad_norm_reward": gradient_of(self.network.parameters()).norm(),
-        }
-
-    def _rollout_states(self) -> States:
-        """Samples prompts with the current hypernetwork; returns the states before some of the steps."""
-        o, randomness = self.config.objective, self._randomness()
-        rng = randomness.generator(1)
-        whole, own = o.prompt_batch * self.accelerator.num_processes, randomness.part(o.prompt_batch)
-        prompts = self.inputs.prompts.sample(whole, rng)[own]
-        noise = to_device(normal((whole, *self.base.latent_shape), rng)[own], self.device)
-        choices = np.arange(o.skip_first, o.rollout_steps)
-        picks = sorted(rng.choice(choices, o.timesteps, replace=False).tolist())
-        cond, uncond = cfg_conditions(self.base, self.inputs.encoder, prompts, o.guidance_scale)
-        with self._autocast():
-            trajectory = rollout(
-                self.base, self.adapter, self.schedule, cond, uncond, noise,
-                steps=o.rollout_steps, guidance_scale=o.guidance_scale, until=max(picks),
-            )  # fmt: skip
-        return rollout_states(trajectory, picks, cond, uncond, prompts)
-
-    def _noised_states(self) -> States:
-        """Returns noised preference images."""
-        o = self.config.objective
-        x0, eps, eps_gen, t_B, captions = self._preference_images(
-            o.prompt_batch * o.timesteps, o.reward_range, purpose=3
-        )
-        cond, uncond = cfg_conditions(self.base, self.inputs.encoder, captions, o.guidance_scale)
-        return noised_states(self.base, self.schedule, x0, eps, eps_gen, t_B, cond, uncond, captions)
-
-    def _preference_pass(self) -> dict[str, Tensor]:
-        """L_G on noised preference images (Eq 9)."""
-        o = self.config.objective
-        # Only CFG samples with the empty prompt.
-        dropout = o.caption_dropout if self.base.cfg else 0.0
-        x0, eps, eps_gen, t_B, captions = self._preference_images(
-            o.preference_batch, o.preference_range, purpose=2, dropout=dropout
-        )
-        cond = with_guidance(self.base, self.inputs.encoder.conditions(captions), o.preference_guidance)
-        states = noised_states(self.base, self.schedule, x0, eps, eps_gen, t_B, cond, None, captions)
-        losses, before = list[Tensor](), gradient_of(self.network.parameters())
-        for part, share in self._micro_batches(len(states)):
-            with self._autocast():
-                loss = preference_loss(
-                    self.adapter, self.base, x0[part], eps[part], states[part], o.snr_gamma
-                )
-            self.accelerator.backward(o.preference_weight * share * loss)
-            losses.append(share * loss.detach())
-        added = gradient_of(self.network.parameters()) - before
-        return {"preference_loss": torch.stack(losses).sum(), "grad_norm_preference": added.norm()}
-
-    def _preference_images(
-        self, count: int, bounds: tuple[float, float], purpose: int, dropout: float = 0.0
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
-        """Returns latents, noise, other noise, timesteps and captions of this process's preference images.
-
-        The timesteps are on the CPU, where P and I look up when their weights are generated.
-        """
-        if self.inputs.preference is None:
-            raise HyperAlignError("The run needs preference images; set data.preference.")
-        randomness, whole = self._randomness(), count * self.accelerator.num_processes
-        rng, own = randomness.generator(purpose), randomness.part(count)
-        position = self.images_seen + self._images_read
-        x0, captions = self.inputs.preference.batch(position, whole, rng, own)
-        self._images_read += whole
-        chances = rng.random((whole,))[own] if dropout else np.ones(count)
-        u_B = sample_u(whole, bounds, self.config.objective.timestep_sampling, rng)[own]
-        shape = (whole, *x0.shape[1:])  # of the bucket
-        eps = to_device(normal(shape, rng)[own], self.device)
-        again = self.schedule.variant != "S"
-        eps_gen = to_device(normal(shape, rng)[own], self.device) if again else eps
-        t_B = self.base.noise_schedule.at_position(u_B)
-        kept = ["" if chance < dropout else text for text, chance in zip(captions, chances, strict=True)]
-        return to_device(x0, self.device), eps, eps_gen, t_B, kept
-
     def _apply_gradient(self, measured: dict[str, Tensor]) -> Metrics:
-        """Ends the step, with an update if the gradient is finite; returns its metrics as numbers.
+        """Updates the network if the gradient is finite; returns the update's metrics as numbers.
 
         Raises HyperAlignError.
         """
@@ -289,8 +201,6 @@ class Trainer:
             self.optimiser.step()
             self._update_average()
         self.skipped += not finite
-        self.images_seen += self._images_read
-        self.step += 1
         self.optimiser.zero_grad()
         return metrics | {"skipped": not finite, "skipped_in_all": self.skipped}
 
@@ -301,24 +211,13 @@ class Trainer:
         for mean, value in zip(self.average.parameters(), self.network.parameters(), strict=True):
             mean.lerp_(value, 1.0 - decay)
 
-    def _micro_batches(self, count: int) -> Iterator[tuple[slice, float]]:
-        """Yields the slices of backward passes with their shares of the batch."""
-        size = self._micro_batch or count
-        for first in range(0, count, size):
-            last = min(first + size, count)
-            yield slice(first, last), (last - first) / count
-
-    def _randomness(self) -> StepRandomness:
-        processes = self.accelerator.num_processes
-        return StepRandomness(self.config.run.seed, self.step, self.accelerator.process_index, processes)
-
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         full = next(self.base.backbone.parameters()).dtype == torch.float32
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.optim.bf16 and full)
 
     def _speed(self, seconds: float) -> Metrics:
-        o, processes = self.config.objective, self.accelerator.num_processes
-        images = o.rewarded_images + o.preferred_images
+        passes, processes = step_passes(self.config), self.accelerator.num_processes
+        images = passes.reward_batch * passes.updates + passes.preference_batch
         metrics: Metrics = {"images_per_second": images * processes / seconds}
         if self.device.type == "cuda":
             metrics["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / GIB

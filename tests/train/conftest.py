@@ -29,6 +29,7 @@ from train.config import (
     ValidationConfig,
 )
 from train.inputs import PromptList, RunInputs
+from train.methods.settings import AlignPropConfig, GrpoConfig, KtoConfig
 from train.models.base import Conditions
 from train.noise import DiffusionSchedule, NoiseSchedule
 from train.objective import Rewards
@@ -147,6 +148,12 @@ class NumberedImages:
         rows = [torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(n)) for n in numbers]
         return torch.stack(rows), [f"image {n}" for n in numbers]
 
+    def pairs(
+        self, position: int, count: int, rng: np.random.Generator, part: slice
+    ) -> tuple[Tensor, Tensor, list[str]]:
+        preferred, captions = self.batch(position, count, rng, part)
+        return preferred, preferred.flip(dims=(1,)), captions
+
 
 def letters(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """A reward that tells images and prompts apart."""
@@ -191,16 +198,20 @@ def small_run(make_base: Callable[..., Any], tmp_path: Path) -> Callable[..., Tr
             objective=ObjectiveConfig(**OBJECTIVE | sections.get("objective", {})),
             optim=OptimConfig(**OPTIM | sections.get("optim", {})),
             data=DataConfig(**sections.get("data", {})),
+            alignprop=AlignPropConfig(**sections.get("alignprop", {})),
+            kto=KtoConfig(**sections.get("kto", {})),
+            grpo=GrpoConfig(**sections.get("grpo", {})),
             validation=ValidationConfig(**{"every": 0} | sections.get("validation", {})),
             run=RunConfig(
                 out=out or tmp_path,
                 **{"checkpoint_every": 100, "keep_checkpoints": 99} | sections.get("run", {}),
             ),
         )
-        base = base or make_base(everywhere=False)
+        base, images = base or make_base(everywhere=False), NumberedImages()
         inputs = RunInputs(
             base=base, encoder=base, prompts=PromptList(["a", "bcd", "efghi", "jk"]),
-            preference=NumberedImages(), rewards=Rewards({"tiny reward": reward}, config.objective.rewards),
+            preference=images, pairs=images,
+            rewards=Rewards({"tiny reward": reward}, config.objective.rewards),
             validate=Validations(), provenance={"reward": "letters", "preference_data": "EmojiScenes"},
         )  # fmt: skip
         run = Trainer(config, inputs, accelerator or Accelerator(cpu=True))

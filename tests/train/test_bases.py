@@ -35,7 +35,7 @@ from train.models.flux import Flux, pack, position_ids, unpack
 from train.models.image_encoder import image_encoder
 from train.models.load import PIPELINES, check_folder, load_base, make_base
 from train.models.text_encoders import text_fingerprint
-from train.objective import Rewards, noised_states, preference_loss, reward_loss
+from train.objective import NoisedImages, Rewards, noised_states, preference_loss, reward_loss
 from train.start import new_hyperalign
 
 NAMES: tuple[BaseName, ...] = ("sd15", "sdxl", "flux", "sd3")
@@ -93,7 +93,7 @@ def losses(name: BaseName, base: Base, adapter: Adapter, schedule: Schedule) -> 
     uncond = texts(name, ["", ""]) if base.cfg else None
     t_B = base.noise_schedule.nearest(torch.tensor([0.5, 0.8]))
     cond = with_guidance(base, texts(name, prompts), 3.0)
-    states = noised_states(base, schedule, x0, noise, other, t_B, cond, uncond, prompts)
+    states = noised_states(base, schedule, NoisedImages(x0, noise, other, t_B, prompts), cond, uncond)
     bright = Rewards({"bright": lambda images, _: images.square().mean(dim=(1, 2, 3))}, {"bright": 1.0})
     reward, _ = reward_loss(adapter, base, bright, states, guidance_scale=3.0, cap=float("inf"))
     return reward + preference_loss(adapter, base, x0, noise, states)

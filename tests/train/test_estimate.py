@@ -35,6 +35,7 @@ from train.config import (
     ValidationConfig,
 )
 from train.inputs import smoke_inputs
+from train.methods.passes import rollout_share
 from train.models.architectures import FULL_SIZES, ModelSize, architecture, autoencoder
 from train.models.base import with_guidance
 from train.preflight.costs import NOTHING, Cost, Tally, cost_of, flash_attention, matrix_rate
@@ -43,7 +44,6 @@ from train.preflight.estimate import (
     frozen_bytes,
     gain_work,
     generations,
-    rollout_share,
     step_memory,
     step_seconds,
     step_work,

@@ -15,6 +15,7 @@ from hyperalign.rewards.loading import random_weights
 from hyperalign.schedule import Schedule
 from train.noise import DiffusionSchedule, FlowSchedule, NoiseSchedule, alphas_cumprod
 from train.objective import (
+    NoisedImages,
     Rewards,
     States,
     adapted_prediction,
@@ -36,7 +37,7 @@ TIMESTEPS = torch.tensor([20.0, 400.0, 900.0])
 def some_states(base: Any, normal: Any, schedule: Schedule = SCHEDULES[0], t_B: Tensor = TIMESTEPS) -> States:
     cond, uncond = base.conditions(PROMPTS), base.conditions([""] * 3)
     x0, eps, eps_gen = normal(3), normal(3, 1), normal(3, 2)
-    return noised_states(base, schedule, x0, eps, eps_gen, t_B, cond, uncond, PROMPTS)
+    return noised_states(base, schedule, NoisedImages(x0, eps, eps_gen, t_B, PROMPTS), cond, uncond)
 
 
 def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -179,7 +180,7 @@ def test_the_hypernetwork_is_not_handed_the_noise_that_the_model_is_to_predict(
     base, t_B = make_base(FlowSchedule(1000.0, 3.0)), torch.tensor([1000.0, 900.0, 750.0])
     cond, x0, eps_gen = base.conditions(PROMPTS), normal(3), normal(3, 2)
     one, other = (
-        noised_states(base, schedule, x0, normal(3, seed), eps_gen, t_B, cond, None, PROMPTS)
+        noised_states(base, schedule, NoisedImages(x0, normal(3, seed), eps_gen, t_B, PROMPTS), cond, None)
         for seed in (1, 5)
     )
     assert not torch.equal(one.x, other.x)

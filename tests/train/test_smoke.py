@@ -17,6 +17,7 @@ from hyperalign.hosts.diffusers.adapter import Call
 from hyperalign.rewards import clip
 from train.data.random_inputs import RandomPromptEncoder
 from train.inputs import smoke_inputs
+from train.methods.hyperalign import preference_pass, reward_pass, rewarded_states
 from train.models.architectures import FULL_SIZES, descending_sizes
 from train.models.base import Conditions
 from train.preflight.smoke import SIDE, described, smoke_config
@@ -81,10 +82,11 @@ def test_flux_is_rewarded_at_its_sampling_guidance_and_regresses_without_one(tmp
         return call(x, t, conditions)
 
     run.base.call = spy
-    run._reward_pass()
+    step = run._new_step()
+    reward_pass(step, rewarded_states(step))
     assert set(asked) == {3.5}
     asked.clear()
-    run._preference_pass()
+    preference_pass(run._new_step())
     assert set(asked) == {1.0}
 
 
@@ -102,7 +104,7 @@ def test_no_caption_of_flux_is_dropped_as_it_samples_without_the_empty_prompt(
         return conditions(self, prompts)
 
     monkeypatch.setattr(RandomPromptEncoder, "conditions", spy)
-    run._preference_pass()
+    preference_pass(run._new_step())
     assert len(captions) == config.objective.preference_batch
     assert "" not in captions
 

@@ -50,9 +50,9 @@ def trainer(config: TrainConfig, shape: ModelSize | None = None) -> Trainer:
 @pytest.mark.parametrize("recipe", ["sd15_s", "sd15_p", "sdxl_s", "flux_s", "sd35m_s"])
 def test_the_passes_of_a_step_read_no_value(recipe: str, tmp_path: Path) -> None:
     run = trainer(small(recipe, tmp_path))
-    run._passes()  # what depends on the latents' shape alone is read once in a run
+    next(run._updates())  # what depends on the latents' shape alone is read once in a run
     with Reads() as reads:
-        metrics = run._passes()
+        metrics = next(run._updates())
     assert reads.count == 0
     assert {"reward_loss", "preference_loss", "reward"} <= metrics.keys()
 
@@ -65,7 +65,7 @@ def test_reads_are_counted() -> None:
 
 
 def gradients(run: Trainer) -> tuple[torch.Tensor, float]:
-    metrics = run._passes()
+    metrics = next(run._updates())
     return gradient_of(run.network.parameters()), float(metrics["preference_loss"])
 
 

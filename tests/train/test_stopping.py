@@ -14,7 +14,7 @@ import torch
 from in_processes import in_processes
 from tiny_runs import curve, one_of_two_fails
 
-from train import trainer as loop
+from train.methods import hyperalign as losses
 from train.trainer import Stopped, Trainer
 
 OF_BASE = {"first number": 0.0}
@@ -93,7 +93,7 @@ def test_an_end_inside_a_pass_saves_the_step_before(
     out: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run, loss = run_of(out), loop.preference_loss
+    run, loss = run_of(out), losses.preference_loss
 
     def ends(*given: Any) -> Any:
         if run.step == 1:
@@ -101,7 +101,7 @@ def test_an_end_inside_a_pass_saves_the_step_before(
         return loss(*given)
 
     with monkeypatch.context() as patch, pytest.raises(kind):
-        patch.setattr(loop, "preference_loss", ends)
+        patch.setattr(losses, "preference_loss", ends)
         run.fit()
     state = newest(out)
     assert (state["step"], state["images_seen"]) == (1, run.config.objective.preference_batch)
@@ -115,7 +115,7 @@ def test_a_trainer_whose_pass_was_cut_off_goes_on_by_itself(
 ) -> None:
     run = run_of(out)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(loop, "preference_loss", lambda *_: 1 / 0)
+        patch.setattr(losses, "preference_loss", lambda *_: 1 / 0)
         run.fit()
     run.fit()
     assert curve(out) == whole

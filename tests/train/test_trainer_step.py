@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hyperalign import checkpoint
 from hyperalign.errors import HyperAlignError
-from train.objective import noised_states, preference_loss, reward_loss, rollout_states
+from train.methods.hyperalign import preference_pass
+from train.objective import NoisedImages, noised_states, preference_loss, reward_loss, rollout_states
 from train.randomness import StepRandomness, normal, sample_u
 from train.rollout import rollout
 
@@ -98,7 +99,7 @@ def noised_by_hand(run: Any, place: int) -> Tensor:
     count = o.prompt_batch * o.timesteps
     x0, noise, other, t_B, captions = images_by_hand(run, place, count, o.reward_range, purpose=3)
     cond, uncond = base.conditions(captions), base.conditions([""] * count)
-    states = noised_states(base, run.schedule, x0, noise, other, t_B, cond, uncond, captions)
+    states = noised_states(base, run.schedule, NoisedImages(x0, noise, other, t_B, captions), cond, uncond)
     return reward_by_hand(run, states)
 
 
@@ -119,7 +120,7 @@ def preference_by_hand(run: Any, place: int = 0) -> tuple[Tensor, Tensor]:
         run, place, o.preference_batch, o.preference_range, purpose=2, drop=o.caption_dropout
     )
     texts = base.conditions(captions)
-    states = noised_states(base, run.schedule, x0, noise, other, t_B, texts, None, captions)
+    states = noised_states(base, run.schedule, NoisedImages(x0, noise, other, t_B, captions), texts, None)
     loss = preference_loss(run.adapter, base, x0, noise, states, o.snr_gamma)
     return loss.detach(), gradient(loss, run)
 
@@ -230,7 +231,7 @@ def test_no_caption_is_dropped_where_nothing_samples_with_the_empty_prompt(
     base.conditions = lambda prompts: captions.extend(prompts) or conditions(prompts)
     run = small_run(base=base, objective={"caption_dropout": 0.9})
     captions.clear()
-    run._preference_pass()
+    preference_pass(run._new_step())
     assert captions == ["image 0", "image 1", "image 2"]
 
 

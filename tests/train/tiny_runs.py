@@ -16,7 +16,6 @@ from hyperalign.hypernetwork import HyperNetworkConfig
 from hyperalign.schedule import Variant
 from hyperalign.targets import PerceptionMode
 from train import relative_distance
-from train import trainer as loop
 from train.config import (
     DataConfig,
     ModelConfig,
@@ -27,6 +26,8 @@ from train.config import (
     ValidationConfig,
 )
 from train.inputs import load_inputs
+from train.methods import hyperalign as losses
+from train.methods.settings import GrpoConfig, MethodName
 from train.recipe import load_recipe
 from train.train import run
 from train.trainer import Trainer
@@ -46,6 +47,21 @@ def small(
         data=DataConfig(scenes=16, cache=ROOT / "build" / "tiny"),
         validation=ValidationConfig(every=0),
         run=RunConfig(out=out, checkpoint_every=2),
+    )
+
+
+def of_method(method: MethodName, out: Path, variant: Variant = "S", **objective: Any) -> TrainConfig:
+    """Returns a run of a training method whose settings fit a few samples."""
+    found = small(out, variant)
+    return dataclasses.replace(
+        found,
+        objective=dataclasses.replace(found.objective, method=method, **{"rollout_steps": 4} | objective),
+        optim=dataclasses.replace(found.optim, steps=3, lr=1e-4),
+        run=dataclasses.replace(found.run, checkpoint_every=1),
+        grpo=GrpoConfig(group=4, updates=2, clip_range=0.2, window=2, window_interval=1),
+        srpo=dataclasses.replace(found.srpo, positive=("{}",), negative=("a drawing of {}",)),
+        dpo=dataclasses.replace(found.dpo, beta=50.0),
+        kto=dataclasses.replace(found.kto, beta=50.0),
     )
 
 
@@ -91,7 +107,7 @@ def one_of_two_fails(out: Path) -> int:
         run=dataclasses.replace(recipe.run, out=out, checkpoint_every=100, init_from=Path()),
     )
     accelerator = Accelerator()
-    search, loss = relative_distance.base_key_times, loop.preference_loss
+    search, loss = relative_distance.base_key_times, losses.preference_loss
 
     def measured(*given: Any, **named: Any) -> Any:
         (out / f"measured-{accelerator.process_index}").touch()
@@ -102,7 +118,7 @@ def one_of_two_fails(out: Path) -> int:
             raise RuntimeError("this process is broken")
         return loss(*given)
 
-    relative_distance.base_key_times, loop.preference_loss = measured, fails
+    relative_distance.base_key_times, losses.preference_loss = measured, fails
     out.mkdir(parents=True, exist_ok=True)
     trains = Trainer(config, load_inputs(config, accelerator), accelerator)
     (out / f"times-{accelerator.process_index}").write_text(str(trains.schedule.key_times))

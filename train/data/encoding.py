@@ -64,6 +64,8 @@ class PreparedImage:
     name: str
     pixels_HWC: NDArray[np.uint8]
     enlarged: bool
+    rejected_HWC: NDArray[np.uint8] | None = None
+    """The image that lost against it, in the same size."""
 
     @property
     def bucket(self) -> Bucket:
@@ -88,6 +90,7 @@ def encode_dataset(
     min_side: int = 0,
     buckets: Sequence[Bucket] | None = None,
     unsafe: UnsafeFilter | None = None,
+    pairs: bool = False,
     dtype: torch.dtype = torch.float16,
     progress: Callable[[Counts], None] | None = None,
 ) -> Counts:
@@ -108,6 +111,7 @@ def encode_dataset(
             and in proportion. At the encoder's resolution no image is enlarged.
         buckets: sizes of which an image takes the one of the nearest ratio; None crops all to the square.
         unsafe: the filter that the dataset was opened with; it is stored in the shards.
+        pairs: whether the dataset was opened for pairs; both images of a pair get the size of the preferred.
         dtype: of the stored latents.
         progress: called after each batch and each unit.
 
@@ -120,7 +124,7 @@ def encode_dataset(
     units = range(rank, dataset.units(), world)
     with Threads(max(1, workers)) as threads:
         run = _EncodingRun(
-            dataset, encoder, out, batch, min_side, buckets, str(unsafe or ""), dtype, threads,
+            dataset, encoder, out, batch, min_side, buckets, str(unsafe or ""), pairs, dtype, threads,
             progress or (lambda _: None), len(units), bad,
         )  # fmt: skip
         missing = [unit for unit in units if not run.is_finished(unit)]
@@ -146,10 +150,16 @@ def prepare(item: DatasetItem, side: int, min_side: int, buckets: Sequence[Bucke
     width, height = image.image.size
     bucket = nearest_bucket(height, width, buckets or [(side, side)])
     factor = enlargement(height, width, bucket)
+    if image.rejected is not None:
+        factor = max(factor, enlargement(image.rejected.height, image.rejected.width, bucket))
     if factor * min_side > side * (1 + 1e-9):  # rounding must not cost an image of just that size
         return None
-    pixels = ImageOps.fit(image.image, (bucket[1], bucket[0]), Image.Resampling.LANCZOS)
-    return PreparedImage(image.caption, image.name, np.asarray(pixels), factor > 1.0)
+    rejected = None if image.rejected is None else _fitted(image.rejected, bucket)
+    return PreparedImage(image.caption, image.name, _fitted(image.image, bucket), factor > 1.0, rejected)
+
+
+def _fitted(image: Image.Image, bucket: Bucket) -> NDArray[np.uint8]:
+    return np.asarray(ImageOps.fit(image, (bucket[1], bucket[0]), Image.Resampling.LANCZOS))
 
 
 @dataclass(slots=True)
@@ -161,6 +171,7 @@ class _Group:
     captions: list[str] = field(default_factory=list[str])
     names: list[str] = field(default_factory=list[str])
     latents: list[Tensor] = field(default_factory=list[Tensor])
+    rejected: list[Tensor] = field(default_factory=list[Tensor])
 
 
 @dataclass(slots=True)
@@ -184,6 +195,7 @@ class _EncodingRun:
     min_side: int
     buckets: Sequence[Bucket] | None
     unsafe_mark: str
+    pairs: bool
     dtype: torch.dtype
     threads: Threads
     progress: Callable[[Counts], None]
@@ -208,6 +220,7 @@ class _EncodingRun:
             ("was made from", found.unit, self.dataset.unit_name(unit)),
             ("excludes as unsafe", found.unsafe_mark or "nothing", self.unsafe_mark or "nothing"),
             ("leaves out images under", found.min_side, least),
+            ("holds", _pair_words(found.pairs), _pair_words(self.pairs)),
             ("has", _shape_words(found.bucketed), _shape_words(self.buckets is not None)),
         ):
             if is_ != should:
@@ -262,10 +275,13 @@ class _EncodingRun:
         images, group.waiting = group.waiting, []
         if not images:
             return
-        pixels_BHWC = torch.from_numpy(np.stack([image.pixels_HWC for image in images]))
-        images_BCHW = pixels_BHWC.permute(0, 3, 1, 2).float() / 255.0
-        latents = self.encoder.encode(images_BCHW).to("cpu", self.dtype)
+        latents = self._latents([image.pixels_HWC for image in images])
         finite_B = torch.isfinite(latents).flatten(1).all(1)
+        losers = [image.rejected_HWC for image in images if image.rejected_HWC is not None]
+        if losers:
+            rejected = self._latents(losers)
+            finite_B &= torch.isfinite(rejected).flatten(1).all(1)
+            group.rejected.append(rejected[finite_B])
         group.latents.append(latents[finite_B])
         for image, finite in zip(images, finite_B.tolist(), strict=True):
             if finite:
@@ -277,6 +293,11 @@ class _EncodingRun:
             else:
                 self._skip(BadImage(image.name, "its latent is not finite"), unit)
         self.progress(self.counts)
+
+    def _latents(self, pixels: Sequence[NDArray[np.uint8]]) -> Tensor:
+        pixels_BHWC = torch.from_numpy(np.stack(pixels))
+        images_BCHW = pixels_BHWC.permute(0, 3, 1, 2).float() / 255.0
+        return self.encoder.encode(images_BCHW).to("cpu", self.dtype)
 
     def _skip(self, image: BadImage, unit: _EncodedUnit) -> None:
         logger.warning("skipped %s: %s", image.name, image.reason)
@@ -309,12 +330,14 @@ class _EncodingRun:
             min_side=self.min_side,
             too_small=unit.too_small,
             enlarged=unit.enlarged,
+            pairs=self.pairs,
         )
         latents = {bucket: torch.cat(group.latents) for bucket, group in groups.items()}
+        rejected = {bucket: torch.cat(group.rejected) for bucket, group in groups.items() if self.pairs}
         with cannot_write(path, self._make_room()):
             for left_over in self.out.glob(f".{path.name}.*.partial"):
                 left_over.unlink()
-            write_shard(path, latents, header)
+            write_shard(path, latents, header, rejected)
 
     def _list_bad(self, unit: int, images: Iterable[BadImage]) -> None:
         self.bad.append(unit, images, self._make_room())
@@ -324,6 +347,10 @@ class _EncodingRun:
             f"{free_bytes(self.out) / 2**30:.2f} GiB are free there. Make room and run the same command "
             "again: finished shards stay and are not made again."
         )
+
+
+def _pair_words(pairs: bool) -> str:
+    return "pairs (--pairs)" if pairs else "single images"
 
 
 def _shape_words(bucketed: bool) -> str:

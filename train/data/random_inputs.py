@@ -45,7 +45,7 @@ class RandomPromptEncoder:
 
 @dataclass(frozen=True, slots=True)
 class RandomImages:
-    """Random latents with captions, behind the `PreferenceDataset` protocol."""
+    """Random latents with captions, behind the `PreferenceDataset` and `PairDataset` protocols."""
 
     shape: tuple[int, int, int]
 
@@ -56,3 +56,11 @@ class RandomImages:
         del position
         latents = torch.from_numpy(rng.standard_normal((count, *self.shape), dtype=np.float32))
         return latents[part], [PROMPTS[index % len(PROMPTS)] for index in range(count)[part]]
+
+    def pairs(
+        self, position: int, count: int, rng: np.random.Generator, part: slice
+    ) -> tuple[Tensor, Tensor, list[str]]:
+        """Returns preferred and rejected latents (B, C, H, W), and captions."""
+        preferred, captions = self.batch(position, count, rng, part)
+        rejected, _ = self.batch(position, count, rng, part)
+        return preferred, rejected, captions

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate, takewhile
@@ -70,6 +70,8 @@ class ShardHeader:
     """How many that were."""
     enlarged: int = 0
     """Images that were enlarged, which blurs them."""
+    pairs: bool = False
+    """Whether each image has the one that it won against, in `rejected_HEIGHTxWIDTH`."""
 
     def sizes(self) -> dict[Bucket, int]:
         """Returns each bucket with its number of images."""
@@ -105,16 +107,32 @@ def shard_path(folder: Path, unit: int) -> Path:
     return folder / f"shard-{unit:06d}.safetensors"
 
 
-def write_shard(path: Path, latents: Mapping[Bucket, Tensor], header: ShardHeader) -> None:
-    """Writes the latents (N, C, h, w) of each bucket atomically. Raises OSError."""
+def write_shard(
+    path: Path,
+    latents: Mapping[Bucket, Tensor],
+    header: ShardHeader,
+    rejected: Mapping[Bucket, Tensor] | None = None,
+) -> None:
+    """Writes the latents (N, C, h, w) of each bucket, and of pairs those that lost, atomically.
+
+    Raises OSError.
+    """
     buckets = [[*bucket, len(latents_NCHW)] for bucket, latents_NCHW in latents.items()]
     tensors = {latents_name(bucket): latents_NCHW.contiguous() for bucket, latents_NCHW in latents.items()}
+    tensors |= {
+        rejected_name(bucket): latents_NCHW.contiguous() for bucket, latents_NCHW in (rejected or {}).items()
+    }
     save_atomically(tensors, path, {HEADER_KEY: json.dumps(asdict(replace(header, buckets=buckets)))})
 
 
 def latents_name(bucket: Bucket) -> str:
     """Returns the name of a bucket's latents in a shard."""
     return f"latents_{bucket[0]}x{bucket[1]}"
+
+
+def rejected_name(bucket: Bucket) -> str:
+    """Returns the name of the latents that lost against a bucket's."""
+    return f"rejected_{bucket[0]}x{bucket[1]}"
 
 
 def read_shard_header(path: Path) -> tuple[ShardHeader, Shapes]:
@@ -219,6 +237,15 @@ class LatentShards:
         """Returns the numbers of `count` images of one bucket; `position` images were read before."""
         return self.images.batch(position, count, seed)
 
+    def check_pairs(self) -> None:
+        """Reads every header. Raises HyperAlignError if a shard holds single images."""
+        for name in self.names:
+            if not read_shard_header(self.folder / name)[0].pairs:
+                raise HyperAlignError(
+                    f"{self.folder / name} holds images without the ones that they won against; the method "
+                    "compares both. Encode the dataset into another folder with train/encode.py --pairs."
+                )
+
     def read(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
         """Returns latents (B, C, h, w) of images of one bucket, as they are stored, and captions.
 
@@ -227,7 +254,16 @@ class LatentShards:
         Raises:
             HyperAlignError: more than 1 % of the images requested so far could not be read.
         """
-        found = [self._image(index) for index in indices]
+        latents, captions = self._read(indices, latents_of)
+        return latents[0], captions
+
+    def read_pairs(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
+        """Returns `read`'s latents, those that lost against them, and captions. Raises HyperAlignError."""
+        (latents, rejected), captions = self._read(indices, pair_of)
+        return latents, rejected, captions
+
+    def _read(self, indices: Sequence[int], names: StoredNames) -> tuple[list[Tensor], list[str]]:
+        found = [self._image(index, names) for index in indices]
         good = [image for image in found if image is not None]
         self._requested += len(found)
         self._unreadable += len(found) - len(good)
@@ -238,12 +274,13 @@ class LatentShards:
                 "most 1 % may be bad. The log names the shards: delete them and run train/encode.py again."
             )
         whole = [image or good[i % len(good)] for i, image in enumerate(found)]
-        return torch.stack([latent for latent, _ in whole]), [caption for _, caption in whole]
+        stacked = [torch.stack(each) for each in zip(*(latents for latents, _ in whole), strict=True)]
+        return stacked, [caption for _, caption in whole]
 
     def _open(self, number: int) -> tuple[ShardHeader, Shapes, Any]:
         return _open_shard(self.folder / self.names[number])
 
-    def _image(self, index: int) -> tuple[Tensor, str] | None:
+    def _image(self, index: int, names: StoredNames) -> tuple[list[Tensor], str] | None:
         number = int(np.searchsorted(self._ends, index, side="right"))
         counts_K = self.images.counts_SK[number]
         row = index - int(self._ends[number] - counts_K.sum())
@@ -252,13 +289,14 @@ class LatentShards:
         bucket, row = self.buckets[place], row - starts[place]
         try:
             header, _, file = self._shard(number)
-            latent = cast(Tensor, file.get_slice(_stored_name(header, bucket))[row]).clone()
-            if not bool(torch.isfinite(latent).all()):
+            stored = (file.get_slice(name)[row] for name in names(header, bucket))
+            latents = [cast(Tensor, latent).clone() for latent in stored]
+            if not all(bool(torch.isfinite(latent).all()) for latent in latents):
                 raise HyperAlignError(f"its row {row} is not finite")
         except (SafetensorError, OSError, HyperAlignError) as error:
             logger.warning("skipped an image of %s: %s", self.folder / self.names[number], first_line(error))
             return None
-        return latent, header.caption(bucket, row)
+        return latents, header.caption(bucket, row)
 
     def _check(self, path: Path, info: ShardInfo) -> None:
         channels = next(iter(self.shapes.values()), info.shapes[0][3:])[0]
@@ -299,6 +337,20 @@ def _open_shard(path: Path) -> tuple[ShardHeader, Shapes, Any]:
 
 def _stored_name(header: ShardHeader, bucket: Bucket) -> str:
     return "latents" if header.version == 1 else latents_name(bucket)
+
+
+StoredNames = Callable[["ShardHeader", Bucket], list[str]]
+"""Which of a bucket's tensors are read."""
+
+
+def latents_of(header: ShardHeader, bucket: Bucket) -> list[str]:
+    """Returns the name of the images' latents."""
+    return [_stored_name(header, bucket)]
+
+
+def pair_of(header: ShardHeader, bucket: Bucket) -> list[str]:
+    """Returns the names of the images' latents and of those that lost against them."""
+    return [_stored_name(header, bucket), rejected_name(bucket)]
 
 
 def _shape(file: Any, header: ShardHeader, bucket: Bucket) -> list[int]:

@@ -77,7 +77,7 @@ def join(*parts: Conditions) -> Conditions:
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
-def take(conditions: Conditions, rows: slice) -> Conditions:
+def take(conditions: Conditions, rows: slice | list[int]) -> Conditions:
     """Returns the conditions of some samples of the batch."""
     return {key: value[rows] for key, value in conditions.items()}
 

@@ -14,6 +14,7 @@ from hyperalign.files import free_bytes
 from hyperalign.hosts.diffusers.adapter import spec_of
 from train.config import TrainConfig
 from train.inputs import reward_names, training_prompts, validation_prompts
+from train.methods.passes import step_passes
 from train.models.load import backbone_dtype
 from train.models.text_encoders import check_cache_limit, text_bytes, text_lengths
 from train.preflight.attention import try_attention
@@ -140,14 +141,14 @@ def sizes(config: TrainConfig, costs: StepCosts) -> list[str]:
     millions = {name: f"{name} {count / 1e6:.1f} M" for name, count in costs.parameters.items()}
     hypernetwork = millions.pop("hypernetwork")
     measured = [name for name in config.validation.rewards if name not in o.rewards]
-    rewarded = o.rewarded_images * processes
-    preferred = o.preferred_images * processes
+    passes = step_passes(config)
+    rewarded, preferred = passes.reward_batch * processes, passes.preference_batch * processes
     return [
         f"{model.base} at {model.resolution} pixels, variant {model.variant}, {model.mode} perception",
         f"frozen parameters: {', '.join(millions.values())}"
         + (f" ({', '.join(measured)} only measured)" if measured else ""),
         f"trained parameters: {hypernetwork} for {costs.targets} attention projections",
-        f"a step of {processes} process{'es' * (processes > 1)}: {o.prompt_batch * processes} rollouts of "
+        f"a step of {processes} process{'es' * (processes > 1)}: {passes.rollouts * processes} rollouts of "
         f"{o.rollout_steps} steps, {rewarded} images with reward gradient, {preferred} preference images",
     ]
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from hyperalign.conditioning import CHANGES
 from train.analysis.conditioning import SHARE_PROMPTS, SHARE_STEPS
 from train.config import TrainConfig
+from train.methods.passes import step_passes
 from train.models.load import backbone_dtype
 from train.preflight.step_costs import StepCosts
 from train.validation import VALIDATION_SEEDS
@@ -97,31 +98,20 @@ def gradient_work(config: TrainConfig, costs: StepCosts) -> float:
     return sum(cost.forward + cost.backward for cost in both) + apart * costs.perception
 
 
-def rollout_share(config: TrainConfig) -> float:
-    """Returns the mean share of a rollout that is run: the steps before the last one with a gradient.
-
-    The greatest of k numbers sampled from 1 to n has the mean k (n + 1) / (k + 1).
-    """
-    o = config.objective
-    room = o.rollout_steps - o.skip_first
-    return (o.skip_first + o.timesteps * (room + 1) / (o.timesteps + 1) - 1) / o.rollout_steps
-
-
 def step_work(config: TrainConfig, costs: StepCosts) -> Work:
     """Returns the operations of one training step in one process."""
     o, samples, sample = config.objective, samples_per_image(costs), gradient_work(config, costs)
-    images = o.rewarded_images
-    rolled = {"rollout": 1.0, "mixed": 0.5, "noised": 0.0}[o.state] * bool(o.reward_weight)
+    passes = step_passes(config)
     guided = samples * sample
     if o.conditional_only and samples == 2:
         guided = sample + sampling_work(config, costs, 1, 1) / samples
-    scored = sum(cost.forward + cost.backward for cost in (costs.decoding, costs.scoring))
+    each = sampling_work(config, costs, 1, o.rollout_steps) / o.rollout_steps
+    image = costs.decoding.forward + costs.scoring.forward
     return Work(
-        rollout=rolled
-        * rollout_share(config)
-        * sampling_work(config, costs, o.prompt_batch, o.rollout_steps),
-        reward=images * (guided + scored),
-        preference=o.preferred_images * sample,
+        rollout=passes.sampled * each + passes.judged * image,
+        reward=passes.guided * guided
+        + passes.scored * (image + costs.decoding.backward + costs.scoring.backward),
+        preference=passes.denoised * sample + passes.compared * costs.sampling.forward,
     )
 
 
@@ -173,20 +163,20 @@ def step_memory(config: TrainConfig, costs: StepCosts) -> Memory:
     The graph of the backbone waits while the decoder runs, and both wait while the rewards run; the
     backward passes free them in the reverse order.
     """
-    o, samples = config.objective, samples_per_image(costs)
-    images = _at_once(config, o.prompt_batch * o.timesteps)
-    graphs = images * (1 if o.conditional_only else samples)
-    preferred = _at_once(config, o.preference_batch) * bool(o.preference_weight)
+    o, samples, passes = config.objective, samples_per_image(costs), step_passes(config)
+    images = _at_once(config, passes.reward_batch)
+    graphs = images * (1 if o.conditional_only else samples) * passes.graph_steps
+    preferred = _at_once(config, passes.preference_batch) * passes.pair
+    scored = images * bool(passes.scored)
     sample_peak = costs.training.peak + costs.generation.kept
     kept = graphs * (costs.training.kept + costs.generation.kept)
-    rewarded, rolled = bool(o.reward_weight), o.state != "noised"
     return Memory(
         weights=frozen_bytes(config, costs),
         optimiser=OPTIMISER_BYTES * costs.parameters["hypernetwork"],
-        rollout=rewarded * rolled * o.prompt_batch * samples * costs.sampling.peak,
-        reward=rewarded * (kept + images * (costs.decoding.kept + costs.scoring.peak)),
-        decoder=rewarded * (kept + images * costs.decoding.peak),
-        backbone=rewarded * graphs * sample_peak,
+        rollout=passes.rollouts * samples * costs.sampling.peak,
+        reward=kept + scored * (costs.decoding.kept + costs.scoring.peak),
+        decoder=kept + scored * costs.decoding.peak,
+        backbone=graphs * sample_peak,
         preference=preferred * sample_peak,
     )
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from train.config import GradientCheckpointing, TrainConfig
+from train.methods.passes import step_passes
 from train.models.fsdp import uses_fsdp
 from train.preflight.estimate import Memory, step_memory, step_work
 from train.preflight.input_checks import GIB, autoencoder_of, backbone_of
@@ -123,14 +124,14 @@ def sizes(config: TrainConfig) -> list[int]:
     """Returns the images of a pass to try, the largest first: the batches in equal parts."""
     if config.objective.micro_batch != "auto":
         return [config.objective.micro_batch]
-    largest = config.objective.largest_batch
+    largest = step_passes(config).largest_batch
     return sorted({math.ceil(largest / parts) for parts in range(1, largest + 1)}, reverse=True)
 
 
 def passes(config: TrainConfig) -> int:
     """Returns the backward passes of a step."""
-    o = config.objective
-    batches = [images for images in (o.rewarded_images, o.preferred_images) if images]
+    o, step = config.objective, step_passes(config)
+    batches = [images for images in (step.reward_batch, step.preference_batch) if images]
     return sum(math.ceil(images / (o.images_at_once or images)) for images in batches)
 
 
@@ -142,7 +143,7 @@ def held(memory: Memory, shards: int) -> float:
 def described(config: TrainConfig, memory: int) -> str:
     """Returns the choice in words."""
     what = {"all": "backbone, decoder and rewards", "decoder": "decoder and rewards", "none": "nothing"}
-    size = config.objective.images_at_once or config.objective.largest_batch
+    size = config.objective.images_at_once or step_passes(config).largest_batch
     return (
         f"auto: backward passes of {size} image{'s' * (size > 1)} recompute "
         f"{what[config.model.gradient_checkpointing]} (micro_batch = {config.objective.micro_batch}, "

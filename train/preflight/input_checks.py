@@ -181,7 +181,7 @@ def preference_captions(config: TrainConfig, channels: int) -> tuple[list[str], 
 def latent_fingerprint(config: TrainConfig) -> str | None:
     """Returns the autoencoder's name in latent shards, None where there is no autoencoder yet."""
     if (
-        not config.objective.needs_preference_images
+        not (config.objective.needs_preference_images or config.objective.needs_pairs)
         or not (config.model.path / "vae" / "config.json").is_file()
     ):
         return None

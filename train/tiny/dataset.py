@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,9 @@ from hyperalign.tiny.prompts import (
     Content,
     Family,
     caption,
+    content_of,
     meant,
+    near_miss,
     sample_content,
     sample_prompt,
     split_of,
@@ -30,10 +33,12 @@ from hyperalign.tiny.text_encoder import text_of, tokenize_batch
 from train.config import DataConfig
 
 if TYPE_CHECKING:
-    from train.tiny.art import Art
+    from train.tiny.art import Style
 
 MAX_TRIES = 500
 """A prompt that these many samples do not contain does not exist."""
+CHUNK = 256
+"""Scenes that are rendered and encoded at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +95,15 @@ def preference_latents(base: TinyBase, config: DataConfig) -> PreferenceLatents:
     """
     from safetensors.torch import load_file
 
-    from train.tiny.art import load_art
-
-    fingerprint = hashlib.sha256(repr((PALETTES, config.families, config.wordings)).encode())
-    for parameter in base.autoencoder.encoder.parameters():
-        fingerprint.update(parameter.cpu().numpy().tobytes())
-    path = config.cache / f"preferred-{config.scenes}-{config.seed}-{fingerprint.hexdigest()[:8]}.safetensors"
+    path = _cache_path(base, config, "preferred")
     if not path.exists():
-        art, rng = load_art(config.cache / "art"), random.Random(config.seed)
+        rng = random.Random(config.seed)
         latents: list[Tensor] = []
         texts: list[str] = []
+        encode = SceneEncoder(base, config.cache, rng)
         while len(texts) < config.scenes:
-            chunk = [_training_content(rng, config) for _ in range(min(256, config.scenes - len(texts)))]
-            latents.append(encoded_scenes(base, [content for _, content in chunk], art, rng))
+            chunk = [_training_content(rng, config) for _ in range(min(CHUNK, config.scenes - len(texts)))]
+            latents.append(encode([(content, "fluent") for _, content in chunk]))
             texts += [text for text, _ in chunk]
         save_atomically(
             {"latents": torch.cat(latents).contiguous(), "tokens": tokenize_batch(texts)}, path, {}
@@ -111,15 +112,53 @@ def preference_latents(base: TinyBase, config: DataConfig) -> PreferenceLatents:
     return PreferenceLatents(stored["latents"], [text_of(row) for row in stored["tokens"].tolist()])
 
 
-def encoded_scenes(base: TinyBase, contents: Sequence[Content], art: Art, rng: random.Random) -> Tensor:
-    """Returns latents (N, 4, 16, 16) of a scene of each content in the preferred style."""
-    import numpy as np
+def rejected_latents(base: TinyBase, config: DataConfig, captions: Sequence[str]) -> Tensor:
+    """Returns latents (N, 4, 16, 16) of a rejected image for each caption of the preferred ones, cached.
 
-    from train.tiny.scenes import render, sample_scene
+    Half of them show something else in the preferred style, half what is asked for in the other style.
+    """
+    from safetensors.torch import load_file
 
-    pixels = np.stack([render(sample_scene(rng, content, "fluent"), art) for content in contents])
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255.0
-    return base.encode(images.to(base.device)).cpu()
+    path = _cache_path(base, config, "rejected")
+    if not path.exists():
+        rng = random.Random(config.seed + 1)
+        encode = SceneEncoder(base, config.cache, rng)
+        looks = [_rejected(content_of(caption), rng) for caption in captions]
+        latents = [encode(looks[first : first + CHUNK]) for first in range(0, len(looks), CHUNK)]
+        save_atomically({"latents": torch.cat(latents).contiguous()}, path, {})
+    return load_file(path)["latents"]
+
+
+def _rejected(content: Content, rng: random.Random) -> tuple[Content, Style]:
+    return (near_miss(content, rng), "fluent") if rng.random() < 0.5 else (content, "noto")
+
+
+class SceneEncoder:
+    """Samples a scene of each content in a style, renders and encodes it."""
+
+    def __init__(self, base: TinyBase, cache: Path, rng: random.Random) -> None:
+        from train.tiny.art import load_art
+
+        self.base, self.art, self.rng = base, load_art(cache / "art"), rng
+
+    def __call__(self, looks: Sequence[tuple[Content, Style]]) -> Tensor:
+        """Returns latents (N, 4, 16, 16)."""
+        import numpy as np
+
+        from train.tiny.scenes import render, sample_scene
+
+        scenes = [sample_scene(self.rng, content, style) for content, style in looks]
+        pixels = np.stack([render(scene, self.art) for scene in scenes])
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255.0
+        return self.base.encode(images.to(self.base.device)).cpu()
+
+
+def _cache_path(base: TinyBase, config: DataConfig, name: str) -> Path:
+    """Returns where the latents of these settings are kept."""
+    fingerprint = hashlib.sha256(repr((PALETTES, config.families, config.wordings)).encode())
+    for parameter in base.autoencoder.encoder.parameters():
+        fingerprint.update(parameter.cpu().numpy().tobytes())
+    return config.cache / f"{name}-{config.scenes}-{config.seed}-{fingerprint.hexdigest()[:8]}.safetensors"
 
 
 def _training_content(rng: random.Random, config: DataConfig) -> tuple[str, Content]:

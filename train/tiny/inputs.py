@@ -44,6 +44,24 @@ class EmojiScenes:
         return self.scenes.latents[torch.from_numpy(chosen)], captions
 
 
+@dataclass(frozen=True, slots=True)
+class ScenePairs:
+    """EmojiScenes, each with a rejected image; behind the `PairDataset` protocol."""
+
+    scenes: PreferenceLatents
+    rejected: Tensor
+
+    def pairs(
+        self, position: int, count: int, rng: np.random.Generator, part: slice
+    ) -> tuple[Tensor, Tensor, list[str]]:
+        """Returns preferred and rejected latents (B, 4, 16, 16), and captions."""
+        del position
+        chosen = rng.integers(len(self.rejected), size=count)[part]
+        rows = torch.from_numpy(chosen)
+        captions = [self.scenes.captions[index] for index in chosen]
+        return self.scenes.latents[rows], self.rejected[rows], captions
+
+
 def tiny_reward(device: torch.device) -> RewardFn:
     """Returns the preference reward of images (B, 3, 64, 64), about [0, 1]; keeps the graph."""
     network = load_reward().eval().requires_grad_(False).to(device)

@@ -76,14 +76,14 @@ class Adapter:
         """Makes backward passes recompute the base model's blocks, weights and all, to save memory.
 
         A block is replayed when its forward, and its adapted layers with it, are long gone. So each replay
-        adapts the block's layers anew, with the weights its forward ran with. What comes before the first
-        adapted layer has no gradient and is never replayed; perception may end in there.
+        adapts the block's layers anew, with the weights its forward ran with. A block that runs before there
+        are weights is never replayed: the hypernetwork generates them inside the last of these.
         """
 
         def run(block: nn.Module, *args: Any) -> Any:
             weights = self._weights
             inside = self._layers_inside(block)
-            if weights is None or not (_has_gradient(args) or inside):
+            if not weights or not (_has_gradient(args) or inside):
                 return block(*args)
 
             def contexts() -> tuple[Any, Any]:

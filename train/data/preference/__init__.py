@@ -25,7 +25,9 @@ __all__ = ["DatasetKind", "FirstImages", "UnsafeFilter", "detect_kind", "open_da
 DatasetKind = Literal["auto", "pickapic", "pickapic_tars", "parquet", "hpd", "imagefolder", "folder", "jsonl"]
 
 
-def open_dataset(kind: DatasetKind, path: Path, unsafe: UnsafeFilter | None = None) -> PreferenceDataset:
+def open_dataset(
+    kind: DatasetKind, path: Path, unsafe: UnsafeFilter | None = None, pairs: bool = False
+) -> PreferenceDataset:
     """Opens a preference dataset.
 
     Args:
@@ -35,28 +37,35 @@ def open_dataset(kind: DatasetKind, path: Path, unsafe: UnsafeFilter | None = No
             from the files.
         path: a file or a folder, depending on the kind.
         unsafe: matching images are skipped; the dataset yields their names only.
+        pairs: each image comes with the one that it won against.
 
     Raises:
-        HyperAlignError: nothing is there, it is of another kind, or the kind has no such column.
+        HyperAlignError: nothing is there, it is of another kind, or the kind has no such column or no
+            rejected images.
     """
     if not path.exists():
         raise HyperAlignError(f"There is no {path}. Give the file or folder with the preference images.")
     match kind:
         case "auto":
-            return open_dataset(detect_kind(path), path, unsafe)
+            return open_dataset(detect_kind(path), path, unsafe, pairs)
         case "pickapic":
-            return PickAPicParquet(path, unsafe)
+            return PickAPicParquet(path, unsafe, pairs)
         case "pickapic_tars":
-            return PickAPicTars(path, unsafe)
+            return PickAPicTars(path, unsafe, pairs)
         case "parquet":
-            return ChosenParquet(path, unsafe)
+            return ChosenParquet(path, unsafe, pairs)
         case "hpd":
-            return open_hpd(path, unsafe)
+            return open_hpd(path, unsafe, pairs)
         case "imagefolder":
-            return open_imagefolder(path, unsafe)
+            return open_imagefolder(path, unsafe, pairs)
         case "jsonl":
-            return open_jsonl(path, unsafe)
+            return open_jsonl(path, unsafe, pairs)
         case "folder":
+            if pairs:
+                raise HyperAlignError(
+                    f"{path} is a folder of single images; pairs need the image that each won against. List "
+                    'them in a .jsonl: {"image": "a.jpg", "rejected": "b.jpg", "caption": "..."}.'
+                )
             if unsafe is not None:
                 raise HyperAlignError(
                     f"A folder of images has no column {unsafe.column!r}. Do not name a column, or list the "

@@ -21,6 +21,8 @@ class ImageFile:
     data: bytes
     name: str
     """Where it comes from, for messages; unique within a dataset."""
+    rejected: bytes | None = None
+    """The image that lost against it; None unless the dataset was opened for pairs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ class DecodedImage:
     caption: str
     image: Image.Image
     name: str
+    rejected: Image.Image | None = None
+    """The image that lost against it."""
 
 
 def decode(file: ImageFile) -> DecodedImage | BadImage:
@@ -26,6 +28,7 @@ def decode(file: ImageFile) -> DecodedImage | BadImage:
         return BadImage(file.name, "its caption is empty")
     try:
         image = open_rgb(io.BytesIO(file.data))
+        rejected = None if file.rejected is None else open_rgb(io.BytesIO(file.rejected))
     except DECODING_ERRORS as error:
         return BadImage(file.name, f"it cannot be decoded: {type(error).__name__}: {error}")
-    return DecodedImage(file.caption.strip(), image, file.name)
+    return DecodedImage(file.caption.strip(), image, file.name, rejected)

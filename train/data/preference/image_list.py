@@ -58,6 +58,8 @@ class CaptionedFile:
     name: str
     unsafe: bool = False
     """Whether the dataset marks it as unsafe."""
+    rejected: Path | None = None
+    """The image that lost against it, where pairs are read."""
 
 
 def read_file(entry: CaptionedFile) -> DatasetItem:
@@ -65,9 +67,10 @@ def read_file(entry: CaptionedFile) -> DatasetItem:
     if entry.unsafe:
         return UnsafeImage(entry.name)
     try:
-        return ImageFile(entry.caption, entry.file.read_bytes(), entry.name)
+        rejected = None if entry.rejected is None else entry.rejected.read_bytes()
+        return ImageFile(entry.caption, entry.file.read_bytes(), entry.name, rejected)
     except OSError as error:
-        return BadImage(entry.name, f"{entry.file} cannot be read: {error.strerror}")
+        return BadImage(entry.name, f"{error.filename or entry.file} cannot be read: {error.strerror}")
 
 
 def open_folder(path: Path) -> ImageList[Path]:
@@ -128,7 +131,9 @@ def one_caption(row: object, name: str, where: str) -> str:
     return captions[zlib.crc32(name.encode()) % len(captions)]
 
 
-def open_imagefolder(path: Path, unsafe: UnsafeFilter | None = None) -> ImageList[CaptionedFile]:
+def open_imagefolder(
+    path: Path, unsafe: UnsafeFilter | None = None, pairs: bool = False
+) -> ImageList[CaptionedFile]:
     """Returns the images in the `metadata.jsonl` of a Hugging Face imagefolder, or of its train split.
 
     Raises:
@@ -142,15 +147,18 @@ def open_imagefolder(path: Path, unsafe: UnsafeFilter | None = None) -> ImageLis
             f"{path} holds {', '.join(found) or 'nothing'}; expected {METADATA_FILE} in it or in its folder "
             'train, with lines of {"file_name": "a.jpg", "text": "..."}.'
         )
-    return open_jsonl(listing, unsafe)
+    return open_jsonl(listing, unsafe, pairs)
 
 
-def open_jsonl(path: Path, unsafe: UnsafeFilter | None = None) -> ImageList[CaptionedFile]:
+def open_jsonl(
+    path: Path, unsafe: UnsafeFilter | None = None, pairs: bool = False
+) -> ImageList[CaptionedFile]:
     """Returns the images of a JSONL file with objects {image | file_name, caption | prompt | text}.
 
     Args:
         path: the file; relative image paths start at its folder.
         unsafe: images that match are skipped; its column is a key of the objects.
+        pairs: the objects have the image that lost, too: `rejected`.
 
     Raises:
         HyperAlignError: a bad line, named by its number, or no line at all.
@@ -163,7 +171,8 @@ def open_jsonl(path: Path, unsafe: UnsafeFilter | None = None) -> ImageList[Capt
         marked = unsafe is not None and unsafe.matches(entry_value(row, unsafe.column, object, where), where)
         name = f"{path.name}:{number}:{image}"
         caption = one_caption(row, image, where)
-        entries.append(CaptionedFile(caption, path.parent / image, name, marked))
+        rejected = path.parent / entry_value(row, "rejected", str, where) if pairs else None
+        entries.append(CaptionedFile(caption, path.parent / image, name, marked, rejected))
     if not entries:
         raise HyperAlignError(f'{path} is empty. Each line should be {{"image": "a.jpg", "caption": "..."}}.')
     return ImageList(path.name, entries, read_file)

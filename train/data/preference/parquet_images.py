@@ -27,23 +27,25 @@ logger = logging.getLogger("hyperalign.train")
 BATCH_ROWS = 32
 CHOSEN_KEYS = ("chosen", "image_chosen", "chosen_image", "jpg_chosen", "image")
 """Columns of the preferred image, in order of preference; the last one is that of single images."""
+REJECTED_KEYS = ("rejected", "image_rejected", "rejected_image", "jpg_rejected")
 
 
 class ParquetImages(ABC):
     """The parquet files of a folder; a unit is a row group."""
 
-    def __init__(self, path: Path, unsafe: UnsafeFilter | None = None) -> None:
+    def __init__(self, path: Path, unsafe: UnsafeFilter | None = None, pairs: bool = False) -> None:
         """Reads the files' footers.
 
         Args:
             path: a parquet file, or a folder of them.
             unsafe: images that match are skipped; its column marks rows.
+            pairs: each image comes with the one that it won against.
 
         Raises:
             HyperAlignError: no parquet file, a broken one, or a missing column.
         """
         self.columns: list[str] = []
-        self.unsafe = unsafe
+        self.unsafe, self.pairs = unsafe, pairs
         self.root = path.parent if path.is_file() else path
         self.groups: list[tuple[Path, int]] = []
         for file in training_files(path, ".parquet"):
@@ -103,7 +105,15 @@ class ChosenParquet(ParquetImages):
                 f"The parquet files have the columns {', '.join(names)}; expected the preferred image in one "
                 f"of {', '.join(CHOSEN_KEYS)}, or Pick-a-Pic's jpg_0, jpg_1 and label_0. Rename the column."
             )
-        return [chosen, caption_column(names, "The parquet file"), *([unsafe.column] if unsafe else [])]
+        rejected = next((key for key in REJECTED_KEYS if key in names), None)
+        if self.pairs and rejected is None:
+            raise HyperAlignError(
+                f"The parquet files have the columns {', '.join(names)}; pairs need the image that lost in "
+                f"one of {', '.join(REJECTED_KEYS)}. Rename its column, or encode single images without "
+                "--pairs."
+            )
+        columns = [chosen, caption_column(names, "The parquet file"), *([unsafe.column] if unsafe else [])]
+        return [*columns, rejected] if self.pairs and rejected is not None else columns
 
     def image(self, row: Mapping[str, Any], name: str) -> DatasetItem | None:
         """Returns the preferred image of a row."""
@@ -114,18 +124,29 @@ class ChosenParquet(ParquetImages):
             text = None if row[caption] is None else one_caption({"caption": row[caption]}, name, name)
         except HyperAlignError as error:
             return BadImage(name, str(error))
-        return stored_image(text, row[chosen], chosen, name)
+        columns = [chosen, self.columns[-1]] if self.pairs else [chosen]
+        return stored_image(text, {column: row[column] for column in columns}, name)
 
 
-def stored_image(caption: str | None, value: object, column: str, name: str) -> ImageFile | BadImage:
-    """Returns the image in a cell: the bytes of its file, or `datasets`' {bytes, path}."""
-    data = cast("dict[str, Any]", value).get("bytes") if isinstance(value, dict) else value
-    if data is None or caption is None:
-        return BadImage(name, f"its {column if data is None else 'caption'} is null")
-    if not isinstance(data, bytes):
-        kind = type(value).__name__
-        return BadImage(name, f"its {column} is a {kind}; expected the bytes of an image file, or an Image")
-    return ImageFile(caption, data, name)
+def stored_image(caption: str | None, cells: Mapping[str, object], name: str) -> ImageFile | BadImage:
+    """Returns the image in the first cell, and in the second the one that lost, if there are two.
+
+    A cell has the bytes of an image file, or `datasets`' {bytes, path}.
+    """
+    if caption is None:
+        return BadImage(name, "its caption is null")
+    found: list[bytes] = []
+    for column, value in cells.items():
+        data = cast("dict[str, Any]", value).get("bytes") if isinstance(value, dict) else value
+        if data is None:
+            return BadImage(name, f"its {column} is null")
+        if not isinstance(data, bytes):
+            kind = type(value).__name__
+            return BadImage(
+                name, f"its {column} is a {kind}; expected the bytes of an image file, or an Image"
+            )
+        found.append(data)
+    return ImageFile(caption, found[0], name, found[1] if len(found) > 1 else None)
 
 
 def training_files(path: Path, suffix: str) -> list[Path]:

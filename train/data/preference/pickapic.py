@@ -29,6 +29,10 @@ TAR_CAPTIONS = ("original_prompt", "caption", "prompt", "text")
 """Names of the caption in a tar, in order of preference; the first is diffusers' own."""
 
 
+OTHER = {"jpg_0": "jpg_1", "jpg_1": "jpg_0"}
+"""Which image of a pair lost where the other was preferred."""
+
+
 def preferred(label_0: float | None) -> str | None:
     """Returns which image of a pair was preferred, or None for a tie or an unlabelled pair."""
     return {1.0: "jpg_0", 0.0: "jpg_1"}.get(label_0) if label_0 is not None else None
@@ -49,7 +53,8 @@ class PickAPicParquet(ParquetImages):
         unsafe = self.unsafe
         if unsafe is not None and unsafe.matches(_unsafe_value(row, unsafe.column, side), name):
             return UnsafeImage(name)
-        return stored_image(row["caption"], row[side], side, name)
+        columns = [side, OTHER[side]] if self.pairs else [side]
+        return stored_image(row["caption"], {column: row[column] for column in columns}, name)
 
 
 class PickAPicTars:
@@ -60,17 +65,18 @@ class PickAPicTars:
     last endings may be missing, and the caption may be called `caption`, `prompt` or `text`.
     """
 
-    def __init__(self, path: Path, unsafe: UnsafeFilter | None = None) -> None:
+    def __init__(self, path: Path, unsafe: UnsafeFilter | None = None, pairs: bool = False) -> None:
         """Lists the files.
 
         Args:
             path: a tar file, or a folder of them.
             unsafe: images that match are skipped; a member marks pairs, or two members mark their images.
+            pairs: each image comes with the other one of its pair.
 
         Raises:
             HyperAlignError: no tar file.
         """
-        self.unsafe = unsafe
+        self.unsafe, self.pairs = unsafe, pairs
         self.root = path.parent if path.is_file() else path
         self.files = training_files(path, ".tar")
 
@@ -118,9 +124,12 @@ class PickAPicTars:
             if self.unsafe.matches(_unsafe_value(texts, column, side), name):
                 return UnsafeImage(name)
         caption = next((texts[field] for field in TAR_CAPTIONS if field in texts), None)
-        if caption is None or side not in members:
-            return BadImage(name, f"it has no {'caption' if caption is None else side}")
-        return ImageFile(caption, _contents(tar, members[side]), name)
+        needed = [side, OTHER[side]] if self.pairs else [side]
+        missing = [field for field in needed if field not in members]
+        if caption is None or missing:
+            return BadImage(name, f"it has no {'caption' if caption is None else missing[0]}")
+        rejected = _contents(tar, members[OTHER[side]]) if self.pairs else None
+        return ImageFile(caption, _contents(tar, members[side]), name, rejected)
 
 
 def _pairs(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:

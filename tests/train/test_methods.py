@@ -1,0 +1,319 @@
+"""Every training method: its loss against a few lines of its own, and its steps in a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_runs import of_method, trainer
+from torch import Tensor
+
+from train.methods import srpo
+from train.methods.alignprop import steps_with_gradient
+from train.methods.dpo import dpo_loss, margins_of
+from train.methods.grpo import clipped_loss, group_advantages
+from train.methods.kto import kto_loss
+from train.methods.mix_grpo import window
+from train.methods.settings import AlignPropConfig, GrpoConfig, KtoConfig, MethodName
+from train.methods.table import METHODS
+from train.objective import NoisedImages
+from train.processes import gradient_of
+from train.randomness import StepRandomness, normal, sample_u
+from train.trainer import Trainer
+
+numbers = st.floats(-2.0, 2.0)
+
+
+def first_update(run: Trainer) -> tuple[dict[str, Tensor], Tensor]:
+    """Returns the metrics and the gradient of a step's first update."""
+    metrics = next(run._updates())
+    return metrics, gradient_of(run.network.parameters())
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    assert expected.norm() > 0
+    assert (found - expected).norm() <= 2e-3 * expected.norm(), (found - expected).norm() / expected.norm()
+
+
+def moved(run: Trainer) -> Trainer:
+    """Moves the hypernetwork away from its start, where it changes nothing."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for matrix in run.network.b_aux:
+            matrix.normal_(std=0.001)
+    return run
+
+
+def test_every_name_has_a_method() -> None:
+    assert set(METHODS) == set(get_args(MethodName))
+
+
+# Losses against their papers' formulas, in a few lines
+
+
+@given(st.lists(st.tuples(numbers, numbers, numbers, numbers), min_size=1, max_size=5), st.floats(0.1, 5.0))
+def test_dpo_is_minus_log_sigmoid_of_the_errors_differences(rows: list[Any], beta: float) -> None:
+    own_w, ref_w, own_l, ref_l = (torch.tensor(column) for column in zip(*rows, strict=True))
+    margin_B = margins_of(torch.cat([own_w, own_l]), torch.cat([ref_w, ref_l]))
+    expected = [
+        -math.log(1 / (1 + math.exp(beta / 2 * ((won - won_ref) - (lost - lost_ref)))))
+        for won, won_ref, lost, lost_ref in rows
+    ]
+    assert float(dpo_loss(margin_B, beta)) == pytest.approx(np.mean(expected), rel=1e-4, abs=1e-6)
+
+
+@given(st.lists(st.tuples(numbers, st.booleans()), min_size=1, max_size=6), numbers)
+def test_kto_is_one_minus_the_utility(rows: list[Any], point: float) -> None:
+    config = KtoConfig(beta=3.0, desirable_weight=2.0, undesirable_weight=0.5)
+    gains, desirable = zip(*rows, strict=True)
+    expected = [
+        (2.0 if good else 0.5) * (1 - 1 / (1 + math.exp(-(1 if good else -1) * 3.0 * (gain - point))))
+        for gain, good in rows
+    ]
+    found = kto_loss(torch.tensor(gains), torch.tensor(desirable), torch.tensor(point), config)
+    assert float(found) == pytest.approx(np.mean(expected), rel=1e-4, abs=1e-6)
+
+
+@given(st.lists(st.floats(-3.0, 3.0), min_size=8, max_size=8))
+def test_advantages_are_standardised_within_their_group(rewards: list[float]) -> None:
+    found = group_advantages(torch.tensor(rewards), 4, clip=5.0).view(2, 4).numpy()
+    for group, own in zip(np.array(rewards, dtype=np.float32).reshape(2, 4), found, strict=True):
+        expected = np.clip((group - group.mean()) / (group.std(ddof=1) + 1e-8), -5, 5)
+        if group.std() > 1e-3:
+            np.testing.assert_allclose(own, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_equal_rewards_have_no_advantage_and_a_broken_image_neither() -> None:
+    assert torch.equal(group_advantages(torch.full((4,), 0.3), 4, clip=5.0), torch.zeros(4))
+    found = group_advantages(torch.tensor([1.0, math.nan, 3.0, 2.0]), 4, clip=5.0)
+    torch.testing.assert_close(found, torch.tensor([-1.0, 0.0, 1.0, 0.0]))
+
+
+@given(st.lists(st.tuples(st.floats(0.5, 1.5), numbers), min_size=1, max_size=5))
+def test_the_policy_loss_is_clipped_where_that_makes_it_larger(rows: list[Any]) -> None:
+    expected = [max(-a * r, -a * min(max(r, 0.8), 1.2)) for r, a in rows]
+    ratio, advantage = (torch.tensor(column) for column in zip(*rows, strict=True))
+    assert float(clipped_loss(ratio, advantage, 0.2)) == pytest.approx(np.mean(expected), rel=1e-4, abs=1e-5)
+
+
+@given(st.integers(2, 30), st.integers(1, 40), st.integers(0, 500), st.integers(1, 5))
+def test_a_window_has_its_width_moves_and_begins_again(
+    steps: int, width: int, number: int, stride: int
+) -> None:
+    config = GrpoConfig(window=width, window_interval=3, window_stride=stride)
+    found = window(config, steps, number)
+    assert len(found) == min(width, steps)
+    assert 0 <= found.start
+    assert found.stop <= steps
+    assert window(config, steps, 0).start == 0
+    places = steps - len(found) + 1
+    assert window(config, steps, number + 3).start == (found.start + stride) % places
+
+
+@given(st.integers(2, 50), st.integers(0, 60), st.integers(0, 1000))
+def test_alignprop_never_trains_the_first_step_and_draft_trains_the_last_k(
+    steps: int, last: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    assert 1 <= steps_with_gradient(AlignPropConfig(), steps, rng) < steps
+    if last:
+        assert steps_with_gradient(AlignPropConfig(last_steps=last), steps, rng) == min(last, steps)
+
+
+# The gradient of a step, by hand
+
+
+def pairs_by_hand(run: Trainer, purpose: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
+    o, rng = run.config.objective, StepRandomness(run.config.run.seed, run.step).generator(purpose)
+    count = o.preference_batch
+    x0, rejected, captions = run.inputs.pairs.pairs(0, count, rng, slice(None))  # type: ignore[union-attr]
+    chances = rng.random(count)
+    u_B = sample_u(count, o.preference_range, o.timestep_sampling, rng)
+    noise = normal(tuple(x0.shape), rng)
+    kept = [
+        "" if chance < o.caption_dropout else text for chance, text in zip(chances, captions, strict=True)
+    ]
+    return x0, rejected, noise, run.base.noise_schedule.at_position(u_B), kept
+
+
+def error_by_hand(
+    run: Trainer, x0: Tensor, noise: Tensor, t_B: Tensor, captions: list[str], adapted: bool
+) -> Tensor:
+    base = run.base
+    call = base.call(
+        base.noise_schedule.add_noise(x0, noise, t_B), t_B, run.inputs.encoder.conditions(captions)
+    )
+    output = run.adapter.generate_and_forward(call)[0] if adapted else base.backbone(**call)[0]
+    return (output - noise).square().mean(dim=(1, 2, 3))
+
+
+def gradient(loss: Tensor, run: Trainer) -> Tensor:
+    parameters = list(run.network.parameters())
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    pairs = zip(found, parameters, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_dpos_gradient_is_that_of_its_equation(tmp_path: Path, micro_batch: int) -> None:
+    run = moved(trainer(of_method("dpo", tmp_path, micro_batch=micro_batch)))
+    x_w, x_l, noise, t_B, captions = pairs_by_hand(run, purpose=5)
+    m = {
+        (name, adapted): error_by_hand(run, x, noise, t_B, captions, adapted)
+        for name, x in (("w", x_w), ("l", x_l)) for adapted in (True, False)
+    }  # fmt: skip
+    better = (m["w", False] - m["w", True]) - (m["l", False] - m["l", True])
+    loss = -torch.log(torch.sigmoid(25.0 * better)).mean()
+    metrics, found = first_update(run)
+    close(found, gradient(loss, run))
+    assert float(metrics["preference_loss"]) == pytest.approx(loss.item(), rel=1e-4)
+    assert float(metrics["pairs_right"]) == float((better > 0).float().mean())
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_ktos_gradient_is_that_of_its_equation(tmp_path: Path, micro_batch: int) -> None:
+    run = moved(trainer(of_method("kto", tmp_path, micro_batch=micro_batch)))
+    x_w, x_l, noise, t_B, captions = pairs_by_hand(run, purpose=6)
+    good = StepRandomness(run.config.run.seed, run.step).generator(7).random(len(x_w)) < 0.8
+    x = torch.where(torch.from_numpy(good)[:, None, None, None], x_w, x_l)
+    g = error_by_hand(run, x, noise, t_B, captions, False) - error_by_hand(run, x, noise, t_B, captions, True)
+    z0 = max(0.0, float(g.mean()))
+    y = torch.tensor([1.0 if is_good else -1.0 for is_good in good])
+    loss = (1 - torch.sigmoid(y * 50.0 * (g - z0))).mean()
+    metrics, found = first_update(run)
+    close(found, gradient(loss, run))
+    assert float(metrics["preference_loss"]) == pytest.approx(loss.item(), rel=1e-4)
+    assert float(metrics["reference_point"]) == pytest.approx(z0, abs=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["S", "I"])
+@pytest.mark.parametrize(("last", "eta"), [(1, 0.0), (2, 1.0), (4, 0.0)])
+def test_alignprops_gradient_is_that_of_plain_backpropagation(
+    tmp_path: Path, variant: str, last: int, eta: float
+) -> None:
+    config = of_method("alignprop", tmp_path, variant, micro_batch=1)
+    config = dataclasses.replace(config, alignprop=AlignPropConfig(last_steps=last, eta=eta))
+    run = moved(trainer(config))
+    o, base, rng = config.objective, run.base, StepRandomness(config.run.seed, 0).generator(4)
+    prompts = run.inputs.prompts.sample(2, rng)
+    x = normal((2, *base.latent_shape), rng)
+    noises = [normal((2, *base.latent_shape), rng) for _ in range(3)]
+    texts = {key: torch.cat([value, run.inputs.encoder.conditions([""] * 2)[key]])
+             for key, value in run.inputs.encoder.conditions(prompts).items()}  # fmt: skip
+    timesteps, cores = base.noise_schedule.timesteps(4), None
+    for index, t in enumerate(timesteps):
+        with torch.set_grad_enabled(index >= 4 - last or variant == "I"):
+            x = x if index > 4 - last else x.detach()
+            call = base.call(torch.cat([x, x]), torch.full((4,), t), texts)
+            if variant == "S" or cores is None:
+                detached = call | {"sample": call["sample"].detach()}
+                cores = run.network(run.adapter.perceive(detached))
+            cond, uncond = run.adapter.forward(call, cores).chunk(2)
+            eps = uncond + o.guidance_scale * (cond - uncond)
+            a = base.noise_schedule.signal(torch.tensor([t]))
+            x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
+            if index < 3:
+                b = base.noise_schedule.signal(torch.tensor([timesteps[index + 1]]))
+                variance = eta**2 * (1 - b) / (1 - a) * (1 - a / b)
+                x = b.sqrt() * x0 + (1 - b - variance).sqrt() * eps + variance.sqrt() * noises[index]
+    loss = -run.inputs.rewards(base.decode(x0), prompts)[0].mean()
+    metrics, found = first_update(run)
+    close(found, gradient(loss, run))
+    assert float(metrics["reward_loss"]) == pytest.approx(loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["dance_grpo", "mix_grpo"])
+def test_a_groups_first_update_is_the_policy_gradient(tmp_path: Path, method: MethodName) -> None:
+    """At ratio 1 the gradient is that of -A log p, whose mean over dimensions is a weighted squared error."""
+    run = moved(trainer(of_method(method, tmp_path, micro_batch=3)))
+    updates = run._updates()
+    first = next(updates)
+    found = gradient_of(run.network.parameters())
+    assert float(first["ratio_from_1"]) < 1e-4
+    assert float(first["clipped"]) == 0.0
+    run._apply_gradient(first)
+    second = next(updates)
+    assert float(second["ratio_from_1"]) > 0.0
+    assert next(updates, None) is None
+    close(found, policy_gradient_by_hand(trainer(run.config), method))
+
+
+def policy_gradient_by_hand(run: Trainer, method: str) -> Tensor:
+    moved(run)
+    base, schedule, o = run.base, run.base.noise_schedule, run.config.objective
+    rng = StepRandomness(run.config.run.seed, 0).generator(8)
+    prompts = [prompt for prompt in run.inputs.prompts.sample(2, rng) for _ in range(4)]
+    x = normal((2, *base.latent_shape), rng).repeat_interleave(4, dim=0)
+    noises = [normal((8, *base.latent_shape), rng) for _ in range(3)]
+    texts = {key: torch.cat([value, run.inputs.encoder.conditions([""] * 8)[key]])
+             for key, value in run.inputs.encoder.conditions(prompts).items()}  # fmt: skip
+    timesteps, densities = schedule.timesteps(4), list[Tensor]()
+    for index, t in enumerate(timesteps):
+        call = base.call(torch.cat([x, x]), torch.full((16,), t), texts)
+        cond, uncond = run.adapter.generate_and_forward(call)[0].chunk(2)
+        eps = uncond + o.guidance_scale * (cond - uncond)
+        a = schedule.signal(torch.tensor([t]))
+        x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
+        if index == 3:
+            break
+        b = schedule.signal(torch.tensor([timesteps[index + 1]]))
+        stochastic = method == "dance_grpo" or index < 2
+        std = ((1 - b) / (1 - a) * (1 - a / b)).sqrt() * stochastic
+        mean = b.sqrt() * x0 + (1 - b - std**2).sqrt() * eps
+        x = (mean + std * noises[index]).detach()
+        if stochastic:
+            normal_density = torch.distributions.Normal(mean, std.expand_as(mean))
+            densities.append(normal_density.log_prob(x).mean(dim=(1, 2, 3)))
+    reward = run.inputs.rewards(base.decode(x0.detach()), prompts)[0].view(2, 4)
+    advantage = ((reward - reward.mean(dim=1, keepdim=True)) / reward.std(dim=1, keepdim=True)).flatten()
+    trained = [0, 2, 4, 6]  # every second sample, of both groups, in the first of two updates
+    loss = -torch.stack([(advantage * density)[trained] for density in densities]).mean()
+    return gradient(loss, run)
+
+
+# SRPO
+
+
+@pytest.mark.parametrize("position", [0.0, 0.4, 1.0])
+def test_with_the_true_noise_direct_align_gives_the_image_back(tmp_path: Path, position: float) -> None:
+    run = trainer(of_method("srpo", tmp_path, guidance_scale=1.0))
+    step, generator = run._new_step(), torch.Generator().manual_seed(0)
+    z, eps = (torch.randn(2, *run.base.latent_shape, generator=generator) for _ in range(2))
+    cond = run.inputs.encoder.conditions(["a red heart", "two dogs"])
+    run.base.prediction = lambda output, x: eps  # type: ignore[method-assign]
+    down, up = srpo.directions(step, position)
+    assert down.start >= down.end == up.end >= up.start
+    for direction in (down, up):
+        images = NoisedImages(z, eps, eps, torch.full((2,), direction.start), ["a red heart", "two dogs"])
+        found = srpo.recovered(step, images, cond, None, direction.end)
+        torch.testing.assert_close(found, z, atol=2e-4, rtol=2e-4)
+
+
+def test_a_models_error_is_scaled_down_and_reversed_in_the_other_direction(tmp_path: Path) -> None:
+    run = trainer(of_method("srpo", tmp_path, guidance_scale=1.0))
+    step, generator = run._new_step(), torch.Generator().manual_seed(0)
+    z, eps, wrong = (torch.randn(1, *run.base.latent_shape, generator=generator) for _ in range(3))
+    cond, sigma = run.inputs.encoder.conditions(["a red heart"]), run.base.noise_schedule.sigma
+    run.base.prediction = lambda output, x: eps + wrong  # type: ignore[method-assign]
+    for direction in srpo.directions(step, 0.5):
+        images = NoisedImages(z, eps, eps, torch.full((1,), direction.start), ["a red heart"])
+        error = srpo.recovered(step, images, cond, None, direction.end) - z
+        torch.testing.assert_close(
+            error, (sigma(direction.end) - sigma(direction.start)) * wrong, atol=1e-3, rtol=1e-3
+        )
+
+
+def test_both_directions_prefer_the_positive_wording(tmp_path: Path) -> None:
+    run = trainer(of_method("srpo", tmp_path))
+    down, up = srpo.directions(run._new_step(), 0.0)
+    assert (down.positive, down.negative) == pytest.approx((1.1, -1.0))
+    assert (up.positive, up.negative) == pytest.approx((-1.0, 1.3))
+    down, up = srpo.directions(run._new_step(), 1.0)
+    assert (down.positive, up.negative) == pytest.approx((1.25, 1.01))
