@@ -13,7 +13,10 @@ from train.config import TrainConfig
 from train.models.load import base_of_folder
 from train.recipe import load_recipe
 
-TestTime = Literal["none", "best-of-N", "epsilon-greedy", "zero-order", "guidance"]
+TestTime = Literal["none", "best-of-N", "epsilon-greedy", "zero-order", "guidance", "das", "freedom"]
+SEARCHES = ("best-of-N", "epsilon-greedy", "zero-order")
+SIDE = 512
+"""Largest side, in pixels, at which predictions are decoded for a gradient."""
 Precision = Literal["recipe", "bfloat16", "float32"]
 Gradient = Literal["prediction", "through-model"]
 RESOLUTIONS = {"sd15": 512}
@@ -38,7 +41,7 @@ class SearchOptions:
 
     def plan(self, mode: TestTime, seed: int, batch: int) -> Plan:
         """Returns the plan of one image's search. Raises HyperAlignError on a value out of range."""
-        if mode in ("none", "guidance"):
+        if mode not in SEARCHES:
             raise HyperAlignError(f"{mode} is no search; expected best-of-N, epsilon-greedy or zero-order.")
         return Plan(
             count=self.candidates, seed=seed, mode=mode, batch=batch, round_size=self.round_size,
@@ -77,6 +80,49 @@ class GuidanceOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DasOptions:
+    """DAS: particles that are weighted and resampled on their way."""
+
+    particles: int = 4
+    """Images that run together for each one that is kept."""
+    alpha: float = 0.005
+    """Temperature of the reward: samples follow exp(reward / alpha)."""
+    eta: float = 1.0
+    """Noise of the steps."""
+
+    def check(self) -> None:
+        """Raises HyperAlignError on a value out of range."""
+        require_option(self.particles >= 1, "das.particles", self.particles, "1 or more")
+        require_option(self.alpha > 0.0, "das.alpha", self.alpha, "above 0")
+        require_option(0.0 < self.eta <= 1.0, "das.eta", self.eta, "above 0, at most 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreedomOptions:
+    """FreeDoM: steps in the middle of a run are moved along the gradient, and repeated."""
+
+    strength: float = 0.2
+    """Size of a step, relative to that of classifier-free guidance."""
+    guided: tuple[float, float] = (0.3, 0.7)
+    """Guided steps, as shares of the run that are left."""
+    travelled: tuple[float, float] = (0.4, 0.7)
+    """Those among them that are repeated."""
+    travels: int = 3
+    """How often each of these is taken."""
+    eta: float = 1.0
+    """Noise of the steps; 1 is DDPM's."""
+
+    def check(self) -> None:
+        """Raises HyperAlignError on a value out of range."""
+        for name in ("guided", "travelled"):
+            low, high = getattr(self, name)
+            require_option(0.0 <= low <= high <= 1.0, f"freedom.{name}", (low, high), "0 <= low <= high <= 1")
+        require_option(0.0 < self.strength < float("inf"), "freedom.strength", self.strength, "above 0")
+        require_option(self.travels >= 1, "freedom.travels", self.travels, "1 or more")
+        require_option(0.0 <= self.eta <= 1.0, "freedom.eta", self.eta, "0 to 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """What to draw. Give at most one of --hypernetwork, --lora, --fine-tuned and --test-time."""
 
@@ -102,6 +148,8 @@ class Options:
     """Rewards of the test-time method with their weights; empty takes those that the recipe optimises."""
     search: SearchOptions = field(default_factory=SearchOptions)
     guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
+    das: DasOptions = field(default_factory=DasOptions)
+    freedom: FreedomOptions = field(default_factory=FreedomOptions)
     steps: int = 0
     """Sampling steps; 0 takes the recipe's validation.steps."""
     cfg: float = 0.0
@@ -124,12 +172,12 @@ class Options:
     def check(self) -> None:
         """Checks what can be checked without a file. Raises HyperAlignError."""
         for name in ("steps", "resolution", "limit", "text_length"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            require_option(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("images_per_prompt", "batch"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        _require(0 <= self.seed < 2**31, "seed", self.seed, "0 to 2147483647")
-        _require(0.0 <= self.cfg < float("inf"), "cfg", self.cfg, "0 or more")
-        _require(abs(self.strength) < float("inf"), "strength", self.strength, "a number")
+            require_option(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require_option(0 <= self.seed < 2**31, "seed", self.seed, "0 to 2147483647")
+        require_option(0.0 <= self.cfg < float("inf"), "cfg", self.cfg, "0 or more")
+        require_option(abs(self.strength) < float("inf"), "strength", self.strength, "a number")
         if len(self.methods) > 1:
             raise HyperAlignError(
                 f"Found {' and '.join(self.methods)}; expected one method at most. Draw each into a "
@@ -137,8 +185,9 @@ class Options:
             )
         if self.searches:
             self.search.plan(self.test_time, 0, self.batch)
-        if self.test_time == "guidance":
-            self.guidance.check()
+        self.guidance.check()
+        self.das.check()
+        self.freedom.check()
 
     @property
     def methods(self) -> list[str]:
@@ -154,7 +203,7 @@ class Options:
     @property
     def searches(self) -> bool:
         """Whether the method is a search over the initial noise."""
-        return self.test_time not in ("none", "guidance")
+        return self.test_time in SEARCHES
 
     @property
     def method_path(self) -> Path | None:
@@ -225,6 +274,7 @@ def _base_config(options: Options) -> TrainConfig:
     )
 
 
-def _require(holds: bool, name: str, found: object, expected: str) -> None:
+def require_option(holds: bool, name: str, found: object, expected: str) -> None:
+    """Raises HyperAlignError with an option's name, its value and what was expected, unless `holds`."""
     if not holds:
         raise HyperAlignError(f"--{name.replace('_', '-')} is {found}; expected {expected}. Change it.")

@@ -7,11 +7,12 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -38,6 +39,9 @@ from hyperalign.threads import Threads
 from hyperalign.tiny.text_encoder import tokenize_batch
 from train.config import TrainConfig
 from train.data.prompts import load_prompt_list
+from train.generation.das import Das
+from train.generation.freedom import Freedom
+from train.generation.gradients import ImageValue
 from train.generation.models import (
     base_digest,
     check_rewards,
@@ -46,8 +50,9 @@ from train.generation.models import (
     open_reward,
     open_sampler,
 )
-from train.generation.options import Options, configured
+from train.generation.options import SIDE, Options, configured
 from train.generation.test_time import PIXELS_PER_CELL, RewardGuidance, search
+from train.models.base import Base
 from train.models.kernels import attention_kernels
 from train.models.load import PIPELINES
 from train.objective import without_nan
@@ -135,6 +140,8 @@ def method_options(options: Options, config: TrainConfig) -> dict[str, Any]:
         found["candidates"] = chosen.candidates
         found |= {"round_size": chosen.round_size, "radius": chosen.radius} if local else {}
         found |= {"epsilon": chosen.epsilon} if options.test_time == "epsilon-greedy" else {}
+    if options.test_time in ("das", "freedom"):
+        found |= asdict(options.das if options.test_time == "das" else options.freedom)
     if options.test_time == "guidance":
         own = options.guidance
         found |= {"strength": own.strength, "start": own.start, "end": own.end}
@@ -219,13 +226,14 @@ def _method(plan: Plan, sampler: Sampler) -> Draw:
                 for job in jobs
             ]
         )
+    cell = PIXELS_PER_CELL.get(plan.config.model.base, 8)
+    if options.test_time in ("das", "freedom"):
+        return _steered(plan, sampler, SIDE // cell)
     if options.test_time == "guidance":
         reward = open_reward(plan.config, base.device)
-        cell = PIXELS_PER_CELL.get(plan.config.model.base, 8)
         guidance = RewardGuidance(base, reward, options.guidance, sampler.steps, cell)
         if options.guidance.gradient == "through-model":
-            backbone: Any = base.backbone
-            backbone.enable_gradient_checkpointing()
+            _save_memory(base)
         sampler = replace(sampler, guide_for=guidance.guide_for)
 
     def draw(jobs: Sequence[Job]) -> Tensor:
@@ -233,6 +241,34 @@ def _method(plan: Plan, sampler: Sampler) -> Draw:
         return sampler.draw([prompts[job.prompt] for job in jobs], torch.stack(noises))[0]
 
     return draw
+
+
+def _steered(plan: Plan, sampler: Sampler, largest_side: int) -> Draw:
+    """Returns what draws by a gradient through the model. Raises HyperAlignError if a reward is missing."""
+    options, base = plan.options, sampler.base
+    reward, prompts = open_reward(plan.config, base.device), [row["prompt"] for row in plan.metadata]
+    _save_memory(base)
+
+    def draw(jobs: Sequence[Job]) -> Tensor:
+        if options.test_time == "das":
+            return torch.stack([one(job) for job in jobs])
+        value = ImageValue(base, reward, [prompts[job.prompt] for job in jobs], largest_side)
+        seeds = [np.random.SeedSequence((options.seed + job.image, job.prompt)) for job in jobs]
+        generators = [torch.Generator().manual_seed(int(seed.generate_state(1)[0])) for seed in seeds]
+        noises = [initial_noise(job.prompt, options.seed + job.image, base.latent_shape) for job in jobs]
+        return Freedom(sampler, value, options.freedom).draw(torch.stack(noises), generators)
+
+    def one(job: Job) -> Tensor:
+        value = ImageValue(base, reward, [prompts[job.prompt]] * options.das.particles, largest_side)
+        return Das(sampler, value, options.das).draw(job.prompt, options.seed + job.image)
+
+    return draw
+
+
+def _save_memory(base: Base) -> None:
+    """Lets backward passes through the model recompute its activations."""
+    backbone: Any = base.backbone
+    backbone.enable_gradient_checkpointing()
 
 
 def _draw_all(plan: Plan, jobs: Sequence[Job], draw: Draw, progress: Callable[[int, int], object]) -> None:
