@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from hyperalign.errors import HyperAlignError
 from hyperalign.files import first_line, replacing
 from train.config import TrainConfig
+from train.methods.settings import TABLES
 from train.recipe import as_table
 
 logger = logging.getLogger("hyperalign.train")
@@ -94,13 +95,12 @@ class TrainingCheckpoints:
 
 def run_identity(config: TrainConfig) -> dict[str, Any]:
     """Returns the settings that decide what a run computes, by dotted name."""
-    table = as_table(config)
-    settings = {
-        f"{name}.{key}": value
-        for name in ("network", "objective", "optim", "model")
-        for key, value in table[name].items()
-    }
-    settings |= {f"data.{key}": table["data"][key] for key in ("scenes", "seed", "text_lengths")}
+    table, names = as_table(config), ["network", "objective", "optim", "model"]
+    if config.objective.method in TABLES:
+        names.append(TABLES[config.objective.method])
+    settings = {f"{name}.{key}": value for name in names for key, value in table[name].items()}
+    own = ("scenes", "seed", "families", "wordings", "text_lengths")
+    settings |= {f"data.{key}": table["data"][key] for key in own}
     settings |= {f"data.{key}": _contents(getattr(config.data, key)) for key in ("prompts", "preference")}
     settings["seed"] = config.run.seed
     return {name: value for name, value in settings.items() if name not in IGNORED}

@@ -120,7 +120,8 @@ def test_a_run_goes_on_with_what_a_failed_one_is_told_to_lower_and_says_so(
     [
         ("model.base", "sd15"), ("model.variant", "I"), ("model.resolution", 256),
         ("model.mode", "separate"), ("network.width", 64), ("objective.rewards", {"clip": 1.0}),
-        ("objective.state", "noised"), ("run.seed", 1),
+        ("objective.state", "noised"), ("run.seed", 1), ("objective.method", "srpo"),
+        ("data.wordings", ("{}",)), ("data.families", ("colors",)),
     ],
 )  # fmt: skip
 def test_what_makes_another_run_is_refused_and_named(name: str, value: Any) -> None:
@@ -128,6 +129,15 @@ def test_what_makes_another_run_is_refused_and_named(name: str, value: Any) -> N
     found = name.removeprefix("run.")
     with pytest.raises(HyperAlignError, match=f"out holds a run of another recipe: {found} was .* and is "):
         require_same_run(json.dumps(run_identity(config)), changed(config, name, value))
+
+
+def test_the_settings_of_the_runs_own_method_count_and_those_of_others_do_not() -> None:
+    for method, name, value in (("dpo", "dpo.beta", 7.0), ("mix_grpo", "grpo.window", 2)):
+        config = changed(config_of(Path("out")), "objective.method", method)
+        saved = json.dumps(run_identity(config))
+        with pytest.raises(HyperAlignError, match=rf"{name} was .* and is {value}"):
+            require_same_run(saved, changed(config, name, value))
+        assert require_same_run(saved, changed(config, "srpo.stride", 0.2)) == []
 
 
 def test_other_images_in_the_same_folder_are_noticed(tmp_path: Path) -> None:

@@ -12,6 +12,11 @@ MethodName = Literal["hyperalign", "alignprop", "dpo", "kto", "dance_grpo", "mix
 
 PAIRED: tuple[MethodName, ...] = ("dpo", "kto")
 """Methods that read pairs of images."""
+TABLES: dict[MethodName, str] = {
+    "alignprop": "alignprop", "dpo": "dpo", "kto": "kto", "dance_grpo": "grpo", "mix_grpo": "grpo",
+    "srpo": "srpo",
+}  # fmt: skip
+"""The tables of a recipe with the methods' settings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
