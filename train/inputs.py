@@ -236,18 +236,19 @@ def tiny_inputs(config: TrainConfig, device: torch.device, is_main: bool = True)
     base = Tiny(load_tiny(device))
     if config.optim.bf16 and device.type == "cpu":
         use_float32_attention(base.model.unet)
+    preference = tiny_preference(config, base)
     return RunInputs(
         base=base,
         encoder=base,
         prompts=reward_prompts(config),
-        preference=tiny_preference(config, base),
+        preference=preference,
         rewards=Rewards({"tiny reward": tiny_reward(device)}, config.objective.rewards),
         validate=tiny_validation(config, base, is_main),
         provenance={
             "reward": "tiny preference reward (hyperalign/tiny/weights/reward.safetensors)",
             "preference_data": "EmojiScenes, right captions, Fluent style (Fluent Emoji, MIT)",
         },
-        pairs=tiny_pairs(config, base),
+        pairs=tiny_pairs(config, base, preference) if config.objective.needs_pairs else None,
     )
 
 
@@ -265,7 +266,7 @@ def reward_prompts(config: TrainConfig) -> Prompts:
     return PromptList(prompts)
 
 
-def tiny_preference(config: TrainConfig, base: Tiny) -> PreferenceDataset:
+def tiny_preference(config: TrainConfig, base: Tiny) -> EmojiScenes | PreferenceShards:
     """Returns EmojiScenes, or the latent shards of data.preference. Raises HyperAlignError."""
     if config.data.preference == Path():
         return EmojiScenes(preference_latents(base.model, config.data))
@@ -274,11 +275,12 @@ def tiny_preference(config: TrainConfig, base: Tiny) -> PreferenceDataset:
     return PreferenceShards(shards, config.run.seed)
 
 
-def tiny_pairs(config: TrainConfig, base: Tiny) -> PairDataset | None:
-    """Returns pairs of EmojiScenes where the method reads pairs."""
-    if not config.objective.needs_pairs:
-        return None
-    scenes = preference_latents(base.model, config.data)
+def tiny_pairs(config: TrainConfig, base: Tiny, preference: EmojiScenes | PreferenceShards) -> PairDataset:
+    """Returns the preference images with those that lost. Raises HyperAlignError if shards have none."""
+    if isinstance(preference, PreferenceShards):
+        preference.shards.check_pairs()
+        return preference
+    scenes = preference.scenes
     return ScenePairs(scenes, rejected_latents(base.model, config.data, scenes.captions))
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +43,11 @@ def initial_noise(prompt_index: int, seed: int, shape: tuple[int, int, int]) -> 
     """Returns the noise of one image; it depends on the prompt's index and the seed alone."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + prompt_index)
     return torch.randn(shape, generator=generator)
+
+
+def seed_of(prompt_index: int, seed: int) -> int:
+    """Returns a seed for the further random numbers of one image, by its prompt's index and its seed."""
+    return int(np.random.SeedSequence((seed, prompt_index)).generate_state(1, np.uint64)[0])
 
 
 @dataclass(frozen=True, slots=True)

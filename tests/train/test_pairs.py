@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from PIL import Image
+from tiny_runs import of_method
 from torch import Tensor
 
 from hyperalign.errors import HyperAlignError
@@ -23,8 +26,8 @@ from train.data.encoding import encode_dataset
 from train.data.preference import open_dataset
 from train.data.preference.dataset import BadImage, DatasetItem, ImageFile
 from train.data.shards import LatentShards
-from train.inputs import PreferenceShards
-from train.models.image_encoder import ImageEncoder
+from train.inputs import PreferenceShards, load_inputs
+from train.models.image_encoder import ImageEncoder, image_encoder
 from train.tiny.dataset import preference_latents, rejected_latents
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -264,3 +267,22 @@ def test_a_rejected_scene_is_another_content_or_another_style(tmp_path: Path) ->
     assert float(away.min()) > 1.0
     assert all(content_of(caption) for caption in scenes.captions)
     assert torch.equal(rejected_latents(base, config, scenes.captions), rejected)
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_a_run_on_the_embedded_model_compares_the_pairs_of_its_shards(tmp_path: Path, pairs: bool) -> None:
+    config = of_method("dpo", tmp_path / "run")
+    encoder = image_encoder(config, torch.device("cpu"))
+    rows = [{"caption": "a red heart", "chosen": image(RED), "rejected": image(BLUE)}] * 2
+    source = open_dataset("auto", parquet(tmp_path / "pairs.parquet", rows), pairs=pairs)
+    encode_dataset(source, encoder, tmp_path / "shards", pairs=pairs)
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, preference=tmp_path / "shards")
+    )
+    if not pairs:
+        with pytest.raises(HyperAlignError, match="without the ones that they won against"):
+            load_inputs(config, Accelerator(cpu=True))
+        return
+    stream: Any = load_inputs(config, Accelerator(cpu=True)).pairs
+    _, _, captions = stream.pairs(0, 2, None, slice(None))
+    assert captions == ["a red heart"] * 2

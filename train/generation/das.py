@@ -18,7 +18,7 @@ from train.generation.options import DasOptions
 from train.generation.particles import Predicted, particle_run
 from train.models.base import cfg_conditions
 from train.rollout import Denoiser, SampledModel
-from train.sampling import Sampler
+from train.sampling import Sampler, seed_of
 from train.transitions import Gaussian, ddim
 
 
@@ -33,7 +33,7 @@ class Das:
     def draw(self, index: int, seed: int) -> Tensor:
         """Returns the image (3, H, W); the prompt's index and the seed decide all random numbers."""
         sampler, count = self.sampler, self.options.particles
-        own = int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0])
+        own = seed_of(index, seed)
         generator = torch.Generator().manual_seed(own)
         rng = np.random.default_rng(own)
         base, schedule = sampler.base, sampler.base.noise_schedule

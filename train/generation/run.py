@@ -12,7 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -56,7 +55,7 @@ from train.models.base import Base
 from train.models.kernels import attention_kernels
 from train.models.load import PIPELINES
 from train.objective import without_nan
-from train.sampling import Sampler, initial_noise
+from train.sampling import Sampler, initial_noise, seed_of
 
 TINY_SIDE = 64
 SECONDS_KEY, NOT_FINITE_KEY = "seconds", "not finite"
@@ -250,15 +249,19 @@ def _steered(plan: Plan, sampler: Sampler, largest_side: int) -> Draw:
     _save_memory(base)
 
     def draw(jobs: Sequence[Job]) -> Tensor:
-        if options.test_time == "das":
-            return torch.stack([one(job) for job in jobs])
+        with torch.autocast(base.device.type, torch.bfloat16, enabled=sampler.bf16):
+            return (
+                torch.stack([by_das(job) for job in jobs]) if options.test_time == "das" else by_freedom(jobs)
+            )
+
+    def by_freedom(jobs: Sequence[Job]) -> Tensor:
         value = ImageValue(base, reward, [prompts[job.prompt] for job in jobs], largest_side)
-        seeds = [np.random.SeedSequence((options.seed + job.image, job.prompt)) for job in jobs]
-        generators = [torch.Generator().manual_seed(int(seed.generate_state(1)[0])) for seed in seeds]
+        seeds = [seed_of(job.prompt, options.seed + job.image) for job in jobs]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noises = [initial_noise(job.prompt, options.seed + job.image, base.latent_shape) for job in jobs]
         return Freedom(sampler, value, options.freedom).draw(torch.stack(noises), generators)
 
-    def one(job: Job) -> Tensor:
+    def by_das(job: Job) -> Tensor:
         value = ImageValue(base, reward, [prompts[job.prompt]] * options.das.particles, largest_side)
         return Das(sampler, value, options.das).draw(job.prompt, options.seed + job.image)
 

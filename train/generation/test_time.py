@@ -7,20 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hyperalign.guidance import guidance_size, guided, guided_through, prediction_size
 from hyperalign.rewards import Reward
 from hyperalign.search import SEEDS, Search
+from train.generation.gradients import ImageValue
 from train.generation.options import GuidanceOptions, Options
 from train.models.base import Base, Conditions, PromptEncoder
 from train.objective import without_nan
 from train.rollout import Denoiser, Guide
 from train.rollout import guided as with_cfg
-from train.sampling import Sampler, initial_noise
+from train.sampling import Sampler, initial_noise, seed_of
 
 PIXELS_PER_CELL = {"tiny": 4}
 """Pixels of a latent cell's side; 8 in the other base models."""
@@ -49,7 +48,7 @@ def search(sampler: Sampler, reward: Reward, options: Options, prompt: str, inde
     index and the seed alone.
     """
     sampler = replace(sampler, encoder=OnePrompt(sampler.encoder, prompt))
-    first = int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0])
+    first = seed_of(index, seed)
 
     def fresh(candidate: int) -> Tensor:
         if candidate == first:
@@ -97,18 +96,12 @@ class RewardGuidance:
             return None
         t = self.base.noise_schedule.timesteps(self.steps)[index]
         sigma = self.base.noise_schedule.sigma(t)
-        score = partial(self._score, prompts)
+        largest = max(1, options.decode_size // self.pixels_per_cell)
+        score = ImageValue(self.base, self.reward, prompts, largest)
         if options.gradient == "through-model":
             return guided_through(x_BCHW, partial(self._predict, denoiser, t), options.strength, score)
         x0_BCHW, _ = denoiser.predictions(x_BCHW, t)
         return guided(x0_BCHW, sigma, options.strength, score)
-
-    def _score(self, prompts: list[str], latents_BCHW: Tensor) -> Tensor:
-        largest = max(1, self.options.decode_size // self.pixels_per_cell)
-        longer = max(latents_BCHW.shape[-2:])
-        if longer > largest:
-            latents_BCHW = F.interpolate(latents_BCHW, scale_factor=largest / longer, mode="area")
-        return self.reward.score(self.base.decode(latents_BCHW), prompts)
 
     def _predict(self, denoiser: Denoiser, t: float, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Returns x0-hat with its gradient to x, and the size of a step."""
