@@ -80,32 +80,26 @@ def guided_through(
 
 def prediction_size(x0_BCHW: Tensor, sigma: float) -> Tensor:
     """Returns the size (B, 1, ...) of a step relative to the predictions: sigma / (1 + sigma) rms(x0)."""
-    return sigma / (1.0 + sigma) * rms(x0_BCHW.detach())
+    return sigma / (1.0 + sigma) * _rms(x0_BCHW.detach())
 
 
 def guidance_size(cond_BCHW: Tensor, uncond_BCHW: Tensor, cfg: float) -> Tensor:
     """Returns the size (B, 1, ...) of classifier-free guidance: cfg rms(x0_c - x0_u), as in FreeDoM."""
-    return abs(cfg) * rms((cond_BCHW - uncond_BCHW).detach())
+    return abs(cfg) * _rms((cond_BCHW - uncond_BCHW).detach())
 
 
 def _direction(scores_B: Tensor, leaf_BCHW: Tensor) -> Tensor:
     """Returns d scores / d leaf with an rms of 1 for each sample. Raises HyperAlignError."""
-    gradient_BCHW = scaled_gradient(scores_B, leaf_BCHW)
-    return gradient_BCHW / rms(gradient_BCHW).clamp_min(1e-12)
-
-
-def scaled_gradient(scores_B: Tensor, leaf_BCHW: Tensor) -> Tensor:
-    """Returns GRADIENT_SCALE d scores / d leaf. Raises HyperAlignError."""
-    if not scores_B.requires_grad:
+    loss = -scores_B.sum() * GRADIENT_SCALE
+    if not loss.requires_grad:
         raise HyperAlignError("The reward has no gradient to the image. Choose another reward.")
-    (gradient_BCHW,) = torch.autograd.grad(scores_B.sum() * GRADIENT_SCALE, leaf_BCHW)
+    (gradient_BCHW,) = torch.autograd.grad(loss, leaf_BCHW)
     if not bool(torch.isfinite(gradient_BCHW).all()):
         raise HyperAlignError(
             "The reward's gradient is NaN or infinite. Lower the strength, or start later in the run."
         )
-    return gradient_BCHW
+    return -gradient_BCHW / _rms(gradient_BCHW).clamp_min(1e-12)
 
 
-def rms(x_BCHW: Tensor) -> Tensor:
-    """Returns the root mean square of each sample, (B, 1, ...)."""
+def _rms(x_BCHW: Tensor) -> Tensor:
     return x_BCHW.float().square().mean(dim=tuple(range(1, x_BCHW.dim())), keepdim=True).sqrt()

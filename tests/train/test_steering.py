@@ -12,14 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from hyperalign.errors import HyperAlignError
-from hyperalign.guidance import rms
 from hyperalign.hosts.diffusers.tiny import load_tiny
 from hyperalign.tiny.evaluators import load_reward
 from hyperalign.tiny.text_encoder import tokenize_batch
 from train import generate
 from train.generation.das import Das
 from train.generation.freedom import Freedom, shift
-from train.generation.gradients import Evaluated, ImageValue, evaluated
+from train.generation.gradients import Evaluated, ImageValue, evaluated, rms
 from train.generation.options import DasOptions, FreedomOptions
 from train.models.tiny import Tiny
 from train.noise import DiffusionSchedule

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyperalign.guidance import rms
 from hyperalign.schedule import Schedule
-from train.generation.gradients import Evaluated, ImageValue, evaluated
+from train.generation.gradients import Evaluated, ImageValue, evaluated, rms
 from train.generation.options import FreedomOptions
 from train.models.base import cfg_conditions
 from train.rollout import Denoiser, SampledModel

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hyperalign.guidance import GRADIENT_SCALE, scaled_gradient
+from hyperalign.errors import HyperAlignError
 from hyperalign.rewards import Reward
 from train.models.base import Base
 from train.noise import NoiseSchedule
 from train.rollout import Denoiser, guided
+
+GRADIENT_SCALE = 1024.0
+"""Prevents underflow in half precision."""
 
 Value = Callable[[Tensor], Tensor]
 """One-step predictions (B, C, H, W) -> a number each (B,), with its gradient."""
@@ -45,9 +48,20 @@ def evaluated(denoiser: Denoiser, schedule: NoiseSchedule, x: Tensor, t: float, 
         output = cond if uncond is None else guided(cond, uncond, denoiser.guidance_scale)
         x0, eps = schedule.predictions(leaf, output, t_B)
         value_B = value(x0)
-        gradient = scaled_gradient(value_B, leaf).float() / GRADIENT_SCALE
+        if not value_B.requires_grad:
+            raise HyperAlignError("The reward has no gradient to the image. Choose another reward.")
+        (gradient,) = torch.autograd.grad(GRADIENT_SCALE * value_B.sum(), leaf)
+    if not bool(torch.isfinite(gradient).all()):
+        raise HyperAlignError(
+            "The reward's gradient is NaN or infinite. Choose another reward, or fewer steps."
+        )
     correction = None if uncond is None else (cond - uncond).detach()
-    return Evaluated(x0.detach(), eps.detach(), correction, value_B.detach(), gradient)
+    return Evaluated(x0.detach(), eps.detach(), correction, value_B.detach(), gradient / GRADIENT_SCALE)
+
+
+def rms(x: Tensor) -> Tensor:
+    """Returns the root mean square of each sample, (B, 1, ...)."""
+    return x.float().square().mean(dim=tuple(range(1, x.ndim)), keepdim=True).sqrt()
 
 
 @dataclass(frozen=True, slots=True)
