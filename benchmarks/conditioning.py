@@ -7,8 +7,9 @@ Every cell is a training of the embedded model with the recipe tiny_s: equal ste
 of corrections is that of the palettes in its prompts times eight colours; with one palette there is nothing
 that depends on the prompt. The controls, which depend on nothing, try each learning rate at the middle rank
 and number of palettes and go on with their best one; the others have the recipe's. The finalists are trained
-as long as the recipe says, from several seeds, and validated on the way. The oracle is a static LoRA for each
-prompt, trained on that prompt alone.
+as long as the recipe says, from several seeds, and the first seed once more for --long-steps, by which a
+static LoRA has stopped improving; all are validated on the way. The oracle is a static LoRA for each prompt,
+trained on that prompt alone.
 
 Trainings and images' scores are kept in --out; the same command goes on. Writes the figures of
 results/conditioning_pays.json and its two plots, and prints the tables.
@@ -76,13 +77,17 @@ class Options:
     ranks: tuple[int, ...] = (1, 4, 8)
     palettes: tuple[Literal[1, 2, 4], ...] = (1, 2, 4)
     rates: tuple[float, ...] = (1e-3, 2e-3)
-    """Learning rates that the controls try at the middle rank and number of palettes; the best counts."""
+    """Learning rates that the static LoRAs try at the middle rank and number of palettes; the best counts."""
+    decoder_rates: tuple[float, ...] = (5e-4, 1e-3)
+    """The same of the decoder without conditioning, which as S's needs a lower one."""
     steps: int = 300
     """Training steps of a cell."""
     finalists: tuple[Method, ...] = ("static", "S")
     """Trained for the recipe's steps."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the finalists."""
+    long_steps: int = 800
+    """Training steps of the finalists' first seed once more; 0 leaves that out."""
     prompts: int = 120
     """Validation prompts of each cell."""
     noises: int = 2
@@ -124,8 +129,9 @@ def middle(values: Sequence[int]) -> int:
 def middle_cells(options: Options, rate: float) -> Iterator[Cell]:
     """Yields the controls at every learning rate, and the others at the recipe's."""
     rank, palettes = middle(options.ranks), middle(options.palettes)
+    tried = dict.fromkeys(CONTROLS, options.rates) | {"decoder without conditioning": options.decoder_rates}
     for method in options.methods:
-        for own in options.rates if method in CONTROLS else (rate,):
+        for own in tried.get(method, (rate,)):
             yield Cell(method, rank, palettes, own, options.steps)
 
 
@@ -143,11 +149,14 @@ def outer_cells(options: Options, rates: Mapping[str, float]) -> Iterator[Cell]:
 
 
 def final_cells(options: Options, rates: Mapping[str, float], steps: int) -> Iterator[Cell]:
-    """Yields the finalists from every seed."""
+    """Yields the finalists from every seed, then their longer trainings."""
     rank, palettes = middle(options.ranks), middle(options.palettes)
-    for seed in options.seeds:
+    trainings = [(seed, steps) for seed in options.seeds]
+    if options.long_steps:
+        trainings.append((options.seeds[0], options.long_steps))
+    for seed, count in dict.fromkeys(trainings):
         for method in options.finalists:
-            yield Cell(method, rank, palettes, rates[method], steps, seed, validated=True)
+            yield Cell(method, rank, palettes, rates[method], count, seed, validated=True)
 
 
 def config_of(cell: Cell, recipe: TrainConfig, out: Path) -> TrainConfig:

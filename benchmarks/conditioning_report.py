@@ -32,10 +32,10 @@ def difference(own: Values, other: Values, strata: Mapping[str, Any]) -> dict[st
 
 
 def best(rows: Sequence[Row]) -> list[Row]:
-    """Returns, by rank and number of palettes, each method's row at its best learning rate by GenEval."""
+    """Returns, by rank, palettes and steps, each method's row at its best learning rate by GenEval."""
     found: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        key = (row["rank"], row["palettes"], row["method"])
+        key = (*_place(row), row["method"])
         if key not in found or value_of(row) > value_of(found[key]):
             found[key] = row
     return list(found.values())
@@ -49,24 +49,28 @@ def value_of(row: Row) -> float:
 
 def summaries(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Returns rows with their gains over the base, and S's over them, in place of scores."""
-    of_s = {(row["rank"], row["palettes"]): row["scores"] for row in best(rows) if row["method"] == "S"}
+    of_s = {_place(row): row["scores"] for row in best(rows) if row["method"] == "S"}
     found: list[dict[str, Any]] = []
     for row in rows:
         kept = {key: value for key, value in row.items() if key not in ("scores", "base", "strata")}
         scores, strata = row["scores"], row["strata"]
         kept["metrics"] = difference(scores, row["base"], strata)
-        rival = of_s.get((row["rank"], row["palettes"]))
+        rival = of_s.get(_place(row))
         if rival is not None and row["method"] != "S":
             kept["gain_of_s"] = difference(rival, scores, strata)
         found.append(kept)
     return found
 
 
+def _place(row: Row) -> tuple[int, int, int]:
+    return row["rank"], row["palettes"], row["steps"]
+
+
 def over_seeds(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Returns a row for each method, whose scores are the means over its training seeds."""
+    """Returns a row for each method and number of steps, whose scores are the means over its seeds."""
     found: list[dict[str, Any]] = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = [row for row in rows if row["method"] == method]
+    for method, steps in dict.fromkeys((row["method"], row["steps"]) for row in rows):
+        own = [row for row in rows if (row["method"], row["steps"]) == (method, steps)]
         scores = {name: np.mean([row["scores"][name] for row in own], axis=0).tolist() for name in METRICS}
         found.append(
             dict(own[0])
@@ -84,11 +88,15 @@ def headroom(finals: Sequence[Row], oracle: Values) -> list[dict[str, Any]]:
     families = [[n for n in group if n < count] for group in finals[0]["strata"]["geneval"]]
     strata = {"geneval": [family for family in families if family]}
     base = first(finals[0]["base"], count)
-    sets = {row["method"]: first(row["scores"], count) for row in finals} | {"one LoRA a prompt": oracle}
+    sets = {_finalist(row): first(row["scores"], count) for row in finals} | {"one LoRA a prompt": oracle}
     return [
         {"method": method, "prompts": count, "metrics": difference(scores, base, strata)}
         for method, scores in sets.items()
     ]
+
+
+def _finalist(row: Row) -> str:
+    return f"{row['method']}, {row['steps']} steps"
 
 
 def first(scores: Values, count: int) -> dict[str, Numbers]:
@@ -133,10 +141,11 @@ def tables(report: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_line([row["corrections"], row["rank"], *_front(row)], row) for row in report["cells"]]
-    lines += ["", f"| finalist | trained numbers | lr | seeds | {heads}", "|---|---|---|---|---|---|---|---|"]
+    lines += ["", f"| finalist | trained numbers | lr | GenEval by seed | {heads}"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
     for row in report["finalists"]:
         values = ", ".join(f"{value:.3f}" for value in row["of_seeds"])
-        lines.append(_line([*_front(row), values], row))
+        lines.append(_line([_finalist(row), *_front(row)[1:], values], row))
     lines += ["", "| on the oracle's prompts | GenEval | validation reward |", "|---|---|---|"]
     for row in report["oracle"]:
         lines.append(
@@ -201,12 +210,16 @@ def _panel(axes: Axes, rows: Sequence[Row], metric: str, varied: str, fixed: str
 def plot_curves(rows: Sequence[Row]) -> Figure:
     """Returns the finalists' validation figures by training step, a line a seed."""
     figure = Figure(figsize=(9.5, 3.8), layout="constrained")
+    methods = list(dict.fromkeys(row["method"] for row in rows))
     for axes, (metric, title) in zip(figure.subplots(1, 2), METRICS.items(), strict=True):
-        for place, row in enumerate(rows):
+        for row in rows:
+            longest = row["steps"] == max(other["steps"] for other in rows)
             for number, curve in enumerate(row["curve"]):
-                label = row["method"] if number == 0 else None
-                steps, values = [at["step"] for at in curve], [at[metric] for at in curve]
-                axes.plot(steps, values, marker="o", markersize=3, color=f"C{place}", label=label)
+                axes.plot(
+                    [at["step"] for at in curve], [at[metric] for at in curve], marker="o", markersize=3,
+                    color=f"C{methods.index(row['method'])}", linestyle="--" if longest else "-",
+                    label=_finalist(row) if number == 0 else None,
+                )  # fmt: skip
         axes.set_xlabel("training step")
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)

@@ -49,6 +49,8 @@ def cell(method: Any, rank: int = 4, palettes: int = 2, rate: float = 1e-3, seed
 
 
 def test_controls_try_their_rates_in_the_middle_and_the_best_goes_on() -> None:
+    decoder = middle_cells(Options(methods=("decoder without conditioning",), decoder_rates=(4e-4,)), 3e-3)
+    assert [one.rate for one in decoder] == [4e-4]
     options = Options(methods=("static", "S"), rank_methods=("S",), rates=(1e-3, 2e-3))
     tried = list(middle_cells(options, 3e-3))
     rates = [(one.method, one.rate) for one in tried]
@@ -59,9 +61,10 @@ def test_controls_try_their_rates_in_the_middle_and_the_best_goes_on() -> None:
         ("static", 4, 1, 2e-3), ("S", 4, 1, 1e-3), ("static", 4, 4, 2e-3), ("S", 4, 4, 1e-3),
         ("S", 1, 2, 1e-3), ("S", 8, 2, 1e-3),
     ]  # fmt: skip
-    finals = list(final_cells(Options(seeds=(0, 5)), {"static": 2e-3, "S": 1e-3}, 9))
+    finals = list(final_cells(Options(seeds=(0, 5), long_steps=20), {"static": 2e-3, "S": 1e-3}, 9))
     assert [(one.method, one.seed, one.steps, one.rate) for one in finals] == [
         ("static", 0, 9, 2e-3), ("S", 0, 9, 1e-3), ("static", 5, 9, 2e-3), ("S", 5, 9, 1e-3),
+        ("static", 0, 20, 2e-3), ("S", 0, 20, 1e-3),
     ]  # fmt: skip
     every = [*tried, *found, *finals]
     assert len({one.name for one in every}) == len(every)
@@ -111,11 +114,21 @@ def test_a_finalist_is_the_mean_of_its_seeds() -> None:
     assert found["seed"] == [0, 1]
 
 
+def test_finalists_are_compared_with_s_of_as_many_steps() -> None:
+    found = [row(cell("static"), *[0.2] * 4), row(cell("S"), *[0.5] * 4)]
+    longer = [{**one, "steps": 9, "scores": equal(*[0.6] * 4)} for one in found]
+    finalists = report_of([], [*found, *longer], equal(1.0, 1.0))["finalists"]
+    gains = {(one["method"], one["steps"]): one.get("gain_of_s", {}).get("geneval", {}) for one in finalists}
+    assert gains["static", 5]["gain"] == pytest.approx(0.3)
+    assert gains["static", 9]["gain"] == pytest.approx(0.0)
+    assert not gains["S", 5]
+
+
 def test_the_oracle_is_compared_on_its_own_prompts() -> None:
     finals = [row(cell("S"), 0.5, 0.5, 9.0, 9.0), row(cell("static"), 0.25, 0.5, 9.0, 9.0)]
     found = report_of([], finals, equal(1.0, 0.75))["oracle"]
     values = {one["method"]: one["metrics"]["geneval"]["value"] for one in found}
-    assert values == {"S": 0.5, "static": 0.375, "one LoRA a prompt": 0.875}
+    assert values == {"S, 5 steps": 0.5, "static, 5 steps": 0.375, "one LoRA a prompt": 0.875}
     assert {one["prompts"] for one in found} == {2}
 
 
@@ -171,7 +184,7 @@ def test_a_cell_is_trained_measured_and_kept(tmp_path: Path, capsys: pytest.Capt
     )
     options = Options(
         methods=("static", "S"), ranks=(1,), palettes=(2,), rates=(1e-3,), steps=1, seeds=(0,), prompts=12,
-        noises=1, sampling_steps=2, oracle=OraclePlan(prompts=2, steps=1, batch=2, scenes=2),
+        noises=1, sampling_steps=2, long_steps=0, oracle=OraclePlan(prompts=2, steps=1, batch=2, scenes=2),
         recipe=recipe, out=tmp_path / "runs", results=tmp_path / "found.json",
     )  # fmt: skip
     main(options)
@@ -182,7 +195,8 @@ def test_a_cell_is_trained_measured_and_kept(tmp_path: Path, capsys: pytest.Capt
         (one["method"], one["steps"], [at["step"] for at in one["curve"][0]]) for one in found["finalists"]
     ]
     assert finals == [("static", 2, [0, 2]), ("S", 2, [0, 2])]
-    assert [one["method"] for one in found["oracle"]] == ["static", "S", "one LoRA a prompt"]
+    compared = [one["method"] for one in found["oracle"]]
+    assert compared == ["static, 2 steps", "S, 2 steps", "one LoRA a prompt"]
     assert all({"gain", "low", "high"} <= set(one["metrics"]["geneval"]) for one in found["cells"])
     for figure in ("found.png", "conditioning_curves.png"):
         assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
