@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
@@ -16,10 +17,13 @@ from hyperalign.hosts.diffusers.tiny import load_tiny
 from hyperalign.tiny.evaluators import load_reward
 from hyperalign.tiny.text_encoder import tokenize_batch
 from train import generate
+from train.generation import run
 from train.generation.das import Das
 from train.generation.freedom import Freedom, shift
 from train.generation.gradients import Evaluated, ImageValue, evaluated, rms
-from train.generation.options import DasOptions, FreedomOptions
+from train.generation.models import open_sampler
+from train.generation.options import DasOptions, FreedomOptions, GuidanceOptions, Options, SearchOptions
+from train.generation.passes import image_passes
 from train.models.tiny import Tiny
 from train.noise import DiffusionSchedule
 from train.sampling import Sampler, initial_noise
@@ -178,3 +182,31 @@ def test_the_command_draws_by_them_and_records_their_settings(tmp_path: Path, me
 def test_options_out_of_range_are_one_sentence(make: Any, message: str) -> None:
     with pytest.raises(HyperAlignError, match=message):
         make()
+
+
+@pytest.mark.parametrize("method", ["none", "best-of-N", "epsilon-greedy", "guidance", "das", "freedom"])
+def test_the_counted_passes_are_those_of_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any
+) -> None:
+    forwards, backwards = [0], [0]
+
+    def count(module: Any, given: Any, named: Any, output: Any) -> None:
+        rows = len(named["sample"])
+        forwards[0] += rows
+        backwards[0] += rows * output[0].requires_grad
+
+    def counted(*arguments: Any) -> Sampler:
+        sampler = open_sampler(*arguments)
+        sampler.base.backbone.register_forward_hook(count, with_kwargs=True)
+        return sampler
+
+    monkeypatch.setattr(run, "open_sampler", counted)
+    (tmp_path / "prompts.txt").write_text("a red heart\n", encoding="utf-8")
+    options = Options(
+        prompts=tmp_path / "prompts.txt", out=tmp_path / "out", recipe=RECIPE, test_time=method, steps=5,
+        images_per_prompt=1, search=SearchOptions(candidates=3), das=DasOptions(particles=2),
+        guidance=GuidanceOptions(gradient="through-model"),
+    )  # fmt: skip
+    run.generate(run.planned(options), Accelerator(cpu=True), lambda done, total: None)
+    expected = image_passes(options, steps=5, cfg=True)
+    assert (forwards[0], backwards[0]) == (expected.forwards, expected.backwards)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -45,10 +46,7 @@ class Freedom:
             own = [torch.randn(x.shape[1:], generator=generator) for generator in generators]
             return torch.stack(own).to(x)
 
-        for index, t in enumerate(timesteps[:-1]):
-            s, left = timesteps[index + 1], (steps - 1 - index) / steps
-            guided = own.guided[0] <= left < own.guided[1]
-            travels = own.travels if own.travelled[0] <= left < own.travelled[1] else 1
+        for (t, s), (travels, guided) in zip(pairwise(timesteps), own.plan(steps), strict=True):
             for repeat in range(travels):
                 if repeat:
                     x = renoised(schedule, x, s, t, normal())

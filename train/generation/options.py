@@ -121,6 +121,17 @@ class FreedomOptions:
         require_option(self.travels >= 1, "freedom.travels", self.travels, "1 or more")
         require_option(0.0 <= self.eta <= 1.0, "freedom.eta", self.eta, "0 to 1")
 
+    def plan(self, steps: int) -> list[tuple[int, bool]]:
+        """Returns of each step but the last, which ends at x0, how often it is taken, and if it is guided."""
+        left = [(steps - 1 - index) / steps for index in range(steps - 1)]
+        return [
+            (
+                self.travels if self.travelled[0] <= share < self.travelled[1] else 1,
+                self.guided[0] <= share < self.guided[1],
+            )
+            for share in left
+        ]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:

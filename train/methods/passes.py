@@ -9,6 +9,23 @@ from train.config import TrainConfig
 
 
 @dataclass(frozen=True, slots=True)
+class Passes:
+    """Samples that pass the backbone; the two passes of a guided one both count."""
+
+    forwards: float
+    backwards: float
+
+    @property
+    def total(self) -> float:
+        """In forward passes: a backward one takes twice as long."""
+        return self.forwards + 2.0 * self.backwards
+
+    def times(self, count: float) -> Passes:
+        """Returns those of several steps or images."""
+        return Passes(count * self.forwards, count * self.backwards)
+
+
+@dataclass(frozen=True, slots=True)
 class StepPasses:
     """Passes of one step in one process, in samples; a guided one is two where CFG needs the empty prompt."""
 
@@ -49,6 +66,10 @@ class StepPasses:
     def backwards(self, cfg: bool) -> float:
         """Returns the samples that pass it backwards."""
         return (1 + cfg) * self.guided + self.denoised
+
+    def of_backbone(self, cfg: bool) -> Passes:
+        """Returns both."""
+        return Passes(self.forwards(cfg), self.backwards(cfg))
 
 
 def step_passes(config: TrainConfig) -> StepPasses:

@@ -1,0 +1,314 @@
+"""The report of benchmarks.tables: rows averaged over their seeds, as Markdown, CSV, JSON and a page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.table_claims import Claim, claims_of
+from benchmarks.table_figures import Figure
+from benchmarks.table_rows import Group
+from benchmarks.table_runs import Options, Run, has_cfg
+from hyperalign.errors import HyperAlignError
+from hyperalign.files import write_text
+from hyperalign.image_sets import read_record
+from hyperalign.pages import render
+from hyperalign.tiny.prompts import content_of
+from train.evaluation.table import (
+    DIVERSITY,
+    IMAGE_WEIGHTED,
+    TASK_MEAN,
+    Cell,
+    Column,
+    Metric,
+    Numbers,
+    column,
+)
+from train.methods.passes import Passes, step_passes
+
+TEMPLATE = Path(__file__).with_name("tables.html")
+ABLATED = ("base", "hyperalign-s", "s-preference-only", "s-reward-only")
+"""The rows of Table 3."""
+Scores = dict[str, dict[str, Numbers]]
+"""By metric and row or set: one number a prompt (P,)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a row takes."""
+
+    steps: int
+    training: Passes
+    training_seconds: float
+    """Of one training, beside others."""
+    image: Passes
+    """Of one image."""
+    time: float | None
+    """Of one image, as a ratio to the base model's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Everything that the report says."""
+
+    titles: dict[str, str]
+    """By row."""
+    groups: dict[str, Group]
+    optimised: str
+    """The reward that trainings raise."""
+    metrics: list[Metric]
+    """Their sets are the rows; one number a prompt, the mean over images and training seeds."""
+    by_seed: dict[str, list[float]]
+    """GenEval of each training of a row."""
+    costs: dict[str, Cost]
+    setting: dict[str, Any]
+
+
+def measured(options: Options, runs: Sequence[Run]) -> Measured:
+    """Reads what evaluate.py and the runs' records say. Raises HyperAlignError if a record is missing."""
+    by_set, prompts, tags = read_scores(options.out / "evaluation" / "prompts.csv")
+    if options.base == "tiny":
+        tags = [content_of(prompt).family for prompt in prompts]
+    rows = list(dict.fromkeys(run.row for run in runs))
+    names = {row.key: [run.name for run in runs if run.row == row] for row in rows}
+    scores: Scores = {
+        metric: {key: np.mean([sets[name] for name in own], axis=0) for key, own in names.items()}
+        for metric, sets in by_set.items()
+    }
+    metrics, by_seed = metrics_of(scores, tags), dict[str, list[float]]()
+    for metric in metrics_of(by_set, tags):
+        if metric.name == TASK_MEAN:
+            by_seed = {key: [metric.value(name) for name in own] for key, own in names.items()}
+    first = {row.key: next(run for run in runs if run.row == row) for row in rows}
+    setting = {
+        "base": options.base, "budget": options.budget, "seeds": list(options.seeds),
+        "prompts": len(prompts), "images of each prompt": options.images_per_prompt,
+        "sampling steps": options.sampling_steps,
+        "versions": record_of(runs[0].images)["environment"]["versions"],
+        "device": record_of(runs[0].images)["environment"]["device"],
+    }  # fmt: skip
+    times = times_of(options, runs)
+    return Measured(
+        {row.key: row.title for row in rows}, {row.key: row.group for row in rows},
+        next(iter(runs[0].config.objective.rewards)), metrics, by_seed,
+        {key: cost_of(run, times.get(key)) for key, run in first.items()}, setting,
+    )  # fmt: skip
+
+
+def read_scores(path: Path) -> tuple[Scores, list[str], list[str]]:
+    """Returns the scores of every set by metric, the prompts and their tags."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = list(rows[0])[4:]
+    sets = list(dict.fromkeys(row["method"] for row in rows))
+    own = {name: [row for row in rows if row["method"] == name] for name in sets}
+    scores = {
+        metric: {name: np.array([float(row[metric]) for row in found]) for name, found in own.items()}
+        for metric in names
+    }
+    one = own[sets[0]]
+    return scores, [row["prompt"] for row in one], [row["tag"] for row in one]
+
+
+def metrics_of(scores: Scores, tags: Sequence[str]) -> list[Metric]:
+    """Returns the metrics in the tables' order: rewards, GenEval with its families, diversity."""
+    found = [Metric(name, sets) for name, sets in scores.items() if name not in (IMAGE_WEIGHTED, DIVERSITY)]
+    if shares := scores.get(IMAGE_WEIGHTED):
+        families = {tag: [n for n, other in enumerate(tags) if other == tag] for tag in dict.fromkeys(tags)}
+        found.append(Metric(TASK_MEAN, shares, list(families.values())))
+        found += [Metric(tag.replace("_", " "), shares, [rows]) for tag, rows in families.items()]
+    return found + ([Metric(DIVERSITY, scores[DIVERSITY])] if DIVERSITY in scores else [])
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """Returns the record of a set of images as JSON. Raises HyperAlignError where there is none."""
+    if read_record(folder) is None:
+        raise HyperAlignError(f"{folder} has no record. Delete the folder, and run the same command again.")
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+
+
+def times_of(options: Options, runs: Sequence[Run]) -> dict[str, float]:
+    """Returns the median seconds of an image by row, over that of the base model before and after."""
+    found: dict[str, list[float]] = {}
+    for folder in sorted((options.out / "timing").iterdir()):
+        record = read_record(folder)
+        if record is not None and record.seconds_per_image is not None:
+            found.setdefault(folder.name.split(".")[0], []).append(record.seconds_per_image.median)
+    base = float(np.mean(found["base"]))
+    return {run.row.key: found[run.name][0] / base for run in runs if run.name in found}
+
+
+def cost_of(run: Run, time: float | None) -> Cost:
+    """Returns what a row takes, by its first training."""
+    cfg = has_cfg(run.config)
+    nothing = Passes(0, 0)
+    each = step_passes(run.config).of_backbone(cfg) if run.steps else nothing
+    seconds = 0.0
+    if run.steps:
+        log = (run.hypernetwork.parent / "log.jsonl").read_text(encoding="utf-8")
+        seconds = sum(json.loads(line).get("seconds", 0.0) for line in log.splitlines())
+    return Cost(run.steps, each.times(run.steps), seconds, run.image_passes(cfg), time)
+
+
+def write_report(found: Measured, figures: Sequence[Figure], folder: Path) -> str:
+    """Writes all files; returns the report as Markdown."""
+    claims = claims_of(found.metrics, found.titles, found.optimised)
+    sections = sections_of(found, claims)
+    title = f"The paper's tables on {found.setting['base']}"
+    text = markdown(title, setting_line(found), sections, figures)
+    page = render(TEMPLATE, title=title, setting=setting_line(found), sections=sections, figures=figures)
+    summary = {
+        "setting": found.setting,
+        "rows": {key: summary_of(found, key) for key in found.titles},
+        "claims": [claim.as_json() for claim in claims],
+    }
+    write_text(folder / "report.md", text)
+    write_text(folder / "report.csv", as_csv(found))
+    write_text(folder / "report.json", json.dumps(summary, indent=1) + "\n")
+    write_text(folder / "report.html", page)
+    return text
+
+
+def sections_of(found: Measured, claims: Sequence[Claim]) -> list[tuple[str, list[list[str]]]]:
+    """Returns each table with its title."""
+    names = [metric.name for metric in found.metrics]
+    families = (
+        [name for name in names[names.index(TASK_MEAN) :] if name != DIVERSITY] if TASK_MEAN in names else []
+    )
+    main = [name for name in names if name not in families[1:]]
+    rows = [key for key, group in found.groups.items() if group != "Table 3"]
+    sections = [("Tables 1 and 2: rewards and time", table_of(found, main, rows))]
+    ablated = [key for key in ABLATED if key in found.titles]
+    if len(ablated) > 2:
+        sections.append(("Table 3: what each loss gives", table_of(found, main, ablated)))
+    if families:
+        sections.append(("Tables 4 and 5: GenEval", table_of(found, families, rows)))
+    sections.append(("What each row takes", costs_table(found)))
+    if claims:
+        said = [[claim.text, claim.measured, claim.verdict] for claim in claims]
+        sections.append(("What the paper claims", [["claim", "measured", "verdict"], *said]))
+    return sections
+
+
+def table_of(found: Measured, names: Sequence[str], rows: Sequence[str]) -> list[list[str]]:
+    """Returns a table's cells: values in bold where they are best, with their differences to the base."""
+    columns: list[Column] = []
+    for name in names:
+        metric = next(one for one in found.metrics if one.name == name)
+        columns.append(column(Metric(name, {key: metric.prompts[key] for key in rows}, metric.strata)))
+    table = [["", *(each.name for each in columns), "time"]]
+    for key in rows:
+        time = found.costs[key].time
+        cells = [cell_text(each.cells[key], each.digits) for each in columns]
+        table.append([found.titles[key], *cells, "" if time is None else f"{time:.2f}"])
+    return table
+
+
+def cell_text(cell: Cell | None, digits: int) -> str:
+    """Returns a value with its difference to the base and the interval; * where that excludes zero."""
+    if cell is None:
+        return ""
+    text = f"**{cell.value:.3f}**" if cell.is_best else f"{cell.value:.3f}"
+    if (found := cell.difference) is None:
+        return text
+    if found.interval is None:
+        return f"{text} ({found.value:+.3f})"
+    low, high = found.interval
+    return f"{text} ({found.value:+.3f} [{low:+.3f}, {high:+.3f}]{'*' if found.is_significant else ''})"
+
+
+def costs_table(found: Measured) -> list[list[str]]:
+    """Returns what every row takes."""
+    table = [["", "steps", "forward", "backward", "seconds", "GenEval by seed", "forward an image",
+              "backward an image"]]  # fmt: skip
+    for key, cost in found.costs.items():
+        trained = (
+            [f"{cost.training.forwards:,.0f}", f"{cost.training.backwards:,.0f}"] if cost.steps else ["", ""]
+        )
+        table.append([
+            found.titles[key], str(cost.steps or ""), *trained,
+            f"{cost.training_seconds:,.0f}" if cost.steps else "",
+            ", ".join(f"{value:.3f}" for value in found.by_seed.get(key, [])),
+            f"{cost.image.forwards:,.0f}", f"{cost.image.backwards:,.0f}",
+        ])  # fmt: skip
+    return table
+
+
+def setting_line(found: Measured) -> str:
+    """Returns a sentence about how the rows were measured."""
+    s = found.setting
+    budget = f"a budget of {s['budget']:,.0f} forward passes" if s["budget"] else "their recipes' steps"
+    versions = ", ".join(f"{name} {version}" for name, version in s["versions"].items())
+    return (
+        f"Base model {s['base']}; {s['prompts']} prompts x {s['images of each prompt']} images, "
+        f"{s['sampling steps']} steps; trainings of {budget} from seeds {', '.join(map(str, s['seeds']))}. "
+        f"In brackets the difference to the base model on the same prompts and noise with its 95 % bootstrap "
+        "interval over prompts, * where that excludes zero; bold is the best of a column; time is that of an "
+        f"image over the base model's. {s['device']}; {versions}."
+    )
+
+
+def markdown(
+    title: str, setting: str, sections: Sequence[tuple[str, list[list[str]]]], figures: Sequence[Figure]
+) -> str:
+    """Returns the report as Markdown."""
+    parts = [f"# {title}", setting]
+    for heading, table in sections:
+        parts += [f"## {heading}", markdown_table(table)]
+    for figure in figures:
+        parts += [f"## {figure.title}", f"![{figure.title}]({figure.path.name})"]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table whose first row is its head."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def summary_of(found: Measured, key: str) -> dict[str, Any]:
+    """Returns a row as JSON types."""
+    cost = found.costs[key]
+    metrics: dict[str, Any] = {}
+    for metric in found.metrics:
+        cell = column(metric).cells[key]
+        metrics[metric.name] = {} if cell is None else values_of(cell)
+    return {
+        "title": found.titles[key], "group": found.groups[key], "steps": cost.steps,
+        "training_passes": [cost.training.forwards, cost.training.backwards],
+        "training_seconds": cost.training_seconds,
+        "image_passes": [cost.image.forwards, cost.image.backwards], "time": cost.time,
+        "geneval_by_seed": found.by_seed.get(key, []), "metrics": metrics,
+    }  # fmt: skip
+
+
+def values_of(cell: Cell) -> dict[str, float]:
+    """Returns a cell's value, difference and interval."""
+    values = {"value": cell.value}
+    if cell.difference is not None:
+        values["difference"] = cell.difference.value
+        if cell.difference.interval is not None:
+            values |= cell.difference.interval._asdict()
+    return values
+
+
+def as_csv(found: Measured) -> str:
+    """Returns a line for each row and metric."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["row", "group", "metric", "value", "difference", "low", "high"])
+    for key in found.titles:
+        for name, values in summary_of(found, key)["metrics"].items():
+            numbers: Mapping[str, float] = values
+            writer.writerow([
+                found.titles[key], found.groups[key], name,
+                *(numbers.get(part, "") for part in ("value", "difference", "low", "high")),
+            ])  # fmt: skip
+    return stream.getvalue()

@@ -1,0 +1,161 @@
+"""The trainings and samplings of benchmarks.tables: their settings, their commands and their passes."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from benchmarks.table_rows import Row, chosen_rows, steps_of
+from hyperalign.errors import HyperAlignError
+from hyperalign.files import write_text
+from hyperalign.image_sets import read_record
+from train.config import BaseName, TrainConfig
+from train.data.prompts import load_prompts
+from train.generation.options import Options as Sampling
+from train.generation.passes import image_passes
+from train.methods.passes import Passes
+from train.tiny.dataset import validation_prompts
+from train.tiny.evaluate import PROMPT_SEED
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Which rows, and how they are trained, sampled and scored."""
+
+    out: Path
+    """Folder of trainings, images, scores and the report."""
+    base: BaseName = "tiny"
+    rows: tuple[str, ...] = ()
+    """Rows by their names; all where there are none."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of each training."""
+    budget: float = 34_000.0
+    """Forward passes of each training; 0 takes each recipe's steps. 34,000 are 150 steps of tiny_static."""
+    prompts: Path = Path()
+    """Prompt list; the embedded model has its own validation prompts."""
+    prompt_count: int = 96
+    """The first so many prompts of it."""
+    images_per_prompt: int = 2
+    sampling_steps: int = 12
+    batch: int = 16
+    """Images that are sampled at once."""
+    jobs: int = 1
+    """Trainings and samplings at a time; on a CPU as many as it has cores, with a thread each."""
+    launch: tuple[str, ...] = ()
+    """What launches a training instead of python, such as accelerate launch with its options."""
+    training: tuple[str, ...] = ()
+    """Further options of train.py."""
+    sampling: tuple[str, ...] = ()
+    """Further options of generate.py."""
+    evaluation: tuple[str, ...] = ()
+    """Further options of evaluate.py, such as --weights and --diversity-encoder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A row from one seed: its training, if it has one, and its images."""
+
+    options: Options
+    row: Row
+    seed: int
+    config: TrainConfig
+    """Of its training; of the base model's recipe where nothing is trained."""
+    steps: int
+    """Of its training; 0 where there is none."""
+
+    @property
+    def name(self) -> str:
+        """Its folder, and its name among the sets of images."""
+        return f"{self.row.key}-steps{self.steps}-seed{self.seed}" if self.steps else self.row.key
+
+    @property
+    def hypernetwork(self) -> Path:
+        """What its training ends with."""
+        return self.options.out / "runs" / self.name / "hypernetwork.safetensors"
+
+    @property
+    def images(self) -> Path:
+        """Folder of its images."""
+        return self.options.out / "images" / self.name
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether all its images are there."""
+        record = read_record(self.images) if self.images.is_dir() else None
+        return record is not None and record.complete
+
+    def training(self) -> list[str]:
+        """Returns the command of its training."""
+        o = self.options
+        return [
+            *(o.launch or (sys.executable,)), str(ROOT / "train" / "train.py"),
+            "--recipe", str(self.row.recipe_path(o.base)), *self.row.changes,
+            "--optim.steps", str(self.steps), "--validation.every", "0",
+            "--run.seed", str(self.seed), "--run.out", str(self.hypernetwork.parent), *o.training,
+        ]  # fmt: skip
+
+    def sampling(self, prompts: Path, folder: Path, limit: int = 0) -> list[str]:
+        """Returns the command of its images."""
+        o = self.options
+        trained = ["--hypernetwork", str(self.hypernetwork)] if self.steps else []
+        recipe = self.row.recipe_path(o.base) if self.steps else base_row().recipe_path(o.base)
+        return [
+            sys.executable, str(ROOT / "train" / "generate.py"), "--recipe", str(recipe),
+            "--prompts", str(prompts), "--out", str(folder), "--limit", str(limit), "--batch", str(o.batch),
+            "--images-per-prompt", str(o.images_per_prompt), "--steps", str(o.sampling_steps),
+            *trained, *self.row.sampling, *o.sampling,
+        ]  # fmt: skip
+
+    def image_passes(self, cfg: bool) -> Passes:
+        """Returns what an image of it takes."""
+        asked = ["--prompts", "_", "--out", "_", *self.row.sampling, *self.options.sampling]
+        return image_passes(tyro.cli(Sampling, args=asked), self.options.sampling_steps, cfg)
+
+
+def base_row() -> Row:
+    """Returns the row whose recipe says what base model is sampled."""
+    return next(row for row in chosen_rows(("static",)) if row.key == "static")
+
+
+def runs_of(options: Options) -> list[Run]:
+    """Returns all runs. Raises HyperAlignError on an unknown row, a missing recipe or too small a budget."""
+    counts = options.jobs, options.images_per_prompt, options.prompt_count
+    if not options.seeds or options.sampling_steps < 4 or min(counts) < 1:
+        raise HyperAlignError(
+            f"Found --seeds {options.seeds}, --sampling-steps {options.sampling_steps}, and --jobs, "
+            f"--images-per-prompt and --prompt-count {counts}; expected a seed, 4 or more sampling steps, "
+            "and 1 or more of the others."
+        )
+    common = base_row().config(options.base)
+    found: list[Run] = []
+    for row in chosen_rows(options.rows):
+        if not row.recipe:
+            found.append(Run(options, row, 0, common, 0))
+            continue
+        config = row.config(options.base, options.training)
+        steps = steps_of(config, options.budget, has_cfg(config))
+        found += [Run(options, row, seed, config, steps) for seed in options.seeds]
+    return found
+
+
+def has_cfg(config: TrainConfig) -> bool:
+    """Returns whether a guided sample is two passes."""
+    return config.model.base != "flux"
+
+
+def write_prompts(options: Options) -> Path:
+    """Writes the prompts that all rows are sampled with; returns the file. Raises HyperAlignError."""
+    if options.prompts != Path():
+        prompts = load_prompts(options.prompts)[: options.prompt_count]
+    elif options.base == "tiny":
+        prompts = [text for text, _ in validation_prompts(options.prompt_count, PROMPT_SEED)]
+    else:
+        raise HyperAlignError(f"{options.base} has no prompts of its own. Name a list with --prompts.")
+    path = options.out / "prompts.txt"
+    write_text(path, "\n".join(prompts) + "\n")
+    return path

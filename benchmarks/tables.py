@@ -1,0 +1,150 @@
+"""The paper's tables: every method as a row, with equal budgets, on one base model.
+
+    python -m benchmarks.tables --out runs/tables --jobs 2           # the embedded model: hours; resumes
+    python -m benchmarks.tables --out T --rows dpo hyperalign-s --seeds 0 --budget 2000
+    python -m benchmarks.tables --out T --base sd15 --budget 0 --prompts data/geneval.jsonl \
+        --launch accelerate launch --config_file train/recipes/accelerate/4_gpus.yaml
+
+Every row is trained by `train/train.py` from each seed for the steps that --budget allows, sampled by
+`train/generate.py` on the same prompts and noise, and scored by `train/evaluate.py`. A budget is samples that
+pass the backbone, where a backward pass counts as two forward ones; without one, recipes keep their steps.
+The time of an image is measured apart, one process at a time, between two measurements of the base model.
+
+Writes --out/report.md, report.csv, report.json, report.html and the figures. What is there is not made again:
+the same command resumes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import tyro
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from benchmarks.rounds import timed
+from benchmarks.table_figures import paper_figures, row_plots
+from benchmarks.table_report import measured, write_report
+from benchmarks.table_runs import ROOT, Options, Run, has_cfg, runs_of, write_prompts
+from hyperalign.errors import HyperAlignError
+from hyperalign.image_sets import read_record
+from hyperalign.schedule import Schedule
+from hyperalign.threads import Threads
+from train.data.prompts import load_prompts
+from train.inputs import sampling_inputs
+from train.methods.passes import step_passes
+from train.models.base import cfg_conditions
+from train.rollout import Denoiser, SampledModel
+
+TIMED = 4
+"""Prompts of the timings."""
+
+
+def main(options: Options) -> None:
+    """Trains, samples, scores and writes the report. Raises HyperAlignError."""
+    runs, prompts = runs_of(options), write_prompts(options)
+    trainings, left = sum(run.steps > 0 for run in runs), hours(options, runs, prompts)
+    print(
+        f"{trainings} trainings and {len(runs)} sets of images: about {left:.1f} hours more, "
+        f"{options.jobs} at a time.",
+        flush=True,
+    )
+    with Threads(options.jobs) as workers, tqdm(total=len(runs), unit="row") as bar:
+        for _ in workers.in_order(lambda run: make(run, prompts), runs, ahead=options.jobs):
+            bar.update()
+    time_images(options, runs, prompts)
+    score(options, runs)
+    found = measured(options, runs)
+    times = {key: cost.time for key, cost in found.costs.items()}
+    figures = row_plots(found.metrics, found.titles, times, options.out)
+    figures += paper_figures(
+        options, runs, prompts, lambda command, name: execute(command, log_of(options, name))
+    )
+    print(write_report(found, figures, options.out))
+
+
+@torch.no_grad()
+def hours(options: Options, runs: Sequence[Run], prompts: Path) -> float:
+    """Returns how long trainings and samplings take: their passes at the seconds of one on this machine."""
+    common, texts = runs[0].config, load_prompts(prompts)
+    base, encoder = sampling_inputs(common, Accelerator(), texts[:1])
+    batch, scale = options.batch, common.objective.guidance_scale
+    cond, uncond = cfg_conditions(base, encoder, texts[:1] * batch, scale)
+    denoiser = Denoiser(SampledModel(base, None, Schedule("I"), 1.0), cond, uncond, scale)
+    x, t = torch.zeros((batch, *base.latent_shape), device=base.device), base.noise_schedule.timesteps(2)[0]
+    seconds = min(timed(lambda: denoiser.predictions(x, t), base.device)[0] for _ in range(3))
+    images, passes = len(texts) * options.images_per_prompt, 0.0
+    for run in runs:
+        cfg = has_cfg(run.config)
+        if run.steps and not run.hypernetwork.exists():
+            passes += step_passes(run.config).of_backbone(cfg).times(run.steps).total
+        if not run.is_sampled:
+            passes += run.image_passes(cfg).times(images).total
+    return passes * seconds / (batch * (1 + base.cfg)) / options.jobs / 3600
+
+
+def make(run: Run, prompts: Path) -> None:
+    """Trains a row and samples its images, unless they are there. Raises HyperAlignError."""
+    o = run.options
+    if run.steps and not run.hypernetwork.exists():
+        execute(run.training(), log_of(o, f"{run.name}.training"), o.jobs)
+    if not run.is_sampled:
+        execute(run.sampling(prompts, run.images), log_of(o, f"{run.name}.images"), o.jobs)
+
+
+def log_of(options: Options, name: str) -> Path:
+    """Returns the log of a command."""
+    return options.out / "logs" / f"{name}.log"
+
+
+def execute(command: Sequence[str], log: Path, jobs: int = 1) -> None:
+    """Runs a command into a log; commands beside others have a thread each. Raises HyperAlignError."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
+    with log.open("a", encoding="utf-8") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+    if done.returncode:
+        said = [
+            line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+        ]
+        raise HyperAlignError(
+            f"{' '.join(command)}\nended with {done.returncode}: {said[-1] if said else 'it said nothing'}\n"
+            f"Its output is in {log}. The same command goes on from here."
+        )
+
+
+def time_images(options: Options, runs: Sequence[Run], prompts: Path) -> None:
+    """Samples a few images of each row with nothing beside, the base model before and after."""
+    base, first = runs[0], [run for run in runs if run.seed == options.seeds[0] or not run.steps]
+    for index, run in enumerate([base, *first[1:], base]):
+        folder = options.out / "timing" / (f"{run.name}.{index}" if run is base else run.name)
+        record = read_record(folder) if folder.is_dir() else None
+        if record is None or not record.complete:
+            command = [*run.sampling(prompts, folder, TIMED), "--batch", "1"]
+            execute(command, log_of(options, f"{run.name}.timing"))
+
+
+def score(options: Options, runs: Sequence[Run]) -> None:
+    """Scores all images in one table, from which rows are averaged over their seeds."""
+    command = [
+        sys.executable, str(ROOT / "train" / "evaluate.py"), "--out", str(options.out / "evaluation"),
+        "--grid-prompts", "1", *options.evaluation,
+        "--sets", *(f"{run.name}={run.images}" for run in runs),
+    ]  # fmt: skip
+    execute(command, log_of(options, "evaluation"))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except HyperAlignError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,173 @@
+"""The paper's tables: rows, budgets, claims, and the command end to end on a few rows."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import tables
+from benchmarks.table_claims import claims_of, gap, verdict
+from benchmarks.table_report import cell_text, metrics_of
+from benchmarks.table_rows import ROWS, chosen_rows, steps_of
+from benchmarks.table_runs import Options, runs_of
+from hyperalign.errors import HyperAlignError
+from train import analyse, evaluate, generate, keytimes, train
+from train.evaluation.table import DIVERSITY, IMAGE_WEIGHTED, TASK_MEAN, Metric, column
+from train.methods.passes import step_passes
+
+COMMANDS = {
+    "train.py": train.main, "generate.py": generate.main, "evaluate.py": evaluate.main,
+    "keytimes.py": keytimes.main, "analyse.py": analyse.main,
+}  # fmt: skip
+TITLES = {row.key: row.title for row in ROWS}
+
+
+def test_the_base_model_comes_first_and_the_rest_in_the_tables_order() -> None:
+    assert [row.key for row in chosen_rows(("hyperalign-s", "best-of-n"))] == [
+        "base",
+        "best-of-n",
+        "hyperalign-s",
+    ]
+    assert chosen_rows(()) == list(ROWS)
+    with pytest.raises(HyperAlignError, match="There is no row dpoo; expected some of base, best-of-n"):
+        chosen_rows(("dpoo",))
+
+
+def test_trainings_of_one_budget_take_as_many_passes(tmp_path: Path) -> None:
+    options = Options(out=tmp_path, rows=("static", "hyperalign-s", "s-reward-only"), seeds=(0,))
+    spent = {
+        run.row.key: step_passes(run.config).of_backbone(True).times(run.steps).total
+        for run in runs_of(options)
+        if run.steps
+    }
+    assert set(spent) == {"static", "hyperalign-s", "s-reward-only"}
+    assert all(abs(passes / options.budget - 1) < 0.02 for passes in spent.values())
+
+
+def test_without_a_budget_a_recipe_keeps_its_steps(tmp_path: Path) -> None:
+    config = chosen_rows(("static",))[1].config("tiny")
+    assert steps_of(config, 0.0, cfg=True) == config.optim.steps
+    with pytest.raises(
+        HyperAlignError, match="--budget is 10 forward passes, and one step of hyperalign takes"
+    ):
+        steps_of(config, 10.0, cfg=True)
+
+
+def test_a_row_without_recipe_for_a_base_model_is_one_sentence() -> None:
+    with pytest.raises(HyperAlignError, match="has no recipe for nothing: .*Leave static out of --rows"):
+        base: Any = "nothing"
+        chosen_rows(("static",))[1].config(base)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"seeds": ()}, {"jobs": 0}, {"images_per_prompt": 0}, {"sampling_steps": 3}]
+)
+def test_options_out_of_range_are_one_sentence(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(
+        HyperAlignError, match="expected a seed, 4 or more sampling steps, and 1 or more of the others"
+    ):
+        runs_of(Options(out=tmp_path, **wrong))
+
+
+def sets_of(name: str, **rows: Sequence[float]) -> Metric:
+    """Returns a metric of rows, whose names have _ for -."""
+    return Metric(name, {key.replace("_", "-"): np.array(values) for key, values in rows.items()})
+
+
+@pytest.mark.parametrize(
+    ("ours", "said"),
+    [([0.9, 0.8, 0.85], "confirmed"), ([0.1, 0.2, 0.15], "refuted"), ([0.4, 0.6, 0.5], "undecided")],
+)
+def test_a_claim_holds_where_its_interval_is_above_zero(ours: list[float], said: str) -> None:
+    geneval = sets_of(TASK_MEAN, base=[0.5] * 3, hyperalign_s=ours, s_reward_only=[0.5, 0.5, 0.5])
+    (found,) = claims_of([geneval], TITLES, "reward")
+    assert found.verdict == said
+    assert found.text == "Table 3: reward alone loses held-out figures"
+    assert "HyperAlign-S less S, reward only" in found.measured
+
+
+def test_the_strongest_rival_is_the_one_that_counts() -> None:
+    geneval = sets_of(TASK_MEAN, base=[0.1] * 3, hyperalign_s=[0.5] * 3, dpo=[0.6, 0.61, 0.62], kto=[0.2] * 3)
+    (found,) = claims_of([geneval], TITLES, "reward")
+    assert (found.verdict, "Diffusion-DPO" in found.measured) == ("refuted", True)
+
+
+def test_diversity_is_kept_where_it_is_above_nine_tenths_of_the_base_models() -> None:
+    diversity = sets_of(
+        DIVERSITY, base=[1.0, 1.0, 1.1], hyperalign_s=[0.95, 0.97, 1.0], dance_grpo=[0.5, 0.4, 0.6]
+    )
+    found = {claim.text: claim.verdict for claim in claims_of([diversity], TITLES, "reward")}
+    assert found == {
+        "Figure 12: group methods lose diversity": "confirmed",
+        "Figure 12: HyperAlign keeps diversity": "confirmed",
+    }
+    assert verdict(gap(diversity, "hyperalign-s", "base", 1.0)) == "refuted"
+
+
+def test_geneval_is_the_mean_of_families_and_a_cell_says_its_difference() -> None:
+    scores = {IMAGE_WEIGHTED: {"base": np.zeros(4), "s": np.array([1.0, 1.0, 1.0, 0.0])}}
+    overall, one, two = metrics_of(scores, ["one", "two", "one", "two"])
+    assert (overall.value("s"), one.value("s"), two.value("s")) == (0.75, 1.0, 0.5)
+    assert cell_text(column(one).cells["s"], 4) == "**1.000** (+1.000 [+1.000, +1.000]*)"
+    assert cell_text(column(one).cells["base"], 4) == "0.000"
+
+
+def test_a_command_that_fails_is_named_with_what_it_said(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys; print('no such file'); sys.exit(3)"]
+    with pytest.raises(HyperAlignError, match="ended with 3: no such file\nIts output is in .*one.log"):
+        tables.execute(command, tmp_path / "logs" / "one.log")
+
+
+def test_a_few_rows_are_trained_sampled_scored_and_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    executed: list[str] = []
+
+    def here(command: Sequence[str], log: Path, jobs: int = 1) -> None:
+        """Runs a command in this process: starting one takes longer than its work."""
+        script = Path(command[1]).name
+        executed.append(script)
+        assert COMMANDS[script](list(command[2:])) == 0
+
+    monkeypatch.setattr(tables, "execute", here)
+    monkeypatch.setattr(tables, "TIMED", 1)
+    options = Options(
+        out=tmp_path, rows=("best-of-n", "hyperalign-s", "s-reward-only"), seeds=(0, 1), budget=40.0,
+        prompt_count=6, sampling_steps=4,
+        training=("--objective.preference-batch", "2", "--data.scenes", "16",
+                  "--model.statistics-prompts", "2"),
+        sampling=("--search.candidates", "2"),
+    )  # fmt: skip
+    tables.main(options)
+    assert executed.count("train.py") == 4
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert list(report["rows"]) == ["base", "best-of-n", "hyperalign-s", "s-reward-only"]
+    ours = report["rows"]["hyperalign-s"]
+    assert len(ours["geneval_by_seed"]) == 2
+    assert ours["time"] > 0
+    assert ours["training_passes"][0] > ours["training_passes"][1] > 0
+    assert report["rows"]["best-of-n"]["image_passes"] == [2 * 4 * 2, 0]
+    assert {"tiny reward", "tiny validation reward", TASK_MEAN, DIVERSITY} <= set(ours["metrics"])
+    assert any(claim["text"].startswith("Table 3") for claim in report["claims"])
+    for name in ("figure_4", "figure_8", "figure_9", "figure_12", "geneval_time", "geneval_diversity"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "## Tables 1 and 2: rewards and time" in text
+    assert "## Table 3: what each loss gives" in text
+    assert "(figure_12.png)" in text
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 6
+    with (tmp_path / "report.csv").open(encoding="utf-8", newline="") as file:
+        assert {row["row"] for row in csv.DictReader(file)} == {TITLES[key] for key in report["rows"]}
+    assert "4 trainings and 6 sets of images: about" in capsys.readouterr().out
+    executed.clear()
+    tables.main(options)  # everything is there
+    assert executed == ["evaluate.py"]
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == report
