@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from tqdm import tqdm
 from hyperalign.checkpoint import load
 from hyperalign.errors import HyperAlignError
 from hyperalign.hosts.diffusers.tiny import load_tiny
+from hyperalign.intervals import percentile_interval
 from hyperalign.tiny.geneval import summarise
 from hyperalign.tiny.weights import HYPERNETWORKS
+from train.evaluation.table import Difference, Metric, Numbers
 from train.models.tiny import Tiny
 from train.tiny.evaluate import Samples, Scores, sample_all, score
 from train.validation import save_grid
@@ -33,7 +35,6 @@ from train.validation import save_grid
 METHODS = ("tiny_s", "tiny_p", "tiny_i", "tiny_static")
 """Those of the package, in this order; others follow by name."""
 RESULTS = Path(__file__).parent / "results"
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,70 +59,41 @@ class Options:
     """Where the figures go."""
 
 
-def overall(correct_PS: Tensor, families: list[str]) -> float:
-    """Returns GenEval's overall: the mean of the families' shares."""
-    return _overall(correct_PS.float().mean(dim=1), _members(families))
+def compare(own: Scores, other: Scores, families: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Returns the paired differences of two methods with their intervals, and the ratio of their diversities.
 
-
-def _members(families: list[str]) -> Tensor:
-    names = sorted(set(families))
-    return torch.tensor([[float(family == name) for family in families] for name in names])
-
-
-def _overall(share_P: Tensor, members_FP: Tensor) -> float:
-    return float((members_FP @ share_P / members_FP.sum(dim=1)).mean())
-
-
-def interval(difference_of: Callable[[Tensor], float], families: list[str]) -> tuple[float, float]:
-    """Returns the 95 % percentile bootstrap interval of a statistic of resampled prompts.
-
-    Prompts are resampled within their family, so that every family keeps its weight.
+    GenEval's prompts are resampled within their family, so that every family keeps its weight.
     """
-    generator = torch.Generator().manual_seed(0)
-    groups = [
-        torch.tensor([i for i, f in enumerate(families) if f == name]) for name in sorted(set(families))
-    ]
-    values: list[float] = []
-    for _ in range(RESAMPLES):
-        rows = torch.cat([g[torch.randint(len(g), (len(g),), generator=generator)] for g in groups])
-        values.append(difference_of(rows))
-    low, high = torch.tensor(values, dtype=torch.float64).quantile(
-        torch.tensor([0.025, 0.975], dtype=torch.float64)
-    )
-    return float(low), float(high)
+    groups = [[n for n, family in enumerate(families) if family == name] for name in dict.fromkeys(families)]
+    found = {"geneval_overall": values(difference(own.correct.float(), other.correct.float(), groups))}
+    for name in ("reward", "validation_reward", "style"):
+        found[name] = values(difference(getattr(own, name), getattr(other, name)))
+    found["diversity"] = values(difference(own.diversity[:, None], other.diversity[:, None]))
+    found["diversity_ratio"] = ratio_of_means(own.diversity, other.diversity)
+    return found
 
 
-def compare(scores: Scores, base: Scores, families: list[str]) -> dict[str, Any]:
-    """Returns the paired differences to the base with their intervals."""
-    result: dict[str, Any] = {}
-    members = _members(families)
-    gain_P = scores.correct.float().mean(dim=1) - base.correct.float().mean(dim=1)
+def difference(own_PS: Tensor, other_PS: Tensor, strata: Sequence[Sequence[int]] = ()) -> Difference:
+    """Returns the mean of the paired differences over prompts."""
+    sets = {"own": own_PS.double().mean(dim=1).numpy(), "other": other_PS.double().mean(dim=1).numpy()}
+    return Metric("", sets, strata).difference("own", "other")
 
-    def overall_of(rows: Tensor) -> float:
-        return _overall(gain_P[rows], members[:, rows])
 
-    low, high = interval(overall_of, families)
-    result["geneval_overall"] = {
-        "difference": overall_of(torch.arange(len(families))),
-        "low": low,
-        "high": high,
-    }
-    pairs = {
-        "reward": scores.reward - base.reward,
-        "validation_reward": scores.validation_reward - base.validation_reward,
-        "style": scores.style - base.style,
-        "diversity": (scores.diversity - base.diversity)[:, None],
-    }
-    for name, difference_PS in pairs.items():
-        mean_P = difference_PS.mean(dim=1)
-        low, high = interval(lambda rows, mean_P=mean_P: float(mean_P[rows].mean()), families)
-        result[name] = {"difference": float(mean_P.mean()), "low": low, "high": high}
-    ratio = float(scores.diversity.mean() / base.diversity.mean())
-    low, high = interval(
-        lambda rows: float(scores.diversity[rows].mean() / base.diversity[rows].mean()), families
-    )
-    result["diversity_ratio"] = {"difference": ratio, "low": low, "high": high}
-    return result
+def values(found: Difference) -> dict[str, float]:
+    """Returns a difference with its interval, if it has one."""
+    return {"difference": found.value} | ({} if found.interval is None else found.interval._asdict())
+
+
+def ratio_of_means(own_P: Tensor, other_P: Tensor) -> dict[str, float]:
+    """Returns the ratio of two means over the same prompts with its interval."""
+    pair = (own_P.double().numpy(), other_P.double().numpy())
+    interval = percentile_interval(pair, ratio, paired=True)
+    return {"difference": float(ratio(*pair))} | interval._asdict()
+
+
+def ratio(own: Numbers, other: Numbers, axis: int = -1) -> Any:
+    """Returns the ratio of the means along an axis."""
+    return own.mean(axis=axis) / other.mean(axis=axis)
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -193,10 +165,7 @@ def table(results: dict[str, Any]) -> str:
         versus = row.get("versus_base", {})
 
         def cell(key: str, versus: dict[str, Any] = versus) -> str:
-            if key not in versus:
-                return ""
-            v = versus[key]
-            return f"{v['difference']:+.3f} [{v['low']:+.3f}, {v['high']:+.3f}]"
+            return interval_text(versus[key]) if key in versus else ""
 
         ratio = cell("diversity_ratio").replace("+", "") or "1"
         lines.append(
@@ -213,11 +182,17 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def interval_text(found: Mapping[str, float]) -> str:
+    """Returns a difference with its interval, if it has one."""
+    text = f"{found['difference']:+.3f}"
+    return f"{text} [{found['low']:+.3f}, {found['high']:+.3f}]" if "low" in found else text
+
+
 def differences(versus: dict[str, Any]) -> str:
     """Returns what no training optimised of a comparison, in one line."""
     return ", ".join(
-        f"{name.replace('_', ' ')} {v['difference']:+.3f} [{v['low']:+.3f}, {v['high']:+.3f}]"
-        for name, v in versus.items()
+        f"{name.replace('_', ' ')} {interval_text(found)}"
+        for name, found in versus.items()
         if name in ("geneval_overall", "validation_reward")
     )
 
