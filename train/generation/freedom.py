@@ -45,11 +45,9 @@ class Freedom:
             own = [torch.randn(x.shape[1:], generator=generator) for generator in generators]
             return torch.stack(own).to(x)
 
-        for index, t in enumerate(timesteps[:-1]):
-            s, left = timesteps[index + 1], (steps - 1 - index) / steps
-            guided = own.guided[0] <= left < own.guided[1]
-            travels = own.travels if own.travelled[0] <= left < own.travelled[1] else 1
-            for repeat in range(travels):
+        for index, (guided, times) in enumerate(visits(own, steps)):
+            t, s = timesteps[index], timesteps[index + 1]
+            for repeat in range(times):
                 if repeat:
                     x = renoised(schedule, x, s, t, normal())
                 if guided:
@@ -70,6 +68,13 @@ class Freedom:
             return abs(self.sampler.guidance_scale) * rms(found.correction)
         schedule = self.sampler.base.noise_schedule
         return (schedule.sigma(t) - schedule.sigma(s)) * rms(found.eps - found.x0)
+
+
+def visits(options: FreedomOptions, steps: int) -> list[tuple[bool, int]]:
+    """Returns, for each step but the last, whether it is guided and how often it is taken."""
+    shares_left = [(steps - 1 - index) / steps for index in range(steps - 1)]
+    (first, last), (low, high) = options.guided, options.travelled
+    return [(first <= left < last, options.travels if low <= left < high else 1) for left in shares_left]
 
 
 def shift(found: Evaluated, strength: float, size_B111: Tensor) -> Tensor:
