@@ -244,7 +244,7 @@ def costs_table(found: Measured) -> list[list[str]]:
 def setting_line(found: Measured) -> str:
     """Returns a sentence about how the rows were measured."""
     s = found.setting
-    budget = f"a budget of {s['budget']:,.0f} forward passes" if s["budget"] else "their recipes' steps"
+    budget = f"a budget of {s['budget']:,.0f} passes" if s["budget"] else "their recipes' steps"
     versions = ", ".join(f"{name} {version}" for name, version in s["versions"].items())
     return (
         f"Base model {s['base']}; {s['prompts']} prompts x {s['images of each prompt']} images, "

@@ -83,7 +83,7 @@ ROWS = (
 
 
 def steps_of(config: TrainConfig, budget: float, cfg: bool) -> int:
-    """Returns how many steps a budget of forward passes allows; the recipe's where it is 0.
+    """Returns how many steps a budget of passes allows; the recipe's where it is 0.
 
     Raises HyperAlignError where it allows none.
     """
@@ -92,7 +92,7 @@ def steps_of(config: TrainConfig, budget: float, cfg: bool) -> int:
     each = step_passes(config).of_backbone(cfg).total
     if (steps := round(budget / each)) < 1:
         raise HyperAlignError(
-            f"--budget is {budget:g} forward passes, and one step of {config.objective.method} takes "
+            f"--budget is {budget:g} passes, and one step of {config.objective.method} takes "
             f"{each:g}. Raise it."
         )
     return steps

@@ -34,8 +34,9 @@ class Options:
     """Rows by their names; all where there are none."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of each training."""
-    budget: float = 34_000.0
-    """Forward passes of each training; 0 takes each recipe's steps. 34,000 are 150 steps of tiny_static."""
+    budget: float = 24_000.0
+    """Samples that pass the backbone in each training, forwards or backwards; 0 takes each recipe's steps.
+    24,000 are about 150 steps of tiny_static."""
     prompts: Path = Path()
     """Prompt list; the embedded model has its own validation prompts."""
     prompt_count: int = 96

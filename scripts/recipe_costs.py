@@ -1,4 +1,4 @@
-"""Writes what a recipe of a real base model costs into its header and the README.
+"""Writes what a recipe of a real base model costs into its header, and those of HyperAlign into the README.
 
 python scripts/recipe_costs.py                                       # all of train/recipes
 python scripts/recipe_costs.py train/recipes/sd15_s.toml             # one of them
@@ -6,7 +6,8 @@ python scripts/recipe_costs.py train/recipes/sd15_s.toml             # one of th
 Operations and bytes are those of train/preflight. Seconds are the operations of rollout, reward and
 preference loss at the rates of measured steps on an H200, whose arithmetic is an H100's, with the passes that
 fit 80 GiB: 1.81 s a step of SD 1.5, 5.80 of SDXL and, with two prompts, 8.68 of FLUX.1 (benchmarks/README.md;
-torch 2.11, random weights of true shape).
+torch 2.11, random weights of true shape). The recipes of the other methods stand in docs/methods.md
+(scripts/method_costs.py).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from train.preflight.step_costs import costs_of_shape
 from train.recipe import load_recipe
 
 FOLDER = ROOT / "train" / "recipes"
+METHODS = FOLDER / "methods"
 README = ROOT / "README.md"
 SDXL = Work(rollout=314e12, reward=141e12, preference=63e12)
 RATES = {
@@ -84,12 +86,16 @@ class RecipeCost:
         disk = self.checkpoints + self.hypernetworks + self.embeddings
         rate = "" if self.measured else "; at the rates of SDXL, its own were not measured"
         return (
-            f"{self.seconds:.2g} s a step; {_short(self.gpu_hours)} GPU hours on {GPUS} H100; "
+            f"{_seconds(self.seconds)} s a step; {_short(self.gpu_hours)} GPU hours on {GPUS} H100; "
             f"peak {self.peak / GIB:.0f} GiB; disk {_short(disk / GIB)} GiB (passes of {self.images}, "
             f"recomputed: {self.recomputed}; checkpoints {self.checkpoints / GIB:.1f}, "
             f"hypernetworks {self.hypernetworks / GIB:.1f}, text embeddings of "
             f"{PROMPTS:,} prompts {self.embeddings / GIB:.1f}{rate})"
         )
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2g}" if value < 99.5 else f"{value:.0f}"
 
 
 def _short(value: float) -> str:
@@ -136,9 +142,9 @@ def cost_line(text: str) -> str:
 
 
 def table() -> str:
-    """Returns the table of all recipes, from their headers."""
+    """Returns the table of the recipes of HyperAlign, from their headers."""
     rows = ["| recipe | what it is | cost |", "|---|---|---|"]
-    for path in sorted(FOLDER.rglob("*.toml")):
+    for path in sorted(set(FOLDER.rglob("*.toml")) - set(METHODS.glob("*.toml"))):
         text, name = path.read_text(encoding="utf-8"), path.relative_to(FOLDER).with_suffix("").as_posix()
         title = text.splitlines()[0].removeprefix("# ").removesuffix(".")
         rows.append(f"| `{name}` | {title} | {cost_line(text).split(' (')[0]} |")

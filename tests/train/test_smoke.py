@@ -140,4 +140,5 @@ def test_a_smoke_run_keeps_what_is_trained(path: Path) -> None:
         assert getattr(config.model, key) == getattr(recipe.model, key)
     assert config.objective.rewards == recipe.objective.rewards
     assert config.network == recipe.network
+    assert config.objective.method == recipe.objective.method
     assert torch.tensor(config.optim.lr) == recipe.optim.lr

@@ -55,7 +55,7 @@ def test_without_a_budget_a_recipe_keeps_its_steps(tmp_path: Path) -> None:
     config = chosen_rows(("static",))[1].config("tiny")
     assert steps_of(config, 0.0, cfg=True) == config.optim.steps
     with pytest.raises(
-        HyperAlignError, match="--budget is 10 forward passes, and one step of hyperalign takes"
+        HyperAlignError, match="--budget is 10 passes, and one step of hyperalign takes"
     ):
         steps_of(config, 10.0, cfg=True)
 

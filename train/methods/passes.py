@@ -17,8 +17,12 @@ class Passes:
 
     @property
     def total(self) -> float:
-        """In forward passes: a backward one takes twice as long."""
-        return self.forwards + 2.0 * self.backwards
+        """Samples that pass it either way.
+
+        The backbone's weights are frozen, so that a pass backwards takes about as many operations as one
+        forwards: 0.8 of them in SD 1.5, 1.1 in FLUX.1.
+        """
+        return self.forwards + self.backwards
 
     def times(self, count: float) -> Passes:
         """Returns those of several steps or images."""

@@ -43,6 +43,7 @@ def smoke_config(config: TrainConfig) -> TrainConfig:
             o, prompt_batch=2, timesteps=1, rollout_steps=3, skip_first=min(o.skip_first, 2),
             preference_batch=2, micro_batch=1,
         ),
+        grpo=dataclasses.replace(config.grpo, group=max(2, config.grpo.updates)),
         optim=dataclasses.replace(config.optim, steps=STEPS, warmup_steps=1),
         validation=dataclasses.replace(
             config.validation, every=STEPS, prompt_count=2, steps=2, diversity_encoder=Path()
