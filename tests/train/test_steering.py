@@ -17,8 +17,8 @@ from hyperalign.tiny.evaluators import load_reward
 from hyperalign.tiny.text_encoder import tokenize_batch
 from train import generate
 from train.generation.das import Das
-from train.generation.freedom import Freedom, shift
-from train.generation.gradients import Evaluated, ImageValue, evaluated, rms
+from train.generation.freedom import Freedom
+from train.generation.gradients import Evaluated, ImageValue, evaluated, rms, shift
 from train.generation.options import DasOptions, FreedomOptions
 from train.models.tiny import Tiny
 from train.noise import DiffusionSchedule
