@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -129,14 +130,16 @@ def ddpm_by_hand(base: Tiny, steps: int) -> Tensor:
     schedule, generator = base.noise_schedule, torch.Generator().manual_seed(seed_of(2, 5))
     text = {"context": torch.cat([base.conditions([PROMPT])["context"], base.conditions([""])["context"]])}
     x, timesteps = initial_noise(2, 5, base.latent_shape)[None], schedule.timesteps(steps)
-    for index, t in enumerate(timesteps):
+
+    def predict(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         call = base.call(torch.cat([x, x]), torch.full((2,), t), text)
         cond, uncond = base.backbone(**call)[0].chunk(2)
-        x0, eps = schedule.predictions(x, uncond + CFG * (cond - uncond), torch.full((1,), t))
-        if index + 1 < steps:
-            noise = torch.randn(x.shape, generator=generator)
-            x = ddim(1.0)(schedule, x, x0, eps, t, timesteps[index + 1]).sample(noise)
-    return base.decode(x0)[0].clamp(0.0, 1.0)
+        return schedule.predictions(x, uncond + CFG * (cond - uncond), torch.full((1,), t))
+
+    for t, s in pairwise(timesteps):
+        step = ddim(1.0)(schedule, x, *predict(x, t), t, s)
+        x = step.sample(torch.randn(x.shape, generator=generator))
+    return base.decode(predict(x, timesteps[-1])[0])[0].clamp(0.0, 1.0)
 
 
 def test_without_moved_steps_it_is_plain_sampling(base: Tiny) -> None:

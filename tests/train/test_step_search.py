@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -101,7 +102,7 @@ def by_hand(schedule: NoiseSchedule, own: StepSearchOptions, target: float | Non
     """Returns the image of fresh noise that is the best of each step's last round."""
     generator = torch.Generator().manual_seed(seed_of(3, 7))
     x, timesteps = initial_noise(3, 7, (1, 1, 1))[None], schedule.timesteps(steps)
-    for t, s in zip(timesteps, timesteps[1:], strict=False):
+    for t, s in itertools.pairwise(timesteps):
         step = ddim(own.eta)(schedule, x, *exact(schedule, x, t), t, s)
         tried = [torch.randn(1, 1, 1, 1, generator=generator) for _ in range(1 + own.rounds * own.candidates)]
         ends = [step.sample(noise) for noise in tried[-own.candidates :]]
@@ -172,7 +173,7 @@ def test_near_candidates_are_at_most_the_radius_away(dimensions: int) -> None:
     *rounds, _ = rounds_of(own, dimensions)
     far = own.radius * math.sqrt(dimensions)
     steps = list[float]()
-    for before, found in zip(rounds, rounds[1:], strict=False):
+    for before, found in itertools.pairwise(rounds):
         pivot = max(before, key=lambda one: -float((one - 2.0).square().sum()))
         steps += [float((one - pivot).norm()) for one in found]
     assert max(steps) <= far * (1 + 1e-4)
