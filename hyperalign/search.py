@@ -27,6 +27,8 @@ MODES: tuple[SearchMode, ...] = ("best-of-N", "epsilon-greedy", "zero-order", "e
 SEEDS = 1 << 64
 
 Sample = TypeVar("Sample")
+Neighbour = Callable[[Tensor, Tensor, float], Tensor]
+"""Pivot, fresh noise and a radius, as a fraction of fresh noise -> noise at most that far from the pivot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,8 @@ def epsilon_greedy(
     fresh: Callable[[], Tensor],
     score: Callable[[list[Tensor]], list[float]],
     rng: random.Random,
+    neighbour: Neighbour | None = None,
+    keep_best: bool = False,
 ) -> Tensor:
     """Returns the noise (1, ...) of one denoising step, searched as in arXiv 2506.03164.
 
@@ -159,15 +163,20 @@ def epsilon_greedy(
         fresh: standard normal noise (1, ...).
         score: scores of candidates, in their order; one that is NaN or infinite is never the best.
         rng: decides which candidates are fresh, and the distance of the others.
+        neighbour: makes the others; None for `near`.
+        keep_best: moves only to better candidates, where the paper forgets the pivot after each round.
     """
-    pivot = fresh()
+    beside = near if neighbour is None else neighbour
+    pivot, reached = fresh(), -math.inf
     for _ in range(plan.iterations):
         candidates = [
-            fresh() if rng.random() < plan.epsilon else near(pivot, fresh(), plan.radius * rng.random())
+            fresh() if rng.random() < plan.epsilon else beside(pivot, fresh(), plan.radius * rng.random())
             for _ in range(plan.round_size)
         ]
         scores = [value if math.isfinite(value) else -math.inf for value in score(candidates)]
-        pivot = candidates[scores.index(max(scores))]
+        if not keep_best or max(scores) > reached:
+            reached = max(scores)
+            pivot = candidates[scores.index(reached)]
     return pivot
 
 

@@ -6,6 +6,8 @@ python train/generate.py --recipe R --prompts P --out images/lora --lora lora.sa
 python train/generate.py --recipe R --prompts P --out images/dpo --fine-tuned models/dpo-sd15/unet
 python train/generate.py --recipe R --prompts P --out images/best --test-time best-of-N --search.candidates 8
 python train/generate.py --recipe R --prompts P --out images/guided --test-time guidance
+python train/generate.py --recipe R --prompts P --out images/greedy --test-time epsilon-greedy-steps
+python train/generate.py --recipe R --prompts P --out images/dymo --test-time dymo --dymo.entities words.json
 accelerate launch train/generate.py ...
 
 The images come in GenEval's layout, OUT/00000/samples/0000.png with OUT/00000/metadata.jsonl; OUT/run.json

@@ -70,7 +70,9 @@ def test_the_same_recipe_trains_s_by_one_option(base: str, method: str) -> None:
 def test_the_budgets_of_the_tiny_recipes_are_equal(method: str) -> None:
     config, static = recipe("tiny", method), load_recipe(RECIPES / "tiny_static.toml")
     budget = config.optim.steps * step_passes(config).of_backbone(cfg=True).total
-    assert budget == pytest.approx(150 * step_passes(static).of_backbone(cfg=True).total, rel=0.015)  # 3 % of each other
+    assert budget == pytest.approx(
+        150 * step_passes(static).of_backbone(cfg=True).total, rel=0.015
+    )  # 3 % of each other
 
 
 def test_a_budget_counts_passes_forwards_and_backwards() -> None:

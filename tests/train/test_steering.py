@@ -19,10 +19,18 @@ from hyperalign.tiny.text_encoder import tokenize_batch
 from train import generate
 from train.generation import run
 from train.generation.das import Das
-from train.generation.freedom import Freedom, shift
-from train.generation.gradients import Evaluated, ImageValue, evaluated, rms
+from train.generation.freedom import Freedom
+from train.generation.gradients import Evaluated, ImageValue, evaluated, rms, shift
 from train.generation.models import open_sampler
-from train.generation.options import DasOptions, FreedomOptions, GuidanceOptions, Options, SearchOptions
+from train.generation.options import (
+    DasOptions,
+    DymoOptions,
+    FreedomOptions,
+    GuidanceOptions,
+    Options,
+    SearchOptions,
+    StepSearchOptions,
+)
 from train.generation.passes import image_passes
 from train.models.tiny import Tiny
 from train.noise import DiffusionSchedule
@@ -184,7 +192,10 @@ def test_options_out_of_range_are_one_sentence(make: Any, message: str) -> None:
         make()
 
 
-@pytest.mark.parametrize("method", ["none", "best-of-N", "epsilon-greedy", "guidance", "das", "freedom"])
+@pytest.mark.parametrize(
+    "method",
+    ["none", "best-of-N", "epsilon-greedy", "epsilon-greedy-steps", "guidance", "das", "freedom", "dymo"],
+)
 def test_the_counted_passes_are_those_of_an_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any
 ) -> None:
@@ -202,10 +213,13 @@ def test_the_counted_passes_are_those_of_an_image(
 
     monkeypatch.setattr(run, "open_sampler", counted)
     (tmp_path / "prompts.txt").write_text("a red heart\n", encoding="utf-8")
+    entities = tmp_path / "entities.json"
+    entities.write_text('{"a red heart": [["heart", "red"]]}', encoding="utf-8")
     options = Options(
         prompts=tmp_path / "prompts.txt", out=tmp_path / "out", recipe=RECIPE, test_time=method, steps=5,
         images_per_prompt=1, search=SearchOptions(candidates=3), das=DasOptions(particles=2),
-        guidance=GuidanceOptions(gradient="through-model"),
+        guidance=GuidanceOptions(gradient="through-model"), dymo=DymoOptions(most_repeats=0, entities=entities),
+        step_search=StepSearchOptions(rounds=2, candidates=3),
     )  # fmt: skip
     run.generate(run.planned(options), Accelerator(cpu=True), lambda done, total: None)
     expected = image_passes(options, steps=5, cfg=True)

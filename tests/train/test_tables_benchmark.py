@@ -54,9 +54,7 @@ def test_trainings_of_one_budget_take_as_many_passes(tmp_path: Path) -> None:
 def test_without_a_budget_a_recipe_keeps_its_steps(tmp_path: Path) -> None:
     config = chosen_rows(("static",))[1].config("tiny")
     assert steps_of(config, 0.0, cfg=True) == config.optim.steps
-    with pytest.raises(
-        HyperAlignError, match="--budget is 10 passes, and one step of hyperalign takes"
-    ):
+    with pytest.raises(HyperAlignError, match="--budget is 10 passes, and one step of hyperalign takes"):
         steps_of(config, 10.0, cfg=True)
 
 
@@ -139,7 +137,7 @@ def test_a_few_rows_are_trained_sampled_scored_and_reported(
     monkeypatch.setattr(tables, "execute", here)
     monkeypatch.setattr(tables, "TIMED", 1)
     options = Options(
-        out=tmp_path, rows=("best-of-n", "hyperalign-s", "s-reward-only"), seeds=(0, 1), budget=40.0,
+        out=tmp_path, rows=("best-of-n", "hyperalign-s", "s-reward-only"), seeds=(0, 1), budget=32.0,
         prompt_count=6, sampling_steps=4,
         training=("--objective.preference-batch", "2", "--data.scenes", "16",
                   "--model.statistics-prompts", "2"),

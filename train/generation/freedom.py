@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hyperalign.schedule import Schedule
-from train.generation.gradients import Evaluated, ImageValue, evaluated, rms
+from train.generation.gradients import ImageValue, evaluated, shift, step_size
 from train.generation.options import FreedomOptions
 from train.models.base import cfg_conditions
 from train.rollout import Denoiser, SampledModel
@@ -53,7 +53,9 @@ class Freedom:
                 if guided:
                     found = evaluated(denoiser, schedule, x, t, self.value)
                     step = move(schedule, x, found.x0, found.eps, t, s).sample(normal())
-                    x = step + shift(found, own.strength, self._size(found, t, s))
+                    x = step + shift(
+                        found, own.strength, step_size(found, schedule, sampler.guidance_scale, t, s)
+                    )
                 else:
                     with torch.no_grad():
                         x0, eps = denoiser.predictions(x, t)
@@ -61,15 +63,3 @@ class Freedom:
         with torch.no_grad():
             x0, _ = denoiser.predictions(x, timesteps[-1])
             return base.decode(x0).float().clamp(0.0, 1.0).cpu()
-
-    def _size(self, found: Evaluated, t: float, s: float) -> Tensor:
-        """Returns what a step is relative to: guidance, or the way of a flow's step."""
-        if found.correction is not None:
-            return abs(self.sampler.guidance_scale) * rms(found.correction)
-        schedule = self.sampler.base.noise_schedule
-        return (schedule.sigma(t) - schedule.sigma(s)) * rms(found.eps - found.x0)
-
-
-def shift(found: Evaluated, strength: float, size_B111: Tensor) -> Tensor:
-    """Returns the gradient with a root mean square of strength times size in each sample."""
-    return strength * size_B111 * found.gradient / rms(found.gradient).clamp_min(1e-12)

@@ -18,6 +18,8 @@ from train.rollout import Denoiser, guided
 GRADIENT_SCALE = 1024.0
 """Prevents underflow in half precision."""
 
+NO_GRADIENT = "The reward has no gradient to the image. Choose another reward."
+
 Value = Callable[[Tensor], Tensor]
 """One-step predictions (B, C, H, W) -> a number each (B,), with its gradient."""
 
@@ -49,7 +51,7 @@ def evaluated(denoiser: Denoiser, schedule: NoiseSchedule, x: Tensor, t: float, 
         x0, eps = schedule.predictions(leaf, output, t_B)
         value_B = value(x0)
         if not value_B.requires_grad:
-            raise HyperAlignError("The reward has no gradient to the image. Choose another reward.")
+            raise HyperAlignError(NO_GRADIENT)
         (gradient,) = torch.autograd.grad(GRADIENT_SCALE * value_B.sum(), leaf)
     if not bool(torch.isfinite(gradient).all()):
         raise HyperAlignError(
@@ -62,6 +64,29 @@ def evaluated(denoiser: Denoiser, schedule: NoiseSchedule, x: Tensor, t: float, 
 def rms(x: Tensor) -> Tensor:
     """Returns the root mean square of each sample, (B, 1, ...)."""
     return x.float().square().mean(dim=tuple(range(1, x.ndim)), keepdim=True).sqrt()
+
+
+def step_size(found: Evaluated, schedule: NoiseSchedule, guidance_scale: float, t: float, s: float) -> Tensor:
+    """Returns what a shift from t to s is relative to, (B, 1, ...): w rms(e_c - e_u), the size of guidance.
+
+    Where guidance is an input of the model, it is the way of a flow's step, (u_t - u_s) rms(v).
+    """
+    if found.correction is not None:
+        return abs(guidance_scale) * rms(found.correction)
+    return (schedule.sigma(t) - schedule.sigma(s)) * rms(found.eps - found.x0)
+
+
+def shift(found: Evaluated, strength: float, size_B111: Tensor) -> Tensor:
+    """Returns the gradient with a root mean square of strength times size in each sample."""
+    return strength * size_B111 * found.gradient / rms(found.gradient).clamp_min(1e-12)
+
+
+def require_gradient(reward: Reward, prompt: str, device: torch.device) -> None:
+    """Raises HyperAlignError unless a reward has a gradient to the image."""
+    with torch.enable_grad():
+        grey = torch.full((1, 3, 64, 64), 0.5, device=device, requires_grad=True)
+        if not reward.score(grey, [prompt]).requires_grad:
+            raise HyperAlignError(NO_GRADIENT)
 
 
 @dataclass(frozen=True, slots=True)

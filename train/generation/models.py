@@ -20,8 +20,11 @@ from hyperalign.hosts.diffusers.adapter import Adapter, spec_of
 from hyperalign.hosts.diffusers.tiny import TinyBase, load_tiny
 from hyperalign.rewards import Reward, loading, tiny
 from hyperalign.rewards.ensemble import Ensemble
+from hyperalign.rewards.text import CLIP
+from hyperalign.tiny.text_encoder import word_ids
 from hyperalign.tiny.weights import UNET_CONFIG, part_path
 from train.config import TrainConfig
+from train.generation.entities import Count
 from train.generation.lora import apply_lora, tiny_pipeline
 from train.generation.options import Options
 from train.models.attention import use_float32_attention
@@ -89,6 +92,19 @@ def _tokenizer(config: TrainConfig) -> Path | None:
     """Returns the folder of CLIP's vocabulary in a base model, if it has one."""
     folder = None if config.model.base == "tiny" else check_folder(config) / "tokenizer"
     return folder if folder and folder.is_dir() else None
+
+
+def token_counter(config: TrainConfig) -> Count | None:
+    """Returns what counts a text's tokens for a U-Net's cross-attention; None for a transformer, without one.
+
+    Raises HyperAlignError if the tokenizer is missing or damaged.
+    """
+    if config.model.base == "tiny":
+        return lambda text: len(word_ids(text))
+    if _subfolder(config) != "unet":
+        return None
+    tokenize = CLIP.load(check_folder(config))
+    return lambda text: int(tokenize([text])[0].argmax()) - 1  # the end token has the greatest number
 
 
 def method_name(options: Options) -> str:

@@ -13,12 +13,18 @@ from train.config import TrainConfig
 from train.models.load import base_of_folder
 from train.recipe import load_recipe
 
-TestTime = Literal["none", "best-of-N", "epsilon-greedy", "zero-order", "guidance", "das", "freedom"]
+TestTime = Literal[
+    "none", "best-of-N", "epsilon-greedy", "zero-order", "epsilon-greedy-steps", "guidance", "das", "freedom",
+    "dymo",
+]  # fmt: skip
 SEARCHES = ("best-of-N", "epsilon-greedy", "zero-order")
+STEERED = ("das", "freedom", "dymo")
+"""By a gradient through the model."""
 SIDE = 512
 """Largest side, in pixels, at which predictions are decoded for a gradient."""
 Precision = Literal["recipe", "bfloat16", "float32"]
 Gradient = Literal["prediction", "through-model"]
+Semantic = Literal["auto", "on", "off"]
 RESOLUTIONS = {"sd15": 512}
 """Of base models that are given without a recipe; 1024 for the others."""
 STEPS = 50
@@ -28,7 +34,10 @@ GUIDANCE_SCALES = {"flux": 3.5}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchOptions:
-    """Search over the initial noise: best-of-N, epsilon-greedy and zero-order."""
+    """Search over the initial noise: best-of-N, epsilon-greedy and zero-order.
+
+    The method that papers compare with as epsilon-greedy is epsilon-greedy-steps (--step-search).
+    """
 
     candidates: int = 8
     """Images that are drawn for each image that is kept."""
@@ -45,6 +54,45 @@ class SearchOptions:
             raise HyperAlignError(f"{mode} is no search; expected best-of-N, epsilon-greedy or zero-order.")
         return Plan(
             count=self.candidates, seed=seed, mode=mode, batch=batch, round_size=self.round_size,
+            radius=self.radius, epsilon=self.epsilon,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSearchOptions:
+    """epsilon-greedy-steps (arXiv 2506.03164): search over the noise of every step.
+
+    With the defaults a step evaluates the model 81 times.
+    """
+
+    rounds: int = 20
+    """How often the search of a step moves to the best candidate."""
+    candidates: int = 4
+    """Candidates of a round; --batch of them are evaluated at once."""
+    epsilon: float = 0.4
+    """Probability that a candidate is fresh; the others are near the best one of the round before."""
+    radius: float = 0.15
+    """Their greatest distance from it, as a fraction of fresh noise."""
+    eta: float = 1.0
+    """Noise of the steps; 1 is DDPM's."""
+    keep_best: bool = False
+    """Move only to candidates that are better than the best one so far; the authors forget that one."""
+    rescale: bool = False
+    """Give near candidates the variance of fresh noise, as ComfyUI's Best-of-N Sampler does; the authors'
+    grows with every round."""
+
+    def check(self) -> None:
+        """Raises HyperAlignError on a value out of range."""
+        require_option(self.rounds >= 1, "step_search.rounds", self.rounds, "1 or more")
+        require_option(self.candidates >= 1, "step_search.candidates", self.candidates, "1 or more")
+        require_option(0.0 <= self.epsilon <= 1.0, "step_search.epsilon", self.epsilon, "0 to 1")
+        require_option(0.0 < self.radius < float("inf"), "step_search.radius", self.radius, "above 0")
+        require_option(0.0 < self.eta <= 1.0, "step_search.eta", self.eta, "above 0, at most 1")
+
+    def plan(self) -> Plan:
+        """Returns the plan of one step's search."""
+        return Plan(
+            count=1, mode="epsilon-greedy-steps", round_size=self.candidates, iterations=self.rounds,
             radius=self.radius, epsilon=self.epsilon,
         )  # fmt: skip
 
@@ -134,6 +182,54 @@ class FreedomOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DymoOptions:
+    """DyMO: steps are moved along the gradients of two objectives, and repeated.
+
+    The preference objective is the reward. The semantic one wants attributes where their entity is, and
+    entities apart.
+    """
+
+    semantic: Semantic = "auto"
+    """Whether the semantic objective is used: auto does where the base model has cross-attention (SD 1.5,
+    SDXL, the embedded model) and the prompt's entities are known; on refuses other base models and lists."""
+    entities: Path = Path()
+    """JSON file of entities with their attributes, in each prompt's order and words:
+    {"a red car and a bench": [["car", "red"], ["bench"]]}. Without one, GenEval's metadata tells them."""
+    scale: float = 100.0
+    """Factor on the reward. It decides how both objectives mix and how often steps are repeated; 100 is the
+    authors' for the cosines of HPSv2 and PickScore."""
+    strength: float = 1.0
+    """Factor on the authors' step sizes."""
+    optimised: tuple[float, float] = (0.0, 1.0)
+    """Steps that are moved, as shares of the run; SDXL's end at 0.92 at the latest."""
+    most_repeats: int = 4
+    """How often a step is repeated at most; the authors have no limit."""
+    eta: float = 1.0
+    """Noise of the steps; 1 is DDPM's."""
+
+    def check(self) -> None:
+        """Raises HyperAlignError on a value out of range."""
+        low, high = self.optimised
+        require_option(0.0 <= low <= high <= 1.0, "dymo.optimised", (low, high), "0 <= low <= high <= 1")
+        for name in ("scale", "strength"):
+            require_option(
+                0.0 < getattr(self, name) < float("inf"), f"dymo.{name}", getattr(self, name), "above 0"
+            )
+        require_option(self.most_repeats >= 0, "dymo.most_repeats", self.most_repeats, "0 or more")
+        require_option(0.0 <= self.eta <= 1.0, "dymo.eta", self.eta, "0 to 1")
+        if self.semantic == "off" and self.entities != Path():
+            raise HyperAlignError(
+                f"--dymo.entities is {self.entities} and --dymo.semantic is off; expected one of them. Leave "
+                "out the file, or take --dymo.semantic on."
+            )
+
+    def moved_steps(self, steps: int) -> int:
+        """Returns how many steps of a run are moved; the last one, which ends at x0, is not."""
+        low, high = self.optimised
+        return sum(low <= index / steps < high for index in range(steps - 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """What to draw. Give at most one of --hypernetwork, --lora, --fine-tuned and --test-time."""
 
@@ -152,15 +248,18 @@ class Options:
     fine_tuned: Path = Path()
     """Folder of a fine-tuned U-Net or transformer in diffusers' layout."""
     test_time: TestTime = "none"
-    """Method that needs no training: a search over noise, or reward guidance."""
+    """Method that needs no training: a search over the initial noise (best-of-N, epsilon-greedy, zero-order)
+    or over each step's (epsilon-greedy-steps), or guidance by the reward's gradient."""
     strength: float = 1.0
     """Of the hypernetwork or the LoRA; 1 as trained."""
     rewards: dict[str, float] = field(default_factory=dict[str, float])
     """Rewards of the test-time method with their weights; empty takes those that the recipe optimises."""
     search: SearchOptions = field(default_factory=SearchOptions)
+    step_search: StepSearchOptions = field(default_factory=StepSearchOptions)
     guidance: GuidanceOptions = field(default_factory=GuidanceOptions)
     das: DasOptions = field(default_factory=DasOptions)
     freedom: FreedomOptions = field(default_factory=FreedomOptions)
+    dymo: DymoOptions = field(default_factory=DymoOptions)
     steps: int = 0
     """Sampling steps; 0 takes the recipe's validation.steps."""
     cfg: float = 0.0
@@ -196,9 +295,8 @@ class Options:
             )
         if self.searches:
             self.search.plan(self.test_time, 0, self.batch)
-        self.guidance.check()
-        self.das.check()
-        self.freedom.check()
+        for own in (self.step_search, self.guidance, self.das, self.freedom, self.dymo):
+            own.check()
 
     @property
     def methods(self) -> list[str]:
@@ -215,6 +313,11 @@ class Options:
     def searches(self) -> bool:
         """Whether the method is a search over the initial noise."""
         return self.test_time in SEARCHES
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether the method draws one image at a time, whatever the batch is."""
+        return self.searches or self.test_time in ("epsilon-greedy-steps", "das", "dymo")
 
     @property
     def method_path(self) -> Path | None:

@@ -7,7 +7,7 @@ from train.methods.passes import Passes
 
 
 def image_passes(options: Options, steps: int, cfg: bool) -> Passes:
-    """Returns the passes of the backbone for one image that is kept.
+    """Returns the passes of the backbone for one image that is kept; the most of DyMO's, which vary.
 
     Args:
         options: the method with its settings.
@@ -29,5 +29,11 @@ def image_passes(options: Options, steps: int, cfg: bool) -> Passes:
             plan = options.freedom.plan(steps)
             taken = 1 + sum(times for times, _ in plan)
             return Passes(samples * taken, samples * sum(times for times, guided in plan if guided))
+        case "dymo":
+            moved = samples * options.dymo.moved_steps(steps) * (1 + options.dymo.most_repeats)
+            return Passes(samples * (steps - options.dymo.moved_steps(steps)) + moved, moved)
+        case "epsilon-greedy-steps":
+            own = options.step_search
+            return Passes(samples * (1 + (steps - 1) * (1 + own.rounds * own.candidates)), 0)
         case "none":
             return Passes(samples * steps, 0)

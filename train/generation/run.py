@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,10 @@ from hyperalign.tiny.text_encoder import tokenize_batch
 from train.config import TrainConfig
 from train.data.prompts import load_prompt_list
 from train.generation.das import Das
+from train.generation.dymo import SD15, TABLES, Dymo
+from train.generation.entities import Pairs, pairs_of_prompts
 from train.generation.freedom import Freedom
-from train.generation.gradients import ImageValue
+from train.generation.gradients import ImageValue, require_gradient
 from train.generation.models import (
     base_digest,
     check_rewards,
@@ -48,8 +51,10 @@ from train.generation.models import (
     method_name,
     open_reward,
     open_sampler,
+    token_counter,
 )
-from train.generation.options import SIDE, Options, configured
+from train.generation.options import SIDE, STEERED, Options, configured
+from train.generation.step_search import StepSearch
 from train.generation.test_time import PIXELS_PER_CELL, RewardGuidance, search
 from train.models.base import Base
 from train.models.kernels import attention_kernels
@@ -61,6 +66,7 @@ TINY_SIDE = 64
 SECONDS_KEY, NOT_FINITE_KEY = "seconds", "not finite"
 """What an image's file says about itself."""
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +87,8 @@ class Plan:
     config: TrainConfig
     metadata: list[dict[str, Any]]
     settings: Settings
+    pairs: list[Pairs] = field(default_factory=list[Pairs])
+    """DyMO's, of each prompt's tokens."""
 
     @property
     def jobs(self) -> list[Job]:
@@ -102,6 +110,8 @@ def planned(options: Options) -> Plan:
         tokenize_batch([row["prompt"] for row in rows])
     if options.test_time != "none":
         check_rewards(config)
+    dymo = options.test_time == "dymo"
+    pairs = pairs_of_prompts(options.dymo, rows, token_counter(config)) if dymo else []
     side = TINY_SIDE if config.model.base == "tiny" else config.model.resolution
     path = options.method_path
     settings = Settings(
@@ -110,7 +120,8 @@ def planned(options: Options) -> Plan:
         method=method_name(options),
         method_file="" if path is None else path.name,
         method_sha256="" if path is None else method_digest(path),
-        options=method_options(options, config),
+        options=method_options(options, config)
+        | ({"semantic_prompts": sum(map(bool, pairs))} if dymo else {}),
         steps=config.validation.steps,
         guidance_scale=config.objective.guidance_scale,
         width=side,
@@ -122,7 +133,7 @@ def planned(options: Options) -> Plan:
         precision="bfloat16" if config.optim.bf16 else "float32",
     )
     _check_folder(options.out, settings)
-    return Plan(options, config, rows, settings)
+    return Plan(options, config, rows, settings, pairs)
 
 
 def method_options(options: Options, config: TrainConfig) -> dict[str, Any]:
@@ -139,8 +150,15 @@ def method_options(options: Options, config: TrainConfig) -> dict[str, Any]:
         found["candidates"] = chosen.candidates
         found |= {"round_size": chosen.round_size, "radius": chosen.radius} if local else {}
         found |= {"epsilon": chosen.epsilon} if options.test_time == "epsilon-greedy" else {}
-    if options.test_time in ("das", "freedom"):
-        found |= asdict(options.das if options.test_time == "das" else options.freedom)
+    settings = {
+        "das": options.das, "freedom": options.freedom, "dymo": options.dymo,
+        "epsilon-greedy-steps": options.step_search,
+    }  # fmt: skip
+    if options.test_time in settings:
+        found |= asdict(settings[options.test_time])
+    if options.test_time == "dymo":
+        own = options.dymo.entities
+        found["entities"] = "" if own == Path() else method_digest(own)
     if options.test_time == "guidance":
         own = options.guidance
         found |= {"strength": own.strength, "start": own.start, "end": own.end}
@@ -169,6 +187,7 @@ def generate(plan: Plan, accelerator: Accelerator, progress: Callable[[int, int]
         sampler = open_sampler(plan.options, plan.config, accelerator.device)
         draw = _method(plan, sampler)
         if accelerator.is_main_process:
+            _warn(plan)
             write_record(folder, RunRecord(settings, environment=environment))
             write_metadata(folder, plan.metadata)
         accelerator.wait_for_everyone()
@@ -182,6 +201,19 @@ def generate(plan: Plan, accelerator: Accelerator, progress: Callable[[int, int]
         open_image_set(folder)
     accelerator.wait_for_everyone()
     return record
+
+
+def _warn(plan: Plan) -> None:
+    """Says for how many prompts DyMO has no semantic objective, unless that was asked for."""
+    without = sum(not pairs for pairs in plan.pairs)
+    if without and plan.options.dymo.semantic != "off":
+        LOG.warning(
+            "DyMO steers %d of %d prompts by the reward alone: the base model has no cross-attention, or "
+            "neither --dymo.entities nor GenEval's metadata names two entities of theirs, or one with an "
+            "attribute.",
+            without,
+            len(plan.pairs),
+        )
 
 
 def is_whole(path: Path) -> bool:
@@ -225,8 +257,10 @@ def _method(plan: Plan, sampler: Sampler) -> Draw:
                 for job in jobs
             ]
         )
+    if options.test_time == "epsilon-greedy-steps":
+        return _searched(plan, sampler)
     cell = PIXELS_PER_CELL.get(plan.config.model.base, 8)
-    if options.test_time in ("das", "freedom"):
+    if options.test_time in STEERED:
         return _steered(plan, sampler, SIDE // cell)
     if options.test_time == "guidance":
         reward = open_reward(plan.config, base.device)
@@ -242,17 +276,37 @@ def _method(plan: Plan, sampler: Sampler) -> Draw:
     return draw
 
 
+def _searched(plan: Plan, sampler: Sampler) -> Draw:
+    """Returns what draws with searched noise. Raises HyperAlignError if a reward is missing."""
+    options, device = plan.options, sampler.base.device
+    reward = open_reward(plan.config, device)
+    own = StepSearch(sampler, reward, options.step_search, options.batch)
+
+    def draw(jobs: Sequence[Job]) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=sampler.bf16):
+            prompts = [plan.metadata[job.prompt]["prompt"] for job in jobs]
+            drawn = zip(prompts, jobs, strict=True)
+            return torch.stack([own.draw(text, job.prompt, options.seed + job.image) for text, job in drawn])
+
+    return draw
+
+
 def _steered(plan: Plan, sampler: Sampler, largest_side: int) -> Draw:
-    """Returns what draws by a gradient through the model. Raises HyperAlignError if a reward is missing."""
+    """Returns what draws by a gradient through the model.
+
+    Raises HyperAlignError if a reward is missing or has no gradient.
+    """
     options, base = plan.options, sampler.base
     reward, prompts = open_reward(plan.config, base.device), [row["prompt"] for row in plan.metadata]
+    require_gradient(reward, prompts[0], base.device)
     _save_memory(base)
 
     def draw(jobs: Sequence[Job]) -> Tensor:
         with torch.autocast(base.device.type, torch.bfloat16, enabled=sampler.bf16):
-            return (
-                torch.stack([by_das(job) for job in jobs]) if options.test_time == "das" else by_freedom(jobs)
-            )
+            if options.test_time == "freedom":
+                return by_freedom(jobs)
+            one = by_das if options.test_time == "das" else by_dymo
+            return torch.stack([one(job) for job in jobs])
 
     def by_freedom(jobs: Sequence[Job]) -> Tensor:
         value = ImageValue(base, reward, [prompts[job.prompt] for job in jobs], largest_side)
@@ -265,6 +319,12 @@ def _steered(plan: Plan, sampler: Sampler, largest_side: int) -> Draw:
         value = ImageValue(base, reward, [prompts[job.prompt]] * options.das.particles, largest_side)
         return Das(sampler, value, options.das).draw(job.prompt, options.seed + job.image)
 
+    def by_dymo(job: Job) -> Tensor:
+        value = ImageValue(base, reward, [prompts[job.prompt]], largest_side)
+        table = TABLES.get(plan.config.model.base, SD15)
+        own = Dymo(sampler, value, plan.pairs[job.prompt], table, options.dymo)
+        return own.draw(job.prompt, options.seed + job.image)
+
     return draw
 
 
@@ -276,7 +336,7 @@ def _save_memory(base: Base) -> None:
 
 def _draw_all(plan: Plan, jobs: Sequence[Job], draw: Draw, progress: Callable[[int, int], object]) -> None:
     """Draws and writes images; a thread writes those of a batch while the next one is drawn."""
-    size = 1 if plan.options.searches else plan.options.batch
+    size = 1 if plan.options.one_at_a_time else plan.options.batch
 
     def drawn() -> Iterator[tuple[Path, Tensor, float]]:
         for first in range(0, len(jobs), size):

@@ -62,13 +62,13 @@ def search(sampler: Sampler, reward: Reward, options: Options, prompt: str, inde
         noise = torch.cat([candidate.noise for candidate in candidates])
         images, _ = sampler.draw([prompt] * len(candidates), noise)
         # Clones, because a view of one image would keep the memory of its whole batch.
-        scores = _scores(reward, images.to(sampler.base.device), prompt)
-        state.record(candidates, scores, [image.clone() for image in images])
+        found = scores(reward, images.to(sampler.base.device), prompt)
+        state.record(candidates, found, [image.clone() for image in images])
     return state.kept[0].sample if state.kept else images[0]
 
 
 @torch.no_grad()
-def _scores(reward: Reward, images_BCHW: Tensor, prompt: str) -> list[float]:
+def scores(reward: Reward, images_BCHW: Tensor, prompt: str) -> list[float]:
     """Returns a score of each image, NaN where the image is not finite."""
     shown, finite_B = without_nan(images_BCHW)
     scores_B = reward.score(shown, [prompt] * len(shown)).float().cpu()
