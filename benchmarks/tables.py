@@ -7,7 +7,8 @@
 
 Every row is trained by `train/train.py` from each seed for the steps that --budget allows, sampled by
 `train/generate.py` on the same prompts and noise, and scored by `train/evaluate.py`. A budget is samples that
-pass the backbone, forwards or backwards; without one, recipes keep their steps. The time of an image is measured apart, one process at a time, between two measurements of the base model.
+pass the backbone, forwards or backwards; without one, recipes keep their steps. The time of an image is
+measured apart, one process at a time, between two measurements of the base model.
 
 Writes --out/report.md, report.csv, report.json, report.html and the figures. What is there is not made again:
 the same command resumes.

@@ -15,13 +15,15 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # at the end: see "nodes" in CONTRIBUTING.md
 
+import tyro
+
 from hyperalign.files import write_text
 from scripts.common import ROOT, say
 from scripts.recipe_costs import FOLDER, GPUS, RATES, cost_line
 from train.config import BaseName, TrainConfig
-from train.generation.freedom import visits
-from train.generation.options import SIDE, DasOptions, FreedomOptions
-from train.methods.passes import step_passes
+from train.generation.options import SIDE, Options
+from train.generation.passes import image_passes
+from train.methods.passes import Passes, step_passes
 from train.preflight.estimate import Work, samples_per_image
 from train.preflight.step_costs import StepCosts, costs_of_shape, without_recomputation
 from train.recipe import load_recipe
@@ -32,8 +34,15 @@ STEPS = 50
 """Of the paper's images."""
 IMAGES = 1000
 """Of the paper's Tables 1 and 2: one of each prompt of data/test_pickapic.txt."""
-CANDIDATES = {"best-of-N": 20, "epsilon-greedy": 80}
-"""Of one image: the paper's 20, and its 20 rounds of 4."""
+DRAWN = (
+    ("base model", "draw base"),
+    ("best of 20", "draw best-of-N --test-time best-of-N --search.candidates 20"),
+    ("epsilon-greedy, 20 x 4 a step", "draw epsilon-greedy --test-time epsilon-greedy-steps"),
+    ("DAS", "draw das --test-time das"),
+    ("FreeDoM", "draw freedom --test-time freedom"),
+    ("DyMO, at most", "draw dymo --test-time dymo"),
+)
+"""Rows that are not trained, with their commands."""
 TRAINED = (
     ("AlignProp", "methods/{}_alignprop"), ("DRaFT-1", "methods/{}_draft"),
     ("Diffusion-DPO", "methods/{}_dpo"), ("Diffusion-KTO", "methods/{}_kto"),
@@ -71,25 +80,26 @@ class ImageWork:
             scored=scoring.forward,
         )
 
-    def base(self) -> Work:
-        """Returns that of an image of the base model."""
-        return Work(rollout=STEPS * self.call + self.decoded, reward=0.0, preference=0.0)
+    def image(self, options: Options) -> Work:
+        """Returns that of an image by a method."""
+        passes = image_passes(options, STEPS, cfg=False)  # in guided evaluations, whatever they take
+        judged = images_scored(options, passes)
+        shown = judged * (self.decoded + self.scored) if judged else self.decoded
+        plain = passes.forwards - passes.backwards
+        return Work(plain * self.call + shown, passes.backwards * self.gradient, 0.0)
 
-    def search(self, candidates: int) -> Work:
-        """Returns that of the best of some images."""
-        return Work(candidates * (self.base().rollout + self.scored), 0.0, 0.0)
 
-    def das(self, options: DasOptions) -> Work:
-        """Returns that of an image by particles, all of whose steps have a gradient."""
-        ends = options.particles * (self.decoded + self.scored)
-        return Work(rollout=ends, reward=options.particles * STEPS * self.gradient, preference=0.0)
-
-    def freedom(self, options: FreedomOptions) -> Work:
-        """Returns that of an image some of whose steps are guided and repeated."""
-        steps = [*visits(options, STEPS), (False, 1)]
-        guided = sum(times for is_guided, times in steps if is_guided)
-        plain = sum(times for is_guided, times in steps if not is_guided)
-        return Work(plain * self.call + self.decoded, guided * self.gradient, 0.0)
+def images_scored(options: Options, passes: Passes) -> float:
+    """Returns how many images a method decodes and scores without a gradient for each one it keeps."""
+    match options.test_time:
+        case "best-of-N" | "epsilon-greedy" | "zero-order":
+            return options.search.candidates
+        case "epsilon-greedy-steps":
+            return passes.forwards - STEPS + 1  # the candidates, and the image
+        case "das":
+            return options.das.particles
+        case _:
+            return 0
 
 
 def seconds(base: BaseName, work: Work) -> float:
@@ -102,17 +112,12 @@ def drawn_rows(base: BaseName) -> list[str]:
     """Returns the rows of the base model and of the test-time methods."""
     config = without_recomputation(load_recipe(FOLDER / f"{base}_static.toml"))
     work = ImageWork.of(config, costs_of_shape(config))
-    rows = {"base model": ("draw base", work.base())}
-    for mode, count in CANDIDATES.items():
-        command = f"draw {mode} --test-time {mode} --search.candidates {count}"
-        rows[f"{mode}, {count} candidates"] = (command, work.search(count))
-    rows["DAS"] = ("draw das --test-time das", work.das(DasOptions()))
-    rows["FreeDoM"] = ("draw freedom --test-time freedom", work.freedom(FreedomOptions()))
-    return [
-        f"| {name} | `{command}` | {short(each)} | {short(IMAGES * each / 3600)} |"
-        for name, (command, found) in rows.items()
-        for each in [seconds(base, found)]
-    ]
+    rows: list[str] = []
+    for name, command in DRAWN:
+        _, _, *asked = command.split()
+        each = seconds(base, work.image(tyro.cli(Options, args=["--prompts", "_", "--out", "_", *asked])))
+        rows.append(f"| {name} | `{command}` | {short(each)} | {short(IMAGES * each / 3600)} |")
+    return rows
 
 
 def trained_rows(base: BaseName) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from accelerate import Accelerator
@@ -15,10 +15,12 @@ from hyperalign import checkpoint
 from hyperalign.rewards import clip
 from scripts import method_costs
 from train.config import BaseName, TrainConfig
+from train.generation.options import DasOptions, Options, SearchOptions, TestTime
 from train.inputs import smoke_inputs
 from train.methods.passes import step_passes
 from train.methods.settings import MethodName
 from train.models.architectures import descending_sizes
+from train.preflight.estimate import Work
 from train.recipe import load_recipe
 from train.train import main, parse
 from train.trainer import Trainer
@@ -139,13 +141,20 @@ def test_the_page_has_the_tables_of_now(base: BaseName) -> None:
 
 def test_an_image_of_each_test_time_method_takes_what_it_evaluates() -> None:
     work = method_costs.ImageWork(call=1.0, gradient=10.0, decoded=100.0, scored=1000.0)
-    assert work.base().total == 50 + 100
-    assert work.search(20).total == 20 * (50 + 100 + 1000)
-    das = work.das(method_costs.DasOptions(particles=4))
+
+    def image(method: TestTime, **options: Any) -> Work:
+        return work.image(Options(prompts=Path("_"), out=Path("_"), test_time=method, **options))
+
+    assert image("none").total == 50 + 100
+    assert image("best-of-N", search=SearchOptions(candidates=20)).total == 20 * (50 + 100 + 1000)
+    das = image("das", das=DasOptions(particles=4))
     assert (das.rollout, das.reward) == (4 * 1100, 4 * 50 * 10)
     # 20 of 50 steps are guided, 15 of them three times.
-    freedom = work.freedom(method_costs.FreedomOptions())
+    freedom = image("freedom")
     assert (freedom.rollout, freedom.reward) == (30 + 100, (5 + 3 * 15) * 10)
+    # 80 candidates at each of 49 steps, which are decoded and scored.
+    searched = image("epsilon-greedy-steps")
+    assert searched.total == 50 + 49 * 80 + (49 * 80 + 1) * 1100
 
 
 @pytest.mark.parametrize("base", method_costs.BASES)

@@ -218,7 +218,8 @@ def test_the_counted_passes_are_those_of_an_image(
     options = Options(
         prompts=tmp_path / "prompts.txt", out=tmp_path / "out", recipe=RECIPE, test_time=method, steps=5,
         images_per_prompt=1, search=SearchOptions(candidates=3), das=DasOptions(particles=2),
-        guidance=GuidanceOptions(gradient="through-model"), dymo=DymoOptions(most_repeats=0, entities=entities),
+        guidance=GuidanceOptions(gradient="through-model"),
+        dymo=DymoOptions(most_repeats=0, entities=entities),
         step_search=StepSearchOptions(rounds=2, candidates=3),
     )  # fmt: skip
     run.generate(run.planned(options), Accelerator(cpu=True), lambda done, total: None)
