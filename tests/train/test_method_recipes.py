@@ -123,7 +123,8 @@ def test_a_recipe_takes_a_step_on_random_weights(base: str, method: str, tmp_pat
 def test_a_tiny_recipe_takes_smoke_steps(method: str, conditioning: str, tmp_path: Path) -> None:
     arguments = [
         "--recipe", str(FOLDER / f"tiny_{method}.toml"), "--smoke", "--run.out", str(tmp_path / "run"),
-        "--data.scenes", "16", "--network.layers", "1", "--network.conditioning", conditioning,
+        "--data.scenes", "16", "--objective.preference-batch", "16", "--network.layers", "1",
+        "--network.conditioning", conditioning,
     ]  # fmt: skip
     assert main(arguments) == 0
     header = checkpoint.load(tmp_path / "run_smoke" / "hypernetwork.safetensors").header
