@@ -31,7 +31,9 @@ from train.models.base import Base, PromptEncoder
 from train.models.fsdp import shard_backbone, uses_fsdp
 from train.models.image_encoder import image_encoder
 from train.models.load import backbone_dtype, check_folder, load_base, make_base
+from train.models.rewards import load_reward
 from train.models.speed import speed_up
+from train.models.step_aware import StepAware, check_step_aware, load_step_aware, random_step_aware
 from train.models.text_encoders import (
     check_cache_limit,
     context_tokens,
@@ -102,6 +104,8 @@ class RunInputs(SamplingInputs):
     """Rewards and preference dataset, for the hypernetwork's header."""
     pairs: PairDataset | None = None
     """None where no loss reads pairs."""
+    step_reward: StepAware | None = None
+    """None where no method scores one-step predictions by their time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +177,7 @@ def sampling_inputs(
 def base_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
     """Returns the inputs of a recipe for a base model in a folder. Raises HyperAlignError."""
     check_folder(config)
+    check_step_aware(config)
     prompts, validation = training_prompts(config), validation_prompts(config)
     images = open_preference_shards(config, image_encoder(config, torch.device("cpu")).fingerprint)
     captions = images.shards.captions() if images else []
@@ -193,6 +198,7 @@ def base_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
         rewards=optimised(rewards, config),
         validate=reward_validation(config, base, steady, rewards, validation, accelerator),
         provenance=provenance(config) | ({"unsafe": excluded} if excluded else {}),
+        step_reward=load_step_aware(config, accelerator.device),
     )
 
 
@@ -228,6 +234,7 @@ def smoke_inputs(config: TrainConfig, accelerator: Accelerator, shape: ModelSize
         rewards=optimised(rewards, config),
         validate=reward_validation(config, base, steady, rewards, validation, accelerator),
         provenance=provenance(config),
+        step_reward=random_step_aware(config, device),
     )
 
 
@@ -249,6 +256,7 @@ def tiny_inputs(config: TrainConfig, device: torch.device, is_main: bool = True)
             "preference_data": "EmojiScenes, right captions, Fluent style (Fluent Emoji, MIT)",
         },
         pairs=tiny_pairs(config, base, preference) if config.objective.needs_pairs else None,
+        step_reward=load_step_aware(config, device),
     )
 
 
@@ -332,17 +340,7 @@ def reward_names(config: TrainConfig) -> Iterable[str]:
 
 def load_rewards(config: TrainConfig, device: torch.device) -> dict[str, Reward]:
     """Returns all rewards of a recipe by name, frozen. Raises HyperAlignError."""
-    tokenizer = check_folder(config) / "tokenizer"
-    rewards = {
-        name: loading.load(
-            name, config.data.rewards, device=device, dtype=backbone_dtype(config),
-            tokenizer_folder=tokenizer if tokenizer.is_dir() else None,
-        )
-        for name in reward_names(config)
-    }  # fmt: skip
-    for reward in rewards.values():
-        set_checkpointing(reward.module, config.model.recomputes_images)
-    return rewards
+    return {name: load_reward(config, name, device) for name in reward_names(config)}
 
 
 def download_rewards(config: TrainConfig) -> None:
@@ -362,8 +360,9 @@ def provenance(config: TrainConfig) -> dict[str, str]:
     o = config.objective
     weights = [f"{weight:g} x {name}" for name, weight in o.optimised.items()]
     data = config.data.preference_name or str(config.data.preference.name) or "none"
+    known = "" if config.step_reward is None else f", step-aware ({config.step_reward.name})"
     return {
-        "reward": " + ".join(weights) or "none",
+        "reward": (" + ".join(weights) or "none") + known,
         "preference_data": data if o.needs_preference_images or o.needs_pairs else "none",
     }
 

@@ -26,6 +26,7 @@ from train.methods.settings import (
     GrpoConfig,
     KtoConfig,
     MethodName,
+    SpoConfig,
     SrpoConfig,
 )
 from train.models.architectures import descending_sizes
@@ -36,6 +37,7 @@ SETTINGS: dict[str, Any] = {
     "grpo": {"group": 4, "updates": 2, "clip_range": 0.2},
     "alignprop": {"last_steps": 2},
     "kto": {"beta": 1.0},
+    "spo": {"candidates": 2, "threshold": 0.01},
 }
 Runs = Callable[..., Any]
 
@@ -120,6 +122,7 @@ def on_base(recipe: str, method: MethodName, out: Path, conditioning: Any = "ful
         alignprop=AlignPropConfig(last_steps=2, eta=0.0),
         grpo=GrpoConfig(group=2, updates=1, window=1, eta=0.3),
         srpo=SrpoConfig(positive=("a dog. {}",), negative=("two cats. {}",)),
+        spo=SpoConfig(candidates=2, threshold=0.0, eta=0.3),
     )
 
 
