@@ -38,6 +38,7 @@ from train.preflight.step_costs import costs_of_shape
 from train.recipe import load_recipe
 
 FOLDER = ROOT / "train" / "recipes"
+METHODS = FOLDER / "methods"
 README = ROOT / "README.md"
 SDXL = Work(rollout=314e12, reward=141e12, preference=63e12)
 RATES = {
@@ -136,9 +137,9 @@ def cost_line(text: str) -> str:
 
 
 def table() -> str:
-    """Returns the table of all recipes, from their headers."""
+    """Returns the table of the recipes of HyperAlign, from their headers."""
     rows = ["| recipe | what it is | cost |", "|---|---|---|"]
-    for path in sorted(FOLDER.rglob("*.toml")):
+    for path in sorted(set(FOLDER.rglob("*.toml")) - set(METHODS.glob("*.toml"))):
         text, name = path.read_text(encoding="utf-8"), path.relative_to(FOLDER).with_suffix("").as_posix()
         title = text.splitlines()[0].removeprefix("# ").removesuffix(".")
         rows.append(f"| `{name}` | {title} | {cost_line(text).split(' (')[0]} |")

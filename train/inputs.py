@@ -252,7 +252,9 @@ def tiny_inputs(config: TrainConfig, device: torch.device, is_main: bool = True)
         rewards=Rewards({"tiny reward": tiny_reward(device)}, config.objective.rewards),
         validate=tiny_validation(config, base, is_main),
         provenance={
-            "reward": "tiny preference reward (hyperalign/tiny/weights/reward.safetensors)",
+            "reward": step_aware_too(
+                config, "tiny preference reward (hyperalign/tiny/weights/reward.safetensors)"
+            ),
             "preference_data": "EmojiScenes, right captions, Fluent style (Fluent Emoji, MIT)",
         },
         pairs=tiny_pairs(config, base, preference) if config.objective.needs_pairs else None,
@@ -360,11 +362,15 @@ def provenance(config: TrainConfig) -> dict[str, str]:
     o = config.objective
     weights = [f"{weight:g} x {name}" for name, weight in o.optimised.items()]
     data = config.data.preference_name or str(config.data.preference.name) or "none"
-    known = "" if config.step_reward is None else f", step-aware ({config.step_reward.name})"
     return {
-        "reward": (" + ".join(weights) or "none") + known,
+        "reward": step_aware_too(config, " + ".join(weights) or "none"),
         "preference_data": data if o.needs_preference_images or o.needs_pairs else "none",
     }
+
+
+def step_aware_too(config: TrainConfig, reward: str) -> str:
+    """Returns a reward's name, with the file of its step-aware model if the recipe has one."""
+    return reward if config.step_reward is None else f"{reward}, step-aware ({config.step_reward.name})"
 
 
 def cached_encoder(

@@ -47,6 +47,7 @@ from train.models.step_aware import (
     StepAwareHeader,
     base_fingerprint,
     make_step_aware,
+    meta_network,
     save_step_aware,
 )
 from train.objective import NoisedImages, guided_prediction, noised_states, without_nan
@@ -180,6 +181,7 @@ class StepRewardTraining:
         config, device = pairs_recipe(options), accelerator.device
         self.config, self.accelerator = config, accelerator
         name = options.reward or next(iter(load_recipe(options.recipe).objective.rewards), "")
+        meta_network(name)
         self.base = "random weights" if options.smoke else base_fingerprint(config)
         self.options = dataclasses.replace(options, steps=3) if options.smoke else options
         self.checkpoints = TrainingCheckpoints(options.out.with_suffix(".checkpoints"), 1)
@@ -320,8 +322,8 @@ def main(arguments: list[str] | None = None) -> int:
     if accelerator.is_main_process:
         before, after = training.accuracy()
         print(
-            f"Wrote {options.out}: it ranked {before:.1%} of the noised pairs right in the first tenth of the "
-            f"steps, and {after:.1%} in the last."
+            f"Wrote {options.out}: it ranked {before:.1%} of the noised pairs right in the first tenth of "
+            f"the steps, and {after:.1%} in the last."
         )
     return 0
 

@@ -183,6 +183,17 @@ def make_step_aware(reward: Reward, tower: bool = False) -> StepAware:
     return model
 
 
+def meta_network(name: str) -> nn.Module:
+    """Returns a reward's network without memory for its weights.
+
+    Raises HyperAlignError if there is no such reward, or its image tower cannot be modulated.
+    """
+    with torch.device("meta"):
+        network = TinyReward() if name in tiny.NAMES else loading.published_reward(name).network()
+    check_tower(name, network)
+    return network
+
+
 def check_tower(name: str, network: nn.Module) -> None:
     """Raises HyperAlignError if a network's image tower cannot be modulated."""
     if type(network) not in TOWERS:
@@ -305,10 +316,8 @@ def _check_fits(path: Path, header: StepAwareHeader, config: TrainConfig) -> Non
 
 
 def _check_tensors(path: Path, header: StepAwareHeader, state: Mapping[str, Tensor]) -> None:
+    network = meta_network(header.reward)
     with torch.device("meta"):
-        is_tiny = header.reward in tiny.NAMES
-        network = TinyReward() if is_tiny else loading.published_reward(header.reward).network()
-        check_tower(header.reward, network)
         expected = trained_parameters(network, Modulation(network), header.tower)
     wrong = [name for name in expected if name not in state or state[name].shape != expected[name].shape]
     wrong += [name for name in state if name not in expected]
