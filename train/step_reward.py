@@ -105,12 +105,12 @@ class Options:
             return self.lr * (step + 1) / self.warmup
         return self.lr * (self.steps - step) / max(1, self.steps - self.warmup)
 
-    def identity(self, reward: str, base: str) -> str:
+    def identity(self, reward: str, base: str, guidance_scale: float) -> str:
         """Returns what decides what a training computes, as JSON."""
         table = {key: str(value) for key, value in asdict(self).items()}
         for key in ("recipe", "out", "checkpoint_every"):
             del table[key]
-        return json.dumps(table | {"reward": reward, "base": base})
+        return json.dumps(table | {"reward": reward, "base": base, "guidance_scale": guidance_scale})
 
 
 def pairs_recipe(options: Options) -> TrainConfig:
@@ -185,7 +185,7 @@ class StepRewardTraining:
         self.base = "random weights" if options.smoke else base_fingerprint(config)
         self.options = dataclasses.replace(options, steps=3) if options.smoke else options
         self.checkpoints = TrainingCheckpoints(options.out.with_suffix(".checkpoints"), 1)
-        self.identity = self.options.identity(name, self.base)
+        self.identity = self.options.identity(name, self.base, config.objective.guidance_scale)
         saved = self._saved()
         shape = smoke_shape(config, device) if options.smoke else None
         torch.manual_seed(options.seed)
