@@ -18,6 +18,7 @@ from train.methods.settings import (
     GrpoConfig,
     KtoConfig,
     MethodName,
+    SpoConfig,
     SrpoConfig,
 )
 from train.ranges import require
@@ -280,6 +281,7 @@ class TrainConfig:
     kto: KtoConfig = field(default_factory=KtoConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     srpo: SrpoConfig = field(default_factory=SrpoConfig)
+    spo: SpoConfig = field(default_factory=SpoConfig)
 
     def __post_init__(self) -> None:
         """Checks ranges. Raises HyperAlignError."""
@@ -352,6 +354,15 @@ class TrainConfig:
         name = "objective.preference_weight" if o.needs_pairs else "objective.reward_weight"
         require(o.method == "hyperalign" or acts > 0, name, acts, f"above 0 for {o.method}")
         require(steps <= o.rollout_steps, "alignprop.last_steps", steps, "at most objective.rollout_steps")
+        if o.method == "spo":
+            some_left = self.spo.first_step(o.rollout_steps) < o.rollout_steps - 1
+            require(some_left, "spo.skipped_share", self.spo.skipped_share, "a share that leaves some steps")
+
+    @property
+    def step_reward(self) -> Path | None:
+        """The step-aware preference model that the method scores with, None for none."""
+        is_read = self.objective.method == "spo" and self.spo.step_reward != Path()
+        return self.spo.step_reward if is_read else None
 
     def schedule(self) -> Schedule:
         """Returns the schedule. Raises HyperAlignError if key times are wrong."""

@@ -31,7 +31,9 @@ from train.models.base import Base, PromptEncoder
 from train.models.fsdp import shard_backbone, uses_fsdp
 from train.models.image_encoder import image_encoder
 from train.models.load import backbone_dtype, check_folder, load_base, make_base
+from train.models.rewards import load_reward
 from train.models.speed import speed_up
+from train.models.step_aware import StepAware, check_step_aware, load_step_aware, random_step_aware
 from train.models.text_encoders import (
     check_cache_limit,
     context_tokens,
@@ -102,6 +104,8 @@ class RunInputs(SamplingInputs):
     """Rewards and preference dataset, for the hypernetwork's header."""
     pairs: PairDataset | None = None
     """None where no loss reads pairs."""
+    step_reward: StepAware | None = None
+    """None where no method scores one-step predictions by their time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +177,7 @@ def sampling_inputs(
 def base_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
     """Returns the inputs of a recipe for a base model in a folder. Raises HyperAlignError."""
     check_folder(config)
+    check_step_aware(config)
     prompts, validation = training_prompts(config), validation_prompts(config)
     images = open_preference_shards(config, image_encoder(config, torch.device("cpu")).fingerprint)
     captions = images.shards.captions() if images else []
@@ -193,6 +198,7 @@ def base_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
         rewards=optimised(rewards, config),
         validate=reward_validation(config, base, steady, rewards, validation, accelerator),
         provenance=provenance(config) | ({"unsafe": excluded} if excluded else {}),
+        step_reward=load_step_aware(config, accelerator.device),
     )
 
 
@@ -228,6 +234,7 @@ def smoke_inputs(config: TrainConfig, accelerator: Accelerator, shape: ModelSize
         rewards=optimised(rewards, config),
         validate=reward_validation(config, base, steady, rewards, validation, accelerator),
         provenance=provenance(config),
+        step_reward=random_step_aware(config, device),
     )
 
 
@@ -245,10 +252,13 @@ def tiny_inputs(config: TrainConfig, device: torch.device, is_main: bool = True)
         rewards=Rewards({"tiny reward": tiny_reward(device)}, config.objective.rewards),
         validate=tiny_validation(config, base, is_main),
         provenance={
-            "reward": "tiny preference reward (hyperalign/tiny/weights/reward.safetensors)",
+            "reward": step_aware_too(
+                config, "tiny preference reward (hyperalign/tiny/weights/reward.safetensors)"
+            ),
             "preference_data": "EmojiScenes, right captions, Fluent style (Fluent Emoji, MIT)",
         },
         pairs=tiny_pairs(config, base, preference) if config.objective.needs_pairs else None,
+        step_reward=load_step_aware(config, device),
     )
 
 
@@ -332,17 +342,7 @@ def reward_names(config: TrainConfig) -> Iterable[str]:
 
 def load_rewards(config: TrainConfig, device: torch.device) -> dict[str, Reward]:
     """Returns all rewards of a recipe by name, frozen. Raises HyperAlignError."""
-    tokenizer = check_folder(config) / "tokenizer"
-    rewards = {
-        name: loading.load(
-            name, config.data.rewards, device=device, dtype=backbone_dtype(config),
-            tokenizer_folder=tokenizer if tokenizer.is_dir() else None,
-        )
-        for name in reward_names(config)
-    }  # fmt: skip
-    for reward in rewards.values():
-        set_checkpointing(reward.module, config.model.recomputes_images)
-    return rewards
+    return {name: load_reward(config, name, device) for name in reward_names(config)}
 
 
 def download_rewards(config: TrainConfig) -> None:
@@ -363,9 +363,14 @@ def provenance(config: TrainConfig) -> dict[str, str]:
     weights = [f"{weight:g} x {name}" for name, weight in o.optimised.items()]
     data = config.data.preference_name or str(config.data.preference.name) or "none"
     return {
-        "reward": " + ".join(weights) or "none",
+        "reward": step_aware_too(config, " + ".join(weights) or "none"),
         "preference_data": data if o.needs_preference_images or o.needs_pairs else "none",
     }
+
+
+def step_aware_too(config: TrainConfig, reward: str) -> str:
+    """Returns a reward's name, with the file of its step-aware model if the recipe has one."""
+    return reward if config.step_reward is None else f"{reward}, step-aware ({config.step_reward.name})"
 
 
 def cached_encoder(

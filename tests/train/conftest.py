@@ -29,7 +29,7 @@ from train.config import (
     ValidationConfig,
 )
 from train.inputs import PromptList, RunInputs
-from train.methods.settings import AlignPropConfig, GrpoConfig, KtoConfig
+from train.methods.settings import AlignPropConfig, GrpoConfig, KtoConfig, SpoConfig
 from train.models.base import Conditions
 from train.noise import DiffusionSchedule, NoiseSchedule
 from train.objective import Rewards
@@ -201,6 +201,7 @@ def small_run(make_base: Callable[..., Any], tmp_path: Path) -> Callable[..., Tr
             alignprop=AlignPropConfig(**sections.get("alignprop", {})),
             kto=KtoConfig(**sections.get("kto", {})),
             grpo=GrpoConfig(**sections.get("grpo", {})),
+            spo=SpoConfig(**sections.get("spo", {})),
             validation=ValidationConfig(**{"every": 0} | sections.get("validation", {})),
             run=RunConfig(
                 out=out or tmp_path,

@@ -26,6 +26,7 @@ from train.methods.settings import (
     GrpoConfig,
     KtoConfig,
     MethodName,
+    SpoConfig,
     SrpoConfig,
 )
 from train.models.architectures import descending_sizes
@@ -36,6 +37,7 @@ SETTINGS: dict[str, Any] = {
     "grpo": {"group": 4, "updates": 2, "clip_range": 0.2},
     "alignprop": {"last_steps": 2},
     "kto": {"beta": 1.0},
+    "spo": {"candidates": 2, "threshold": 0.01},
 }
 Runs = Callable[..., Any]
 
@@ -120,6 +122,7 @@ def on_base(recipe: str, method: MethodName, out: Path, conditioning: Any = "ful
         alignprop=AlignPropConfig(last_steps=2, eta=0.0),
         grpo=GrpoConfig(group=2, updates=1, window=1, eta=0.3),
         srpo=SrpoConfig(positive=("a dog. {}",), negative=("two cats. {}",)),
+        spo=SpoConfig(candidates=2, threshold=0.0, eta=0.3),
     )
 
 
@@ -174,6 +177,10 @@ def test_largest_batches_are_those_that_micro_batches_divide(tmp_path: Path) -> 
         (lambda: KtoConfig(desirable_share=1.0), "kto.desirable_share is 1.0; expected above 0 and below 1"),
         (lambda: SrpoConfig(positive=("Real",)), "srpo.positive is .*wordings with {} in the prompt's place"),
         (lambda: SrpoConfig(positions=(0.9, 0.5)), "srpo.positions is"),
+        (lambda: SpoConfig(candidates=1), "spo.candidates is 1; expected 2 or more: the best and the worst"),
+        (lambda: SpoConfig(threshold=1.0), "spo.threshold is 1.0; expected 0 up to 1"),
+        (lambda: SpoConfig(eta=0.0), "spo.eta is 0.0; expected above 0: without noise"),
+        (lambda: SpoConfig(clip_range=1.0), "spo.clip_range is 1.0; expected above 0 and below 1"),
         (lambda: AlignPropConfig(last_steps=-1), "alignprop.last_steps is -1; expected 0 or more"),
     ],
 )
@@ -194,6 +201,12 @@ def test_a_method_without_its_loss_is_refused(
 ) -> None:
     with pytest.raises(HyperAlignError, match=message):
         of_method(method, tmp_path, **objective)
+
+
+def test_spo_must_leave_some_steps_to_compare(tmp_path: Path) -> None:
+    config = of_method("spo", tmp_path)
+    with pytest.raises(HyperAlignError, match="spo.skipped_share is 0.8; expected a share that leaves some"):
+        dataclasses.replace(config, spo=SpoConfig(skipped_share=0.8))
 
 
 def test_a_method_that_compares_images_needs_pairs(small_run: Runs) -> None:

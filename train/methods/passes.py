@@ -34,7 +34,8 @@ class StepPasses:
     """Passes of one step in one process, in samples; a guided one is two where CFG needs the empty prompt."""
 
     sampled: float = 0.0
-    """Guided samples through the adapted model without gradient, one for each step of a sampler."""
+    """Guided samples without gradient, through the adapted model or the base model, one for each step of a
+    sampler."""
     guided: float = 0.0
     """Guided samples with gradient."""
     denoised: float = 0.0
@@ -87,6 +88,8 @@ def step_passes(config: TrainConfig) -> StepPasses:
             return _paired(config)
         case "srpo":
             return _srpo(config)
+        case "spo":
+            return _spo(config)
         case "dance_grpo" | "mix_grpo":
             return _grouped(config)
 
@@ -140,6 +143,19 @@ def _grouped(config: TrainConfig) -> StepPasses:
     return StepPasses(
         sampled=samples * o.rollout_steps, guided=samples * trained, judged=samples, rollouts=samples,
         reward_batch=samples // grpo.updates, updates=grpo.updates,
+    )  # fmt: skip
+
+
+def _spo(config: TrainConfig) -> StepPasses:
+    """Returns the most: every candidates' gap is above the threshold."""
+    o, spo = config.objective, config.spo
+    first = spo.first_step(o.rollout_steps)
+    compared = o.rollout_steps - 1 - first
+    reference = compared
+    return StepPasses(
+        sampled=o.prompt_batch * (1 + first + spo.candidates * compared + reference),
+        guided=o.prompt_batch * compared, judged=o.prompt_batch * spo.candidates * compared,
+        rollouts=o.prompt_batch, reward_batch=o.prompt_batch,
     )  # fmt: skip
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from train.ranges import require
 
-MethodName = Literal["hyperalign", "alignprop", "dpo", "kto", "dance_grpo", "mix_grpo", "srpo"]
+MethodName = Literal["hyperalign", "alignprop", "dpo", "kto", "dance_grpo", "mix_grpo", "srpo", "spo"]
 
 
 PAIRED: tuple[MethodName, ...] = ("dpo", "kto")
 """Methods that read pairs of images."""
 TABLES: dict[MethodName, str] = {
     "alignprop": "alignprop", "dpo": "dpo", "kto": "kto", "dance_grpo": "grpo", "mix_grpo": "grpo",
-    "srpo": "srpo",
+    "srpo": "srpo", "spo": "spo",
 }  # fmt: skip
 """The tables of a recipe with the methods' settings."""
 
@@ -138,3 +140,46 @@ class SrpoConfig:
         for name, wordings in (("positive", self.positive), ("negative", self.negative)):
             fits = bool(wordings) and all("{}" in wording for wording in wordings)
             require(fits, f"srpo.{name}", wordings, "wordings with {} in the prompt's place")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpoConfig:
+    """SPO: at each step several candidates for the next x, whose best and worst are a pair."""
+
+    step_reward: Path = Path()
+    """Step-aware preference model of train/step_reward.py, made for this base model from a reward in
+    objective.rewards. Empty: those rewards score the one-step predictions as they are."""
+    reward_scale: float = 1.0
+    """Factor of those rewards without a step-aware model: 100 for HPSv2 and CLIP, which are cosines."""
+    candidates: int = 4
+    """Drawn from each x_t (SDXL: 2)."""
+    threshold: float = 0.3
+    """Least gap of the probabilities of best and worst (SDXL: 0.4): softmax of their scores, in logits."""
+    beta: float = 10.0
+    """How strongly the model is held to the base model."""
+    clip_range: float = 0.1
+    """Of the ratio of densities, which are means over dimensions."""
+    skipped_share: float = 0.2
+    """Share of a rollout's steps, the first, without candidates."""
+    eta: float = 1.0
+    """Noise of a step: DDIM's for diffusion, of the SDE for a flow (0.3)."""
+
+    def __post_init__(self) -> None:
+        """Checks ranges. Raises HyperAlignError."""
+        candidates, share, clip = self.candidates, self.skipped_share, self.clip_range
+        require(candidates >= 2, "spo.candidates", candidates, "2 or more: the best and the worst are a pair")
+        require(0 <= self.threshold < 1, "spo.threshold", self.threshold, "0 up to 1")
+        require(0 < self.reward_scale < math.inf, "spo.reward_scale", self.reward_scale, "above 0")
+        require(self.beta > 0, "spo.beta", self.beta, "above 0")
+        require(0 < clip < 1, "spo.clip_range", clip, "above 0 and below 1")
+        require(0 <= share < 1, "spo.skipped_share", share, "0 up to 1")
+        require(self.eta > 0, "spo.eta", self.eta, "above 0: without noise all candidates are one")
+
+    @property
+    def least_gap(self) -> float:
+        """The threshold as a gap of scores: sigmoid(g) - sigmoid(-g) = tanh(g / 2)."""
+        return 2.0 * math.atanh(self.threshold)
+
+    def first_step(self, steps: int) -> int:
+        """Returns the index of a rollout's first step with candidates."""
+        return round(self.skipped_share * steps)

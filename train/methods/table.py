@@ -11,6 +11,7 @@ from train.methods.hyperalign import hyperalign
 from train.methods.kto import kto
 from train.methods.mix_grpo import mix_grpo
 from train.methods.settings import MethodName
+from train.methods.spo import spo
 from train.methods.srpo import srpo
 from train.methods.step import Method
 
@@ -22,4 +23,5 @@ METHODS: Mapping[MethodName, Method] = {
     "dance_grpo": dance_grpo,
     "mix_grpo": mix_grpo,
     "srpo": srpo,
+    "spo": spo,
 }

@@ -16,6 +16,7 @@ from train.config import TrainConfig
 from train.inputs import reward_names, training_prompts, validation_prompts
 from train.methods.passes import step_passes
 from train.models.load import backbone_dtype
+from train.models.step_aware import check_step_aware
 from train.models.text_encoders import check_cache_limit, text_bytes, text_lengths
 from train.preflight.attention import try_attention
 from train.preflight.costs import matrix_rate
@@ -100,6 +101,7 @@ def check_inputs(config: TrainConfig, problems: Problems, costs: StepCosts | Non
     for name in reward_names(config):
         run(lambda name=name: check_reward(config, name))
     run(lambda: check_diversity_encoder(config))
+    run(lambda: check_step_aware(config))
     if config.run.init_from != Path():
         run(lambda: check_start(config, spec_of(backbone_of(config))))
     for folder, option in ((config.run.out, "run.out"), (config.data.embeddings, "data.embeddings")):

@@ -31,7 +31,9 @@ def smoke_config(config: TrainConfig) -> TrainConfig:
 
     Its run.out is another folder beside the recipe's.
     """
-    o, model, run = config.objective, config.model, config.run
+    o, model, run, spo = config.objective, config.model, config.run, config.spo
+    if model.base == "tiny":  # its weights are not random, and need no other file
+        spo = dataclasses.replace(spo, step_reward=Path())
     key_times = model.key_times or (KEY_TIMES if model.variant == "P" else ())
     return dataclasses.replace(
         config,
@@ -49,6 +51,7 @@ def smoke_config(config: TrainConfig) -> TrainConfig:
             config.validation, every=STEPS, prompt_count=2, steps=2, diversity_encoder=Path()
         ),
         data=dataclasses.replace(config.data, text_lengths=TEXT_LENGTHS),
+        spo=spo,
         run=dataclasses.replace(
             run, checkpoint_every=2, init_from=Path(), out=run.out.parent / f"{run.out.name}_smoke"
         ),

@@ -26,6 +26,7 @@ from train.models.architectures import FULL_SIZES, ModelSize, architecture, auto
 from train.models.autoencoder import Autoencoder
 from train.models.base import Base, Conditions, with_guidance
 from train.models.load import backbone_dtype, make_base
+from train.models.step_aware import make_step_aware
 from train.models.text_encoders import context_tokens, text_lengths
 from train.preflight.costs import NOTHING, Cost, cost_of, operations_until
 from train.start import new_hyperalign
@@ -99,6 +100,7 @@ def step_costs(config: TrainConfig, backbone: nn.Module, autoencoder: nn.Module)
             "autoencoder": _count(autoencoder),
             "hypernetwork": _count(hyperalign.network),
             **{name: _count(reward.module) for name, reward in rewards.items()},
+            **step_aware_size(config),
         },
         targets=len(hyperalign.header.targets),
         cfg=base.cfg,
@@ -172,6 +174,16 @@ def meta_reward(name: str, dtype: torch.dtype) -> Reward:
     fill(network, state)
     vocabulary = published.vocabulary
     return published.assemble(name, network, vocabulary.hash_tokenizer if vocabulary else None)
+
+
+def step_aware_size(config: TrainConfig) -> dict[str, int]:
+    """Returns the parameters of a recipe's step-aware model, which is a reward of its own; empty for none."""
+    if config.step_reward is None:
+        return {}
+    reward = meta_reward(next(iter(config.objective.rewards)), backbone_dtype(config))
+    with META:
+        model = make_step_aware(reward)
+    return {"step-aware model": _count(model.reward.module) + _count(model.modulation)}
 
 
 def scoring(config: TrainConfig, rewards: Sequence[Reward]) -> Cost:

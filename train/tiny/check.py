@@ -8,6 +8,7 @@ from hyperalign.errors import HyperAlignError
 from hyperalign.families.unet import TINY
 from hyperalign.tiny.weights import part_path
 from train.config import TrainConfig
+from train.models.step_aware import check_step_aware
 from train.preflight.input_checks import check_folder_writable, check_start, check_trackers, saved_step
 from train.start import trained_numbers
 from train.tiny.art import STYLES
@@ -29,6 +30,7 @@ def check_tiny(config: TrainConfig) -> str:
     check_folder_writable(config.run.out, "run.out")
     check_trackers(config)
     check_start(config, TINY)
+    check_step_aware(config)
     step = saved_step(config)
     has_art = all((config.data.cache / "art" / f"{style}.json").exists() for style in STYLES)
     if not has_art and shutil.which("npm") is None:
