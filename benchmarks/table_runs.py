@@ -49,6 +49,8 @@ class Options:
     """Trainings and samplings at a time; on a CPU as many as it has cores, with a thread each."""
     launch: tuple[str, ...] = ()
     """What launches a training instead of python, such as accelerate launch with its options."""
+    preparation: tuple[str, ...] = ()
+    """Further options of step_reward.py, which makes SPO's preference model."""
     training: tuple[str, ...] = ()
     """Further options of train.py."""
     sampling: tuple[str, ...] = ()
@@ -80,6 +82,13 @@ class Run:
         return self.options.out / "runs" / self.name / "hypernetwork.safetensors"
 
     @property
+    def step_reward(self) -> Path | None:
+        """SPO's step-aware preference model, which is trained first; None for other methods."""
+        if not self.steps or self.config.objective.method != "spo":
+            return None
+        return self.options.out / "runs" / "step_reward.safetensors"
+
+    @property
     def images(self) -> Path:
         """Folder of its images."""
         return self.options.out / "images" / self.name
@@ -90,14 +99,24 @@ class Run:
         record = read_record(self.images) if self.images.is_dir() else None
         return record is not None and record.complete
 
+    def preparation(self, model: Path) -> list[str]:
+        """Returns the command that trains SPO's step-aware preference model."""
+        small = ("--steps", "300", "--warmup", "20", "--lr", "3e-4") if self.options.base == "tiny" else ()
+        return [
+            sys.executable, str(ROOT / "train" / "step_reward.py"),
+            "--recipe", str(self.row.recipe_path(self.options.base)), "--out", str(model), *small,
+            *self.options.preparation,
+        ]  # fmt: skip
+
     def training(self) -> list[str]:
         """Returns the command of its training."""
         o = self.options
+        judge = [] if self.step_reward is None else ["--spo.step-reward", str(self.step_reward)]
         return [
             *(o.launch or (sys.executable,)), str(ROOT / "train" / "train.py"),
             "--recipe", str(self.row.recipe_path(o.base)), *self.row.changes,
             "--optim.steps", str(self.steps), "--validation.every", "0",
-            "--run.seed", str(self.seed), "--run.out", str(self.hypernetwork.parent), *o.training,
+            "--run.seed", str(self.seed), "--run.out", str(self.hypernetwork.parent), *judge, *o.training,
         ]  # fmt: skip
 
     def sampling(self, prompts: Path, folder: Path, limit: int = 0) -> list[str]:

@@ -54,6 +54,7 @@ def main(options: Options) -> None:
         f"{options.jobs} at a time.",
         flush=True,
     )
+    prepare(options, runs)
     with Threads(options.jobs) as workers, tqdm(total=len(runs), unit="row") as bar:
         for _ in workers.in_order(lambda run: make(run, prompts), runs, ahead=options.jobs):
             bar.update()
@@ -86,6 +87,14 @@ def hours(options: Options, runs: Sequence[Run], prompts: Path) -> float:
         if not run.is_sampled:
             passes += run.image_passes(cfg).times(images).total
     return passes * seconds / (batch * (1 + base.cfg)) / options.jobs / 3600
+
+
+def prepare(options: Options, runs: Sequence[Run]) -> None:
+    """Trains SPO's step-aware preference model, unless it is there. Raises HyperAlignError."""
+    needed = {run.step_reward: run for run in runs if run.step_reward is not None}
+    for model, run in needed.items():
+        if not model.exists():
+            execute(run.preparation(model), log_of(options, "step_reward"))
 
 
 def make(run: Run, prompts: Path) -> None:

@@ -45,7 +45,7 @@ DRAWN = (
 """Rows that are not trained, with their commands."""
 TRAINED = (
     ("AlignProp", "methods/{}_alignprop"), ("DRaFT-1", "methods/{}_draft"),
-    ("Diffusion-DPO", "methods/{}_dpo"), ("Diffusion-KTO", "methods/{}_kto"),
+    ("Diffusion-DPO", "methods/{}_dpo"), ("Diffusion-KTO", "methods/{}_kto"), ("SPO", "methods/{}_spo"),
     ("DanceGRPO", "methods/{}_dance_grpo"), ("MixGRPO", "methods/{}_mix_grpo"), ("SRPO", "methods/{}_srpo"),
     ("supervised fine-tuning", "methods/{}_sft"), ("reward alone", "methods/{}_reward_only"),
     ("static LoRA, both losses", "{}_static"), ("HyperAlign-I", "{}_i"), ("HyperAlign-P", "{}_p"),

@@ -17,6 +17,7 @@ from hyperalign.files import cannot_write, write_text
 from hyperalign.hypernetwork import HyperNetwork
 from train.config import TrainConfig
 from train.log import Metrics, flat
+from train.methods.settings import TABLES
 from train.recipe import as_table
 from train.start import Origin, origin_of
 
@@ -117,6 +118,7 @@ class Results:
     def header(self, step: int) -> Header:
         """Returns the header of the weights after so many steps, with their provenance."""
         recipe = as_table(self.config, paths=False) | {"run": {"seed": self.config.run.seed}}
+        recipe = {name: table for name, table in recipe.items() if name not in self._of_other_methods()}
         training: dict[str, Any] = {"steps": step, **self._facts, "metrics": self.validated, "recipe": recipe}
         if self.conditioning:
             training["conditioning"] = self.conditioning
@@ -127,6 +129,10 @@ class Results:
         if self.origin is not None:
             training["init_from"] = self.origin.facts
         return dataclasses.replace(self._header, training=training, sources=self._sources())
+
+    def _of_other_methods(self) -> set[str]:
+        """Returns the recipe's tables that the run's method does not read."""
+        return set(TABLES.values()) - {TABLES.get(self.config.objective.method)}
 
     def baseline_of(self, step: int) -> Metrics:
         """Returns the line of the log about the base model, in the row of the step that came next."""

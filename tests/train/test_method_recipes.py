@@ -26,7 +26,7 @@ from train.train import main, parse
 from train.trainer import Trainer
 
 FOLDER = RECIPES / "methods"
-METHODS = ("alignprop", "draft", "dpo", "kto", "dance_grpo", "mix_grpo", "srpo", "sft", "reward_only")
+METHODS = ("alignprop", "draft", "dpo", "kto", "dance_grpo", "mix_grpo", "srpo", "spo", "sft", "reward_only")
 BASES = ("tiny", "sd15", "flux")
 
 
