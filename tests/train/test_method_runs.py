@@ -21,6 +21,7 @@ from train.config import TrainConfig
 from train.inputs import smoke_inputs
 from train.methods.passes import StepPasses, step_passes
 from train.methods.settings import (
+    TABLES,
     AlignPropConfig,
     DpoConfig,
     GrpoConfig,
@@ -162,6 +163,14 @@ def test_largest_batches_are_those_that_micro_batches_divide(tmp_path: Path) -> 
     assert passes("dance_grpo").largest_batch == 4  # 2 prompts x 4 samples in 2 updates
     assert passes("dpo").pair == 2
     assert passes("srpo", state="noised").rollouts == 0
+
+
+@pytest.mark.parametrize(("method", "own"), [("hyperalign", set[str]()), ("mix_grpo", {"grpo"})])
+def test_a_header_has_the_settings_of_the_runs_own_method_alone(
+    tmp_path: Path, method: MethodName, own: set[str]
+) -> None:
+    run = trainer(of_method(method, tmp_path))
+    assert set(run.results.header(0).training["recipe"]) & set(TABLES.values()) == own
 
 
 # Bad input

@@ -51,6 +51,25 @@ def test_trainings_of_one_budget_take_as_many_passes(tmp_path: Path) -> None:
     assert all(abs(passes / options.budget - 1) < 0.02 for passes in spent.values())
 
 
+def test_spo_is_trained_with_a_preference_model_that_is_made_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = runs_of(Options(out=tmp_path, rows=("spo", "dpo"), seeds=(0, 1)))
+    made = list[Sequence[str]]()
+    monkeypatch.setattr(tables, "execute", lambda command, log, jobs=1: made.append(command))
+    tables.prepare(runs[0].options, runs)
+    ((_, script, *arguments),) = made
+    assert Path(script).name == "step_reward.py"
+    model = arguments[arguments.index("--out") + 1]
+    by_row = {run.row.key: run.training() for run in runs if run.steps}
+    assert by_row["spo"][by_row["spo"].index("--spo.step-reward") + 1] == model
+    assert "--spo.step-reward" not in by_row["dpo"]
+    Path(model).parent.mkdir(parents=True)
+    Path(model).touch()
+    tables.prepare(runs[0].options, runs)  # it is there
+    assert len(made) == 1
+
+
 def test_without_a_budget_a_recipe_keeps_its_steps(tmp_path: Path) -> None:
     config = chosen_rows(("static",))[1].config("tiny")
     assert steps_of(config, 0.0, cfg=True) == config.optim.steps
