@@ -71,7 +71,9 @@ class Options:
     """Which cells are measured, and how."""
 
     methods: tuple[Method, ...] = METHODS
-    """At the middle rank, for every number of palettes."""
+    """At the middle rank and number of palettes."""
+    palette_methods: tuple[Method, ...] = METHODS
+    """Those among them that are trained with the other numbers of palettes."""
     rank_methods: tuple[Method, ...] = ("static", "S")
     """At the other ranks."""
     ranks: tuple[int, ...] = (1, 4, 8)
@@ -140,7 +142,7 @@ def outer_cells(options: Options, rates: Mapping[str, float]) -> Iterator[Cell]:
     rank, palettes = middle(options.ranks), middle(options.palettes)
     for count in options.palettes:
         if count != palettes:
-            for method in options.methods:
+            for method in [method for method in options.methods if method in options.palette_methods]:
                 yield Cell(method, rank, count, rates[method], options.steps)
     for other in options.ranks:
         if other != rank:

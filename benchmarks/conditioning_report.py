@@ -82,7 +82,7 @@ def over_seeds(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def headroom(finals: Sequence[Row], oracle: Values) -> list[dict[str, Any]]:
     """Returns the gains over the base of the finalists and of the oracle, on the oracle's prompts."""
-    if not finals:
+    if not finals or not oracle:
         return []
     count = len(oracle["geneval"])
     families = [[n for n in group if n < count] for group in finals[0]["strata"]["geneval"]]
@@ -146,7 +146,8 @@ def tables(report: Mapping[str, Any]) -> str:
     for row in report["finalists"]:
         values = ", ".join(f"{value:.3f}" for value in row["of_seeds"])
         lines.append(_line([_finalist(row), *_front(row)[1:], values], row))
-    lines += ["", "| on the oracle's prompts | GenEval | validation reward |", "|---|---|---|"]
+    if report["oracle"]:
+        lines += ["", "| on the oracle's prompts | GenEval | validation reward |", "|---|---|---|"]
     for row in report["oracle"]:
         lines.append(
             f"| {row['method']} | " + " | ".join(gain(row["metrics"][name]) for name in METRICS) + " |"

@@ -34,7 +34,7 @@ class OraclePlan:
     """The trainings of the oracle, and the images they are judged by."""
 
     prompts: int = 24
-    """The first of the validation prompts, the six families in turn."""
+    """The first of the validation prompts, the six families in turn; 0 leaves the oracle out."""
     steps: int = 60
     batch: int = 16
     """Preference images a step."""

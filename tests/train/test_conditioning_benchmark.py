@@ -18,7 +18,7 @@ from benchmarks.conditioning import (
     middle_cells,
     outer_cells,
 )
-from benchmarks.conditioning_report import METRICS, best, curve_of, gain, plot, report_of
+from benchmarks.conditioning_report import METRICS, best, curve_of, gain, plot, report_of, tables
 from benchmarks.one_prompt import OraclePlan
 from hyperalign.families.unet import TINY
 from train.recipe import load_recipe
@@ -61,6 +61,8 @@ def test_controls_try_their_rates_in_the_middle_and_the_best_goes_on() -> None:
         ("static", 4, 1, 2e-3), ("S", 4, 1, 1e-3), ("static", 4, 4, 2e-3), ("S", 4, 4, 1e-3),
         ("S", 1, 2, 1e-3), ("S", 8, 2, 1e-3),
     ]  # fmt: skip
+    fewer = Options(methods=("static", "S"), palette_methods=("S",), rank_methods=())
+    assert {one.method for one in outer_cells(fewer, {"static": 2e-3, "S": 1e-3})} == {"S"}
     finals = list(final_cells(Options(seeds=(0, 5), long_steps=20), {"static": 2e-3, "S": 1e-3}, 9))
     assert [(one.method, one.seed, one.steps, one.rate) for one in finals] == [
         ("static", 0, 9, 2e-3), ("S", 0, 9, 1e-3), ("static", 5, 9, 2e-3), ("S", 5, 9, 1e-3),
@@ -130,6 +132,12 @@ def test_the_oracle_is_compared_on_its_own_prompts() -> None:
     values = {one["method"]: one["metrics"]["geneval"]["value"] for one in found}
     assert values == {"S, 5 steps": 0.5, "static, 5 steps": 0.375, "one LoRA a prompt": 0.875}
     assert {one["prompts"] for one in found} == {2}
+
+
+def test_without_an_oracle_nothing_is_said_about_it() -> None:
+    report = report_of([], [row(cell("S"), 0.5, 0.5)], {})
+    assert report["oracle"] == []
+    assert "oracle" not in tables(report)
 
 
 def test_a_gain_is_bold_where_its_interval_excludes_zero() -> None:
