@@ -185,14 +185,15 @@ def test_maps_are_the_models_own_and_change_nothing(base: Tiny) -> None:
     denoiser = attending(base)
     found = denoiser.outputs(x, t)
     cond, uncond = cfg_conditions(base, base, [PROMPT], CFG)
-    plain = Denoiser(SampledModel(base, None, Schedule("I"), 1.0), cond, uncond, CFG).outputs(x, t)
-    for one, other in zip(found, plain, strict=True):
-        assert one is not None
-        assert torch.equal(one, other) if other is not None else False
+    with recorded(base.backbone) as projections:
+        plain = Denoiser(SampledModel(base, None, Schedule("I"), 1.0), cond, uncond, CFG).outputs(x, t)
+    bare = Denoiser(SampledModel(base, None, Schedule("I"), 1.0), cond, uncond, CFG).outputs(x, t)
+    for one, other, third in zip(found, plain, bare, strict=True):
+        assert one is not None and other is not None and third is not None
+        assert torch.equal(one, third)
+        assert torch.equal(other, third)
     assert denoiser.maps_BQL.shape == (1, 16, 16)
     torch.testing.assert_close(denoiser.maps_BQL.sum(dim=2), torch.ones(1, 16))
-    with recorded(base.backbone) as projections:
-        denoiser.predictions(x, t)
     for layer, queries, keys in projections:
         own: Any = layer  # diffusers' own probabilities, which its fused attention never forms
         heads = [own.head_to_batch_dim(part[-1]) for part in (queries, keys)]
