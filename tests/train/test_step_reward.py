@@ -196,14 +196,14 @@ def test_a_few_steps_raise_the_accuracy_on_noised_pairs() -> None:
         preferred_B, rejected_B = model(*seen).chunk(2)
         return preferred_B - rejected_B
 
-    trained, other = predicted(0, 32), predicted(1, 24)
+    trained, other = predicted(0, 48), predicted(1, 32)
     torch.manual_seed(0)
     model = make_step_aware(loading.load("tiny reward", Path()), tower=True)
     optimiser = torch.optim.AdamW(model.trained().values(), 3e-4)
     before = gaps(other).detach()
     for _ in range(10):
         optimiser.zero_grad()
-        pair_loss(gaps(trained), torch.ones(32, dtype=torch.bool)).backward()
+        pair_loss(gaps(trained), torch.ones(48, dtype=torch.bool)).backward()
         optimiser.step()
     after = gaps(other).detach()
     assert (after > 0).float().mean() > (before > 0).float().mean()
