@@ -273,7 +273,10 @@ class StepRewardTraining:
 
     def _header(self) -> StepAwareHeader:
         o, data = self.config.objective, self.config.data
-        training = {key: str(value) for key, value in asdict(self.options).items() if key != "out"}
+        asked = {key: value for key, value in asdict(self.options).items() if key != "out"}
+        training: dict[str, Any] = {
+            key: value.name if isinstance(value, Path) else str(value) for key, value in asked.items()
+        }
         training |= {
             "guidance_scale": o.guidance_scale, "data": data.preference_name or data.preference.name,
             "pairs_right": self.accuracy(),
