@@ -131,7 +131,8 @@ def middle(values: Sequence[int]) -> int:
 def middle_cells(options: Options, rate: float) -> Iterator[Cell]:
     """Yields the controls at every learning rate, and the others at the recipe's."""
     rank, palettes = middle(options.ranks), middle(options.palettes)
-    tried = dict.fromkeys(CONTROLS, options.rates) | {"decoder without conditioning": options.decoder_rates}
+    tried: dict[Method, tuple[float, ...]] = dict.fromkeys(CONTROLS, options.rates)
+    tried["decoder without conditioning"] = options.decoder_rates
     for method in options.methods:
         for own in tried.get(method, (rate,)):
             yield Cell(method, rank, palettes, own, options.steps)
