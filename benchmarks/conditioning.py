@@ -143,8 +143,9 @@ def outer_cells(options: Options, rates: Mapping[str, float]) -> Iterator[Cell]:
     rank, palettes = middle(options.ranks), middle(options.palettes)
     for count in options.palettes:
         if count != palettes:
-            for method in [method for method in options.methods if method in options.palette_methods]:
-                yield Cell(method, rank, count, rates[method], options.steps)
+            for method in options.palette_methods:
+                if method in options.methods:
+                    yield Cell(method, rank, count, rates[method], options.steps)
     for other in options.ranks:
         if other != rank:
             for method in options.rank_methods:
