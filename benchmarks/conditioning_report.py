@@ -177,11 +177,13 @@ def gain(found: Mapping[str, float]) -> str:
 def plot(rows: Sequence[Row]) -> Figure:
     """Returns the gain over the base in both figures, against the number of corrections and the rank."""
     figure = Figure(figsize=(9.5, 7.0), layout="constrained")
-    panels = figure.subplots(2, 2, sharey="row")
-    for (left, right), (metric, title) in zip(panels, METRICS.items(), strict=True):
-        _panel(left, rows, metric, "corrections", "rank")
-        _panel(right, rows, metric, "rank", "corrections")
-        left.set_ylabel(f"gain in {title} over the base")
+    pairs = [("corrections", "rank"), ("rank", "corrections")]
+    shown = [pair for pair in pairs if len({row[pair[0]] for row in rows}) > 1] or pairs[:1]
+    panels = figure.subplots(2, len(shown), sharey="row", squeeze=False)
+    for line, (metric, title) in zip(panels, METRICS.items(), strict=True):
+        for axes, (varied, fixed) in zip(line, shown, strict=True):
+            _panel(axes, rows, metric, varied, fixed)
+        line[0].set_ylabel(f"gain in {title} over the base")
     panels[0][0].legend(fontsize="small")
     return figure
 

@@ -165,6 +165,13 @@ def test_the_figure_has_every_method_against_corrections_and_rank() -> None:
     assert len(upper[0].containers) == len(upper[1].containers) == len(METHODS)
 
 
+def test_the_figure_leaves_out_what_was_not_varied() -> None:
+    options = Options(rates=(1e-3,), ranks=(4,), rank_methods=())
+    found = [*middle_cells(options, 1e-3), *outer_cells(options, dict.fromkeys(METHODS, 1e-3))]
+    panels = plot(report_of([row(one, 0.1, 0.2, 0.3, 0.4) for one in found], [], {})["cells"]).axes
+    assert [panel.get_xlabel() for panel in panels] == ["corrections (rank 4)"] * 2
+
+
 def test_a_cell_is_trained_measured_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "small.toml"
     recipe.write_text(
