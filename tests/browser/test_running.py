@@ -4,6 +4,8 @@ from front_end import read
 
 IMAGE = 64 * 64
 """Pixels of the tiny model's image; the canvas enlarges none."""
+CHART = 512
+"""Bright pixels of a trace: letters and lines. How much of its heat map is bright depends on the weights."""
 FEW_STEPS = """() => app.graph.nodes.forEach(node => (node.widgets ?? []).forEach(widget => {
     if (widget.name === "steps") widget.value = 6;
 }))"""
@@ -54,7 +56,7 @@ def test_reward_badges_appear(front, bare_errors, pack):
 def test_the_trace_image_appears(front, bare_errors, pack):
     ids = opened(front, pack, "trace")
     with front.listening() as heard:
-        sizes = run_and_see(front, ids["HyperAlignTrace"])
+        sizes = run_and_see(front, ids["HyperAlignTrace"], CHART)
         front.look(ids["HyperAlignTrace"][0]).save(front.path("trace"))
         front.keep_all("traced")
     assert all(width >= 512 for images in sizes.values() for width, _ in images)

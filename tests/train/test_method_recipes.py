@@ -108,6 +108,7 @@ def test_a_recipe_takes_a_step_on_random_weights(base: str, method: str, tmp_pat
         optim=dataclasses.replace(config.optim, steps=1),
         validation=dataclasses.replace(config.validation, every=0),
         srpo=dataclasses.replace(config.srpo, positive=("a dog. {}",), negative=("two cats. {}",)),
+        spo=dataclasses.replace(config.spo, threshold=0.0),  # random weights tell no candidates apart
     )
     accelerator, shape = Accelerator(cpu=True), list(descending_sizes(config.model.base))[-1]
     run = Trainer(config, smoke_inputs(config, accelerator, shape), accelerator)
