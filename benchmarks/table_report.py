@@ -87,12 +87,12 @@ def measured(options: Options, runs: Sequence[Run]) -> Measured:
         if metric.name == TASK_MEAN:
             by_seed = {key: [metric.value(name) for name in own] for key, own in names.items()}
     first = {row.key: next(run for run in runs if run.row == row) for row in rows}
+    environment = environment_of(runs[0].images)
     setting = {
         "base": options.base, "budget": options.budget, "seeds": list(options.seeds),
         "prompts": len(prompts), "images of each prompt": options.images_per_prompt,
         "sampling steps": options.sampling_steps,
-        "versions": record_of(runs[0].images)["environment"]["versions"],
-        "device": record_of(runs[0].images)["environment"]["device"],
+        "versions": environment["versions"], "device": environment["device"],
     }  # fmt: skip
     times = times_of(options, runs)
     return Measured(
@@ -127,11 +127,11 @@ def metrics_of(scores: Scores, tags: Sequence[str]) -> list[Metric]:
     return found + ([Metric(DIVERSITY, scores[DIVERSITY])] if DIVERSITY in scores else [])
 
 
-def record_of(folder: Path) -> dict[str, Any]:
-    """Returns the record of a set of images as JSON. Raises HyperAlignError where there is none."""
-    if read_record(folder) is None:
+def environment_of(folder: Path) -> dict[str, Any]:
+    """Returns device and versions of a set of images. Raises HyperAlignError where there is no record."""
+    if (record := read_record(folder)) is None:
         raise HyperAlignError(f"{folder} has no record. Delete the folder, and run the same command again.")
-    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return record.environment
 
 
 def times_of(options: Options, runs: Sequence[Run]) -> dict[str, float]:
@@ -206,12 +206,12 @@ def table_of(found: Measured, names: Sequence[str], rows: Sequence[str]) -> list
     table = [["", *(each.name for each in columns), "time"]]
     for key in rows:
         time = found.costs[key].time
-        cells = [cell_text(each.cells[key], each.digits) for each in columns]
+        cells = [cell_text(each.cells[key]) for each in columns]
         table.append([found.titles[key], *cells, "" if time is None else f"{time:.2f}"])
     return table
 
 
-def cell_text(cell: Cell | None, digits: int) -> str:
+def cell_text(cell: Cell | None) -> str:
     """Returns a value with its difference to the base and the interval; * where that excludes zero."""
     if cell is None:
         return ""

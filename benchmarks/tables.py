@@ -116,7 +116,7 @@ def execute(command: Sequence[str], log: Path, jobs: int = 1) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
     with log.open("a", encoding="utf-8") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     if done.returncode:
         said = [
             line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()

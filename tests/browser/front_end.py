@@ -25,6 +25,8 @@ WAIT_SECONDS = 30
 RUN_SECONDS = 300
 PACK = "hyperalign"
 """The pack's folder under custom_nodes, and so its heading in the template browser."""
+COLOURED = 128
+"""Saturation of a chart's heat map and lines, whatever they show."""
 BRIGHT = 170
 """No part of the dark page but text is as bright; the tiny model's images are, nearly everywhere."""
 
@@ -222,6 +224,10 @@ class FrontEnd:
     def bright_pixels(self, node: str) -> int:
         """Returns how much of a node's face is as bright as an image."""
         return sum(self.look(node).convert("L").histogram()[BRIGHT:])
+
+    def coloured_pixels(self, node: str) -> int:
+        """Returns how much of a node's face has a strong colour, dark or bright; the page itself is grey."""
+        return sum(self.look(node).convert("HSV").getchannel("S").histogram()[COLOURED:])
 
     def add(self, node_type: str) -> str:
         """Leaves one new node alone on the canvas; returns its id."""

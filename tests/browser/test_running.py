@@ -4,8 +4,6 @@ from front_end import read
 
 IMAGE = 64 * 64
 """Pixels of the tiny model's image; the canvas enlarges none."""
-CHART = 512
-"""Bright pixels of a trace: letters and lines. How much of its heat map is bright depends on the weights."""
 FEW_STEPS = """() => app.graph.nodes.forEach(node => (node.widgets ?? []).forEach(widget => {
     if (widget.name === "steps") widget.value = 6;
 }))"""
@@ -23,14 +21,15 @@ def opened(front, pack, name):
     return ids
 
 
-def run_and_see(front, nodes, seen=IMAGE // 2):
+def run_and_see(front, nodes, pixels=None, seen=IMAGE // 2):
     """Clicks Run; returns the sizes of each node's images, once they are seen on its face."""
-    before = {node: front.bright_pixels(node) for node in nodes}
+    pixels = pixels or front.bright_pixels
+    before = {node: pixels(node) for node in nodes}
     outputs = front.run()
     assert set(nodes) <= outputs.keys()
     sizes = {node: front.images(node) for node in nodes}
     for node in nodes:
-        assert front.bright_pixels(node) - before[node] > seen
+        assert pixels(node) - before[node] > seen
     assert front.overlaps() == []
     return sizes
 
@@ -56,7 +55,7 @@ def test_reward_badges_appear(front, bare_errors, pack):
 def test_the_trace_image_appears(front, bare_errors, pack):
     ids = opened(front, pack, "trace")
     with front.listening() as heard:
-        sizes = run_and_see(front, ids["HyperAlignTrace"], CHART)
+        sizes = run_and_see(front, ids["HyperAlignTrace"], front.coloured_pixels)
         front.look(ids["HyperAlignTrace"][0]).save(front.path("trace"))
         front.keep_all("traced")
     assert all(width >= 512 for images in sizes.values() for width, _ in images)
