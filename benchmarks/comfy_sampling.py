@@ -22,16 +22,17 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
+from unittest import mock
 
 import torch
 import tyro
 from safetensors.torch import save_file
-from torch import nn
 
 from benchmarks.bases import build, random_hyperalign, true_size
 from benchmarks.rounds import RESULTS, Row, environment, figures, rounds, save_json, slug, table
 from hyperalign.errors import HyperAlignError
 from hyperalign.families.unet import SD15
+from hyperalign.hosts.merging import Merging
 from hyperalign.hypernetwork import HyperNetworkConfig
 from scripts.host_tree import comfyui_tree
 
@@ -69,6 +70,8 @@ class Options:
     """For all of it; each kind of weights gets an even share, and one round at least."""
     rows: tuple[RowName, ...] = ("I prefix", "P prefix", "S prefix", "S separate")
     """What is measured beside the plain MODEL."""
+    merging: Merging = "auto"
+    """Whether the weights of a sample are merged or added."""
     network: HyperNetworkConfig = field(default_factory=HyperNetworkConfig)
     """The hypernetwork's sizes."""
     out: Path = RESULTS
@@ -120,8 +123,8 @@ def loaded(folder: Path, weights: Weights) -> Iterator[Any]:
         management.soft_empty_cache()
 
 
-def patched(model: Any, options: Options) -> tuple[dict[str, Any], list[nn.Module]]:
-    """Returns each row's MODEL and the hypernetworks."""
+def patched(model: Any, options: Options) -> dict[str, Any]:
+    """Returns each row's MODEL."""
     import comfy.ops
 
     from hyperalign.hosts.comfy.model import apply, hosted
@@ -133,11 +136,10 @@ def patched(model: Any, options: Options) -> tuple[dict[str, Any], list[nn.Modul
         for mode in ("prefix", "separate")
     }
     split = {name: name.split() for name in options.rows}
-    models = {
-        name: apply(model, networks[mode], variant=cast(Any, variant))
+    return {
+        name: apply(model, networks[mode], variant=cast(Any, variant), merging=options.merging)
         for name, (variant, mode) in split.items()
     }
-    return models, [h.hyperalign.network for h in networks.values()]
 
 
 def draw(model: Any, options: Options, steps: int) -> torch.Tensor:
@@ -150,18 +152,13 @@ def draw(model: Any, options: Options, steps: int) -> torch.Tensor:
         return host_nodes().KSampler().sample(model, *arguments)[0]["samples"]
 
 
-def generations(model: Any, networks: list[nn.Module], options: Options, steps: int) -> int:
+def generations(model: Any, options: Options, steps: int) -> int:
     """Returns how often a run generates weights, which also warms the MODEL up."""
-    calls: list[nn.Module] = []
+    from hyperalign.hosts.generation import Generator
 
-    def count(network: nn.Module, _inputs: Any, _output: Any) -> None:
-        calls.append(network)
-
-    handles = [network.register_forward_hook(count) for network in networks]
-    draw(model, options, steps)
-    for handle in handles:
-        handle.remove()
-    return len(calls)
+    with mock.patch.object(Generator, "generate", autospec=True, side_effect=Generator.generate) as generate:
+        draw(model, options, steps)
+    return generate.call_count
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -179,11 +176,13 @@ def measure(options: Options) -> dict[str, Any]:
         "setting": {
             "model": "sd15", **environment(device, ()), "comfyui": comfyui_version.__version__,
             "pixels": options.pixels, "reduced": small, "steps": steps, "cfg": CFG, "sampler": "euler",
-            "hypernetwork": asdict(options.network),
+            "hypernetwork": asdict(options.network), "merging": options.merging,
+            "allocator": torch.cuda.get_allocator_backend() if device.type == "cuda" else None,
         },
         "weights": {},
     }  # fmt: skip
-    path = options.out / f"comfy_sampling_sd15_{slug(device)}.json"
+    merging = "" if options.merging == "auto" else f"_{options.merging}"
+    path = options.out / f"comfy_sampling_sd15_{slug(device)}{merging}.json"
     comfy.utils.set_progress_bar_enabled(False)
     with tempfile.TemporaryDirectory() as folder:
         write_unet(Path(folder) / FILE)
@@ -204,9 +203,9 @@ def measure_model(
     path: Path,
 ) -> None:
     """Fills in the figures of one kind of weights."""
-    models, networks = patched(model, options)
+    models = patched(model, options)
     draw(model, options, steps)
-    written = {name: generations(row, networks, options, steps) for name, row in models.items()}
+    written = {name: generations(row, options, steps) for name, row in models.items()}
     if idle := [name for name, count in written.items() if not count]:
         raise HyperAlignError(f"{', '.join(idle)} wrote no weights; update HyperAlign or ComfyUI.")
     inner = model.model

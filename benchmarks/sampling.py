@@ -25,18 +25,20 @@ import tyro
 from torch import Tensor, nn
 
 from benchmarks.bases import Base, Name, Size, build, random_hyperalign, true_size, twin
+from benchmarks.captured import CapturedForward, Pipeline
 from benchmarks.rounds import RESULTS, Row, environment, figures, interleaved, rounds, save_json, slug, table
 from hyperalign.checkpoint import HyperAlign
 from hyperalign.errors import HyperAlignError
 from hyperalign.hosts.diffusers.adapter import Adapter, Call
 from hyperalign.hosts.diffusers.session import Session, attach
+from hyperalign.hosts.merging import Merging
 from hyperalign.hypernetwork import HyperNetworkConfig
 from hyperalign.schedule import Variant
 from hyperalign.targets import PerceptionMode
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 COMPILED_BLOCKS = {"resnets", "transformer_blocks", "single_transformer_blocks"}
-Compiled = Literal["none", "hypernetwork", "backbone", "both"]
+Compiled = Literal["none", "hypernetwork", "backbone", "both", "captured"]
 RowName = Literal["LoRA", "I prefix", "P prefix", "S prefix", "S separate", "I separate", "P separate"]
 
 
@@ -61,7 +63,12 @@ class Options:
     rows: tuple[RowName, ...] = ("LoRA", "I prefix", "P prefix", "S prefix", "S separate")
     """What is measured beside the base."""
     compile: Compiled = "none"
-    """What torch.compile compiles; a compiled backbone is compiled in every row, the base's too."""
+    """What torch.compile compiles; a compiled backbone is compiled in every row, the base's too. `captured`
+    captures every row's forwards as CUDA graphs instead."""
+    merging: Merging = "auto"
+    """Whether the weights of a sample are merged or added."""
+    capture: bool = False
+    """Whether the generations of S are replayed as CUDA graphs."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = "default"
     """reduce-overhead uses CUDA graphs."""
     network: HyperNetworkConfig = field(default_factory=HyperNetworkConfig)
@@ -87,15 +94,28 @@ class Method:
     """One way to sample: a model of its own, with HyperAlign attached or without."""
 
     model: nn.Module
+    pipeline: Pipeline | None = None
     session: Session | None = None
+    captured: CapturedForward | None = None
 
-    def new_run(self) -> None:
-        """Forgets the weights of the last run."""
-        if self.session is not None:
-            self.session.new_run()
+    @property
+    def generations(self) -> int:
+        """How often the last run generated weights."""
+        if self.captured is not None:
+            return self.captured.generations
+        return 0 if self.session is None else self.session.generations
+
+    def begin(self, times_T: Tensor) -> None:
+        """Begins a run, which forgets the weights of the last one."""
+        if self.pipeline is not None:
+            self.pipeline.scheduler.timesteps = times_T
+        if self.captured is not None:
+            self.captured.begin()
 
     def predict(self, call: Call) -> Tensor:
         """Returns the prediction of one forward, as a pipeline asks for it."""
+        if self.captured is not None:
+            return self.captured(call)
         return self.model(**call, return_dict=False)[0]
 
 
@@ -123,10 +143,10 @@ def with_lora(base: Base, rank: int) -> nn.Module:
 @torch.no_grad()
 def sample(method: Method, base: Base, steps: int) -> Tensor:
     """Returns the latents after a whole run: equal Euler steps from pure noise, guided as usual."""
-    method.new_run()
     x_1 = base.noise
-    times = torch.linspace(1, 1 / steps, steps, device=x_1.device) * base.spec.last_timestep
-    for t in times:
+    times_T = torch.linspace(1, 1 / steps, steps, device=x_1.device) * base.spec.last_timestep
+    method.begin(times_T)
+    for t in times_T:
         x_1 = x_1 - base.guided(method.predict(base.call(x_1, t))) / steps
     return x_1
 
@@ -148,6 +168,9 @@ def methods(
             found[name] = "peft missing"
         elif options.compile in ("backbone", "both"):
             found[name] = compiled(options, name, base, networks)
+        elif options.compile == "captured":
+            plain = method(options, name, base, networks)
+            found[name] = replace(plain, captured=CapturedForward(plain.model, plain.session))
         else:
             found[name] = method(options, name, base, networks)
     return found
@@ -167,8 +190,9 @@ def method(
     if name in ("base", "LoRA"):
         return Method(model)
     variant, mode = name.split()
-    hyperalign = networks[cast(PerceptionMode, mode)]
-    return Method(model, attach(model, hyperalign, variant=cast(Variant, variant)))
+    hyperalign, pipeline = networks[cast(PerceptionMode, mode)], Pipeline(model)
+    session = attach(cast(Any, pipeline), hyperalign, variant=cast(Variant, variant), merging=options.merging)
+    return Method(model, pipeline, session)
 
 
 def compile_blocks(model: nn.Module, mode: str) -> None:
@@ -190,7 +214,7 @@ def compiled(
 
     @torch.no_grad()
     def predictions(method: Method) -> list[Tensor]:
-        method.new_run()
+        method.begin(torch.stack([early, late]))
         return [method.predict(call) for call in calls]
 
     def distance(some: list[Tensor], others: list[Tensor]) -> list[float]:
@@ -199,7 +223,6 @@ def compiled(
     wanted = predictions(method(options, name, base, networks))
     change = min(distance(wanted, predictions(Method(base.model))))
     error = max(distance(predictions(fast), wanted))
-    fast.new_run()
     if name != "base" and error > 0.1 * change:
         return f"compiled, its prediction is {error:.0%} off; {name} changes the base's by {change:.0%}"
     return fast
@@ -269,8 +292,7 @@ def measure(options: Options) -> dict[str, Any]:
     def report(rows: dict[str, Row], plain: Row) -> None:
         measured = {name: figures(row, steps) for name, row in {"base": plain, **rows}.items()}
         for name, row in measured.items():
-            session = running[name].session
-            row["generations"] = session.generations if session is not None else 0
+            row["generations"] = running[name].generations
         everything = {**results["rows"], **measured}
         results["rows"] = {name: everything[name] for name in found}
         results["setting"]["repeats"] = len(next(iter(rows.values()), plain).seconds)
@@ -300,6 +322,8 @@ def setting(
         "steps": steps,
         "repeats": 0,
         "compile": options.compile,
+        "merging": options.merging,
+        "capture": options.capture,
         "compile_mode": options.compile_mode,
         "perception_blocks": networks["prefix"].header.perception_blocks,
         "hypernetwork": asdict(options.network),
@@ -313,19 +337,25 @@ def setting(
 
 def file_name(options: Options, device: torch.device) -> str:
     """Returns sampling_<model>_<device>.json, with what was compiled."""
-    tail = "" if options.compile == "none" else f"_compiled-{options.compile}"
+    tails = {"none": "", "captured": "_captured"}
+    tail = tails.get(options.compile, f"_compiled-{options.compile}")
+    merging = ("" if options.merging == "auto" else f"_{options.merging}") + "_graph" * options.capture
     graphs = "" if options.compile_mode == "default" else f"-{options.compile_mode}"
-    return f"sampling_{options.model}_{slug(device)}{tail}{graphs if tail else ''}.json"
+    return f"sampling_{options.model}_{slug(device)}{tail}{graphs if tail else ''}{merging}.json"
 
 
 def title(results: Mapping[str, Any]) -> str:
     """Returns one line that says what was measured, and what was reduced."""
     s = results["setting"]
     reduced = "; reduced: " + ", ".join(s["reduced"]) if s["reduced"] else "; true size"
-    compiled_parts = "" if s["compile"] == "none" else f", torch.compile of {s['compile']}"
+    parts = {"none": "", "captured": ", captured as CUDA graphs"}
+    compiled_parts = (
+        parts.get(s["compile"], f", torch.compile of {s['compile']}") + f", weights {s['merging']}"
+    )
     return (
         f"{s['model']}, {s['pixels']} px, {s['rows']} rows a forward, {s['steps']} steps, {s['repeats']} "
-        f"rounds, {s['dtype']}, {s['device_name']}, torch {s['versions']['torch']}{compiled_parts}{reduced}"
+        f"rounds, {s['dtype']}, {s['device_name']}, torch {s['versions']['torch']}"
+        f"{compiled_parts}, weights {s['merging']}{reduced}"
     )
 
 

@@ -11,6 +11,7 @@ by statistics of the base model's rollouts, so that what differs is what the hyp
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -44,7 +45,7 @@ class Perceived(NamedTuple):
 
 def pool_text(tokens_BLC: Tensor) -> Tensor:
     """Returns the mean of the text tokens (B, C); repeating them all, as ComfyUI does, changes nothing."""
-    return tokens_BLC.float().mean(dim=1)
+    return tokens_BLC.mean(dim=1, dtype=torch.float32)
 
 
 def token_map(tokens_BLC: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -58,13 +59,23 @@ def token_map(tokens_BLC: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def pool_features(features: Sequence[Tensor], limit: int = MAX_IMAGE_TOKENS) -> list[Tensor]:
     """Halves the largest of the maps (B, C, H, W) until all together have at most `limit` cells."""
-    pooled = list(features)
-    sizes = [feature.shape[-2] * feature.shape[-1] for feature in pooled]
-    while sum(sizes) > limit and max(sizes) > 1:
+    shapes = [feature.shape[-2:] for feature in features]
+    halvings = [0] * len(shapes)
+    while sum(map(math.prod, shapes)) > limit and max(map(math.prod, shapes)) > 1:
+        sizes = [math.prod(shape) for shape in shapes]
         largest = sizes.index(max(sizes))
-        pooled[largest] = F.avg_pool2d(pooled[largest], 2, ceil_mode=True)
-        sizes[largest] = pooled[largest].shape[-2] * pooled[largest].shape[-1]
-    return pooled
+        shapes[largest] = torch.Size(-(-side // 2) for side in shapes[largest])
+        halvings[largest] += 1
+    return [_halved(feature, times) for feature, times in zip(features, halvings, strict=True)]
+
+
+def _halved(x_BCHW: Tensor, times: int) -> Tensor:
+    """Returns a map halved several times, in one mean where its sides allow that."""
+    if times and not any(side % 2**times for side in x_BCHW.shape[-2:]):
+        return F.avg_pool2d(x_BCHW, 2**times)
+    for _ in range(times):
+        x_BCHW = F.avg_pool2d(x_BCHW, 2, ceil_mode=True)
+    return x_BCHW
 
 
 def sinusoidal_encoding(positions_N: Tensor, width: int) -> Tensor:

@@ -52,6 +52,11 @@ class Schedule:
         """
         return sum(u <= key for key in self.key_times) if self.variant == "P" else 0
 
+    @property
+    def last_segment(self) -> int:
+        """The segment of u = 0; weights that are generated in it serve until the end."""
+        return len(self.key_times) if self.variant == "P" else 0
+
     def is_due(self, u: float, generated_in: int | None) -> bool:
         """Returns whether an evaluation at u needs new weights.
 

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..delta import add_delta_, down_matrix, up_matrix
+from ..delta import add_delta_
 from ..errors import HyperAlignError
 from ..hypernetwork import HyperNetwork
 from ..targets import Place
+from .folding import Folded, Folding, Layer, LowRank, layers_of
 from .forwards import is_replaced, replace_forward, restore_forward
+from .merging import Merged
 
-
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """One layer's change for each sample: its output gets (x down) up."""
-
-    down_BID: Tensor
-    up_DO: Tensor
+LayerWeights = Sequence[LowRank | Merged]
+"""The weights of each layer, all of one kind."""
 
 
 class _Adaptation:
@@ -37,22 +33,18 @@ class _Adaptation:
         self.last = None if rows is None else rows.stop
         self.down_BID: Tensor | None = None
         self.up_DO: Tensor | None = None
+        self.weight_BIO: Tensor | None = None
+        self.bias_O: Tensor | None = None
         self.ran = False
         self.original: Any = None
 
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """A layer of the base model, with the targets that it holds: several where a host fuses projections."""
-
-    path: str
-    targets: tuple[int, ...]
-    offsets: tuple[int, ...]
-    """First output of each target, within `rows`."""
-    rows: slice | None
-    """The outputs that are adapted; None for all."""
-    shape: tuple[int, int]
-    """Input features, and how many outputs are adapted."""
+    def take(self, weights: LowRank | Merged | None) -> None:
+        """Takes the weights of the next forward; None for none."""
+        self.down_BID = self.up_DO = self.weight_BIO = self.bias_O = None
+        if isinstance(weights, LowRank):
+            self.down_BID, self.up_DO = weights.down_BID, weights.up_DO
+        elif weights is not None:
+            self.weight_BIO, self.bias_O = weights.weight_BIO, weights.bias_O
 
 
 class AdaptedLayers:
@@ -76,14 +68,13 @@ class AdaptedLayers:
             constant: further layers, by path, with their input and output features. Their weights are always
                 zero: torch.compile then has one graph for them and for the adapted layers of like blocks.
         """
-        self._network = network
-        self._layers = _layers(network, places)
-        self._adapted = len(self._layers)
-        self._constant = [_Layer(path, (), (), None, shape) for path, shape in (constant or {}).items()]
-        self._layers += self._constant
+        self._width = network.config.b
+        adapted = layers_of(network, places)
+        self.folding = Folding(network, adapted)
+        self._adapted = len(adapted)
+        self._constant = [Layer(path, (), (), None, shape) for path, shape in (constant or {}).items()]
+        self._layers = adapted + self._constant
         self._adaptations = [_Adaptation(layer.rows) for layer in self._layers]
-        self._by_inputs = _by_width([target.in_features for target in network.targets])
-        self._by_outputs = _by_width([target.out_features for target in network.targets])
         self._kept_zeros: dict[tuple[int, torch.dtype, torch.device], tuple[LowRank, ...]] = {}
         """Of one batch size, precision and device."""
 
@@ -91,6 +82,11 @@ class AdaptedLayers:
     def paths(self) -> list[str]:
         """Path of each layer in the base model; targets of a fused projection share one."""
         return [layer.path for layer in self._layers]
+
+    @property
+    def has_constant(self) -> bool:
+        """Whether there are layers whose weights are always zero."""
+        return bool(self._constant)
 
     @property
     def targets_reached(self) -> int:
@@ -102,41 +98,30 @@ class AdaptedLayers:
         """Forgets which layers ran, and drops their weights."""
         for adaptation in self._adaptations:
             adaptation.ran = False
-            adaptation.down_BID = adaptation.up_DO = None
+            adaptation.take(None)
 
     def fold(self, cores_BMDA: Tensor, strength: float, dtype: torch.dtype) -> tuple[LowRank, ...]:
-        """Returns the weights of each layer; layers of the same width are folded and cast together.
+        """Returns the weights of each layer, stored where the cores are."""
+        return self.by_layer(self.folding.fold(cores_BMDA, strength, dtype), len(cores_BMDA))
 
-        The weights are stored where the cores are; the host may keep the network itself elsewhere.
-        """
-        network, device = self._network, cores_BMDA.device
-        downs: dict[int, Tensor] = {}
-        for group in self._by_inputs:
-            a_aux_MAI = torch.stack([network.aux(index)[0] for index in group]).to(device, cores_BMDA.dtype)
-            core_MBDA = torch.stack([cores_BMDA[:, index] for index in group])
-            down_MBID = down_matrix(a_aux_MAI[:, None], core_MBDA).to(dtype)
-            for position, index in enumerate(group):
-                downs[index] = down_MBID[position]
-        ups: dict[int, Tensor] = {}
-        for group in self._by_outputs:
-            b_aux_MOD = torch.stack([network.aux(index)[1] for index in group]).to(device)
-            up_MDO = up_matrix(b_aux_MOD, strength).to(dtype)
-            for position, index in enumerate(group):
-                ups[index] = up_MDO[position]
-        adapted = tuple(_fused(layer, downs, ups) for layer in self._layers[: self._adapted])
-        return adapted + self._zeros(len(cores_BMDA), dtype, device) if self._constant else adapted
+    def by_layer(self, folded: Sequence[Folded], samples: int) -> tuple[LowRank, ...]:
+        """Returns the weights of each layer, given those of each group."""
+        adapted = self.folding.by_layer(folded)
+        if not self._constant:
+            return adapted
+        return adapted + self._zeros(samples, adapted[0].up_DO.dtype, adapted[0].up_DO.device)
 
     def give_constant(self, samples: int, dtype: torch.dtype, device: torch.device) -> None:
         """Gives the layers that are not adapted their zeros: they may run before weights are generated."""
         adaptations = self._adaptations[self._adapted :]
         for adaptation, zeros in zip(adaptations, self._zeros(samples, dtype, device), strict=True):
-            adaptation.down_BID, adaptation.up_DO = zeros.down_BID, zeros.up_DO
+            adaptation.take(zeros)
 
     def _zeros(self, samples: int, dtype: torch.dtype, device: torch.device) -> tuple[LowRank, ...]:
         """Returns weights of zero, with the strides of those that are folded: torch.compile guards them."""
         key = (samples, dtype, device)
         if key not in self._kept_zeros:
-            width = self._network.config.b
+            width = self._width
             self._kept_zeros = {
                 key: tuple(
                     LowRank(
@@ -148,11 +133,10 @@ class AdaptedLayers:
             }
         return self._kept_zeros[key]
 
-    def give(self, weights: Sequence[LowRank], inside: Sequence[int] | None = None) -> None:
+    def give(self, weights: LayerWeights, inside: Sequence[int] | None = None) -> None:
         """Gives the layers (those `inside`) their weights, at the latest when the first of them runs."""
         for index in range(len(self._layers)) if inside is None else inside:
-            adaptation = self._adaptations[index]
-            adaptation.down_BID, adaptation.up_DO = weights[index].down_BID, weights[index].up_DO
+            self._adaptations[index].take(weights[index])
 
     @contextlib.contextmanager
     def installed(self, modules: Sequence[nn.Module], inside: Sequence[int] | None = None) -> Iterator[None]:
@@ -178,11 +162,32 @@ class AdaptedLayers:
                 module.__dict__.pop("hyperalign", None)
             for index in chosen:
                 adaptation = self._adaptations[index]
-                adaptation.original = adaptation.down_BID = adaptation.up_DO = None
+                adaptation.original = None
+                adaptation.take(None)
+
+
+def runs_another_forward(module: nn.Module) -> bool:
+    """Returns whether a layer, adapted at the moment or not, has another forward than its class and ours."""
+    ours = getattr(module.__dict__.get("forward"), "__func__", None) is _adapted_forward
+    return is_replaced(module) and not ours
 
 
 def _adapted_forward(self: Any, x_BNI: Tensor) -> Tensor:
-    return _with_delta(type(self).forward(self, x_BNI), x_BNI, self.hyperalign)
+    adaptation: _Adaptation = self.hyperalign
+    if adaptation.weight_BIO is None:
+        return _with_delta(type(self).forward(self, x_BNI), x_BNI, adaptation)
+    adaptation.ran = True
+    return _merged_product(x_BNI, adaptation.weight_BIO, adaptation.bias_O)
+
+
+def _merged_product(x_BNI: Tensor, weight_BIO: Tensor, bias_O: Tensor | None) -> Tensor:
+    """Returns x W + b with each sample's own W: one operator, as the plain layer."""
+    rows, samples = x_BNI.shape[0], weight_BIO.shape[0]
+    if rows != samples:  # tiles of a sample are neighbours: its own weights serve them as one longer sample
+        _tiles(rows, samples)
+        x_BNI = x_BNI.reshape(samples, -1, x_BNI.shape[-1])
+    y_BNO = torch.bmm(x_BNI, weight_BIO) if bias_O is None else torch.baddbmm(bias_O, x_BNI, weight_BIO)
+    return y_BNO if rows == samples else y_BNO.reshape(rows, -1, y_BNO.shape[-1])
 
 
 def _over_another(self: Any, x_BNI: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -209,49 +214,15 @@ def _with_delta(y_BNO: Tensor, x_BNI: Tensor, adaptation: _Adaptation) -> Tensor
 
 def _tiled(down_BID: Tensor, samples: int) -> Tensor:
     """Repeats weights for a patch that tiles attention, which makes of a sample several neighbours."""
-    tiles, rest = divmod(samples, down_BID.shape[0])
+    return down_BID.repeat_interleave(_tiles(samples, down_BID.shape[0]), dim=0)
+
+
+def _tiles(rows: int, samples: int) -> int:
+    """Returns into how many tiles a patch divided each sample. Raises HyperAlignError."""
+    tiles, rest = divmod(rows, samples)
     if rest:
         raise HyperAlignError(
-            f"A model patch changed the batch of an attention layer to {samples} samples; expected "
-            f"a multiple of {down_BID.shape[0]}. Remove that patch or HyperAlign from the model."
+            f"A model patch changed the batch of an attention layer to {rows} samples; expected "
+            f"a multiple of {samples}. Remove that patch or HyperAlign from the model."
         )
-    return down_BID.repeat_interleave(tiles, dim=0)
-
-
-def _layers(network: HyperNetwork, places: Sequence[Place]) -> list[_Layer]:
-    by_path: dict[str, list[int]] = {}
-    for index, place in enumerate(places):
-        by_path.setdefault(place.path, []).append(index)
-    return [_layer(network, places, path, indices) for path, indices in by_path.items()]
-
-
-def _layer(network: HyperNetwork, places: Sequence[Place], path: str, indices: Sequence[int]) -> _Layer:
-    starts = [places[index].first_row for index in indices]
-    rows = [start for start in starts if start is not None]
-    target = network.targets[indices[0]]
-    if not rows:
-        return _Layer(path, tuple(indices), (0,), None, (target.in_features, target.out_features))
-    ends = [start + network.targets[index].out_features for start, index in zip(rows, indices, strict=True)]
-    first = min(rows)
-    offsets = tuple(row - first for row in rows)
-    shape = (target.in_features, max(ends) - first)
-    return _Layer(path, tuple(indices), offsets, slice(first, max(ends)), shape)
-
-
-def _fused(layer: _Layer, downs: dict[int, Tensor], ups: dict[int, Tensor]) -> LowRank:
-    """Returns the weights of a layer's targets as one pair: their downs side by side, their ups in blocks."""
-    if len(layer.targets) == 1:
-        return LowRank(downs[layer.targets[0]], ups[layer.targets[0]])
-    blocks = [ups[index] for index in layer.targets]
-    width = blocks[0].shape[0]
-    up_DO = blocks[0].new_zeros(width * len(blocks), layer.shape[1])
-    for number, (offset, block) in enumerate(zip(layer.offsets, blocks, strict=True)):
-        up_DO[number * width : (number + 1) * width, offset : offset + block.shape[1]] = block
-    return LowRank(torch.cat([downs[index] for index in layer.targets], dim=-1), up_DO)
-
-
-def _by_width(widths: Sequence[int]) -> list[list[int]]:
-    groups: dict[int, list[int]] = {}
-    for index, width in enumerate(widths):
-        groups.setdefault(width, []).append(index)
-    return list(groups.values())
+    return tiles

@@ -7,13 +7,34 @@ kept under the identity of their chunk.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..schedule import Schedule
+
+
+class Time:
+    """The time u of a call, which is read only if something asks: a GPU has to be waited for."""
+
+    def __init__(self, read: Callable[[], float]) -> None:
+        self._read = read
+
+    @functools.cached_property
+    def u(self) -> float:
+        """The time in [0, 1], 1 being pure noise."""
+        return self._read()
+
+    def __float__(self) -> float:
+        return self.u
+
+
+def time_of(u: float | Time) -> Time:
+    """Returns a time that may be known already."""
+    return u if isinstance(u, Time) else Time(lambda: u)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +67,7 @@ class Run:
     _written: dict[Chunk, _Written] = field(default_factory=dict[Chunk, _Written])
     _seen: dict[Chunk, int] = field(default_factory=dict[Chunk, int])
     _joined: tuple[tuple[Chunk, ...], Tensor] | None = None
-    _u: float | None = None
+    _time: Time | None = None
     _declared: bool = False
     _generated: bool = False
 
@@ -60,29 +81,40 @@ class Run:
     def end_evaluation(self) -> None:
         """Closes an evaluation; calls after it open one of their own."""
         self._declared = False
-        self._u = None
+        self._time = None
 
-    def enter_call(self, chunks: Sequence[Chunk], u: float) -> list[Chunk]:
+    def enter_call(self, chunks: Sequence[Chunk], u: float | Time) -> list[Chunk]:
         """Returns the call's chunks with their occurrence counted.
 
         Some guiders never declare evaluations; outside a declared one, a new one starts when the
         time changes or a chunk comes round again.
         """
-        if not self._declared and (self._u != u or any(chunk in self._seen for chunk in chunks)):
+        time, last = time_of(u), self._time
+        if not self._declared and (
+            last is None or any(chunk in self._seen for chunk in chunks) or last.u != time.u
+        ):
             self.begin_evaluation(declared=False)
-        self._u = u
+        self._time = time
         return [self._count(chunk) for chunk in chunks]
 
-    def due(self, chunks: Sequence[Chunk], u: float) -> list[int]:
+    def due(self, chunks: Sequence[Chunk], u: float | Time) -> list[int]:
         """Returns the indices of the chunks that need weights generated at time u."""
-        segments = [self._written[chunk].segment if chunk in self._written else None for chunk in chunks]
-        return [index for index, segment in enumerate(segments) if self.schedule.is_due(u, segment)]
+        time = time_of(u)
+        return [index for index, chunk in enumerate(chunks) if self._is_due(self._written.get(chunk), time)]
 
-    def write(self, chunk: Chunk, cores_RMDA: Tensor, u: float) -> None:
-        """Keeps the weights of a chunk's R rows; an evaluation counts as one generation at most."""
+    def _is_due(self, written: _Written | None, time: Time) -> bool:
+        if written is None or self.schedule.variant == "S":
+            return True
+        if written.segment == self.schedule.last_segment:
+            return False
+        return self.schedule.is_due(time.u, written.segment)
+
+    def write(self, chunk: Chunk, cores_RMDA: Tensor, u: float | Time) -> None:
+        """Keeps the cores of a chunk's R rows; an evaluation counts as one generation at most."""
         self.generations += not self._generated
         self._generated = True
-        self._written[chunk] = _Written(cores_RMDA, self.schedule.segment(u))
+        segment = self.schedule.segment(time_of(u).u) if self.schedule.last_segment else 0
+        self._written[chunk] = _Written(cores_RMDA, segment)
         self._joined = None
 
     def cores(self, chunks: Sequence[Chunk]) -> Tensor:

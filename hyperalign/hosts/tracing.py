@@ -17,7 +17,7 @@ from ..errors import HyperAlignError
 from ..hypernetwork import HyperNetwork
 from ..schedule import Schedule
 from ..trace import Trace, Track, coordinates
-from .run_state import Chunk, Run
+from .run_state import Chunk, Run, Time
 
 KEPT_BYTES = 256 << 20
 """What a recorder holds of past runs; the last one is always kept. 40 runs of variant S on SD 1.5."""
@@ -29,7 +29,7 @@ class TracedRun(Run):
     def __init__(self, schedule: Schedule, keeps_predictions: bool) -> None:
         super().__init__(schedule)
         self.keeps_predictions = keeps_predictions
-        self.times: list[float | Tensor] = []
+        self.times: list[float | Time | Tensor] = []
         self.strengths: list[Tensor | None] = []
         self.written: dict[Chunk, list[tuple[int, Tensor]]] = {}
         self.served: dict[Chunk, set[int]] = {}
@@ -41,7 +41,7 @@ class TracedRun(Run):
         self.times.append(math.nan)
         self.strengths.append(None)
 
-    def enter_call(self, chunks: Sequence[Chunk], u: float) -> list[Chunk]:
+    def enter_call(self, chunks: Sequence[Chunk], u: float | Time) -> list[Chunk]:
         """Also remembers which conditionings the weights serve, and when."""
         counted = super().enter_call(chunks, u)
         self.times[-1] = u
@@ -49,7 +49,7 @@ class TracedRun(Run):
             self.served.setdefault(chunk, set()).add(self.evaluations - 1)
         return counted
 
-    def write(self, chunk: Chunk, cores_RMDA: Tensor, u: float) -> None:
+    def write(self, chunk: Chunk, cores_RMDA: Tensor, u: float | Time) -> None:
         """Also remembers the weights."""
         super().write(chunk, cores_RMDA, u)
         self.written.setdefault(chunk, []).append((self.evaluations - 1, cores_RMDA.detach()))

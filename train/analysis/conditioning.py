@@ -27,7 +27,7 @@ from torch import Tensor
 from hyperalign.checkpoint import HyperAlign
 from hyperalign.conditioning import CHANGES, Change
 from hyperalign.errors import HyperAlignError
-from hyperalign.hosts.run_state import Chunk, Run
+from hyperalign.hosts.run_state import Chunk, Run, Time
 from hyperalign.hosts.tracing import TracedRun
 from hyperalign.schedule import Schedule
 from hyperalign.trace_energy import image_shares
@@ -58,7 +58,7 @@ class GivenRun(Run):
         super().__init__(schedule)
         self._given = cores_EBMDA
 
-    def due(self, chunks: Sequence[Chunk], u: float) -> list[int]:
+    def due(self, chunks: Sequence[Chunk], u: float | Time) -> list[int]:
         """Returns that nothing is due."""
         del chunks, u
         return []
@@ -141,7 +141,7 @@ class Setting:
 class KeptRun(TracedRun):
     """A run that keeps its weights on the CPU, since those of all images are needed together."""
 
-    def write(self, chunk: Chunk, cores_RMDA: Tensor, u: float) -> None:
+    def write(self, chunk: Chunk, cores_RMDA: Tensor, u: float | Time) -> None:
         """Also moves what is remembered."""
         super().write(chunk, cores_RMDA, u)
         evaluation, cores = self.written[chunk].pop()

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import comfy.model_management
 import torch
 from torch import Tensor, nn
 
@@ -15,17 +16,20 @@ from ...errors import HyperAlignError
 from ...families.dit import TransformerSpec
 from ...families.unet import UNetSpec
 from ...hypernetwork import HyperNetwork
-from ...perception import Perceived, pool_text
 from ...schedule import Schedule
-from ...strength import StrengthCurve, TargetStrengths, scaled
+from ...strength import StrengthCurve, TargetStrengths
 from ...targets import BaseSpec
 from ..features import FeatureMap, ImageTokens, PerceptionDone, collecting, first_output, stop_forward
-from ..layers import AdaptedLayers, LowRank
-from ..run_state import Chunk, Run
+from ..generation import Generator
+from ..layers import AdaptedLayers
+from ..merging import Merging
+from ..run_state import Chunk, Run, Time
 from ..tracing import Recorder, TracedRun
+from ..weights import Place, Weights
 from .calls import chunks_of, eager, options_of, perception_arguments, text_of, will_be_compiled
 
 LOG = logging.getLogger(__name__)
+WHOLE_RUN = (0.0, 1.0)
 
 
 class Adapter:
@@ -40,6 +44,7 @@ class Adapter:
         window: tuple[float, float],
         curve: StrengthCurve | None,
         recorder: Recorder | None,
+        merging: Merging,
     ) -> None:
         self.network: HyperNetwork = hyperalign.network
         self._header = hyperalign.header
@@ -48,9 +53,12 @@ class Adapter:
         self._window = window
         names = [target.name for target in hyperalign.header.targets]
         self._strengths = None if curve is None else TargetStrengths(curve, spec.family, names)
-        self._strength = strength
+        self.strength = strength
         self.layers = AdaptedLayers(hyperalign.network, [spec.place(name) for name in names])
-        self._folded: tuple[Tensor, torch.dtype, tuple[LowRank, ...]] | None = None
+        weights = Weights(self.layers, merging, free_bytes, not_plain)
+        self.generator = Generator(hyperalign.network, self.layers, weights)
+        self._modules: tuple[nn.Module, list[nn.Module]] | None = None
+        """Of the run: the base model and the module of each adapted layer."""
         self._recorder = recorder
         self._run: Run | None = None
 
@@ -58,6 +66,7 @@ class Adapter:
         """Opens a run and drops its state at the end, also after an error or an interrupt."""
         previous, self._run = self._run, self._new_run()
         self._reset()
+        self.generator.begin_run()
         try:
             result = executor(*args, **kwargs)
             self._report(self._run)
@@ -93,22 +102,21 @@ class Adapter:
         if strengths_M is not None and not strengths_M.any():
             return executor(*args, **kwargs)
         run = self._run if self._run is not None else Run(self._schedule)
-        u = self._time(model, sigma_B)
-        chunks = run.enter_call(chunks_of(x_BCHW, options_of(args, kwargs)), u)
-        due = run.due(chunks, u)
+        time = self._time(model, sigma_B)
+        chunks = run.enter_call(chunks_of(x_BCHW, options_of(args, kwargs)), time)
+        due = run.due(chunks, time)
         if isinstance(run, TracedRun):
             run.note_strengths(strengths_M)
         base = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)
-        text_BLC = text_of(args, kwargs)
-        call = _Call(self, run, chunks, due, u, text_BLC, strengths_M, _compute_dtype(model))
+        place = self._place(model, base)
+        call = _Call(self, run, chunks, due, time, text_of(args, kwargs), strengths_M, place)
         is_compiled = base is not model.diffusion_model or will_be_compiled(options_of(args, kwargs))
         in_forward = bool(due) and self._generates_in_forward(is_compiled)
         if not due:
             call.give_weights()
         elif not in_forward:
             call.generate([] if self.network.is_static else self._perceive(model, base, args, kwargs))
-        modules = [base.get_submodule(path) for path in self.layers.paths]
-        with self.layers.installed(modules), contextlib.ExitStack() as stack:
+        with self.layers.installed(place.modules), contextlib.ExitStack() as stack:
             if in_forward:
                 # The unadapted first blocks of this very forward are the perception.
                 stack.enter_context(collecting(*self._perception(base, x_BCHW), call.generate, traced=True))
@@ -116,17 +124,12 @@ class Adapter:
         call.store()
         return result
 
-    def fold(self, cores_BMDA: Tensor, dtype: torch.dtype) -> tuple[LowRank, ...]:
-        """Returns the layers' weights of some cores, those of the last call while the same cores serve."""
-        if torch.compiler.is_compiling():
-            return self.layers.fold(cores_BMDA, self._strength, dtype)
-        known = self._folded
-        if known is None or known[0] is not cores_BMDA or known[1] != dtype:
-            # Guidance takes gradients through the layers, which no tensor of an inference mode lets pass.
-            with torch.inference_mode(False), torch.no_grad():
-                known = (cores_BMDA, dtype, self.layers.fold(cores_BMDA, self._strength, dtype))
-            self._folded = known
-        return known[2]
+    def _place(self, model: Any, base: nn.Module) -> Place:
+        """Returns where the weights of a call go."""
+        known = self._modules
+        if known is None or known[0] is not base:
+            known = self._modules = base, [base.get_submodule(path) for path in self.layers.paths]
+        return Place(known[1], _compute_dtype(model), self._schedule.variant == "S", torch.is_grad_enabled())
 
     def _generates_in_forward(self, is_compiled: bool) -> bool:
         """Returns whether the hypernetwork runs in the middle of the adapted forward.
@@ -170,6 +173,8 @@ class Adapter:
         return found
 
     def _is_active(self, model: Any, sigma_B: Tensor) -> bool:
+        if self._window == WHOLE_RUN:  # without a look at the device
+            return True
         start, end = (float(model.model_sampling.percent_to_sigma(percent)) for percent in self._window)
         return end <= float(sigma_B.flatten()[0]) <= start
 
@@ -179,16 +184,18 @@ class Adapter:
             return None
         return self._strengths.at(float(sigma_B.flatten()[0]), model.model_sampling.percent_to_sigma)
 
-    def _time(self, model: Any, sigma_B: Tensor) -> float:
-        """Returns u in [0, 1], 1 being pure noise."""
-        return float(model.model_sampling.timestep(sigma_B).flatten()[0]) / self._spec.last_timestep
+    def _time(self, model: Any, sigma_B: Tensor) -> Time:
+        """Returns the time of a call, which waits for the device once something asks for it."""
+        last = self._spec.last_timestep
+        return Time(lambda: float(model.model_sampling.timestep(sigma_B).flatten()[0]) / last)
 
     def _new_run(self) -> Run:
         return Run(self._schedule) if self._recorder is None else self._recorder.open(self._schedule)
 
     def _reset(self) -> None:
         self.layers.reset()
-        self._folded = None
+        self.generator.end_run()
+        self._modules = None
 
     def _note(self, run: TracedRun, model: Any, sigma_B: Tensor, x0_BCHW: Tensor) -> None:
         """Records an evaluation's time and prediction, without waiting for the device."""
@@ -199,7 +206,7 @@ class Adapter:
 
     def _keep(self, run: Run, samples: object) -> None:
         if self._recorder is not None and isinstance(run, TracedRun):
-            self._recorder.keep(run, self.network, self._strength, samples)
+            self._recorder.keep(run, self.network, self.strength, samples)
 
     def _report(self, run: Run) -> None:
         reached, targets = self.layers.targets_reached, len(self.network.targets)
@@ -224,13 +231,13 @@ class _Call:
         run: Run,
         chunks: Sequence[Chunk],
         due: Sequence[int],
-        u: float,
+        time: Time,
         text_BLC: Tensor,
         strengths_M: Tensor | None,
-        dtype: torch.dtype,
+        place: Place,
     ) -> None:
-        self._adapter, self._run, self._chunks, self._due, self._u = adapter, run, chunks, due, u
-        self._text_BLC, self._strengths_M, self._dtype = text_BLC, strengths_M, dtype
+        self._adapter, self._run, self._chunks, self._due, self._time = adapter, run, chunks, due, time
+        self._text_BLC, self._strengths_M, self._place = text_BLC, strengths_M, place
         self._generates_all = len(due) == len(chunks)
         self._unstored: Tensor | None = None
 
@@ -240,13 +247,15 @@ class _Call:
 
         Where all chunks are due this may be a part of a compiled graph, which leaves the run's state alone.
         """
-        prompt_BC = pool_text(self._text_BLC)
+        adapter = self._adapter
         if self._generates_all:
-            self._unstored = cores_BMDA = self._adapter.network(Perceived(features, prompt_BC))
-            self._give(cores_BMDA)
+            self._unstored, weights = adapter.generator.generate(
+                features, self._text_BLC, adapter.strength, self._place, self._strengths_M
+            )
+            adapter.layers.give(weights)
             return
         selected = [self._due_of(feature) for feature in features]
-        self._store(self._adapter.network(Perceived(selected, self._due_of(prompt_BC))))
+        self._store(adapter.generator.cores(selected, self._due_of(self._text_BLC)))
         self.give_weights()
 
     def _due_of(self, x: Tensor) -> Tensor:
@@ -254,25 +263,38 @@ class _Call:
         per_chunk = x.chunk(len(self._chunks))
         return torch.cat([per_chunk[index] for index in self._due])
 
+    @torch.no_grad()
     def give_weights(self) -> None:
-        """Gives the layers the weights that the run keeps."""
-        self._give(self._run.cores(self._chunks))
+        """Gives the layers the weights of the cores that the run keeps."""
+        adapter, cores_BMDA = self._adapter, self._run.cores(self._chunks)
+        adapter.layers.give(
+            adapter.generator.weights(cores_BMDA, adapter.strength, self._place, self._strengths_M)
+        )
 
     def store(self) -> None:
         """Keeps what a whole generation made in the run."""
         if self._unstored is not None:
             self._store(self._unstored)
 
-    def _give(self, cores_BMDA: Tensor) -> None:
-        if self._strengths_M is not None:  # what the run keeps for I and P stays unscaled
-            cores_BMDA = scaled(cores_BMDA, self._strengths_M)
-        self._adapter.layers.give(self._adapter.fold(cores_BMDA, self._dtype))
-
     def _store(self, cores_BMDA: Tensor) -> None:
         for index, cores_RMDA in zip(self._due, cores_BMDA.chunk(len(self._due)), strict=True):
-            self._run.write(self._chunks[index], cores_RMDA, self._u)
+            self._run.write(self._chunks[index], cores_RMDA, self._time)
 
 
 def _compute_dtype(model: Any) -> torch.dtype:
     """Returns the type in which the host runs a BaseModel."""
     return model.get_dtype() if model.manual_cast_dtype is None else model.manual_cast_dtype
+
+
+def free_bytes(device: torch.device) -> int:
+    """Returns how much memory the host has left on a device."""
+    free: Any = comfy.model_management.get_free_memory(device)
+    return int(free)
+
+
+def not_plain(module: nn.Module) -> str | None:
+    """Returns why a layer of the host cannot be merged: its weights are patched or cast when it runs."""
+    layer: Any = module
+    if layer.comfy_cast_weights or layer.weight_function or layer.bias_function:
+        return "the host casts, moves or patches a layer's weights when it runs"
+    return None

@@ -26,6 +26,7 @@ from ...families import flux, sd3, unet
 from ...schedule import Schedule, Variant
 from ...strength import StrengthCurve, overlap
 from ...targets import BaseSpec
+from ..merging import Merging
 from ..tracing import Recorder
 from .adapter import Adapter
 
@@ -72,6 +73,7 @@ def apply(
     variant: Variant | Literal["auto"] = "auto",
     strength_curve: StrengthCurve | None = None,
     recorder: Recorder | None = None,
+    merging: Merging = "auto",
 ) -> ModelPatcher:
     """Returns a clone of the MODEL that samples with generated weights.
 
@@ -87,6 +89,7 @@ def apply(
         strength_curve: multiplies strength over the run and by block group. Evaluations where it is 0 are the
             model's own, bit for bit, and generate no weights: variant I writes at the first one that is not.
         recorder: is given every run that a sampler makes with the result; None costs nothing.
+        merging: whether weights are merged for each sample or added to the layers' outputs; `auto` chooses.
 
     Raises:
         HyperAlignError: a value out of range, or a hypernetwork for another base model.
@@ -108,7 +111,7 @@ def apply(
     clone.remove_additional_models(KEY)
     if strength == 0.0:
         return clone
-    adapter = Adapter(loaded.hyperalign, spec, schedule, strength, window, strength_curve, recorder)
+    adapter = Adapter(loaded.hyperalign, spec, schedule, strength, window, strength_curve, recorder, merging)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, adapter.outer_sample)
     clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, adapter.predict_noise)
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, adapter.apply_model)

@@ -19,10 +19,15 @@ from ...errors import HyperAlignError
 from ...families import flux, sd3, unet
 from ...families.dit import TransformerSpec
 from ...perception import Perceived, pool_text
+from ...schedule import Schedule
 from ...targets import BaseSpec, Place
 from ..features import FeatureMap, ImageTokens, PerceptionDone, collecting, first_output, stop_forward
-from ..layers import AdaptedLayers, LowRank
-from ..run_state import Chunk, Run
+from ..generation import Generator
+from ..layers import AdaptedLayers, LayerWeights
+from ..merging import Merging
+from ..run_state import Chunk, Run, Time
+from ..weights import Place as WeightsPlace
+from ..weights import Weights
 
 Call = Mapping[str, Any]
 """The keyword arguments of one forward of a base model."""
@@ -55,8 +60,23 @@ def _has_gradient(values: Iterable[Any]) -> bool:
 class Adapter:
     """Runs a frozen base model with generated weights; nothing of it is changed between calls."""
 
-    def __init__(self, base: nn.Module, hyperalign: HyperAlign) -> None:
-        """Resolves the targets. Raises HyperAlignError for another base model."""
+    def __init__(
+        self,
+        base: nn.Module,
+        hyperalign: HyperAlign,
+        schedule: Schedule | None = None,
+        merging: Merging = "additive",
+        capture: bool = False,
+    ) -> None:
+        """Resolves the targets. Raises HyperAlignError for another base model.
+
+        Args:
+            base: the base model.
+            hyperalign: a hypernetwork for it.
+            schedule: when weights are generated; None as the hypernetwork was trained.
+            merging: whether runs without a gradient merge weights, as for `attach`.
+            capture: whether they replay generations as CUDA graphs, as for `attach`.
+        """
         spec = spec_of(base)
         check_base(hyperalign.header, spec)
         self.base = base
@@ -67,10 +87,11 @@ class Adapter:
         self._layers = AdaptedLayers(hyperalign.network, [Place(name) for name in names], _like(base, names))
         self._modules = [base.get_submodule(path) for path in self._layers.paths]
         self._perception_blocks = _perception_blocks(base, spec, hyperalign.header.perception_blocks)
-        self._weights: list[Sequence[LowRank]] | None = None
+        self._weights: list[LayerWeights] | None = None
         """Of the running forward: one entry, once generated. None while no adapted forward runs."""
         self._inside: dict[nn.Module, list[int]] = {}
-        self._folded: tuple[Tensor, float, tuple[LowRank, ...]] | None = None
+        self._every_step = (schedule or hyperalign.header.schedule).variant == "S"
+        self._generator = Generator(self.network, self._layers, Weights(self._layers, merging), capture)
 
     def checkpoint_activations(self) -> None:
         """Makes backward passes recompute the base model's blocks, weights and all, to save memory.
@@ -94,11 +115,20 @@ class Adapter:
         base: Any = self.base
         base.enable_gradient_checkpointing(run)
 
-    def time(self, call: Call) -> float:
-        """Returns u in [0, 1] of a call, 1 being pure noise."""
-        return float(torch.as_tensor(call["timestep"]).flatten()[0]) / self._spec.last_timestep
+    def begin_run(self) -> None:
+        """Forgets weights; the hypernetwork must stay as it is during the run."""
+        self._generator.begin_run()
 
-    def predict(self, run: Run, chunk: Chunk, call: Call, u: float, strength: float = 1.0) -> Tensor:
+    def end_run(self) -> None:
+        """Frees the memory of a run."""
+        self._generator.end_run()
+
+    def time(self, call: Call) -> Time:
+        """Returns the time of a call, whose u is read from the device once something asks for it."""
+        t, last = call["timestep"], self._spec.last_timestep
+        return Time(lambda: float(torch.as_tensor(t).flatten()[0]) / last)
+
+    def predict(self, run: Run, chunk: Chunk, call: Call, u: float | Time, strength: float = 1.0) -> Tensor:
         """Returns the prediction of one evaluation of a run, generating weights when its schedule says so.
 
         Args:
@@ -127,7 +157,7 @@ class Adapter:
         """Returns the adapted prediction; `cores_BMDA` None is the base model, bit for bit."""
         if cores_BMDA is None or strength == 0.0:
             return self.base(**call)[0]
-        with self._adapted([self._fold(call, cores_BMDA, strength)]):
+        with self._adapted([self._generator.weights(cores_BMDA, strength, self._place(call))]):
             return self.base(**call)[0]
 
     def generate_and_forward(self, call: Call, strength: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -136,18 +166,20 @@ class Adapter:
         In `prefix` mode the hypernetwork runs in the middle of one forward; in `separate` mode the
         perception blocks run once more before it (the paper).
         """
-        if self.header.mode == "separate":
-            cores_BMDA = self.network(self.perceive(call))
-            return self.forward(call, cores_BMDA, strength), cores_BMDA
+        text_BLC, place = call["encoder_hidden_states"], self._place(call)
         cores: list[Tensor] = []
-        weights: list[Sequence[LowRank]] = []
+        weights: list[LayerWeights] = []
 
         def generate(features: Sequence[Tensor]) -> None:
-            prompt_BC = pool_text(call["encoder_hidden_states"])
-            cores.append(self.network(Perceived(features, prompt_BC).detached()))
-            weights.append(self._fold(call, cores[0], strength))
-            self._layers.give(weights[0])
+            cores_BMDA, made = self._generator.generate(features, text_BLC, strength, place)
+            cores.append(cores_BMDA)
+            weights.append(made)
+            self._layers.give(made)
 
+        if self.header.mode == "separate":
+            generate(self.perceive(call).features)
+            with self._adapted(weights):
+                return self.base(**call)[0], cores[0]
         collector = collecting(self._perception_blocks, self._feature_map(call), generate)
         x = call[latents_argument(self.base)]
         with collector, self._adapted(weights):
@@ -155,18 +187,12 @@ class Adapter:
             prediction = self.base(**call)[0]
         return prediction, cores[0]
 
-    def _fold(self, call: Call, cores_BMDA: Tensor, strength: float) -> tuple[LowRank, ...]:
-        """Returns the layers' weights; the last ones while the same cores serve, as in I and P."""
-        known = None if torch.is_grad_enabled() else self._folded
-        if known is not None and known[0] is cores_BMDA and known[1] == strength:
-            return known[2]
-        weights = self._layers.fold(cores_BMDA, strength, call[latents_argument(self.base)].dtype)
-        # What has a gradient may be replayed once the parameters are others.
-        self._folded = None if torch.is_grad_enabled() else (cores_BMDA, strength, weights)
-        return weights
+    def _place(self, call: Call) -> WeightsPlace:
+        dtype = call[latents_argument(self.base)].dtype
+        return WeightsPlace(self._modules, dtype, self._every_step, torch.is_grad_enabled())
 
     @contextlib.contextmanager
-    def _adapted(self, weights: list[Sequence[LowRank]]) -> Iterator[None]:
+    def _adapted(self, weights: list[LayerWeights]) -> Iterator[None]:
         """Adapts a forward with the weights in `weights[0]`, which may be generated in the middle of it."""
         self._weights = weights
         try:
@@ -178,7 +204,7 @@ class Adapter:
             self._weights = None
 
     @contextlib.contextmanager
-    def _replaying(self, weights: Sequence[Sequence[LowRank]], inside: Sequence[int]) -> Iterator[None]:
+    def _replaying(self, weights: Sequence[LayerWeights], inside: Sequence[int]) -> Iterator[None]:
         """Adapts the layers inside a block again, for its replay in the backward pass."""
         with self._layers.installed(self._modules, inside):
             self._layers.give(weights[0], inside)

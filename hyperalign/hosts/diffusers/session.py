@@ -17,7 +17,8 @@ from ...checkpoint import HyperAlign, load
 from ...errors import HyperAlignError
 from ...schedule import Schedule, Variant
 from ..forwards import owners, replace_forward, restore_forward
-from ..run_state import Chunk, Run
+from ..merging import MERGINGS, Merging
+from ..run_state import Chunk, Run, Time
 from .adapter import Adapter, Call, check_projections, latents_argument
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Session:
         self._pipeline: Any = pipeline
         self._timesteps: Tensor | None = None
         self._u = 0.0
+        self._values: list[float] = []
         self._inside = False
         self.new_run()
         for earlier in owners(adapter.base):
@@ -75,17 +77,19 @@ class Session:
             HyperAlignError: the base model's attention projections are fused.
         """
         check_projections(self.adapter.base)
+        self.adapter.begin_run()
         self._run = Run(self.schedule)
         self._contexts: list[Tensor] = []
 
     def predict(self, call: Call) -> Tensor:
         """Returns the adapted prediction, generating weights when they are due."""
-        u, x = self.adapter.time(call), call[latents_argument(self.adapter.base)]
-        self._begin_run_if_new(u)
+        time = Time(lambda: self.adapter.time(self.on_host(call)).u)
+        x = call[latents_argument(self.adapter.base)]
+        self._begin_run_if_new(time)
         if next(self.adapter.network.parameters()).device != x.device:
             self.adapter.network.to(x.device)
         source = self._conditioning(call["encoder_hidden_states"])
-        return self.adapter.predict(self._run, Chunk(source, 0, tuple(x.shape)), call, u, self.strength)
+        return self.adapter.predict(self._run, Chunk(source, 0, tuple(x.shape)), call, time, self.strength)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Replaces the base model's forward."""
@@ -103,6 +107,7 @@ class Session:
     def detach(self) -> None:
         """Restores the base model; a second call does nothing."""
         self._attached = False
+        self.adapter.end_run()
         restore_forward(self.adapter.base, self.forward, self._original)
 
     def __enter__(self) -> Session:
@@ -111,7 +116,7 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-    def _begin_run_if_new(self, u: float) -> None:
+    def _begin_run_if_new(self, time: Time) -> None:
         """Drops the weights of the last run at the first evaluation of another.
 
         Every call of a pipeline begins with `set_timesteps`, which makes a new tensor, so a run is known
@@ -120,9 +125,26 @@ class Session:
         restored. A base model without a pipeline starts anew when the time rises.
         """
         timesteps = None if self._pipeline is None else self._pipeline.scheduler.timesteps
-        if timesteps is not self._timesteps or (timesteps is None and u > self._u):
+        if timesteps is not self._timesteps or (timesteps is None and time.u > self._u):
             self.new_run()
-        self._timesteps, self._u = timesteps, u
+        if timesteps is None:
+            self._u = time.u
+        if timesteps is not self._timesteps:
+            self._timesteps, self._values = timesteps, []
+
+    def on_host(self, call: Call) -> Call:
+        """Returns a call whose timestep is on the host, where it is one of the scheduler's own.
+
+        Those are read together once a run: each single look at the device would wait for it.
+        """
+        t, all_T = call["timestep"], self._timesteps
+        if all_T is None or not isinstance(t, Tensor) or t.device.type == "cpu":
+            return call
+        if t.untyped_storage().data_ptr() != all_T.untyped_storage().data_ptr():
+            return call
+        if not self._values:
+            self._values = all_T.tolist()
+        return {"timestep": self._values[(t.storage_offset() - all_T.storage_offset()) // all_T.stride(0)]}
 
     def _conditioning(self, context_BLC: Tensor) -> int:
         """Returns a number for the samples' prompts: true CFG and skipped-layer guidance call once for each.
@@ -143,6 +165,8 @@ def attach(
     hyperalign: HyperAlign | Path | str,
     strength: float = 1.0,
     variant: Variant | Literal["auto"] = "auto",
+    merging: Merging = "auto",
+    capture: bool = False,
 ) -> Session:
     """Aligns a pipeline until `detach()`, or inside a `with` block; attaching again replaces.
 
@@ -152,6 +176,10 @@ def attach(
         hyperalign: a hypernetwork's file, or what `hyperalign.checkpoint.load` returned.
         strength: 0 is the base model bit for bit, 1 as trained.
         variant: S, P or I; `auto` takes the one the hypernetwork was trained for.
+        merging: `merged` gives each sample its own copy of the adapted layers' weights, with the change in
+            them: a layer then takes as long as without HyperAlign, and more memory. `additive` adds the
+            change to the layers' outputs. `auto` chooses; where weights cannot be merged, they are added.
+        capture: replays the generations of variant S as a CUDA graph. Off, as it has not been run on a GPU yet.
 
     Returns:
         The session: `detach()`, and `evaluations` and `generations` of the last run.
@@ -162,12 +190,16 @@ def attach(
     """
     if not math.isfinite(strength):
         raise HyperAlignError(f"strength is {strength}; expected a number, 0 for off and 1 as trained.")
+    if merging not in MERGINGS:
+        raise HyperAlignError(f"merging is {merging!r}; expected one of {', '.join(MERGINGS)}.")
     loaded = hyperalign if isinstance(hyperalign, HyperAlign) else load(Path(hyperalign))
     schedule = loaded.header.schedule
     if variant != "auto":
         schedule = Schedule(variant, schedule.key_times)
     pipeline = None if isinstance(target, nn.Module) else target
-    return Session(Adapter(denoiser_of(target), loaded), schedule, strength, pipeline)
+    return Session(
+        Adapter(denoiser_of(target), loaded, schedule, merging, capture), schedule, strength, pipeline
+    )
 
 
 def denoiser_of(target: DiffusionPipeline | nn.Module) -> nn.Module:

@@ -114,15 +114,15 @@ def test_each_evaluation_gets_the_curves_strength_at_its_noise(
     tiny, sample, make_hyperalign, apply, monkeypatch
 ):
     """With the scheduler `normal` and as many values as steps, each step gets a value of its own."""
-    from hyperalign.hosts.comfy import adapter
+    from hyperalign.hosts import generation
 
-    seen, scaled = [], adapter.scaled
+    seen, scaled = [], generation.scaled
 
     def spy(cores, strengths):
         seen.append(float(strengths[0]))
         return scaled(cores, strengths)
 
-    monkeypatch.setattr(adapter, "scaled", spy)
+    monkeypatch.setattr(generation, "scaled", spy)
     values = (1.0, -0.5, 2.0, 0.25)
     sample(apply(tiny.model, make_hyperalign(), strength_curve=StrengthCurve(values)), steps=4)
     assert seen == pytest.approx(values, abs=0.02)
@@ -133,18 +133,18 @@ def test_each_evaluation_gets_the_curves_strength_at_its_noise(
 def test_group_strengths_are_cores_scaled_by_hand(
     tiny, sample, make_hyperalign, apply, monkeypatch, mode, variant
 ):
-    from hyperalign.hosts.layers import AdaptedLayers
+    from hyperalign.hosts.folding import Folding
 
     factors, hyperalign = (0.25, 0.0, -1.0), make_hyperalign(mode=mode, variant=variant)
     names = [target.name for target in hyperalign.header.targets]
     by_hand_M = torch.tensor([factors[group] for group in groups_of("tiny", names)])
     curved = sample(apply(tiny.model, hyperalign, strength_curve=StrengthCurve(groups=factors)))
 
-    def fold(layers, cores_BMDA, *settings):
-        return original(layers, cores_BMDA * by_hand_M[:, None, None], *settings)
+    def fold(folding, cores_BMDA, *settings):
+        return original(folding, cores_BMDA * by_hand_M[:, None, None], *settings)
 
-    original = AdaptedLayers.fold
-    monkeypatch.setattr(AdaptedLayers, "fold", fold)
+    original = Folding.fold
+    monkeypatch.setattr(Folding, "fold", fold)
     assert torch.equal(curved, sample(apply(tiny.model, hyperalign)))
 
 

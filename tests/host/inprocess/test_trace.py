@@ -82,16 +82,16 @@ def test_weights_are_written_when_the_variant_says(traced, variant, written):
 
 
 def test_the_strengths_are_the_lengths_of_the_changes_at_work(traced, monkeypatch):
-    from hyperalign.hosts.layers import AdaptedLayers
+    from hyperalign.hosts.folding import Folding
 
     calls: list[torch.Tensor] = []
-    original = AdaptedLayers.fold
+    original = Folding.fold
 
-    def spy(layers, cores_BMDA, *settings):
+    def spy(folding, cores_BMDA, *settings):
         calls.append(cores_BMDA.clone())
-        return original(layers, cores_BMDA, *settings)
+        return original(folding, cores_BMDA, *settings)
 
-    monkeypatch.setattr(AdaptedLayers, "fold", spy)
+    monkeypatch.setattr(Folding, "fold", spy)
     curve = StrengthCurve((1.0, 0.5), groups=(1.0, 2.0, 0.5))
     _, trace, network = traced(strength=0.8, curve=curve, sampling={"cfg": 1.0})
     (track,) = trace.tracks
