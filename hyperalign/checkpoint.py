@@ -16,9 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .errors import HyperAlignError
 from .files import cannot_write, first_line, replacing
+from .finite import all_finite
 from .hypernetwork import HyperNetwork, HyperNetworkConfig
 from .provenance import Source
 from .schedule import Schedule
@@ -70,6 +72,30 @@ def new_network(header: Header, operations: ModuleType | Any = nn) -> HyperNetwo
     return HyperNetwork(
         header.network, header.targets, header.feature_channels, header.text_channels, operations
     )
+
+
+def sized_network(header: Header, operations: ModuleType | Any = nn) -> HyperNetwork:
+    """Returns a hypernetwork of a header's sizes on the meta device: wrong sizes allocate no memory."""
+    with torch.device("meta"), _NoDrawing():
+        return new_network(header, operations)
+
+
+class _NoDrawing(TorchFunctionMode):
+    """Leaves out the random initialisation of weights that a file replaces.
+
+    On the meta device PyTorch draws numbers by Python functions, and the first of them imports its compiler:
+    more than a second, ten times as long as everything else.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.randn:
+            return torch.empty(*args, **kwargs)
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def save(path: Path, network: HyperNetwork, header: Header, dtype: torch.dtype = torch.float16) -> None:
@@ -131,8 +157,7 @@ def load(path: Path, operations: ModuleType | Any = nn) -> HyperAlign:
             values that are not finite.
     """
     header = read_header(path)
-    with torch.device("meta"):  # wrong sizes in a header must not allocate memory
-        network = new_network(header, operations)
+    network = sized_network(header, operations)
     wanted = network.state_dict()
     expected = {_file_name(key, header.targets): key for key in wanted}
     with safe_open(str(path), framework="pt") as file:
@@ -264,7 +289,7 @@ def _check_shapes(
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Returns the names of the tensors that contain NaN or infinite values."""
-    return [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
+    return [name for name, value in tensors.items() if not all_finite(value)]
 
 
 def _check_conditional_part(path: Path, network: HyperNetwork) -> None:
@@ -286,12 +311,14 @@ def _check_conditional_part(path: Path, network: HyperNetwork) -> None:
 
 
 def _check_finite(path: Path, state: dict[str, Tensor]) -> None:
-    if bad := [name for name in not_finite(state) if "_statistics." in name]:
+    bad = not_finite(state)
+    if statistics := [name for name in bad if "_statistics." in name]:
         raise HyperAlignError(
-            f"{path.name} contains NaN or infinite statistics ({bad[0]}). The base model's features were not "
-            "finite when they were measured, or the file is damaged: download it again, or train it again."
+            f"{path.name} contains NaN or infinite statistics ({statistics[0]}). The base model's features "
+            "were not finite when they were measured, or the file is damaged: download it again, or train it "
+            "again."
         )
-    if bad := not_finite(state):
+    if bad:
         raise HyperAlignError(
             f"{path.name} contains NaN or infinite weights ({bad[0]}, {len(bad)} tensors). "
             "The training diverged or the file is damaged; use an earlier checkpoint."

@@ -181,4 +181,4 @@ class HyperNetwork(nn.Module):
 
 
 def _scaled_normal(rows: int, columns: int) -> Tensor:
-    return torch.randn(rows, columns) * columns**-0.5
+    return torch.randn(rows, columns).mul_(columns**-0.5)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import HyperAlignError
+from ..finite import all_finite
 from .networks import encoder_weight
 
 Preprocess = Callable[[Tensor], Tensor]
@@ -28,7 +29,7 @@ KEYS_A = -0.5
 def check_images(images_BCHW: Tensor) -> None:
     """Raises HyperAlignError unless these are images (B, 1, 3 or 4, H, W) of finite numbers."""
     check_form(images_BCHW)
-    if not bool(torch.isfinite(images_BCHW).all()):
+    if not all_finite(images_BCHW):
         raise HyperAlignError(
             "Found NaN or infinite pixels; expected numbers in [0, 1]. The sampler or the VAE diverged: "
             "lower the CFG scale or decode in float32."

@@ -7,6 +7,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -167,10 +168,24 @@ class HashTokenizer:
         return _padded(self.start, ids, self.end, self.length)
 
 
+def _kept(build: Callable[[Path], Tokenizer], *file_names: str) -> Callable[[Path], Tokenizer]:
+    """Returns `build` with its results kept until the files change: a host asks before every run."""
+
+    @lru_cache(maxsize=4)
+    def built(folder: Path, _states: tuple[tuple[int, int], ...]) -> Tokenizer:
+        return build(folder)
+
+    def current(folder: Path) -> Tokenizer:
+        found = [(folder / name).stat() for name in file_names]
+        return built(folder, tuple((one.st_mtime_ns, one.st_size) for one in found))
+
+    return current
+
+
 CLIP = Vocabulary(
     ("vocab.json", "merges.txt"),
     "https://huggingface.co/openai/clip-vit-large-patch14/resolve/main",
-    _clip_tokenizer,
+    _kept(_clip_tokenizer, "vocab.json", "merges.txt"),
     HashTokenizer(CLIP_LENGTH, 49406, 49407, range(1, 49406)),
 )
 """The byte-pair vocabulary of every CLIP; ComfyUI ships it too."""
@@ -178,7 +193,7 @@ CLIP = Vocabulary(
 BERT = Vocabulary(
     ("vocab.txt",),
     "https://huggingface.co/google-bert/bert-base-uncased/resolve/main",
-    _bert_tokenizer,
+    _kept(_bert_tokenizer, "vocab.txt"),
     HashTokenizer(BERT_LENGTH, 101, 102, range(1996, 30522)),
 )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,28 @@ def test_an_interrupted_save_leaves_the_old_file(
 def refused(path: Path, match: str) -> None:
     with pytest.raises(HyperAlignError, match=match):
         checkpoint.load(path)
+
+
+def test_the_first_file_of_a_process_loads_without_pytorch_s_compiler(saved: Path) -> None:
+    """Importing it would take longer than everything else that loading does."""
+    code = (
+        "import sys; from pathlib import Path; from hyperalign import checkpoint; before = set(sys.modules); "
+        f"checkpoint.load(Path({str(saved)!r})); "
+        "assert not {'torch._dynamo', 'sympy'} & (set(sys.modules) - before)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("conditioning", ["full", "none"])
+def test_sizes_without_weights_are_those_of_a_new_network(saved: Path, conditioning: Any) -> None:
+    header = checkpoint.read_header(saved)
+    header = dataclasses.replace(
+        header, network=dataclasses.replace(header.network, conditioning=conditioning)
+    )
+    sized, drawn = checkpoint.sized_network(header), checkpoint.new_network(header)
+    assert all(value.is_meta for value in sized.state_dict().values())
+    shapes = [{key: value.shape for key, value in one.state_dict().items()} for one in (sized, drawn)]
+    assert shapes[0] == shapes[1]
 
 
 def test_missing_file(tmp_path: Path) -> None:

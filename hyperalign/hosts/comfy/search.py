@@ -23,6 +23,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...errors import HyperAlignError
+from ...finite import all_finite
 from ...search import Candidate, Plan, Search
 from . import trajectory
 from .rewards import HostReward, NotFinite
@@ -234,16 +235,15 @@ def decoded(vae: Any, latents: Tensor) -> Tensor:
 
 def _scores(reward: HostReward, images_BHWC: Tensor, prompt: str) -> list[float]:
     """Returns one score per image, NaN for diverged images, for which a reward would reject the batch."""
-    finite_B = images_BHWC.isfinite().flatten(1).all(dim=1)
-    if not bool(finite_B.any()):
+    finite = [all_finite(image_HWC) for image_HWC in images_BHWC]
+    if not any(finite):
         return [math.nan] * len(images_BHWC)
-    prompts = [prompt] * int(finite_B.sum())
     try:
-        scores = reward.score(images_BHWC[finite_B], prompts)
+        scores = reward.score(images_BHWC[torch.tensor(finite)], [prompt] * sum(finite))
     except NotFinite as error:
         scores = error.scores
     remaining = iter(scores)
-    return [next(remaining) if is_finite else math.nan for is_finite in finite_B.tolist()]
+    return [next(remaining) if is_finite else math.nan for is_finite in finite]
 
 
 def _result(state: Search[tuple[Tensor, Tensor]], cancelled: bool) -> SearchResult:

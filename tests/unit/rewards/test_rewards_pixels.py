@@ -193,6 +193,26 @@ def test_one_pixel_that_is_no_number_is_enough_to_refuse() -> None:
         P.check_images(torch.zeros(2, 3, 4, 4, dtype=torch.int64))
 
 
+class Greatest(TorchDispatchMode):
+    """Notes the most numbers that an operation puts into memory of its own."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and not found._is_view() and func is not torch.ops.aten.detach.default:
+            self.numbers = max(self.numbers, found.numel())
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_pixels_are_found_finite_without_a_tensor_of_their_size(dtype: torch.dtype) -> None:
+    images = torch.rand(2, 3, 8, 8, dtype=dtype)
+    with Greatest() as greatest:
+        P.check_images(images)
+    assert greatest.numbers == 1
+
+
 def test_colours_are_left_alone_and_transparency_lies_on_white() -> None:
     grey, colour = torch.rand(2, 1, 2, 2), torch.rand(2, 3, 2, 2) * 3 - 1
     assert torch.equal(P.rgb(grey), grey.repeat(1, 3, 1, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -119,6 +120,18 @@ def test_a_tokenizer_is_looked_for_in_its_own_folder_then_beside_the_weights(tmp
         assert places[-1] == place
     vocabulary.load(weights)
     assert places[-1] == weights / "tokenizer"
+
+
+@pytest.mark.parametrize("vocabulary", [CLIP, BERT])
+def test_a_tokenizer_is_built_once_until_its_files_change(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    write_clip(tmp_path)
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n")
+    first = vocabulary.load(tmp_path)
+    assert vocabulary.load(tmp_path) is first
+    for name in vocabulary.file_names:
+        before = vocabulary.load(tmp_path)
+        os.utime(tmp_path / name, (1, 1))
+        assert vocabulary.load(tmp_path) is not before
 
 
 def test_damaged_tokenizer_files_are_refused(tmp_path: Path) -> None:
