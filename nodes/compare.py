@@ -6,11 +6,12 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..hyperalign.hosts.comfy.batches import paired
-from ..hyperalign.hosts.comfy.rewards import prompts_for
+from ..hyperalign.hosts.comfy.batches import joined, paired
+from ..hyperalign.prompts import LINES, on_one_line, prompts_for_batches
 from .aliases import aliases
+from .choices import choice_problem
 from .drawing import grid, with_badges
-from .sockets import RewardType, prompt_input
+from .sockets import RewardType, lines_input, only, prompt_input
 
 COLUMNS = 8
 
@@ -28,6 +29,7 @@ class HyperAlignCompare(io.ComfyNode):
             **aliases("side by side", "a/b", "compare images", "grid"),
             description="Shows base images above aligned images of the same seeds, with the reward score under each image. "
             "Generate both batches with the same seed, so that they differ in the alignment only.",
+            is_input_list=True,
             is_output_node=True,
             inputs=[
                 io.Image.Input("base", tooltip="Images without alignment: the upper row."),
@@ -42,6 +44,7 @@ class HyperAlignCompare(io.ComfyNode):
                 prompt_input(),
                 _label_input("base"),
                 _label_input("aligned"),
+                lines_input(),
             ],
             outputs=[
                 io.Image.Output(display_name="grid", tooltip="All images and their scores in one image."),
@@ -57,26 +60,35 @@ class HyperAlignCompare(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, lines: Any = LINES[0]) -> bool | str:
+        """Rejects an unknown choice before anything runs; inputs are lists here."""
+        return choice_problem(cls, lines=lines) or True
+
+    @classmethod
     def execute(
-        cls,
-        base: Any,
-        aligned: Any,
-        reward: Any,
-        prompt: str,
-        base_label: str = "base",
-        aligned_label: str = "aligned",
-    ) -> io.NodeOutput:
+        cls, base: Any, aligned: Any, reward: Any, prompt: Any, base_label: Any = "base",
+        aligned_label: Any = "aligned", lines: Any = LINES[0],
+    ) -> io.NodeOutput:  # fmt: skip
         """Returns the grid, the mean gain and a table."""
-        images = paired(base, aligned)
-        prompts = prompts_for(prompt, len(base))
-        scores = reward.score(images, prompts * 2)
+        reward, upper, lower, lines = only(
+            reward=reward, base_label=base_label, aligned_label=aligned_label, lines=lines
+        )
+        counts = [len(batch) for batch in _batches(base)]
+        base, aligned = joined("base", _batches(base)), joined("aligned", _batches(aligned))
+        pairs = paired(base, aligned)
+        prompts = prompts_for_batches(prompt, counts, lines)
+        scores = reward.score(pairs, prompts * 2)
         before, after = scores[: len(base)], scores[len(base) :]
-        labels = base_label.strip(), aligned_label.strip()
+        labels = upper.strip(), lower.strip()
         image = _grid(base, aligned, before, after, labels)
         gains = [second - first for first, second in zip(before, after, strict=True)]
         table = _table(reward.name, before, after, prompts, labels)
         shown = ui.PreviewImage(image, cls=cls).as_dict() | ui.PreviewText(table).as_dict()
         return io.NodeOutput(image, sum(gains) / len(gains), table, ui=shown)
+
+
+def _batches(images: Any) -> list[Any]:
+    return images if isinstance(images, list) else [images]
 
 
 def _label_input(row: str) -> io.String.Input:
@@ -104,7 +116,7 @@ def _table(
     rows = list(zip(before, after, prompts, strict=True))
     wins = sum(second > first for first, second, _ in rows)
     lines = [
-        f"{index:>3}  {first:+8.4f}  {second:+8.4f}  {second - first:+8.4f}  {prompt}"
+        f"{index:>3}  {first:+8.4f}  {second:+8.4f}  {second - first:+8.4f}  {on_one_line(prompt)}"
         for index, (first, second, prompt) in enumerate(rows)
     ]
     first, second = (label or row for label, row in zip(labels, ("base", "aligned"), strict=True))

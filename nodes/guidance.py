@@ -7,9 +7,10 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..hyperalign.hosts.comfy.guidance import GRADIENTS, apply_guidance
+from ..hyperalign.prompts import LINES
 from .aliases import aliases
 from .choices import choice_problem
-from .sockets import RewardType
+from .sockets import RewardType, lines_input
 
 
 class HyperAlignGuidance(io.ComfyNode):
@@ -34,18 +35,21 @@ class HyperAlignGuidance(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, gradient: str = "prediction") -> bool | str:
-        """Rejects an unknown gradient before anything runs."""
-        return choice_problem(cls, gradient=gradient) or True
+    def validate_inputs(cls, gradient: str = "prediction", lines: str = LINES[0]) -> bool | str:
+        """Rejects unknown choices before anything runs."""
+        return choice_problem(cls, gradient=gradient, lines=lines) or True
 
     @classmethod
     def execute(
         cls, model: Any, reward: Any, vae: Any, prompt: str, strength: float, start_percent: float,
         end_percent: float, decode_size: int, gradient: Any = "prediction",
+        lines: Any = LINES[0],
     ) -> io.NodeOutput:  # fmt: skip
         """Returns the patched clone."""
         window = (start_percent, end_percent)
-        guided = apply_guidance(model, vae, reward, prompt, strength, window, decode_size, gradient)
+        guided = apply_guidance(
+            model, vae, reward, prompt, strength, window, decode_size, gradient, lines=lines
+        )
         return io.NodeOutput(guided)
 
 
@@ -61,8 +65,8 @@ def _inputs() -> list[io.Input]:
             "prompt",
             multiline=True,
             default="a red heart",
-            tooltip="The prompt that images are scored against, usually that of the sampler: one line for all images of "
-            "the batch, or one line per image. Empty = the empty prompt.",
+            tooltip="The prompt that images are scored against, usually that of the sampler; it may have several lines, see "
+            "lines. Empty = the empty prompt.",
         ),
         *_strength_inputs(),
         io.Int.Input(
@@ -84,6 +88,7 @@ def _inputs() -> list[io.Input]:
             "model's compute in each guided step, and 1 GB of memory or more for SD 1.5 at 512 pixels, 2 GB with a "
             "hypernetwork.",
         ),
+        lines_input(),
     ]
 
 

@@ -9,13 +9,14 @@ from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
 from ..hyperalign.hosts.comfy import reward_files
-from ..hyperalign.hosts.comfy.rewards import chained, prompts_for, score_table
+from ..hyperalign.hosts.comfy.rewards import chained, score_table
+from ..hyperalign.prompts import LINES, prompts_for_batches
 from ..hyperalign.rewards.loading import NAMES
 from .aliases import aliases
 from .choices import choice_problem
 from .drawing import with_badges
 from .score_files import save_scored
-from .sockets import RewardType, prompt_input
+from .sockets import RewardType, lines_input, only, prompt_input
 
 
 class HyperAlignRewardLoader(io.ComfyNode):
@@ -82,12 +83,14 @@ class HyperAlignRewardScore(io.ComfyNode):
             **aliases("rate images", "aesthetic score", "judge", "evaluate", "quality"),
             description="Scores every image of a batch against its prompt; higher is better. Shows each image with its "
             "score and can save the images together with their scores.",
+            is_input_list=True,
             is_output_node=True,
             inputs=[
                 RewardType.Input("reward", tooltip="From Reward Model Loader."),
                 io.Image.Input("images", tooltip="One image or a batch; each image gets its own score."),
                 prompt_input(),
                 *_saving_inputs(),
+                lines_input(),
             ],
             outputs=[
                 io.Float.Output(
@@ -103,31 +106,43 @@ class HyperAlignRewardScore(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, sidecar: str = "CSV") -> bool | str:
-        """Rejects an unknown sidecar format before anything runs."""
-        return choice_problem(cls, sidecar=sidecar) or True
+    def validate_inputs(cls, sidecar: Any = "CSV", lines: Any = LINES[0]) -> bool | str:
+        """Rejects unknown choices before anything runs; inputs are lists here."""
+        return choice_problem(cls, sidecar=sidecar, lines=lines) or True
 
     @classmethod
     def execute(
-        cls,
-        reward: Any,
-        images: Any,
-        prompt: str,
-        save: bool = False,
-        filename_prefix: str = "hyperalign/scored",
-        sidecar: str = "CSV",
-        calibrate: bool = False,
-    ) -> io.NodeOutput:
+        cls, reward: Any, images: Any, prompt: Any, save: Any = False, filename_prefix: Any = "hyperalign/scored",
+        sidecar: Any = "CSV", calibrate: Any = False, lines: Any = LINES[0],
+    ) -> io.NodeOutput:  # fmt: skip
         """Returns the scores, their mean, a table and the breakdown; shows images with badges."""
-        batch = reward.score_batch(images, prompts_for(prompt, len(images)))
+        reward, save, prefix, sidecar, calibrate, lines = only(
+            reward=reward, save=save, filename_prefix=filename_prefix, sidecar=sidecar, calibrate=calibrate,
+            lines=lines,
+        )  # fmt: skip
+        batches = images if isinstance(images, list) else [images]
+        prompts = prompts_for_batches(prompt, [len(batch) for batch in batches], lines)
+        scored = reward.score_batch(batches, prompts)
         if calibrate:
-            reward_files.store_calibrations(batch)
+            reward_files.store_calibrations(scored)
         if save:
-            save_scored(images, batch, filename_prefix, sidecar, _workflow_of(cls.hidden))
-        table, breakdown = score_table(batch), json.dumps(batch.breakdown)
-        badged = with_badges(images, [f"{score:.4f}" for score in batch.scores])
-        shown = ui.PreviewImage(badged, cls=cls).as_dict() | ui.PreviewText(table).as_dict()
-        return io.NodeOutput(batch.scores, batch.mean, table, breakdown, ui=shown)
+            save_scored(_frames(batches), scored, prefix, sidecar, _workflow_of(cls.hidden))
+        return _shown(cls, _frames(batches), scored)
+
+
+def _frames(batches: Any) -> list[Any]:
+    return [image_HWC for images_BHWC in batches for image_HWC in images_BHWC]
+
+
+def _shown(cls: Any, images: list[Any], scored: Any) -> io.NodeOutput:
+    """Returns the outputs of Reward Score, and what it shows."""
+    table, breakdown = score_table(scored), json.dumps(scored.breakdown)
+    badged = [
+        with_badges(image_HWC[None], [f"{score:.4f}"])[0]
+        for image_HWC, score in zip(images, scored.scores, strict=True)
+    ]
+    shown = ui.PreviewImage(badged, cls=cls).as_dict() | ui.PreviewText(table).as_dict()
+    return io.NodeOutput(scored.scores, scored.mean, table, breakdown, ui=shown)
 
 
 def _workflow_of(hidden: Any) -> dict[str, Any]:

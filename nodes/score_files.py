@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io as text_io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ COLUMNS = ("file", "prompt", "reward", "score", "breakdown")
 
 
 def save_scored(
-    images_BHWC: Tensor, batch: BatchScores, prefix: str, sidecar: str, workflow: Mapping[str, Any]
+    images_HWC: Sequence[Tensor], batch: BatchScores, prefix: str, sidecar: str, workflow: Mapping[str, Any]
 ) -> list[Path]:
     """Saves each image as PNG with its scores, and adds a line per image to the sidecar.
 
     Args:
-        images_BHWC: the images, in [0, 1].
+        images_HWC: the images, in [0, 1].
         batch: their scores.
         prefix: prefix of the file names in the host's output folder; may contain subfolders.
         sidecar: "CSV", "JSONL" or "none".
@@ -34,13 +34,13 @@ def save_scored(
     Returns:
         The images' paths.
     """
-    height, width = images_BHWC.shape[1:3]
+    height, width = images_HWC[0].shape[:2]
     folder, name, counter, _, _ = folder_paths.get_save_image_path(
         prefix, folder_paths.get_output_directory(), width, height
     )
-    paths = [Path(folder) / f"{name}_{counter + index:05}_.png" for index in range(len(images_BHWC))]
+    paths = [Path(folder) / f"{name}_{counter + index:05}_.png" for index in range(len(images_HWC))]
     rows = [_row(batch, index, path) for index, path in enumerate(paths)]
-    for image_HWC, row, path in zip(images_BHWC, rows, paths, strict=True):
+    for image_HWC, row, path in zip(images_HWC, rows, paths, strict=True):
         to_pil(image_HWC).save(path, pnginfo=_metadata(row, workflow), compress_level=4)
     if sidecar != "none":
         _append(Path(folder) / f"{name}_scores.{sidecar.lower()}", rows)

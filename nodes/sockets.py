@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
+
+from ..hyperalign.errors import HyperAlignError
+from ..hyperalign.prompts import LINES
 
 HyperAlignType = io.Custom("HYPERALIGN")
 RewardType = io.Custom("HYPERALIGN_REWARD")
@@ -51,9 +56,34 @@ def prompt_input() -> io.String.Input:
         "prompt",
         multiline=True,
         default="a red heart",
-        tooltip="One line = the prompt of all images; or one line per image, in the same order. "
-        "Empty = scored against the empty prompt.",
+        tooltip="The prompt of all images, which may have several lines; or one line per image, see lines. A connected "
+        "list of texts is one for each image. Empty = scored against the empty prompt.",
     )
+
+
+def lines_input() -> io.Combo.Input:
+    """Returns the widget that says what the lines of a prompt are."""
+    return io.Combo.Input(
+        "lines",
+        options=list(LINES),
+        default=LINES[0],
+        optional=True,
+        tooltip="What the lines of prompt are. one prompt = all of them are the prompt of every image; one per image = "
+        "each line is the prompt of one image, in the same order, and a single line that of all.",
+    )
+
+
+def only(**values: Any) -> list[Any]:
+    """Returns the values of a node that takes lists: of each list, its only element.
+
+    Raises HyperAlignError for a list of several.
+    """
+    for name, value in values.items():
+        if isinstance(value, list) and len(value) != 1:
+            raise HyperAlignError(
+                f"{name} has received a list of {len(value)}; expected one. Connect a single value, or use one node for each."
+            )
+    return [value[0] if isinstance(value, list) else value for value in values.values()]
 
 
 def trace_output(tooltip: str) -> io.Output:

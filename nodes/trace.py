@@ -9,11 +9,13 @@ from comfy_api.latest import io, ui
 
 from ..hyperalign.errors import HyperAlignError
 from ..hyperalign.hosts.comfy.trace import score_predictions, select, select_all
+from ..hyperalign.prompts import LINES
 from ..hyperalign.trace import as_json
 from ..hyperalign.trace_energy import image_shares
 from ..hyperalign.trace_pca import spread_of
 from .aliases import aliases
-from .sockets import HyperAlignTraceType, RewardType
+from .choices import choice_problem
+from .sockets import HyperAlignTraceType, RewardType, lines_input
 from .trace_pca_plot import trace_pca_plot
 from .trace_plot import trace_plot
 
@@ -45,12 +47,18 @@ class HyperAlignTrace(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, lines: str = LINES[0]) -> bool | str:
+        """Rejects an unknown choice before anything runs."""
+        return choice_problem(cls, lines=lines) or True
+
+    @classmethod
     def execute(
-        cls, trace: Any, latent: Any = None, reward: Any = None, vae: Any = None, prompt: str = ""
-    ) -> io.NodeOutput:
+        cls, trace: Any, latent: Any = None, reward: Any = None, vae: Any = None, prompt: str = "",
+        lines: Any = LINES[0],
+    ) -> io.NodeOutput:  # fmt: skip
         """Returns the plot and its numbers, and shows the plot."""
         run = select(trace, latent).trace()
-        rewards = None if reward is None else score_predictions(run, vae, reward, prompt)
+        rewards = None if reward is None else score_predictions(run, vae, reward, prompt, lines)
         shares = image_shares([run])
         plot, numbers = (
             trace_plot(run, rewards, shares),
@@ -119,9 +127,10 @@ def _trace_inputs() -> list[io.Input]:
             multiline=True,
             default="",
             optional=True,
-            tooltip="The prompt that images are scored against: one line for all images of the batch, or one line per "
-            "image. Empty = the empty prompt. Not used without a reward.",
+            tooltip="The prompt that images are scored against; it may have several lines, see lines. Empty = the empty "
+            "prompt. Not used without a reward.",
         ),
+        lines_input(),
     ]
 
 

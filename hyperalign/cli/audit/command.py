@@ -128,8 +128,8 @@ def parse(arguments: Sequence[str] | None) -> Options:
     parser = scoring_parser("audit", __doc__)
     add = parser.add_argument
     add("--prompts", metavar="SOURCE", help="the images' own prompts: a .csv or .jsonl of image names and "
-        "prompts, `txt` for a text file beside each image, or `comfyui` for the metadata of ComfyUI's "
-        "PNGs")  # fmt: skip
+        "prompts, `txt` for a text file beside each image, or `comfyui` for what ComfyUI and its "
+        "savers, or AUTOMATIC1111, have stored in PNG, WebP and JPEG files")  # fmt: skip
     add("--template", action="append", default=[], dest="templates", metavar="TEXT",
         help="a prompt with terms in braces; every image is scored under each of them")  # fmt: skip
     add("--groups", action="append", default=[], metavar="SOURCE",

@@ -1,4 +1,4 @@
-"""The prompts of images: from a table, text files, or ComfyUI's metadata."""
+"""The prompts of images: from a table, text files, or their metadata."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...errors import HyperAlignError
 from ...rewards.text import check_characters
-from .comfyui_metadata import embedded_prompt
+from .image_prompt import embedded_prompt
 from .tables import NAME_KEYS, PROMPT_KEYS, image_name, read_rows, read_text, value_of
 
 SHOWN = 3
@@ -20,22 +20,25 @@ def find_prompts(folder: Path, names: Sequence[str], source: str) -> list[str]:
     Args:
         folder: of the images.
         names: of the images, relative to it.
-        source: `txt` for a text file beside each image, `comfyui` for the metadata of ComfyUI's PNGs, or
-            the path of a table (.csv, .jsonl) of names and prompts.
+        source: `txt` for a text file beside each image, `comfyui` for the metadata of the images, or the path
+            of a table (.csv, .jsonl) of names and prompts.
 
     Raises:
         HyperAlignError: a table that cannot be read, images without a prompt, or half a character in one.
     """
+    why: dict[str, str] = {}
     if source == "txt":
         found = {name: prompt_beside(folder / name) for name in names}
     elif source == "comfyui":
-        found = {name: embedded_prompt(folder / name) for name in names}
+        answers = {name: embedded_prompt(folder / name) for name in names}
+        found = {name: answer.text for name, answer in answers.items()}
+        why = {name: answer.why or "it is empty" for name, answer in answers.items()}
     else:
         found = _look_up(names, read_prompts(Path(source)), source)
     if missing := [name for name in names if not (found.get(name) or "").strip()]:
         raise HyperAlignError(
             f"Found {len(names)} images and prompts for {len(names) - len(missing)} of them in {source}; "
-            f"without one: {abridged(missing)}. Add theirs."
+            f"without one: {abridged(missing, why)}. Add theirs, as in a table (.csv or .jsonl)."
         )
     prompts = [(found[name] or "").strip() for name in names]
     for name, prompt in zip(names, prompts, strict=True):
@@ -43,10 +46,11 @@ def find_prompts(folder: Path, names: Sequence[str], source: str) -> list[str]:
     return prompts
 
 
-def abridged(names: Sequence[str]) -> str:
-    """Returns the first names, and how many more there are."""
+def abridged(names: Sequence[str], why: Mapping[str, str] | None = None) -> str:
+    """Returns the first names, each with its reason if there are reasons, and how many more there are."""
+    shown = [f"{name} ({why[name]})" if why else name for name in names[:SHOWN]]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return ", ".join(shown) + more
 
 
 def prompt_beside(path: Path) -> str | None:
@@ -62,7 +66,7 @@ def read_prompts(path: Path) -> dict[str, str]:
     one name.
     """
     prompts: dict[str, str] = {}
-    alternative = "txt (a text file beside each image) or comfyui (the PNGs' metadata)"
+    alternative = "txt (a text file beside each image) or comfyui (the images' metadata)"
     for number, row in read_rows(path, "--prompts", alternative):
         name, prompt = value_of(row, NAME_KEYS), value_of(row, PROMPT_KEYS)
         if name is None or prompt is None:

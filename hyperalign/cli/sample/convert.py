@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,10 @@ from ...errors import HyperAlignError
 from .files import ObjectInfo, Prompt, Workflow, is_workflow
 from .levels import Level, Place, Source, root, source_of
 from .widgets import places, widgets
+
+EVERYWHERE = ("Anything Everywhere", "Prompts Everywhere", "Seed Everywhere")
+"""Nodes of the pack Use Everywhere; some have one more sign."""
+GROUP = ("workflow>", "workflow/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,7 @@ def read(content: Workflow | Prompt, info: ObjectInfo) -> Graph:
         titles = {key: (str(node.get("_meta", {}).get("title") or ""),) for key, node in found.items()}
         return Graph(found, {}, titles, None)
     nodes = list(root(content).running())
+    _check_links(nodes)
     check_known({node["type"]: _pack(node) for _, _, node in nodes if _matters(node, info)}, info)
     prompt: Prompt = {}
     at: dict[tuple[str, str], Place] = {}
@@ -97,12 +102,29 @@ def upstream(prompt: Prompt, node: str) -> Iterator[str]:
 def check_known(kinds: Mapping[str, str], info: ObjectInfo) -> None:
     """Raises HyperAlignError unless the server knows all types of nodes; values name their packs."""
     missing = sorted(kind for kind in kinds if kind not in info)
+    if groups := [kind for kind in missing if kind.startswith(GROUP)]:
+        raise HyperAlignError(
+            f"The workflow uses the group node {groups[0]!r}, which only ComfyUI's page knows; convert it to "
+            "a subgraph there, or export the workflow with Export (API)."
+        )
     if missing:
         named = ", ".join(repr(kind) + (f" (of {kinds[kind]})" if kinds[kind] else "") for kind in missing)
         raise HyperAlignError(
             f"The workflow uses {named}, which this ComfyUI does not know; install its pack, or "
             "remove the node from the workflow."
         )
+
+
+def _check_links(nodes: Iterable[tuple[Level, str, dict[str, Any]]]) -> None:
+    """Raises HyperAlignError at nodes that make links which a saved workflow does not have."""
+    for level, key, node in nodes:
+        properties = node.get("properties") or {}
+        everywhere = (properties.get("ue_properties") or {}).get("ue_convert")
+        if everywhere or str(node["type"]).startswith(EVERYWHERE):
+            raise HyperAlignError(
+                f"The node {node['type']!r} (#{level.id_of(key)}) sends its input to others over links that "
+                "only ComfyUI's page knows; export the workflow there with Export (API), or link its inputs."
+            )
 
 
 def _inputs(

@@ -1,7 +1,8 @@
 """The page's graph with its subgraphs, and the source of each input's value.
 
-It does what the page does before it queues: it expands subgraphs (ids like `12:3`), connects through bypassed
-nodes (the first input of the same type) and reroutes, and replaces primitive nodes by their values.
+It does what the page does before it queues: it expands subgraphs (ids like `12:3`), connects through
+bypassed nodes (the first input of the same type), reroutes and pairs of Set and Get nodes, and replaces
+primitive nodes by their values.
 """
 
 from __future__ import annotations
@@ -14,8 +15,19 @@ from ...errors import HyperAlignError
 from .files import Workflow
 
 MUTED, BYPASSED = 2, 4
-REROUTE, PRIMITIVE = "Reroute", "PrimitiveNode"
-VIRTUAL = (REROUTE, PRIMITIVE, "Note", "MarkdownNote")
+PRIMITIVE = "PrimitiveNode"
+SETS, GETS = ("SetNode", "easy setNode"), ("GetNode", "easy getNode")
+THROUGH = ("Reroute", "Reroute (rgthree)", *SETS)
+"""Nodes of the page whose output is their input."""
+CONTROLS = (
+    "Fast Muter (rgthree)", "Fast Bypasser (rgthree)", "Fast Groups Muter (rgthree)",
+    "Fast Groups Bypasser (rgthree)", "Fast Actions Button (rgthree)", "Node Collector (rgthree)",
+    "Mute / Bypass Repeater (rgthree)", "Mute / Bypass Relay (rgthree)", "Random Unmuter (rgthree)",
+    "Bookmark (rgthree)", "Label (rgthree)",
+)  # fmt: skip
+"""Nodes that switch others on and off in the page, which it stores as those nodes' modes."""
+VIRTUAL = (PRIMITIVE, *THROUGH, *GETS, *CONTROLS, "Note", "MarkdownNote")
+"""Nodes that exist in the page only."""
 INSIDE, OUTSIDE = "-10", "-20"
 """The ids that represent a subgraph's inputs and its outputs."""
 
@@ -124,22 +136,38 @@ def _link(saved: Any) -> tuple[int, Link]:
 Steps = frozenset[tuple[str, str, int]]
 
 
-def source_of(level: Level, node: str, slot: int, passed: Steps = frozenset()) -> Source | Place | None:
+def source_of(
+    level: Level, node: str, slot: int, passed: Steps = frozenset(), kind: str = ""
+) -> Source | Place | None:
     """Returns what an input is linked to: an output, a widget of a primitive or a subgraph, or None.
 
-    Raises HyperAlignError on links that form a cycle.
+    Args:
+        level: of the node.
+        node: its id there.
+        slot: index of the input.
+        passed: the inputs on the way so far.
+        kind: the type that is looked for, where it is not the input's own.
+
+    Raises:
+        HyperAlignError: links that form a cycle, or a Get node without exactly one Set node of its name.
     """
     sockets = level.nodes[node].get("inputs") or []
-    link = level.links.get(sockets[slot].get("link") or -1) if slot < len(sockets) else None
+    number = sockets[slot].get("link") if slot < len(sockets) else None
+    link = None if number is None else level.links.get(int(number))
     if link is None:
         return None
     passed = _step(passed, level, node, slot)
     if link.origin != INSIDE:
-        return _behind(level, link, str(sockets[slot].get("type")), passed)
+        return _behind(level, link, kind or str(sockets[slot].get("type")), passed)
+    return _outside(level, link.origin_slot, passed)
+
+
+def _outside(level: Level, slot: int, passed: Steps) -> Source | Place | None:
+    """Returns what an input of a subgraph is linked to, or the widget that it shows."""
     if level.outer is None:
         return None
     around, key = level.outer
-    name = level.definition["inputs"][link.origin_slot]["name"]
+    name = level.definition["inputs"][slot]["name"]
     instance = around.nodes[key]
     outside = next((i for i, s in enumerate(instance.get("inputs") or []) if s["name"] == name), None)
     if outside is not None and instance["inputs"][outside].get("link") is not None:
@@ -154,8 +182,10 @@ def _behind(level: Level, link: Link, kind: str, passed: Steps) -> Source | Plac
     if node.get("mode") == BYPASSED:
         through = _bypass(node, link.origin_slot, kind)
         return None if through is None else source_of(level, link.origin, through, passed)
-    if node["type"] == REROUTE:
-        return source_of(level, link.origin, 0, passed)
+    if node["type"] in GETS:
+        return source_of(*_set_node(level, link.origin), 0, passed, kind)
+    if node["type"] in THROUGH:
+        return source_of(level, link.origin, 0, passed, kind)
     if node["type"] == PRIMITIVE:
         return Place(node["widgets_values"], 0) if node.get("widgets_values") else None
     if link.origin not in level.inner:
@@ -163,9 +193,36 @@ def _behind(level: Level, link: Link, kind: str, passed: Steps) -> Source | Plac
     inner = level.inner[link.origin]
     ends = (one for one in inner.links.values() if one.target == OUTSIDE)
     end = next((one for one in ends if one.target_slot == link.origin_slot), None)
-    if end is None or end.origin == INSIDE:
+    if end is None:
         return None
-    return _behind(inner, end, kind, _step(passed, inner, OUTSIDE, end.target_slot))
+    passed = _step(passed, inner, OUTSIDE, end.target_slot)
+    if end.origin == INSIDE:
+        return _outside(inner, end.origin_slot, passed)
+    return _behind(inner, end, kind, passed)
+
+
+def _set_node(level: Level, get: str) -> tuple[Level, str]:
+    """Returns the Set node with a Get node's name, in its level or the nearest one around, and that level."""
+    name, number, around = _name(level.nodes[get]), level.id_of(get), (level, get)
+    while around is not None:
+        level = around[0]
+        found = [key for key, node in level.nodes.items() if node["type"] in SETS and _name(node) == name]
+        if len(found) > 1:
+            ids = ", ".join(f"#{level.id_of(key)}" for key in found)
+            raise HyperAlignError(f"The Set nodes {ids} are all named {name!r}; give each a name of its own.")
+        if found:
+            return level, found[0]
+        around = level.outer
+    raise HyperAlignError(
+        f"The Get node #{number} reads {name!r}, and no Set node has that name; add one, or remove the "
+        "Get node."
+    )
+
+
+def _name(node: Node) -> str:
+    """Returns the name that a Set or Get node has in its only widget."""
+    values = node.get("widgets_values") or [""]
+    return str(next(iter(values.values() if isinstance(values, dict) else values)))
 
 
 def _bypass(node: Node, slot: int, kind: str) -> int | None:

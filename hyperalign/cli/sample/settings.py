@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import HyperAlignError
+from ..common.graphs.graph import Side, Stop
 from .convert import Graph, is_link
 from .files import ObjectInfo
-from .texts import Address, Side, feeder, text_widgets, widgets_of
+from .texts import Address, feeder, text_widgets, widgets_of
 from .widgets import Widget
 
 SIDES: dict[str, Side] = {"prompt": "positive", "negative": "negative", "negative_prompt": "negative"}
@@ -45,7 +46,7 @@ def changes_of(graph: Graph, info: ObjectInfo, setting: str, upload: Upload | No
     known = _settable(graph, info)
     changes: Changes = {}
     for node, name in _meant(graph, info, known, address.strip(), setting):
-        found = feeder(graph.prompt, info, node, known[node, name])
+        found = feeder(graph.prompt, info, node, name, known[node, name].kind)
         if found is None:
             raise HyperAlignError(
                 f"The value of {_named(graph, (node, name))} comes over a link from "
@@ -71,7 +72,7 @@ def _meant(
             return found
     if not found:
         raise HyperAlignError(_unknown(graph, known, address))
-    sources = {feeder(graph.prompt, info, node, known[node, name]) for node, name in found}
+    sources = {feeder(graph.prompt, info, node, name, known[node, name].kind) for node, name in found}
     if len(sources) > 1:
         raise HyperAlignError(_ambiguous(graph, found, setting))
     return found[:1]
@@ -80,10 +81,19 @@ def _meant(
 def _prompts(graph: Graph, info: ObjectInfo, known: dict[Address, Widget], side: Side) -> list[Address]:
     """Returns the widgets that hold a prompt, with those of rewards that hold the same text.
 
-    Raises HyperAlignError when several nodes hold different prompts, or there is no negative one.
+    Raises HyperAlignError when several nodes hold different prompts, there is no negative one, or the graph
+    does not say where the prompt is.
     """
-    found = text_widgets(graph.prompt, info, side)
-    other = text_widgets(graph.prompt, info, "positive" if side == "negative" else "negative")
+    try:
+        found = text_widgets(graph.prompt, info, side)
+    except Stop as stop:
+        raise HyperAlignError(
+            f"The {side} prompt is not known: {stop}. Name its widget, as in --set '#5.text=...'."
+        ) from stop
+    try:
+        other = text_widgets(graph.prompt, info, "positive" if side == "negative" else "negative")
+    except Stop:  # such as a conditioning without text
+        other = []
     if side == "negative" and found:
         found = [address for address in found if address not in other]
         if not found:

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
-
+from ..common.graphs.graph import Output, Side, TextGraph
+from ..common.graphs.strings import HANDED_ON
+from ..common.graphs.walk import Walk, declared_texts
 from .convert import is_link
 from .files import ObjectInfo, Prompt
 from .widgets import Widget, widgets
 
-Side = Literal["positive", "negative"]
 Address = tuple[str, str]
 """A node and one of its inputs."""
 
 
 def text_widgets(prompt: Prompt, info: ObjectInfo, side: Side) -> list[Address]:
-    """Returns the text widgets behind the samplers' positive or negative conditioning.
+    """Returns the text widgets behind the samplers' positive or negative conditioning; none without samplers.
 
     A guider with a single conditioning (FLUX) has only a positive one.
+
+    Raises:
+        Stop: a node on the way does not say where its conditioning comes from.
     """
-    names = (side, "conditioning") if side == "positive" else (side,)
-    for name in names:
-        links = (node["inputs"].get(name) for node in prompt.values())
-        found = [address for link in links for address in _above(prompt, info, link, frozenset())]
-        if found:
-            return list(dict.fromkeys(found))
-    return []
+
+    def texts(graph: TextGraph, node: str) -> list[str]:
+        own = [widget.name for widget in widgets_of(prompt, info, node) if widget.is_text]
+        return own or declared_texts(graph, node)
+
+    graph = TextGraph.of(prompt, {key: _outputs(info, node["class_type"]) for key, node in prompt.items()})
+    slots = Walk(graph, texts).inputs(side)
+    return list(dict.fromkeys(feeder(prompt, info, *slot) or tuple(slot) for slot in slots))
+
+
+def _outputs(info: ObjectInfo, kind: str) -> list[Output]:
+    kinds = info[kind].get("output") or []
+    names = info[kind].get("output_name") or []
+    names = [*names, *[""] * (len(kinds) - len(names))]
+    return [Output(str(each), str(name)) for each, name in zip(kinds, names, strict=False)]
 
 
 def widgets_of(prompt: Prompt, info: ObjectInfo, node: str) -> list[Widget]:
@@ -33,40 +43,20 @@ def widgets_of(prompt: Prompt, info: ObjectInfo, node: str) -> list[Widget]:
     return widgets(info[prompt[node]["class_type"]], prompt[node]["inputs"])
 
 
-def feeder(prompt: Prompt, info: ObjectInfo, node: str, widget: Widget) -> Address | None:
-    """Returns the widget that holds an input's value: its own, or the only one of its kind upstream."""
+def feeder(prompt: Prompt, info: ObjectInfo, node: str, name: str, kind: str = "STRING") -> Address | None:
+    """Returns the widget that holds the value of an input of some type, through nodes that hand it on.
+
+    It is the input's own widget, or the only one of its type upstream; None where there is no such one.
+    """
     seen: set[str] = set()
-    while is_link(value := prompt[node]["inputs"].get(widget.name)):
-        node = value[0]
-        if node in seen:
+    while is_link(value := prompt[node]["inputs"].get(name)):
+        node = str(value[0])
+        if node in seen or node not in prompt:
             return None
         seen.add(node)
-        alike = [one for one in widgets_of(prompt, info, node) if one.kind == widget.kind]
-        if len(alike) != 1:
+        handed_on = HANDED_ON.get(prompt[node]["class_type"])
+        alike = [one.name for one in widgets_of(prompt, info, node) if one.kind == kind]
+        if handed_on is None and len(alike) != 1:
             return None
-        widget = alike[0]
-    return node, widget.name
-
-
-def _above(prompt: Prompt, info: ObjectInfo, link: Any, passed: frozenset[str]) -> Iterator[Address]:
-    """Yields the text widgets upstream of a link, following only conditionings."""
-    if not is_link(link) or link[0] not in prompt or link[0] in passed:
-        return
-    node, inputs = link[0], prompt[link[0]]["inputs"]
-    texts = [widget for widget in widgets_of(prompt, info, node) if widget.is_text]
-    if texts:
-        yield from (feeder(prompt, info, node, one) or (node, one.name) for one in texts)
-        return
-    if "positive" in inputs and "negative" in inputs:  # it outputs both, the positive one first
-        above = [inputs["negative" if link[1] == 1 else "positive"]]
-    else:
-        above = [value for value in inputs.values() if _is_conditioning(prompt, info, value)]
-    for value in above:
-        yield from _above(prompt, info, value, passed | {node})
-
-
-def _is_conditioning(prompt: Prompt, info: Mapping[str, Any], value: Any) -> bool:
-    if not is_link(value) or value[0] not in prompt:
-        return False
-    outputs = info[prompt[value[0]]["class_type"]].get("output") or []
-    return value[1] < len(outputs) and outputs[value[1]] == "CONDITIONING"
+        name = handed_on or alike[0]
+    return (node, name) if name in prompt[node]["inputs"] else None

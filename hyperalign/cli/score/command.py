@@ -123,8 +123,8 @@ def parse(arguments: Sequence[str] | None) -> Options:
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompts", metavar="SOURCE", help="a .csv or .jsonl of image names and prompts, "
-        "`txt` for a text file beside each image, or `comfyui` for the metadata of ComfyUI's "
-        "PNGs")  # fmt: skip
+        "`txt` for a text file beside each image, or `comfyui` for what ComfyUI and its "
+        "savers, or AUTOMATIC1111, have stored in PNG, WebP and JPEG files")  # fmt: skip
     source.add_argument("--prompt", metavar="TEXT", help="one prompt for all images")
     add("--out", type=Path, metavar="FILE", help="a .csv or .parquet (default: scores.csv in DIR)")
     add("--sheet", type=Path, metavar="FILE", help="HTML page of thumbnails to write, the best first")

@@ -61,11 +61,14 @@ def build(options: Options) -> str:
     images, skipped = match(methods)
     if skipped:
         _inform(f"skipped {len(skipped)} names that are not in every folder: {abridged(skipped)}")
-    prompts = prompts_of(images, next(iter(methods.values())), options.prompts)
+    prompts, why = prompts_of(images, next(iter(methods.values())), options.prompts)
     prompts = _sampled(prompts, options)
     questions = QUESTIONS if all(prompts.values()) else QUESTIONS_WITHOUT_PROMPTS
     if questions is not QUESTIONS:
-        _inform("found no prompts: the page asks the two questions without one; give prompts with --prompts")
+        _inform(
+            f"found no prompts ({why}): the page asks the two questions without one; give prompts with "
+            "--prompts"
+        )
     for path in (options.out, key_path(options.out)):
         check_writable(path)
     trials = plan(prompts, list(methods), options.seed, options.against_first)
@@ -110,7 +113,7 @@ def parse(arguments: Sequence[str]) -> Options:
     add = parser.add_argument
     add("folders", type=Path, nargs="+", metavar="DIR", help="images of one method each; two or more")
     add("--prompts", type=Path, metavar="FILE", help="a .csv or .jsonl of image names and prompts, or a .txt "
-        "with a line per name; default: text files beside the images, or ComfyUI's metadata")  # fmt: skip
+        "with a line per name; default: text files beside the images, or their metadata")  # fmt: skip
     add("--out", type=Path, default=Path("study.html"), metavar="FILE",
         help="the page (default: %(default)s)")  # fmt: skip
     add("--title", default="Image study",

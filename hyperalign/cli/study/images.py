@@ -11,10 +11,12 @@ from typing import Literal
 
 from ...errors import HyperAlignError
 from ...image_files import DECODING_ERRORS, data_uri, open_rgb
+from ...prompts import non_empty_lines
 from ...threads import Threads
-from ..common.comfyui_metadata import embedded_prompt
+from ..common.image_prompt import embedded_prompt
 from ..common.images import list_images
 from ..common.prompts import abridged, find_prompts, prompt_beside
+from ..common.tables import read_text
 
 Format = Literal["webp", "jpeg"]
 MEGABYTE = 1_000_000
@@ -73,46 +75,51 @@ def match(methods: Mapping[str, Path]) -> tuple[dict[str, dict[str, Path]], list
     return common, sorted(set(by_name) - set(common))
 
 
-def prompts_of(images: Mapping[str, Mapping[str, Path]], folder: Path, source: Path | None) -> dict[str, str]:
-    """Returns the prompts by the images' names; all are empty if there are none.
+def prompts_of(
+    images: Mapping[str, Mapping[str, Path]], folder: Path, source: Path | None
+) -> tuple[dict[str, str], str]:
+    """Returns the prompts by the images' names; without any, all are empty, and the second text says why.
 
     Args:
         images: paths by name and method.
         folder: of the first method; the names of a table are relative to it.
         source: a .csv or .jsonl of names and prompts, a .txt with a line for each name in sorted order, or
-            None for the text file beside an image or ComfyUI's metadata in it.
+            None for the text file beside an image or the metadata in it.
 
     Raises:
         HyperAlignError: a source that cannot be read, or prompts for only some of the images.
     """
     firsts = {name: next(iter(paths.values())) for name, paths in images.items()}
     if source is None:
-        found = {
-            name: (prompt_beside(path) or embedded_prompt(path) or "").strip()
-            for name, path in firsts.items()
-        }
-        missing = [name for name, prompt in found.items() if not prompt]
-        if 0 < len(missing) < len(found):
-            raise HyperAlignError(
-                f"Found prompts for {len(found) - len(missing)} of {len(found)} images; none for "
-                f"{abridged(missing)}. Add theirs, or give all with --prompts."
-            )
-        return found
+        return _own_prompts(firsts)
     if source.suffix.lower() != ".txt":
         names = [path.relative_to(folder).as_posix() for path in firsts.values()]
-        return dict(zip(firsts, find_prompts(folder, names, str(source)), strict=True))
-    try:
-        lines = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise HyperAlignError(
-            f"--prompts {source} cannot be read as text ({error}). Save it as UTF-8."
-        ) from error
+        return dict(zip(firsts, find_prompts(folder, names, str(source)), strict=True)), ""
+    lines = non_empty_lines(read_text(source))
     if len(lines) != len(firsts):
         raise HyperAlignError(
             f"{source.name} has {len(lines)} prompts for {len(firsts)} names; expected one line for each, "
             f"in the names' order ({abridged(list(firsts))}), or a .csv or .jsonl with names and prompts."
         )
-    return dict(zip(firsts, lines, strict=True))
+    return dict(zip(firsts, lines, strict=True)), ""
+
+
+def _own_prompts(images: Mapping[str, Path]) -> tuple[dict[str, str], str]:
+    """Returns the prompts beside images or in them. Raises HyperAlignError if only some have one."""
+    prompts: dict[str, str] = {}
+    why: dict[str, str] = {}
+    for name, path in images.items():
+        prompts[name] = (prompt_beside(path) or "").strip()
+        if not prompts[name]:
+            found = embedded_prompt(path)
+            prompts[name], why[name] = (found.text or "").strip(), found.why or "it is empty"
+    missing = [name for name, prompt in prompts.items() if not prompt]
+    if 0 < len(missing) < len(prompts):
+        raise HyperAlignError(
+            f"Found prompts for {len(prompts) - len(missing)} of {len(prompts)} images; none for "
+            f"{abridged(missing, why)}. Add theirs, or give all with --prompts."
+        )
+    return prompts, f"{missing[0]}: {why[missing[0]]}" if missing else ""
 
 
 def encode(

@@ -6,7 +6,8 @@ import contextlib
 import copy
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import comfy.model_management
@@ -18,9 +19,10 @@ from torch.nn import functional as F
 
 from ...errors import HyperAlignError
 from ...guidance import Score, guidance_size, guided, guided_through, prediction_size
+from ...prompts import LINES, prompts_for
 from .gradient import differentiable, normal_weights, with_attention
 from .model import network_patcher
-from .rewards import HostReward, load_models, prompts_for
+from .rewards import HostReward, load_models
 
 LOG = logging.getLogger(__name__)
 KEY = "hyperalign_guidance"
@@ -37,6 +39,7 @@ def apply_guidance(
     window: tuple[float, float],
     decode_size: int,
     gradient: Gradient = "prediction",
+    lines: str = LINES[0],
 ) -> ModelPatcher:
     """Returns a clone of the MODEL that samples towards a higher reward; a second call replaces the first.
 
@@ -44,11 +47,12 @@ def apply_guidance(
         patcher: the MODEL; it is not changed.
         vae: decodes the one-step predictions; copied, because the host's own weights have no gradient.
         reward: scores them.
-        prompt: one line for all samples of the batch, or one line per sample.
+        prompt: of all samples of the batch, or one per sample in its lines.
         strength: size of the correction; 0 turns guidance off.
         window: start and end of guidance as fractions of the noise range; 0 is pure noise.
         decode_size: maximum side length in pixels at which predictions are decoded.
         gradient: whether it ends at the one-step prediction or goes through the model.
+        lines: what the lines of the prompt are, as in `prompts_for`.
 
     Raises:
         HyperAlignError: a value out of range, combination rank, or a VAE that is not for images.
@@ -61,7 +65,8 @@ def apply_guidance(
     if strength == 0.0:
         return clone
     kind = GuidanceThroughModel if gradient == "through model" else Guidance
-    kind(DecoderCopy(vae, decode_size), reward, prompt, strength, window).add_to(clone)
+    prompts = partial(prompts_for, prompt, lines=lines)
+    kind(DecoderCopy(vae, decode_size), reward, prompts, strength, window).add_to(clone)
     return clone
 
 
@@ -95,14 +100,14 @@ class Guidance:
         self,
         decode: DecoderCopy,
         reward: HostReward,
-        prompt: str,
+        prompts: Callable[[int], list[str]],
         strength: float,
         window: tuple[float, float],
     ) -> None:
         self.patchers = [decode.patcher, *reward.patchers]
         self._decode = decode
         self._reward = reward
-        self._prompt = prompt
+        self._prompts = prompts
         self._strength = strength
         self._window = window
 
@@ -132,7 +137,7 @@ class Guidance:
 
     def _score(self, model: Any, count: int) -> Score:
         """Returns the score function of predictions. Raises HyperAlignError on a wrong number of prompts."""
-        prompts = prompts_for(self._prompt, count)
+        prompts = self._prompts(count)
 
         def score(latents_BCHW: Tensor) -> Tensor:
             images_BCHW = self._decode(model.process_latent_out(latents_BCHW))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import comfy.model_management
 import torch
@@ -12,6 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...errors import HyperAlignError
+from ...prompts import on_one_line
 from ...rewards import Reward
 from ...rewards.ensemble import Calibration, Combination, Ensemble
 from .model import network_patcher
@@ -56,6 +58,17 @@ class Member:
             ]
         return torch.cat(parts).float().cpu()
 
+    def score_batches(self, batches: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
+        """Returns one score per image of several batches (B, H, W, C), as `score`."""
+        ends = list(accumulate(len(batch) for batch in batches))
+        starts = [0, *ends[:-1]]
+        return torch.cat(
+            [
+                self.score(batch, prompts[start:end])
+                for batch, start, end in zip(batches, starts, ends, strict=True)
+            ]
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class BatchScores:
@@ -92,19 +105,25 @@ class HostReward:
         """The members' patchers, for callers that need all of them loaded at once."""
         return [member.patcher for member in self.members]
 
-    def score_batch(self, images_BHWC: Tensor, prompts: Sequence[str]) -> BatchScores:
+    def score_batch(self, images: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> BatchScores:
         """Returns the scores of images, and those of each member.
+
+        Args:
+            images: (B, H, W, C), or several such batches, which may differ in size.
+            prompts: one per image.
 
         Raises:
             NotFinite: a score is NaN or infinite.
             HyperAlignError: a wrong number of prompts, or an input that a reward rejects.
         """
-        if len(prompts) != len(images_BHWC):
+        batches = [images] if isinstance(images, Tensor) else images
+        count = sum(len(batch) for batch in batches)
+        if len(prompts) != count:
             raise HyperAlignError(
-                f"Found {len(images_BHWC)} images and {len(prompts)} prompts; expected one prompt per "
+                f"Found {count} images and {len(prompts)} prompts; expected one prompt per "
                 "image. Repeat the prompt for every image."
             )
-        parts = {member.reward.name: member.score(images_BHWC, prompts) for member in self.members}
+        parts = {member.reward.name: member.score_batches(batches, prompts) for member in self.members}
         combined = parts[self.name] if self.ensemble is None else self.ensemble.combine(parts)
         breakdown = {name: part.tolist() for name, part in parts.items()}
         scores: list[float] = combined.tolist()
@@ -155,30 +174,13 @@ def load_models(patchers: Sequence[ModelPatcher]) -> None:
         comfy.model_management.load_models_gpu(list(patchers), force_full_load=True)
 
 
-def prompts_for(text: str, count: int) -> list[str]:
-    """Returns one prompt per image: a single line applies to all images, else there is one line per image.
-
-    Raises:
-        HyperAlignError: a wrong number of lines.
-    """
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
-    if len(lines) == 1:
-        return lines * count
-    if len(lines) != count:
-        raise HyperAlignError(
-            f"Found {len(lines)} lines of prompts for {count} images; expected 1 line for all of them, "
-            f"or {count} lines, one per image."
-        )
-    return lines
-
-
 def score_table(batch: BatchScores) -> str:
     """Returns a text table: one line per image with its score, and each member's if there are several."""
     several = len(batch.breakdown) > 1
     columns = [batch.scores, *(batch.breakdown.values() if several else ())]
     rows = zip(*columns, strict=True)
     lines = [
-        f"{index:>3}  {'  '.join(f'{value:+8.4f}' for value in row)}  {prompt}"
+        f"{index:>3}  {'  '.join(f'{value:+8.4f}' for value in row)}  {on_one_line(prompt)}"
         for index, (row, prompt) in enumerate(zip(rows, batch.prompts, strict=True))
     ]
     heading = f"{batch.name}" + (f"  (score | {' | '.join(batch.breakdown)})" if several else "")

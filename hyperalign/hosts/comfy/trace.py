@@ -13,9 +13,10 @@ from comfy_execution.progress import get_progress_state
 from comfy_execution.utils import get_executing_context
 
 from ...errors import HyperAlignError
+from ...prompts import LINES, prompts_for
 from ...trace import Rewards, Trace
 from ..tracing import Recorder, Recording
-from .rewards import HostReward, prompts_for
+from .rewards import HostReward
 
 Latent = dict[str, Any]
 Wanted = Literal["", "weights", "weights and predictions"]
@@ -63,7 +64,9 @@ def select_all(recorders: Sequence[Recorder], latents: Sequence[Latent]) -> list
     return found
 
 
-def score_predictions(trace: Trace, vae: Any, reward: HostReward, prompt: str) -> Rewards:
+def score_predictions(
+    trace: Trace, vae: Any, reward: HostReward, prompt: str, lines: str = LINES[0]
+) -> Rewards:
     """Returns the reward scores of each step's one-step prediction. Raises HyperAlignError."""
     if vae is None:
         raise HyperAlignError(
@@ -81,7 +84,7 @@ def score_predictions(trace: Trace, vae: Any, reward: HostReward, prompt: str) -
     for latents_BCHW in latents_EBCHW:
         comfy.model_management.throw_exception_if_processing_interrupted()
         images_BHWC = vae.decode(latents_BCHW)
-        scores.append(reward.score(images_BHWC, prompts_for(prompt, len(images_BHWC))))
+        scores.append(reward.score(images_BHWC, prompts_for(prompt, len(images_BHWC), lines)))
         progress.update(1)
     return Rewards(reward.name, torch.tensor(scores))
 

@@ -71,3 +71,19 @@ def test_the_grid_has_both_images_of_every_seed(compare, reward, count, columns,
 def test_batches_that_are_no_pairs_are_refused(compare, reward, other):
     with pytest.raises(Exception, match="expected the same number of images of the same size"):
         compare.execute(images(3), other, reward, PROMPT)
+
+
+def test_lines_are_one_prompt_and_a_list_is_one_for_each_pair(compare, reward):
+    base, aligned, lines = images(2), images(2, 1), ["a red circle", "a blue heart"]
+    text = "\n".join(lines)
+    for given, prompts in (
+        ((text,), [text] * 2),
+        ((lines,), lines),
+        ((text, "a", "b", "one per image"), lines),
+    ):
+        gain = compare.execute([base], [aligned], [reward], *given).result[1]
+        before, after = reward.score(base, prompts), reward.score(aligned, prompts)
+        assert gain == pytest.approx((sum(after) - sum(before)) / 2, abs=1e-4)
+    halves = [base[:1], base[1:]], [aligned[:1], aligned[1:]]
+    assert compare.execute(*halves, [reward], lines).result[1] == pytest.approx(gain, abs=1e-4)
+    assert "lines is 'x'" in compare.validate_inputs(lines=["x"])

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
@@ -321,8 +322,40 @@ def test_scores_that_are_no_numbers_are_refused_and_nothing_is_kept(nodes, pack,
 
 
 def test_another_number_of_prompts_is_refused(nodes):
-    message = refusal(nodes.HyperAlignRewardScore.execute, loaded(nodes), images(), f"{PROMPT}\na dog")
-    assert "2 lines of prompts for 3 images" in message
+    score = partial(nodes.HyperAlignRewardScore.execute, loaded(nodes), images(), lines="one per image")
+    assert "2 lines of prompts for 3 images" in refusal(score, f"{PROMPT}\na dog")
+    assert "2 prompts in a list for 3 images" in refusal(score, [PROMPT, "a dog"])
+
+
+def test_the_lines_of_a_prompt_are_one_prompt_unless_the_widget_says_otherwise(nodes):
+    """Three lines for three images used to judge one image each; for two images, they were refused."""
+    score = partial(nodes.HyperAlignRewardScore.execute, loaded(nodes), images())
+    lines = ["a red circle", "a blue heart", "a green cat"]
+    text = "\r\n".join(lines)
+    assert score(text).result[0] == loaded(nodes).score(images(), [text] * 3)
+    apart = loaded(nodes).score(images(), lines)
+    assert score(text, lines="one per image").result[0] == score(lines).result[0] == apart
+    assert score([text], lines=["one per image"]).result[0] == apart
+    assert "lines is 'one per line'" in nodes.HyperAlignRewardScore.validate_inputs(lines=["one per line"])
+    assert nodes.HyperAlignRewardScore.INPUT_IS_LIST
+
+
+def test_the_table_has_one_row_for_a_prompt_of_several_lines(nodes):
+    output = nodes.HyperAlignRewardScore.execute(loaded(nodes), images(), "a red\n\ncircle")
+    assert output.result[2].count("a red circle\n") == 3
+
+
+def test_a_list_of_batches_is_scored_as_the_host_pairs_lists(nodes, folders):
+    """Nodes that work on lists hand on one batch for each prompt; sizes may differ."""
+    batches = [images(), images()[:2, :24]]
+    output = nodes.HyperAlignRewardScore.execute(
+        [loaded(nodes)], batches, ["a red circle", "a blue heart"], [True], ["kept/a"], ["CSV"], [False]
+    )
+    first = loaded(nodes).score(batches[0], ["a red circle"] * 3)
+    assert output.result[0] == first + loaded(nodes).score(batches[1], ["a blue heart"] * 2)
+    assert len(output.ui["images"]) == len(list((folders / "output" / "kept").glob("*.png"))) == 5
+    message = refusal(nodes.HyperAlignRewardScore.execute, [loaded(nodes)] * 2, batches, [PROMPT])
+    assert "reward has received a list of 2; expected one" in message
 
 
 def test_images_of_one_pixel_are_scored(nodes):

@@ -1,88 +1,19 @@
-"""Prompts of images: tables, text files, and the graphs in ComfyUI's metadata."""
+"""Prompts of images: tables and text files."""
 
 from __future__ import annotations
 
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-from hyperalign.cli.common.comfyui_metadata import embedded_prompt, positive_prompt
 from hyperalign.cli.common.prompts import find_prompts, read_prompts
 from hyperalign.errors import HyperAlignError
 
 NAMES = ["a.png", "b/a.png", "b/c.png"]
-
-
-def node(kind: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": kind, "inputs": inputs}
-
-
-STABLE_DIFFUSION = {
-    "1": node("CheckpointLoaderSimple", ckpt_name="x.safetensors"),
-    "2": node("CLIPTextEncode", text="a fox in snow", clip=["1", 1]),
-    "3": node("CLIPTextEncode", text="blurry, ugly", clip=["1", 1]),
-    "4": node("KSampler", model=["1", 0], positive=["2", 0], negative=["3", 0], latent_image=["5", 0]),
-}
-FLUX = {
-    "1": node("CLIPTextEncodeFlux", clip_l="", t5xxl="a harbour at dawn", guidance=3.5),
-    "2": node("FluxGuidance", conditioning=["1", 0], guidance=3.5),
-    "3": node("BasicGuider", model=["9", 0], conditioning=["2", 0]),
-}
-CONTROLNET = {
-    **{key: value for key, value in STABLE_DIFFUSION.items() if key != "4"},
-    "6": node("ControlNetApplyAdvanced", positive=["2", 0], negative=["3", 0], image=["7", 0]),
-    "4": node("KSampler", positive=["6", 0], negative=["6", 1]),
-}
-
-
-@pytest.mark.parametrize(
-    ("graph", "prompt"),
-    [
-        (STABLE_DIFFUSION, "a fox in snow"),
-        (FLUX, "a harbour at dawn"),
-        (CONTROLNET, "a fox in snow"),
-        ({"1": node("CLIPTextEncode", text="alone")}, "alone"),
-        (
-            {
-                "1": node("PrimitiveString", value="from another node"),
-                "2": node("CLIPTextEncode", text=["1", 0]),
-                "3": node("KSampler", positive=["2", 0]),
-            },
-            "from another node",
-        ),
-        (
-            {
-                "1": node("CLIPTextEncode", text="left"),
-                "2": node("CLIPTextEncode", text="right"),
-                "3": node("ConditioningCombine", conditioning_1=["1", 0], conditioning_2=["2", 0]),
-                "4": node("KSampler", positive=["3", 0]),
-            },
-            "left, right",
-        ),
-        ({"1": node("ConditioningSetMask", conditioning=["1", 0])}, None),  # a circle
-        ({"1": {"class_type": "no inputs"}}, None),
-        ({}, None),
-    ],
-)
-def test_the_positive_prompt_of_a_graph(graph: dict[str, Any], prompt: str | None) -> None:
-    assert positive_prompt(graph) == prompt
-
-
-def test_the_graph_is_read_from_a_png(tmp_path: Path) -> None:
-    info = PngInfo()
-    info.add_text("prompt", json.dumps(STABLE_DIFFUSION))
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=info)
-    Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
-    (tmp_path / "c.png").write_bytes(b"no image")
-    found = [embedded_prompt(tmp_path / name) for name in ("a.png", "b.png", "c.png")]
-    assert found == ["a fox in snow", None, None]
 
 
 @given(st.dictionaries(st.sampled_from(NAMES), st.text(min_size=1), min_size=1))
