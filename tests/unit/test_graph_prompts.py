@@ -170,7 +170,8 @@ PIPE = both("ToBasicPipe")
         sampled(n7=both("CFGGuider"), n4=node("SamplerCustomAdvanced", guider=["7", 0])),
         sampled(n7=node("ConditioningZeroOut", conditioning=["2", 0]), n4=ksampler(["2", 0], ["7", 0])),
         sampled(n4=ksampler(["2", 0], ["2", 0])),
-        sampled(n7=encoder("what nobody samples"), n8=ksampler(["7", 0], ["3", 0])),
+        sampled(n7=encoder("what nobody samples")),
+        sampled(n7=ksampler(["2", 0], ["3", 0])),
         {"1": encoder(POSITIVE)},
         sampled(n2=node("CLIPTextEncodeSDXL", text_g=POSITIVE, text_l=POSITIVE)),
     ],
@@ -233,7 +234,7 @@ def test_the_text_of_flux_is_that_of_its_guider() -> None:
             r"#2\) and text of CLIPTextEncode \(#7\)",
         ),
         (sampled(n2=node("CLIPTextEncodeFlux", clip_l="fox", t5xxl=POSITIVE)), "t5xxl of .* and clip_l of"),
-        (sampled(n7=ksampler(["3", 0], ["2", 0])), r"also the negative prompt of KSampler \(#7\)"),
+        (sampled(n7=ksampler(["3", 0], ["2", 0])), r"also the negative prompt of KSampler \(#4\)"),
         (
             sampled(
                 n7=node("easy a1111Loader", positive="a {fox|cat}", negative=""),

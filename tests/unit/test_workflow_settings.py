@@ -188,6 +188,38 @@ def test_a_text_from_another_node_is_set_there():
         changes_of(joined, INFO, "prompt=x")
 
 
+def test_string_nodes_and_pipes_are_followed_as_in_images():
+    shown = {"input": {"required": {"text": ["STRING", {"forceInput": True}]}}, "output": ["STRING"]}
+    pair = {"input": INFO["Control"]["input"], "output": ["BASIC_PIPE"]}
+    kinds = {
+        "ShowText|pysssss": shown,
+        "ToBasicPipe": pair,
+        "FromBasicPipe": {
+            "input": {"required": {"basic_pipe": ["BASIC_PIPE"]}},
+            "output": ["MODEL", "CLIP", "VAE", "CONDITIONING", "CONDITIONING"],
+        },
+    }
+    found = plain(n8=("Words", {"value": "a cat"}))
+    found.prompt["1"]["inputs"]["text"] = ["9", 0]
+    found.prompt["9"] = {"class_type": "ShowText|pysssss", "inputs": {"text": ["8", 0]}}
+    found.prompt["5"] = {"class_type": "ToBasicPipe", "inputs": {"positive": ["1", 0], "negative": ["2", 0]}}
+    found.prompt["6"] = {"class_type": "FromBasicPipe", "inputs": {"basic_pipe": ["5", 0]}}
+    found.prompt["3"]["inputs"] |= {"positive": ["6", 3], "negative": ["6", 4]}
+    assert changes_of(found, INFO | kinds, "prompt=x") == {("8", "value"): "x"}
+    assert changes_of(found, INFO | kinds, "negative=x") == {("2", "text"): "x"}
+
+
+def test_a_conditioning_from_an_unknown_node_is_refused_by_its_name():
+    found = plain()
+    found.prompt["3"]["inputs"]["positive"] = ["8", 0]
+    info = INFO | {"Blender": {"input": {"required": {"a": ["MODEL"]}}, "output": ["CONDITIONING"]}}
+    found.prompt["8"] = {"class_type": "Blender", "inputs": {}}
+    with pytest.raises(
+        HyperAlignError, match=r"positive prompt is not known: it goes through Blender \(#8\)"
+    ):
+        changes_of(found, info, "prompt=x")
+
+
 def test_rewards_that_judge_the_same_prompt_follow_it():
     found = plain(n8=("Reward", {"prompt": "a cat"}), n9=("Reward", {"prompt": "something else"}))
     assert set(changes_of(found, INFO, "prompt=x")) == {("1", "text"), ("8", "prompt")}

@@ -267,6 +267,105 @@ def test_subgraphs_in_subgraphs():
     assert prompt["12:5:2"]["inputs"]["steps"] == 8
 
 
+def test_a_subgraph_may_hand_its_input_to_its_output_and_links_may_have_the_number_0():
+    outer = {
+        "id": "outer", "name": "Outer", "inputs": [{"name": "model"}], "outputs": [{"name": "MODEL"}],
+        "nodes": [], "links": [[0, -10, 0, -20, 0, "MODEL"]],
+    }  # fmt: skip
+    instance = node(5, "outer", (), [socket("model", "MODEL", 0)], outputs=[{"type": "MODEL"}])
+    content = workflow(
+        [node(4, "Loader", ("a",)), instance, sampler()],
+        [0, 4, 0, 5, 0, "MODEL"], [1, 5, 0, 7, 0, "MODEL"],
+        definitions={"subgraphs": [outer]},
+    )  # fmt: skip
+    assert to_prompt(content, INFO)["7"]["inputs"]["model"] == ["4", 0]
+
+
+def set_node(number: int, name: Any, link: int | None, kind: str = "SetNode") -> dict[str, Any]:
+    return node(number, kind, name, [socket("MODEL", "*", link)], outputs=[{"type": "*"}])
+
+
+def get_node(number: int, name: Any, kind: str = "GetNode") -> dict[str, Any]:
+    return node(number, kind, name, outputs=[{"type": "MODEL"}])
+
+
+@pytest.mark.parametrize(
+    ("kinds", "name"),
+    [(("SetNode", "GetNode"), ["m"]), (("easy setNode", "easy getNode"), {"Constant": "m"})],
+)
+def test_a_get_node_is_its_set_node_s_input(kinds, name):
+    nodes = [
+        node(4, "Loader", ("a",)),
+        set_node(5, name, 0, kinds[0]),
+        get_node(6, name, kinds[1]),
+        sampler(link=2),
+    ]
+    prompt = to_prompt(workflow(nodes, [0, 4, 0, 5, 0, "MODEL"], [2, 6, 0, 7, 0, "MODEL"]), INFO)
+    assert set(prompt) == {"4", "7"}
+    assert prompt["7"]["inputs"]["model"] == ["4", 0]
+
+
+def test_set_and_get_nodes_reach_through_subgraphs_bypassed_nodes_and_primitives():
+    """The Set node is outside, behind a bypassed node whose first input has another type."""
+    tuner = node(3, "Tuner", (1,), [socket("amount", "FLOAT"), socket("model", "MODEL", 1)], mode=4)
+    inner = [
+        get_node(1, ["m"]),
+        node(3, "Reroute", (), [socket("", "*", 1)], outputs=[{"type": "*"}]),
+        sampler(2, link=2, sockets=[socket("steps", "INT", 4, widget=True)]),
+        get_node(9, ["s"]),
+    ]
+    links = [[1, 1, 0, 3, 0, "MODEL"], [2, 3, 0, 2, 0, "MODEL"], [4, 9, 0, 2, 2, "INT"]]
+    sub = {"id": "sub", "name": "S", "inputs": [], "outputs": [], "nodes": inner, "links": links}
+    content = workflow(
+        [
+            node(4, "Loader", ("a",)), tuner, set_node(5, ["m"], 2), node(6, "PrimitiveNode", (9, "fixed")),
+            set_node(8, ["s"], 3), node(12, "sub"),
+        ],
+        [1, 4, 0, 3, 1, "MODEL"], [2, 3, 0, 5, 0, "MODEL"], [3, 6, 0, 8, 0, "INT"],
+        definitions={"subgraphs": [sub]},
+    )  # fmt: skip
+    found = to_prompt(content, INFO)["12:2"]["inputs"]
+    assert (found["model"], found["steps"]) == (["4", 0], 9)
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [([], "The Get node #6 reads 'm', and no Set node"), ([1, 2], "The Set nodes #1, #2 are all named 'm'")],
+)
+def test_a_get_node_without_one_set_node_is_refused(sets, said):
+    nodes = [*(set_node(number, ["m"], None) for number in sets), get_node(6, ["m"]), sampler(link=2)]
+    with pytest.raises(HyperAlignError, match=said):
+        to_prompt(workflow(nodes, [2, 6, 0, 7, 0, "MODEL"]), INFO)
+
+
+@pytest.mark.parametrize("mode", [2, 4])
+def test_what_reads_a_switched_off_node_over_set_and_get_gets_nothing(mode):
+    nodes = [node(4, "Loader", ("a",), mode=mode), set_node(5, ["m"], 1), get_node(6, ["m"]), sampler(link=2)]
+    prompt = to_prompt(workflow(nodes, [1, 4, 0, 5, 0, "MODEL"], [2, 6, 0, 7, 0, "MODEL"]), INFO)
+    assert set(prompt) == {"7"}
+    assert "model" not in prompt["7"]["inputs"]
+
+
+def test_nodes_that_only_switch_others_are_left_out():
+    muter = node(8, "Fast Muter (rgthree)", (), [socket("", "*", 3)])
+    nodes = [node(4, "Loader", ("a",)), sampler(), muter, node(9, "Label (rgthree)")]
+    links = [1, 4, 0, 7, 0, "MODEL"], [3, 7, 0, 8, 0, "*"]
+    assert set(to_prompt(workflow(nodes, *links), INFO)) == {"4", "7"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "said"),
+    [
+        ("Anything Everywhere", {}, "'Anything Everywhere' .#4. sends its input to others"),
+        ("Loader", {"properties": {"ue_properties": {"ue_convert": True}}}, "'Loader' .#4. sends its input"),
+        ("workflow>mine", {"outputs": [{"links": [1]}]}, "the group node 'workflow>mine'"),
+    ],
+)
+def test_what_only_the_page_can_link_is_refused(kind, more, said):
+    with pytest.raises(HyperAlignError, match=rf"{said}.*Export \(API\)"):
+        to_prompt(workflow([node(4, kind, ("a",), **more), sampler()], [1, 4, 0, 7, 0, "MODEL"]), INFO)
+
+
 def test_circles_and_subgraphs_in_themselves_are_refused():
     nodes = [node(n, "Reroute", (), [socket("", "*", n)], outputs=[{"type": "MODEL"}]) for n in (1, 2)]
     circle = workflow(

@@ -122,12 +122,13 @@ def _read(image: Image.Image) -> Metadata:
 def _texts(image: Image.Image) -> Iterator[tuple[str, str]]:
     """Yields the texts in an image's metadata with their names. Raises as Pillow's decoders."""
     if isinstance(image, PngImagePlugin.PngImageFile):
-        before = {name: text for name, text in image.info.items() if isinstance(text, str)}
+        info = cast("dict[Any, Any]", image.info)
+        before = {str(name): text for name, text in info.items() if isinstance(text, str)}
         yield from before.items()
         if before.keys() & {"prompt", "parameters"}:
             return
         image.load()  # texts may also stand behind the pixels
-        yield from image.text.items()
+        yield from ((name, str(text)) for name, text in image.text.items())
         for kind, data, *_ in image.private_chunks:
             name, zero, text = data.partition(b"\0")
             if kind == b"comf" and zero:  # of Save Animated PNG

@@ -28,7 +28,8 @@ def text_widgets(prompt: Prompt, info: ObjectInfo, side: Side) -> list[Address]:
 
     graph = TextGraph.of(prompt, {key: _outputs(info, node["class_type"]) for key, node in prompt.items()})
     slots = Walk(graph, texts).inputs(side)
-    return list(dict.fromkeys(feeder(prompt, info, *slot) or tuple(slot) for slot in slots))
+    found: list[Address] = [feeder(prompt, info, *slot) or slot for slot in slots]
+    return list(dict.fromkeys(found))
 
 
 def _outputs(info: ObjectInfo, kind: str) -> list[Output]:

@@ -99,15 +99,3 @@ ERASES: Mapping[str, str] = {
 
 GUIDERS = frozenset(("BasicGuider", "DualCFGGuider"))
 """Classes that take conditioning to sample with, without an input that is called positive."""
-
-IDLE = frozenset(
-    (
-        "KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced", "BasicGuider", "CFGGuider",
-        "DualCFGGuider", "VAEDecode", "VAEDecodeTiled", "VAEEncode", "LatentUpscale", "LatentUpscaleBy",
-        "CLIPTextEncode", "CLIPTextEncodeSDXL", "CLIPTextEncodeFlux", "CLIPTextEncodeSD3", "FluxGuidance",
-        "ConditioningCombine", "ConditioningConcat", "ConditioningAverage", "ConditioningSetArea",
-        "ConditioningSetMask", "ConditioningSetTimestepRange", "ConditioningZeroOut", "ControlNetApply",
-        "ControlNetApplyAdvanced", "ControlNetApplySD3", "InpaintModelConditioning", "ReferenceLatent",
-    )
-)  # fmt: skip
-"""Classes that the server runs only where another node takes their result."""

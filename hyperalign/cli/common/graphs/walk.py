@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .carriers import CARRIERS, ERASES, GUIDERS, HANDED_ON, IDLE, SWITCHES, Carried
+from .carriers import CARRIERS, ERASES, GUIDERS, HANDED_ON, SWITCHES, Carried
 from .graph import Side, Slot, Stop, TextGraph
 from .strings import HANDED_ON as STRINGS_HANDED_ON
 from .strings import MADE
@@ -52,10 +52,7 @@ class Walk:
             Stop: a node on the way does not say where its conditioning comes from, or a positive text is
                 another sampler's negative one.
         """
-        samplers, running = self._samplers(), self._running()
-        if not running.isdisjoint(samplers):
-            samplers = [node for node in samplers if node in running]
-        found = [slot for node in samplers for slot in self._of_sampler(node, side)]
+        found = [slot for node in self._samplers() for slot in self._of_sampler(node, side)]
         if side == "positive":
             self._check(set(found))
         return list(dict.fromkeys(found))
@@ -74,18 +71,6 @@ class Walk:
                 continue
             if not same and found & negative:
                 raise Stop(f"it is also the negative prompt of {self._graph.named(node)}")
-
-    def _running(self) -> set[str]:
-        """Returns the nodes that the server runs: all but those whose results nobody takes."""
-        left = set(self._graph.nodes)
-        while idle := {node for node in left if self._is_idle(node, left)}:
-            left -= idle
-        return left
-
-    def _is_idle(self, node: str, left: set[str]) -> bool:
-        return self._graph.kind(node) in IDLE and all(
-            reader.node not in left for reader in self._readers[node]
-        )
 
     def _uses_conditioning(self, node: str) -> bool:
         kind = self._graph.kind(node)
