@@ -12,7 +12,14 @@ from ..hyperalign.hosts.comfy.model import apply, load
 from ..hyperalign.hosts.comfy.trace import recorder_for, wanted
 from .aliases import aliases
 from .choices import choice_problem
-from .sockets import HyperAlignType, strength_curve_input, strength_input, trace_output, variant_input
+from .sockets import (
+    HyperAlignType,
+    merging_input,
+    strength_curve_input,
+    strength_input,
+    trace_output,
+    variant_input,
+)
 
 TRACE_OUTPUT = 1
 
@@ -112,6 +119,7 @@ class HyperAlignApply(io.ComfyNode):
                 ),
                 variant_input(),
                 strength_curve_input(),
+                merging_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The aligned model, for any sampler."),
@@ -123,9 +131,9 @@ class HyperAlignApply(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, variant: str = "auto") -> bool | str:
-        """Rejects an unknown variant before anything runs; the host itself checks numbers."""
-        return choice_problem(cls, variant=variant) or True
+    def validate_inputs(cls, variant: str = "auto", merging: str = "auto") -> bool | str:
+        """Rejects unknown choices before anything runs; the host itself checks numbers."""
+        return choice_problem(cls, variant=variant, merging=merging) or True
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> str:
@@ -142,10 +150,10 @@ class HyperAlignApply(io.ComfyNode):
         end_percent: float,
         variant: Any,
         strength_curve: Any = None,
+        merging: Any = "auto",
     ) -> io.NodeOutput:
         """Returns the patched clone, and the recorder of its runs or None if trace is not connected."""
         recorder = recorder_for(TRACE_OUTPUT)
-        aligned = apply(
-            model, hypernetwork, strength, start_percent, end_percent, variant, strength_curve, recorder
-        )
+        window = (start_percent, end_percent)
+        aligned = apply(model, hypernetwork, strength, *window, variant, strength_curve, recorder, merging)
         return io.NodeOutput(aligned, recorder)

@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..hyperalign.errors import HyperAlignError
+from ..hyperalign.hosts.merging import MERGINGS
 from ..hyperalign.prompts import LINES
 
 HyperAlignType = io.Custom("HYPERALIGN")
@@ -47,6 +48,19 @@ def variant_input() -> io.Combo.Input:
         default="auto",
         tooltip="When weights are generated. S = at every model evaluation; P = at a few key times stored in the "
         "hypernetwork; I = once, at the start (fastest); auto = the variant that the hypernetwork was trained for.",
+    )
+
+
+def merging_input() -> io.Combo.Input:
+    """Returns the widget for the way in which weights reach the model."""
+    return io.Combo.Input(
+        "merging",
+        options=list(MERGINGS),
+        default="auto",
+        optional=True,
+        tooltip="How the generated weights reach the model. merged = as a copy of its attention weights for each image: as "
+        "fast as the model alone, needs memory; additive = added to the layers' outputs: slower on fast GPUs, needs "
+        "none; auto = merged where it fits and pays (ComfyUI's log says which, and why).",
     )
 
 
