@@ -14,7 +14,7 @@ from .clip import Tower
 from .heads import ScoreHead
 from .network_reward import NetworkReward
 from .networks import State, at_least_float32
-from .text import BERT_PAD, Tokenizer
+from .text import Tokenizer, bert_attention_mask
 from .weights import WeightFile
 
 MEAN = 0.16717362830052426
@@ -75,7 +75,7 @@ class ImageRewardNetwork(nn.Module):
         """Returns standardised scores (B,) of image tokens and prompt tokens."""
         hidden_BLC = self.text(
             input_ids=tokens_BL,
-            attention_mask=(tokens_BL != BERT_PAD).long(),
+            attention_mask=bert_attention_mask(tokens_BL),
             encoder_hidden_states=image_BNC,
             is_decoder=False,
         ).last_hidden_state

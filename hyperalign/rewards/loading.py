@@ -48,8 +48,12 @@ class PublishedReward:
 
 
 PUBLISHED = {
-    "hpsv2.1": PublishedReward((hpsv2.V2_1,), hpsv2.network, hpsv2.preprocess, clip.ClipReward, text.CLIP),
-    "hpsv2": PublishedReward((hpsv2.V2_0,), hpsv2.network, hpsv2.preprocess, clip.ClipReward, text.CLIP),
+    "hpsv2.1": PublishedReward(
+        (hpsv2.V2_1,), hpsv2.network, hpsv2.preprocess, clip.ClipReward, text.OPEN_CLIP
+    ),
+    "hpsv2": PublishedReward(
+        (hpsv2.V2_0,), hpsv2.network, hpsv2.preprocess, clip.ClipReward, text.OPEN_CLIP
+    ),
     "pickscore": PublishedReward(
         (pickscore.WEIGHTS,), pickscore.network, clip.preprocess,
         partial(clip.ClipReward, scaled=True), text.CLIP,

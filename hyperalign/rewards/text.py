@@ -6,7 +6,7 @@ import re
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,23 @@ import torch
 from torch import Tensor
 
 from ..errors import HyperAlignError
+from .cleaning import open_clip_text
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
 """Prompts -> token ids (B, L)."""
 
 CLIP_LENGTH = 77
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+OPEN_CLIP_START, OPEN_CLIP_END = "<start_of_text>", "<end_of_text>"
+"""The same two tokens as a prompt spells them for open_clip."""
 CLIP_WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 """The words of openai/CLIP, as a regular expression."""
+OPEN_CLIP_WORD = f"(?i){CLIP_WORD}"
+"""Those of open_clip: after lower-casing this still concerns the long s (U+017F)."""
 BERT_LENGTH = 35
 BERT_PAD = 0
+BLIP_TOKENS = ["[DEC]", "[ENC]"]
+"""What BLIP adds to BERT's vocabulary, after its last word."""
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 """One half of a surrogate pair without the other, as from an emoji that was cut in two."""
 
@@ -104,25 +111,42 @@ class Vocabulary:
 
 
 def _clip_tokenizer(folder: Path) -> Tokenizer:
-    """Builds CLIP's byte-pair encoding from two files; transformers would read others of the folder, too."""
-    from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+    """Builds CLIP's tokenizer of transformers, which itself would read other files of the folder, too."""
+    from tokenizers import Regex, normalizers
+
+    spaces = normalizers.Replace(Regex(r"\s+"), " ")
+    clean = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+    return _byte_pairs(folder, (CLIP_START, CLIP_END), CLIP_WORD, clean)
+
+
+def _open_clip_tokenizer(folder: Path) -> Tokenizer:
+    """Builds open_clip's tokenizer from the files of transformers'."""
+    tokenize = _byte_pairs(folder, (OPEN_CLIP_START, OPEN_CLIP_END), OPEN_CLIP_WORD)
+    return lambda prompts: tokenize([open_clip_text(prompt) for prompt in prompts])
+
+
+def _byte_pairs(folder: Path, ends: tuple[str, str], word: str, normalizer: Any = None) -> Tokenizer:
+    """Builds CLIP's byte-pair encoding; `ends` is how a prompt spells the start and the end token."""
+    from tokenizers import Regex, Tokenizer, pre_tokenizers
     from tokenizers.models import BPE
 
-    files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
-    encoder: Any = Tokenizer(BPE.from_file(*files, unk_token=CLIP_END, end_of_word_suffix="</w>"))
-    encoder.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
+    vocabulary, merges = BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    for published, spelt in zip((CLIP_START, CLIP_END), ends, strict=True):
+        if published not in vocabulary:
+            raise ValueError(f"vocab.json has no {published}")
+        vocabulary[spelt] = vocabulary.pop(published)
+    start, end = (vocabulary[spelt] for spelt in ends)
+    encoder: Any = Tokenizer(BPE(vocabulary, merges, unk_token=ends[1], end_of_word_suffix="</w>"))
+    encoder.add_special_tokens(list(ends))
+    if normalizer is not None:
+        encoder.normalizer = normalizer
     encoder.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(CLIP_WORD), "removed", invert=True),
+            pre_tokenizers.Split(Regex(word), "removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     encoder.enable_truncation(CLIP_LENGTH - 2)
-    start, end = encoder.token_to_id(CLIP_START), encoder.token_to_id(CLIP_END)
-    if start is None or end is None:
-        raise ValueError(f"vocab.json has no {CLIP_START} and {CLIP_END}")
 
     def tokenize(prompts: Sequence[str]) -> Tensor:
         encodings = encoder.encode_batch(list(prompts))
@@ -135,6 +159,7 @@ def _bert_tokenizer(folder: Path) -> Tokenizer:
     from tokenizers import BertWordPieceTokenizer
 
     tokenizer: Any = BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=True)
+    tokenizer.add_special_tokens(BLIP_TOKENS)
     tokenizer.enable_truncation(BERT_LENGTH)
     tokenizer.enable_padding(length=BERT_LENGTH, pad_id=BERT_PAD)
 
@@ -142,6 +167,11 @@ def _bert_tokenizer(folder: Path) -> Tokenizer:
         return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(list(prompts))])
 
     return tokenize
+
+
+def bert_attention_mask(tokens_BL: Tensor) -> Tensor:
+    """Returns 1 for every token up to the last, 0 for the padding; a prompt may itself spell [PAD]."""
+    return (tokens_BL != BERT_PAD).long().flip(1).cummax(1).values.flip(1)
 
 
 def _padded(start: int, ids: list[int], end: int, length: int) -> list[int]:
@@ -188,7 +218,10 @@ CLIP = Vocabulary(
     _kept(_clip_tokenizer, "vocab.json", "merges.txt"),
     HashTokenizer(CLIP_LENGTH, 49406, 49407, range(1, 49406)),
 )
-"""The byte-pair vocabulary of every CLIP; ComfyUI ships it too."""
+"""The byte-pair vocabulary of every CLIP, with transformers' tokens; ComfyUI ships it too."""
+
+OPEN_CLIP = replace(CLIP, build=_kept(_open_clip_tokenizer, "vocab.json", "merges.txt"))
+"""The same vocabulary with open_clip's tokens."""
 
 BERT = Vocabulary(
     ("vocab.txt",),
