@@ -35,7 +35,12 @@ REFERENCES = ["open_clip_torch==3.3.0"]
 
 def venv_python() -> Path:
     """Returns the environment's interpreter, on every platform."""
-    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    return python_of(VENV)
+
+
+def python_of(environment: Path) -> Path:
+    """Returns the interpreter of a virtual environment, on every platform."""
+    return environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
 def ensure_environment() -> Path:

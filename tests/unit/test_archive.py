@@ -15,7 +15,7 @@ NEEDED = (
     "hyperalign/hosts/comfy/model.py", "hyperalign/cli/score/sheet.html", "hyperalign/cli/audit/report.html",
     "hyperalign/cli/study/page.html", "hyperalign/cli/study/page.js", "hyperalign/cli/study/page.css",
     "web/docs/HyperAlignApply.md", "example_workflows/first_steps.jpg", "locales/zh/nodeDefs.json",
-    "subgraphs/Aligned KSampler.json",
+    "subgraphs/Aligned KSampler.json", "hyperalign/py.typed",
 )  # fmt: skip
 MOST_MEGABYTES = 60
 
@@ -34,6 +34,7 @@ def test_what_the_nodes_need_is_in(archive):
 def test_what_only_developers_need_is_out(archive):
     tops = {name.split("/")[0] for name in archive}
     assert tops.isdisjoint({"tests", "train", "scripts", "benchmarks", ".ci", "Makefile", "CONTRIBUTING.md"})
+    assert tops.isdisjoint({".github", ".pre-commit-config.yaml", "CITATION.cff"})
 
 
 def test_it_holds_no_compiled_files_and_no_links(archive):
