@@ -55,7 +55,7 @@ def test_ci_runs_the_readme_s_test_command_and_imports_the_wheel():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "make test" in script and "make test" in readme
     assert "scripts/test.py" in (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert "scripts/wheel.py" in script
+    assert "scripts/check_wheel.py" in script
 
 
 @pytest.mark.parametrize("name", ["bug", "trainer", "wish"])

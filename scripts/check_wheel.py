@@ -1,6 +1,6 @@
 """Builds the wheel of `hyperalign`, installs it in an environment of its own and imports every module.
 
-`python3 scripts/wheel.py`, about half a minute. torch and what ComfyUI brings are those of `.venv`.
+`python3 scripts/check_wheel.py`, about half a minute. torch and what ComfyUI brings are those of `.venv`.
 """
 
 from __future__ import annotations
