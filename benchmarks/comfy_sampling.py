@@ -22,11 +22,11 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
-from unittest import mock
 
 import torch
 import tyro
 from safetensors.torch import save_file
+from torch import nn
 
 from benchmarks.bases import build, random_hyperalign, true_size
 from benchmarks.rounds import RESULTS, Row, environment, figures, rounds, save_json, slug, table
@@ -123,8 +123,8 @@ def loaded(folder: Path, weights: Weights) -> Iterator[Any]:
         management.soft_empty_cache()
 
 
-def patched(model: Any, options: Options) -> dict[str, Any]:
-    """Returns each row's MODEL."""
+def patched(model: Any, options: Options) -> tuple[dict[str, Any], list[nn.Module]]:
+    """Returns each row's MODEL and the hypernetworks."""
     import comfy.ops
 
     from hyperalign.hosts.comfy.model import apply, hosted
@@ -136,10 +136,11 @@ def patched(model: Any, options: Options) -> dict[str, Any]:
         for mode in ("prefix", "separate")
     }
     split = {name: name.split() for name in options.rows}
-    return {
+    models = {
         name: apply(model, networks[mode], variant=cast(Any, variant), merging=options.merging)
         for name, (variant, mode) in split.items()
     }
+    return models, [h.hyperalign.network for h in networks.values()]
 
 
 def draw(model: Any, options: Options, steps: int) -> torch.Tensor:
@@ -152,13 +153,19 @@ def draw(model: Any, options: Options, steps: int) -> torch.Tensor:
         return host_nodes().KSampler().sample(model, *arguments)[0]["samples"]
 
 
-def generations(model: Any, options: Options, steps: int) -> int:
-    """Returns how often a run generates weights, which also warms the MODEL up."""
-    from hyperalign.hosts.generation import Generator
+def generations(model: Any, networks: list[nn.Module], options: Options, steps: int) -> int:
+    """Returns how often a run generates weights, and warms the MODEL up."""
+    calls: list[nn.Module] = []
 
-    with mock.patch.object(Generator, "generate", autospec=True, side_effect=Generator.generate) as generate:
-        draw(model, options, steps)
-    return generate.call_count
+    def count(network: nn.Module, _inputs: Any, _output: Any) -> None:
+        calls.append(network)
+
+    handles = [network.register_forward_hook(count) for network in networks]
+    draw(model, options, steps)
+    for handle in handles:
+        handle.remove()
+    draw(model, options, steps)  # as it runs where nobody counts
+    return len(calls)
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -203,9 +210,9 @@ def measure_model(
     path: Path,
 ) -> None:
     """Fills in the figures of one kind of weights."""
-    models = patched(model, options)
+    models, networks = patched(model, options)
     draw(model, options, steps)
-    written = {name: generations(row, options, steps) for name, row in models.items()}
+    written = {name: generations(row, networks, options, steps) for name, row in models.items()}
     if idle := [name for name, count in written.items() if not count]:
         raise HyperAlignError(f"{', '.join(idle)} wrote no weights; update HyperAlign or ComfyUI.")
     inner = model.model

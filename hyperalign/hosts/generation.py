@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,14 +101,21 @@ class Generator:
     def cores(self, features: Sequence[Tensor], text_BLC: Tensor) -> Tensor:
         """Returns new cores (B, M, b, a), without a gradient to the base model."""
         perceived = Perceived(features, pool_text(text_BLC)).detached()
-        in_run = self._network_state is not None
-        if not in_run or self._network.is_static or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._network(perceived)
-        device = text_BLC.device
-        if device not in self._prepared:
+        prepared = self.prepare(text_BLC.device) if self._may_prepare() else None
+        return self._network(perceived) if prepared is None else prepared(perceived)
+
+    def prepare(self, device: torch.device) -> PreparedHyperNetwork | None:
+        """Returns what a declared run generates with on a device; compiled graphs take what is there."""
+        if device not in self._prepared and not torch.compiler.is_compiling() and self._may_prepare():
             with torch.inference_mode(False), torch.no_grad():
                 self._prepared[device] = PreparedHyperNetwork(self._network, device)
-        return self._prepared[device](perceived)
+        return self._prepared.get(device)
+
+    def _may_prepare(self) -> bool:
+        network: Any = self._network
+        watched = bool(network._forward_hooks or network._forward_pre_hooks)  # they want to see it run
+        in_run = self._network_state is not None
+        return in_run and not (network.is_static or watched or torch.is_grad_enabled())
 
     def _may_capture(self, place: Place) -> bool:
         in_run = self._network_state is not None

@@ -15,21 +15,7 @@ import hyperalign
 from hyperalign.checkpoint import save
 from hyperalign.errors import HyperAlignError
 from hyperalign.hosts.diffusers.session import denoiser_of
-from hyperalign.hosts.generation import Generator
 from hyperalign.schedule import Schedule
-
-
-def recorded_cores(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Returns a list that gets the cores of every generation."""
-    written: list[torch.Tensor] = []
-    generate = Generator.cores
-
-    def cores(generator: Generator, *inputs: Any) -> torch.Tensor:
-        written.append(generate(generator, *inputs))
-        return written[-1]
-
-    monkeypatch.setattr(Generator, "cores", cores)
-    return written
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
@@ -161,15 +147,17 @@ def test_attaching_again_replaces(pipe: Any, make_for: Any, draw: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_the_hypernetwork_in_float32(
-    pipe: Any, make_for: Any, draw: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    pipe: Any, make_for: Any, draw: Any, dtype: torch.dtype
 ) -> None:
     pipe.to(dtype)
     made = make_for(pipe)
-    written = recorded_cores(monkeypatch)
+    seen: list[torch.dtype] = []
+    handle = made.network.register_forward_hook(lambda _m, _i, cores: seen.append(cores.dtype))
     base = draw(pipe)
     with hyperalign.attach(pipe, made, variant="I"):
         aligned = draw(pipe)
-    assert [cores.dtype for cores in written] == [torch.float32]
+    handle.remove()
+    assert seen == [torch.float32]
     assert {p.dtype for p in made.network.parameters()} == {torch.float32}
     assert aligned.dtype == base.dtype == dtype
     assert torch.isfinite(aligned).all() and not torch.equal(aligned, base)
@@ -220,17 +208,17 @@ def test_another_scheduler_may_take_over(sd15_pipe: Any, make_for: Any, draw: An
 
 
 @pytest.mark.parametrize("pipe", ["flux"], indirect=True)
-def test_both_calls_of_true_guidance_have_weights_of_their_own(
-    pipe: Any, make_for: Any, draw: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_calls_of_true_guidance_have_weights_of_their_own(pipe: Any, make_for: Any, draw: Any) -> None:
     made = make_for(pipe)
-    written = recorded_cores(monkeypatch)
+    written: list[torch.Tensor] = []
+    handle = made.network.register_forward_hook(lambda _m, _i, cores: written.append(cores))
     negative = {
         "negative_prompt_embeds": torch.randn(1, 8, 48),
         "negative_pooled_prompt_embeds": torch.randn(1, 16),
     }
     with hyperalign.attach(pipe, made, variant="I") as session:
         draw(pipe, true_cfg_scale=4.0, **negative)
+    handle.remove()
     assert (session.evaluations, session.generations, len(written)) == (3, 1, 2)
     assert (written[0] - written[1]).abs().max() > 1e-3
 

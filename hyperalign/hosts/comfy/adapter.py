@@ -112,6 +112,8 @@ class Adapter:
         call = _Call(self, run, chunks, due, time, text_of(args, kwargs), strengths_M, place)
         is_compiled = base is not model.diffusion_model or will_be_compiled(options_of(args, kwargs))
         in_forward = bool(due) and self._generates_in_forward(is_compiled)
+        if in_forward:
+            self.generator.prepare(x_BCHW.device)  # before the forward, which may be compiled
         if not due:
             call.give_weights()
         elif not in_forward:

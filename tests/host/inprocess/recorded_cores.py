@@ -7,27 +7,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from unittest import mock
 
 import torch
+from torch import nn
 
 
 @contextlib.contextmanager
 def recorded_cores(hyperalign) -> Iterator[list[torch.Tensor]]:
     """Gathers the generated cores, a tensor (B, M, D, A) each time weights are generated."""
-    from hyperalign.hosts.generation import Generator
-
     written: list[torch.Tensor] = []
-    original, network = Generator.cores, hyperalign.hyperalign.network
-
-    def cores(generator, *inputs):
-        made = original(generator, *inputs)
-        if generator._network is network:
-            written.append(made.clone())
-        return made
-
-    with mock.patch.object(Generator, "cores", cores):
+    network: nn.Module = hyperalign.hyperalign.network
+    handle = network.register_forward_hook(lambda _m, _i, cores: written.append(cores.clone()))
+    try:
         yield written
+    finally:
+        handle.remove()
 
 
 def assert_same_cores(in_comfyui: list[torch.Tensor], in_diffusers: list[torch.Tensor], count: int) -> None:
