@@ -98,6 +98,20 @@ def test_the_reward_rises_with_strength_and_falls_below_zero(parts, guide, draw,
     assert scores[0] < score(parts, base) < scores[1] < scores[2]
 
 
+def test_lines_are_one_prompt_or_one_for_each_image(guide, draw):
+    class Noting(Redness):
+        def differentiable(self, images: Tensor, prompts: Any) -> Tensor:
+            noted.add(tuple(prompts))
+            return super().differentiable(images, prompts)
+
+    for lines, expected in (("one prompt", ("a\nb", "a\nb")), ("one per image", ("a", "b"))):
+        noted: set[tuple[str, ...]] = set()
+        draw(guide(window=(0.4, 0.6), reward=Noting(), prompt="a\nb", lines=lines))
+        assert noted == {expected}
+    with pytest.raises(Exception, match="3 lines of prompts for 2 images"):
+        draw(guide(reward=Redness(), prompt="a\nb\nc", lines="one per image"))
+
+
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_strength_zero_is_the_model_bit_for_bit(guide, draw, base, gradient):
     assert torch.equal(draw(guide(0.0, gradient=gradient)), base)

@@ -269,6 +269,12 @@ def test_a_reward_scores_every_step(pack, trace_nodes, tiny, sample, make_hypera
     assert image.shape[1] > plain.shape[1]
     with pytest.raises(Exception, match="no vae"):
         node.execute(recorder, None, reward, None, prompt)
+    lines = ["a red circle", "a blue heart"]
+    with torch.inference_mode():
+        text = node.execute(recorder, None, reward, tiny.vae, "\n".join(lines), "one per image").result[1]
+        expected = reward.score(tiny.vae.decode(latents), lines)
+    scores = json.loads(text)["reward"]["scores"]
+    assert [row[-1] for row in scores] == pytest.approx(expected, abs=1e-3)
 
 
 def test_an_empty_trace_says_what_to_connect(trace_nodes):
