@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.launches import Operators
 from hyperalign.errors import HyperAlignError
 from hyperalign.hosts.layers import AdaptedLayers, LowRank
 from hyperalign.hypernetwork import HyperNetwork, HyperNetworkConfig
@@ -73,25 +73,11 @@ def test_a_network_of_half_precision_is_folded_in_that_of_the_cores() -> None:
 # One layer
 
 
-class Operators(TorchDispatchMode):
-    """Counts what a call dispatches, views apart: those launch nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kernels = self.views = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.is_view or func is torch.ops.aten._unsafe_view.default:
-            self.views += 1
-        else:
-            self.kernels += 1
-        return func(*args, **(kwargs or {}))
-
-
 def counted(call) -> tuple[int, int]:
+    """Operators and views."""
     with torch.no_grad(), Operators() as operators:
         call()
-    return operators.kernels, operators.views
+    return operators.names.total(), operators.views
 
 
 def formula(x, a_aux, b_aux, core):

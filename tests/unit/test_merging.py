@@ -9,10 +9,11 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.bases import Base, Size, build, random_hyperalign
 from benchmarks.captured import CapturedForward, Pipeline
+from benchmarks.launches import Operators, main
+from benchmarks.launches import Options as LaunchOptions
 from hyperalign.checkpoint import HyperAlign
 from hyperalign.errors import HyperAlignError
 from hyperalign.hosts import weights as weights_module
@@ -35,19 +36,6 @@ SIZES = {
 }
 GENERATION, FOLDING_AND_MERGING = 75, 40
 """Operators, views apart. A generation of three decoder layers has 73; the goal was 60."""
-
-
-class Operators(TorchDispatchMode):
-    """Counts what is dispatched, views apart: those launch nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not func.is_view and func is not torch.ops.aten._unsafe_view.default:
-            self.names[func.__name__.split(".")[0]] += 1
-        return func(*args, **(kwargs or {}))
 
 
 class Aligned:
@@ -360,3 +348,12 @@ def test_a_forward_that_is_captured_reads_the_weights_of_the_next_run(variant) -
         aligned.begin()
         flipped = [aligned.base.model(**call, return_dict=False)[0] for call in calls]
         assert all(relative(a, b) < 1e-5 for a, b in zip(found, flipped, strict=True))
+
+
+def test_the_benchmark_counts_what_the_ways_promise(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.launches.least", lambda call: float(call().numel()))
+    found = main(LaunchOptions(tmp_path))["operators"]
+    assert found["I merged, beyond the base"] == 0
+    assert found["I additive, beyond the base"] == 2 * 80
+    assert found["S merged, beyond the base"] <= found["generation"] + FOLDING_AND_MERGING
+    assert found["generation"] <= GENERATION < found["generation as in training"]
