@@ -29,10 +29,10 @@ class Pipeline:
 
 
 class CapturedForward:
-    """Replays a model's forward; evaluations at which I and P generate weights run as they are.
+    """Replays a model's forward. P until its last generation, and I until its only one, runs as it is.
 
-    The generation of S is captured with the forward. Between generations the graph of I and P goes on reading
-    the weights where the last generation wrote them.
+    The generation of S is captured with the forward. After the last generation the graph of I and P goes on
+    reading the weights where that wrote them.
     """
 
     def __init__(self, model: nn.Module, session: Session | None) -> None:
@@ -52,9 +52,10 @@ class CapturedForward:
         session = self._session
         if session is not None and session.schedule.variant == "S":
             self.generations += 1
-        elif session is not None and self._is_due(session, call):
-            self.generations += 1
-            return self._forward(call)
+        elif session is not None and self._may_be_due(session):
+            prediction = self._forward(call)
+            self.generations = session.generations
+            return prediction
         if self._graph is None:
             self._graph = self._captured(call)
         for name, tensor in self._inputs.items():
@@ -63,10 +64,9 @@ class CapturedForward:
         assert self._output is not None
         return self._output
 
-    def _is_due(self, session: Session, call: Call) -> bool:
-        if self.generations == 0 or session.schedule.variant == "I":
-            return self.generations == 0
-        return session.schedule.segment(session.adapter.time(session.on_host(call)).u) >= self.generations
+    def _may_be_due(self, session: Session) -> bool:
+        """Returns whether generations are still to come: a captured forward cannot look at the time."""
+        return self.generations <= session.schedule.last_segment
 
     def _forward(self, call: Call) -> Tensor:
         return self._model(**call, return_dict=False)[0]

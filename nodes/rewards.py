@@ -137,7 +137,7 @@ def _frames(batches: Any) -> list[Any]:
 def _shown(cls: Any, images: list[Any], scored: Any) -> io.NodeOutput:
     """Returns the outputs of Reward Score, and what it shows."""
     table, breakdown = score_table(scored), json.dumps(scored.breakdown)
-    badged = [
+    badged: Any = [
         with_badges(image_HWC[None], [f"{score:.4f}"])[0]
         for image_HWC, score in zip(images, scored.scores, strict=True)
     ]

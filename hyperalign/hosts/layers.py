@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..delta import add_delta_
 from ..errors import HyperAlignError
@@ -35,16 +36,18 @@ class _Adaptation:
         self.up_DO: Tensor | None = None
         self.weight_BIO: Tensor | None = None
         self.bias_O: Tensor | None = None
+        self.single_OI: Tensor | None = None
         self.ran = False
         self.original: Any = None
 
     def take(self, weights: LowRank | Merged | None) -> None:
         """Takes the weights of the next forward; None for none."""
-        self.down_BID = self.up_DO = self.weight_BIO = self.bias_O = None
+        self.down_BID = self.up_DO = self.weight_BIO = self.bias_O = self.single_OI = None
         if isinstance(weights, LowRank):
             self.down_BID, self.up_DO = weights.down_BID, weights.up_DO
         elif weights is not None:
             self.weight_BIO, self.bias_O = weights.weight_BIO, weights.bias_O
+            self.single_OI = weights.single_OI
 
 
 class AdaptedLayers:
@@ -177,6 +180,8 @@ def _adapted_forward(self: Any, x_BNI: Tensor) -> Tensor:
     if adaptation.weight_BIO is None:
         return _with_delta(type(self).forward(self, x_BNI), x_BNI, adaptation)
     adaptation.ran = True
+    if adaptation.single_OI is not None:  # the tiles of one sample have the same weights too
+        return F.linear(x_BNI, adaptation.single_OI, adaptation.bias_O)
     return _merged_product(x_BNI, adaptation.weight_BIO, adaptation.bias_O)
 
 

@@ -26,6 +26,8 @@ class Merged:
 
     weight_BIO: Tensor
     bias_O: Tensor | None
+    single_OI: Tensor | None = None
+    """The weights where there is one sample: a plain layer's product, which adds the bias as it goes."""
 
 
 class MergedWeights:
@@ -60,7 +62,8 @@ class MergedWeights:
         found: dict[int, Merged] = {}
         for group, merged_LBOI in zip(self._folding.groups, self._merged, strict=True):
             for index, merged_BOI in zip(group.layers, merged_LBOI, strict=True):
-                found[index] = Merged(merged_BOI.transpose(-1, -2), modules[index].bias)
+                single_OI = merged_BOI[0] if len(merged_BOI) == 1 else None
+                found[index] = Merged(merged_BOI.transpose(-1, -2), modules[index].bias, single_OI)
         self.weights = tuple(found[index] for index in range(len(modules)))
 
     def write(self, folded: Sequence[Folded]) -> None:

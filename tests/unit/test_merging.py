@@ -44,6 +44,7 @@ class Aligned:
     def __init__(
         self, name: Any, device: str = "cpu", dtype: torch.dtype = torch.float32, mode: Any = "prefix"
     ) -> None:
+        torch.backends.cudnn.allow_tf32 = False  # else it rounds convolutions more coarsely than is compared
         self.base: Base = build(name, SIZES[name], torch.device(device), dtype)
         self.hyperalign: HyperAlign = random_hyperalign(
             self.base.spec, mode, HyperNetworkConfig(), 2, torch.device(device)

@@ -109,7 +109,8 @@ class Adapter:
             run.note_strengths(strengths_M)
         base = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)
         place = self._place(model, base)
-        call = _Call(self, run, chunks, due, time, text_of(args, kwargs), strengths_M, place)
+        text_BLC = text_of(args, kwargs).to(x_BCHW.device)  # the host moves it in its own `_apply_model`
+        call = _Call(self, run, chunks, due, time, text_BLC, strengths_M, place)
         is_compiled = base is not model.diffusion_model or will_be_compiled(options_of(args, kwargs))
         in_forward = bool(due) and self._generates_in_forward(is_compiled)
         if in_forward:

@@ -179,7 +179,7 @@ def attach(
         merging: `merged` gives each sample its own copy of the adapted layers' weights, with the change in
             them: a layer then takes as long as without HyperAlign, and more memory. `additive` adds the
             change to the layers' outputs. `auto` chooses; where weights cannot be merged, they are added.
-        capture: replays the generations of variant S as a CUDA graph. It has not been run on a GPU yet.
+        capture: replays the generations of variant S as a CUDA graph, where that is possible.
 
     Returns:
         The session: `detach()`, and `evaluations` and `generations` of the last run.

@@ -136,3 +136,18 @@ def test_memory_is_flat_over_a_hundred_runs(tiny, sample, make_hyperalign, apply
         if run in (9, 99):
             counts.append(tensors())
     assert counts[1] <= counts[0]
+
+
+def test_the_prompts_tokens_are_read_where_the_latents_are(tiny, make_hyperalign, apply):
+    """The host moves them later, in its own `_apply_model`. A meta tensor cannot be moved at all."""
+    (wrapper,) = apply(tiny.model, make_hyperalign()).get_all_wrappers("apply_model")
+
+    class Executor:
+        class_obj = tiny.model.model
+
+        def __call__(self, x, *_, **__):
+            return x
+
+    elsewhere = torch.empty(1, 8, 64, device="meta")
+    with pytest.raises(NotImplementedError, match="meta"):
+        wrapper(Executor(), torch.randn(1, 4, 16, 16), torch.ones(1), c_crossattn=elsewhere)
