@@ -47,6 +47,8 @@ class Place:
     """Whether weights are generated at every step."""
     gradient: bool
     """Whether a gradient is taken through the forward."""
+    obstacle: str | None = None
+    """Why the host's model as a whole cannot be merged; None if it can."""
 
 
 class Weights:
@@ -130,9 +132,8 @@ class Weights:
         if self._layers.has_constant:
             return Choice(False, "compiled blocks share a graph with blocks that are not adapted")
         linears = [module for module in place.modules if isinstance(module, nn.Linear)]
-        why = obstacle(place.modules, place.dtype, device) or next(
-            filter(None, map(self._host_obstacle, place.modules)), None
-        )
+        why = place.obstacle or obstacle(place.modules, place.dtype, device)
+        why = why or next(filter(None, map(self._host_obstacle, place.modules)), None)
         if any(map(runs_another_forward, place.modules)):
             why = "another patch has replaced a layer's forward"
         if why is not None:

@@ -132,7 +132,9 @@ class Adapter:
         known = self._modules
         if known is None or known[0] is not base:
             known = self._modules = base, [base.get_submodule(path) for path in self.layers.paths]
-        return Place(known[1], _compute_dtype(model), self._schedule.variant == "S", torch.is_grad_enabled())
+        every_step = self._schedule.variant == "S"
+        dtype, gradient = _compute_dtype(model), torch.is_grad_enabled()
+        return Place(known[1], dtype, every_step, gradient, _changes_in_runs(model))
 
     def _generates_in_forward(self, is_compiled: bool) -> bool:
         """Returns whether the hypernetwork runs in the middle of the adapted forward.
@@ -287,6 +289,12 @@ class _Call:
 def _compute_dtype(model: Any) -> torch.dtype:
     """Returns the type in which the host runs a BaseModel."""
     return model.get_dtype() if model.manual_cast_dtype is None else model.manual_cast_dtype
+
+
+def _changes_in_runs(model: Any) -> str | None:
+    """Returns why a run cannot go on with merged weights: hooks change the base model meanwhile."""
+    patcher = model.current_patcher
+    return "hooks change the model's weights while it samples" if patcher and patcher.hook_patches else None
 
 
 def free_bytes(device: torch.device) -> int:

@@ -151,3 +151,17 @@ def test_the_prompts_tokens_are_read_where_the_latents_are(tiny, make_hyperalign
     elsewhere = torch.empty(1, 8, 64, device="meta")
     with pytest.raises(NotImplementedError, match="meta"):
         wrapper(Executor(), torch.randn(1, 4, 16, 16), torch.ones(1), c_crossattn=elsewhere)
+
+
+def test_weights_that_hooks_change_meanwhile_are_added_to(tiny, sample, make_hyperalign, apply, caplog):
+    """A LoRA of a hook comes and goes between the steps, where I would keep a copy from its first."""
+    import comfy.hooks
+
+    caplog.set_level("INFO")
+    lora = {"diffusion_model.out.2.weight": ("diff", (torch.full((4, 64, 3, 3), 0.05),))}
+    group = comfy.hooks.create_hook_lora(lora=lora, strength_model=1.0, strength_clip=0.0)
+    hooked = tiny.condition("a red heart", hooks=group)
+    aligned = apply(tiny.model, make_hyperalign(variant="I"), merging="merged")
+    assert torch.isfinite(sample(aligned, prompt=hooked)).all()
+    reason = "because hooks change the model's weights while it samples"
+    assert any(reason in line for line in caplog.messages)
