@@ -34,8 +34,8 @@ SIZES = {
     "flux": Size(64, 7, 5, 3, narrow=12),
     "sd35": Size(64, 7, 6, 0, narrow=12),
 }
-GENERATION, FOLDING_AND_MERGING = 75, 40
-"""Operators, views apart. A generation of three decoder layers has 73; the goal was 60."""
+GENERATION, FOLDING_AND_MERGING = 60, 40
+"""Operators, views apart."""
 
 
 class Aligned:
@@ -176,7 +176,7 @@ def test_the_prepared_hypernetwork_generates_the_same_cores_in_fewer_operators(n
             prepared(perceived)
         with Operators() as many:
             network(perceived)
-    assert few.names.total() < GENERATION < many.names.total()
+    assert few.names.total() <= GENERATION < many.names.total()
 
 
 def test_buffers_keep_their_addresses_from_run_to_run(sd15: Aligned, monkeypatch: pytest.MonkeyPatch) -> None:
