@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,13 @@ from benchmarks.table_rows import Row, chosen_rows, steps_of
 from hyperalign.errors import HyperAlignError
 from hyperalign.files import write_text
 from hyperalign.image_sets import read_record
+from hyperalign.tiny.prompts import COLORS, NOUNS, plural
 from train.config import BaseName, TrainConfig
 from train.data.prompts import load_prompts
 from train.generation.options import Options as Sampling
 from train.generation.passes import image_passes
 from train.methods.passes import Passes
+from train.step_reward import Options as StepReward
 from train.tiny.dataset import validation_prompts
 from train.tiny.evaluate import PROMPT_SEED
 
@@ -57,6 +60,11 @@ class Options:
     """Further options of generate.py."""
     evaluation: tuple[str, ...] = ()
     """Further options of evaluate.py, such as --weights and --diversity-encoder."""
+
+    @property
+    def entities(self) -> Path:
+        """The entities of the embedded model's own prompts, for DyMO."""
+        return self.out / "entities.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +116,11 @@ class Run:
             *self.options.preparation,
         ]  # fmt: skip
 
+    def preparation_passes(self, model: Path, cfg: bool) -> float:
+        """Returns what that training takes: guided predictions of both images of its pairs."""
+        options = tyro.cli(StepReward, args=self.preparation(model)[2:])
+        return (1 + cfg) * 2 * options.batch * options.steps
+
     def training(self) -> list[str]:
         """Returns the command of its training."""
         o = self.options
@@ -128,8 +141,18 @@ class Run:
             sys.executable, str(ROOT / "train" / "generate.py"), "--recipe", str(recipe),
             "--prompts", str(prompts), "--out", str(folder), "--limit", str(limit), "--batch", str(o.batch),
             "--images-per-prompt", str(o.images_per_prompt), "--steps", str(o.sampling_steps),
-            *trained, *self.row.sampling, *o.sampling,
+            *trained, *self.row.sampling, *self.embedded_sampling(), *o.sampling,
         ]  # fmt: skip
+
+    def embedded_sampling(self) -> list[str]:
+        """Returns what a method has to be told of the embedded model.
+
+        Its reward is in units of about 1, where the authors' DyMO multiplies cosines by 100.
+        """
+        if self.options.base != "tiny" or self.row.key != "dymo":
+            return []
+        path = self.options.entities
+        return ["--dymo.scale", "1", *(["--dymo.entities", str(path)] if path.is_file() else [])]
 
     def image_passes(self, cfg: bool) -> Passes:
         """Returns what an image of it takes."""
@@ -174,8 +197,23 @@ def write_prompts(options: Options) -> Path:
         prompts = load_prompts(options.prompts)[: options.prompt_count]
     elif options.base == "tiny":
         prompts = [text for text, _ in validation_prompts(options.prompt_count, PROMPT_SEED)]
+        write_text(options.entities, json.dumps({text: entities(text) for text in prompts}, indent=1) + "\n")
     else:
         raise HyperAlignError(f"{options.base} has no prompts of its own. Name a list with --prompts.")
     path = options.out / "prompts.txt"
     write_text(path, "\n".join(prompts) + "\n")
     return path
+
+
+def entities(prompt: str) -> list[list[str]]:
+    """Returns the things of one of the embedded model's prompts, each with its colour if it has one."""
+    nouns = {*NOUNS, *map(plural, NOUNS)}
+    found: list[list[str]] = []
+    colors: list[str] = []
+    for word in prompt.split():
+        if word in COLORS:
+            colors = [word]
+        elif word in nouns:
+            found.append([word, *colors])
+            colors = []
+    return found

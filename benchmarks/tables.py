@@ -80,6 +80,8 @@ def hours(options: Options, runs: Sequence[Run], prompts: Path) -> float:
     x, t = torch.zeros((batch, *base.latent_shape), device=base.device), base.noise_schedule.timesteps(2)[0]
     seconds = min(timed(lambda: denoiser.predictions(x, t), base.device)[0] for _ in range(3))
     images, passes = len(texts) * options.images_per_prompt, 0.0
+    for model, run in preference_models(runs).items():
+        passes += run.preparation_passes(model, has_cfg(run.config))
     for run in runs:
         cfg = has_cfg(run.config)
         if run.steps and not run.hypernetwork.exists():
@@ -91,10 +93,14 @@ def hours(options: Options, runs: Sequence[Run], prompts: Path) -> float:
 
 def prepare(options: Options, runs: Sequence[Run]) -> None:
     """Trains SPO's step-aware preference model, unless it is there. Raises HyperAlignError."""
+    for model, run in preference_models(runs).items():
+        execute(run.preparation(model), log_of(options, "step_reward"))
+
+
+def preference_models(runs: Sequence[Run]) -> dict[Path, Run]:
+    """Returns the step-aware preference models that are still to be trained, each with a run of SPO."""
     needed = {run.step_reward: run for run in runs if run.step_reward is not None}
-    for model, run in needed.items():
-        if not model.exists():
-            execute(run.preparation(model), log_of(options, "step_reward"))
+    return {model: run for model, run in needed.items() if not model.exists()}
 
 
 def make(run: Run, prompts: Path) -> None:

@@ -16,10 +16,11 @@ from benchmarks import tables
 from benchmarks.table_claims import claims_of, gap, verdict
 from benchmarks.table_report import cell_text, metrics_of
 from benchmarks.table_rows import ROWS, chosen_rows, steps_of
-from benchmarks.table_runs import Options, runs_of
+from benchmarks.table_runs import Options, entities, runs_of, write_prompts
 from hyperalign.errors import HyperAlignError
 from train import analyse, evaluate, generate, keytimes, train
 from train.evaluation.table import DIVERSITY, IMAGE_WEIGHTED, TASK_MEAN, Metric, column
+from train.generation.entities import read_entities
 from train.methods.passes import step_passes
 
 COMMANDS = {
@@ -68,6 +69,27 @@ def test_spo_is_trained_with_a_preference_model_that_is_made_first(
     Path(model).touch()
     tables.prepare(runs[0].options, runs)  # it is there
     assert len(made) == 1
+
+
+def test_spos_preference_model_is_counted_until_it_is_there(tmp_path: Path) -> None:
+    runs = runs_of(Options(out=tmp_path, rows=("spo",), seeds=(0,)))
+    ((model, run),) = tables.preference_models(runs).items()
+    assert run.preparation_passes(model, cfg=True) == 2 * 2 * 16 * 300
+    model.parent.mkdir(parents=True)
+    model.touch()
+    assert not tables.preference_models(runs)
+
+
+def test_dymo_is_told_the_entities_of_the_embedded_models_prompts(tmp_path: Path) -> None:
+    options = Options(out=tmp_path, rows=("dymo", "das"))
+    prompts = write_prompts(options)
+    by_row = {run.row.key: run.sampling(prompts, tmp_path) for run in runs_of(options)}
+    path = Path(by_row["dymo"][by_row["dymo"].index("--dymo.entities") + 1])
+    texts = prompts.read_text(encoding="utf-8").splitlines()
+    assert set(read_entities(path, texts)) == set(texts)
+    assert entities("an icon of a red heart and an orange circle") == [["heart", "red"], ["circle", "orange"]]
+    assert entities("three purple squares") == [["squares", "purple"]]
+    assert not any(part.startswith("--dymo") for part in by_row["das"])
 
 
 def test_without_a_budget_a_recipe_keeps_its_steps(tmp_path: Path) -> None:
