@@ -79,9 +79,11 @@ class Options:
     ranks: tuple[int, ...] = (1, 4, 8)
     palettes: tuple[Literal[1, 2, 4], ...] = (1, 2, 4)
     rates: tuple[float, ...] = (1e-3, 2e-3)
-    """Learning rates that the static LoRAs try at the middle rank and number of palettes; the best counts."""
+    """Learning rates that the static LoRA tries at the middle rank and number of palettes; the best counts."""
     decoder_rates: tuple[float, ...] = (5e-4, 1e-3)
     """The same of the decoder without conditioning, which as S's needs a lower one."""
+    large_rates: tuple[float, ...] = (2.5e-4, 2e-3)
+    """The same of the static LoRA that is as large as S, which comes apart at high ones."""
     steps: int = 300
     """Training steps of a cell."""
     finalists: tuple[Method, ...] = ("static", "S")
@@ -133,6 +135,7 @@ def middle_cells(options: Options, rate: float) -> Iterator[Cell]:
     rank, palettes = middle(options.ranks), middle(options.palettes)
     tried: dict[Method, tuple[float, ...]] = dict.fromkeys(CONTROLS, options.rates)
     tried["decoder without conditioning"] = options.decoder_rates
+    tried["static, as large as S"] = options.large_rates
     for method in options.methods:
         for own in tried.get(method, (rate,)):
             yield Cell(method, rank, palettes, own, options.steps)
