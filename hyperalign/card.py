@@ -10,6 +10,7 @@ from typing import Any, cast
 from .checkpoint import Header
 from .conditioning import sentences
 from .files import cannot_write, write_text
+from .finite import is_finite
 from .provenance import HUB, Source
 
 PAPER = "https://arxiv.org/abs/2601.15968"
@@ -120,11 +121,11 @@ def _sources(sources: Sequence[Source]) -> str:
 
 
 def _metrics(training: dict[str, Any]) -> str:
-    metrics = cast("dict[str, Any]", training.get("metrics") or {})
-    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    metrics = _table(training.get("metrics"))
+    numbers = {name: value for name, value in metrics.items() if is_finite(value)}
     if not numbers:
         return "None recorded in the file."
-    optimised = cast("dict[str, Any]", training.get("recipe", {}).get("objective", {}).get("rewards", {}))
+    optimised = _table(_table(_table(training.get("recipe")).get("objective")).get("rewards"))
     rows = ["| on validation prompts | |", "|---|---|"]
     for name, value in numbers.items():
         rows.append(f"| {name}{' (optimised)' if name in optimised else ''} | {value:.4g} |")
@@ -143,6 +144,11 @@ def _training(header: Header) -> str:
     if not recipe:
         return text
     return f"{text} The recipe:\n\n```json\n{json.dumps(recipe, indent=1)}\n```"
+
+
+def _table(value: Any) -> dict[str, Any]:
+    """Returns a table of a file's header, an empty one for anything else."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
 def _of_kind(sources: Sequence[Source], kind: str) -> list[Source]:

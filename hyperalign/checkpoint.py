@@ -6,6 +6,7 @@ Header key `hyperalign` contains the JSON of `Header`. A loader refuses fields a
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -18,17 +19,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .errors import HyperAlignError
+from .errors import HyperAlignError, shortened, shown
 from .files import cannot_write, first_line, replacing
 from .finite import all_finite
 from .hypernetwork import HyperNetwork, HyperNetworkConfig
 from .provenance import Source
 from .schedule import Schedule
-from .targets import BaseSpec, PerceptionMode, Target
+from .targets import MAX_NAME, BaseSpec, PerceptionMode, Target, checked_width
 
 FORMAT_VERSION = 2
 """1 had no statistics, no static part beside the conditional one, and did not read the prompt's tokens."""
 HEADER_KEY = "hyperalign"
+DTYPES = ("F16", "BF16", "F32", "F64")
 MAX_BYTES = 2 << 30
 """Hypernetworks are far smaller than 2 GiB; a larger file is a base model in the wrong folder."""
 
@@ -157,12 +159,14 @@ def load(path: Path, operations: ModuleType | Any = nn) -> HyperAlign:
             values that are not finite.
     """
     header = read_header(path)
-    network = sized_network(header, operations)
-    wanted = network.state_dict()
-    expected = {_file_name(key, header.targets): key for key in wanted}
     with safe_open(str(path), framework="pt") as file:
         found = {name: tuple(cast("list[int]", file.get_slice(name).get_shape())) for name in file.keys()}
+        _check_count(path, header, len(found))
+        network = sized_network(header, operations)
+        wanted = network.state_dict()
+        expected = {_file_name(key, header.targets): key for key in wanted}
         _check_shapes(path, found, {name: tuple(wanted[key].shape) for name, key in expected.items()})
+        _check_types(path, {name: str(file.get_slice(name).get_dtype()) for name in expected})
         # Copies: a tensor at any place of the mapped file is computed with by other instructions.
         state = {
             key: cast(Tensor, file.get_tensor(name)).to(torch.float32, copy=True)
@@ -182,12 +186,12 @@ def check_base(header: Header, found: BaseSpec) -> None:
         return
     if expected.get("family") != actual["family"]:
         raise HyperAlignError(
-            f"This hypernetwork was trained for the base model family {expected.get('family')!r}, but the "
-            f"MODEL is {actual['family']!r}. Load a hypernetwork trained for {actual['family']!r}, or "
-            f"connect a {expected.get('family')!r} model."
+            f"This hypernetwork was trained for the base model family {shown(expected.get('family'))}, but "
+            f"the MODEL is {actual['family']!r}. Load a hypernetwork trained for {actual['family']!r}, or "
+            f"connect a {shown(expected.get('family'))} model."
         )
     wrong = [key for key in actual if expected.get(key) != actual[key]]
-    details = "; ".join(f"{key} is {actual[key]} and should be {expected.get(key)}" for key in wrong)
+    details = "; ".join(f"{key} is {actual[key]} and should be {shown(expected.get(key))}" for key in wrong)
     raise HyperAlignError(
         f"This hypernetwork fits another {actual['family']} model: {details}. "
         "Load the base model it was trained on, or a hypernetwork trained for this one."
@@ -214,8 +218,8 @@ def _open_metadata(path: Path) -> str:
             metadata: dict[str, str] = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise HyperAlignError(
-            f"{path.name} is not a whole safetensors file ({error}). Download or copy it again; "
-            "other formats (.pt, .ckpt) are not read."
+            f"{path.name} is not a whole safetensors file ({shortened(first_line(error))}). Download or copy "
+            "it again; other formats (.pt, .ckpt) are not read."
         ) from error
     if HEADER_KEY not in metadata:
         raise HyperAlignError(
@@ -232,35 +236,78 @@ def parse_header(text: str, path: Path) -> Header:
         version = raw["format_version"]
         if version != FORMAT_VERSION:
             raise HyperAlignError(
-                f"{path.name} has format version {version}; this release reads version {FORMAT_VERSION}. "
+                f"{path.name} has format version {shown(version)}; this release reads version "
+                f"{FORMAT_VERSION}. "
                 + ("Train it again with its recipe: its weights do not fit the hypernetwork of this release."
                    if version == 1 else "Update HyperAlign.")
             )  # fmt: skip
         unknown = set(raw) - {f.name for f in fields(Header)}
         if unknown:
             raise HyperAlignError(
-                f"The header of {path.name} has unknown fields {sorted(unknown)}. Update HyperAlign."
+                f"The header of {path.name} has unknown fields {shown(sorted(unknown))}. Update HyperAlign."
             )
         if raw["mode"] not in ("separate", "prefix"):
-            raise ValueError(f"perception mode is {raw['mode']!r}")
+            raise ValueError(f"perception mode is {shown(raw['mode'])}")
         return Header(
-            base=dict(raw["base"]),
+            base=_table(raw, "base"),
             mode=raw["mode"],
-            feature_channels=tuple(int(c) for c in raw["feature_channels"]),
-            text_channels=int(raw["text_channels"]),
-            targets=tuple(Target(**target) for target in raw["targets"]),
-            network=HyperNetworkConfig(**raw["network"]),
+            feature_channels=tuple(map(checked_width, raw["feature_channels"])),
+            text_channels=checked_width(raw["text_channels"]),
+            targets=_targets(raw["targets"]),
+            network=HyperNetworkConfig(**_table(raw, "network")),
             schedule=Schedule(raw["schedule"]["variant"], tuple(raw["schedule"]["key_times"])),
-            training=dict(raw["training"]),
-            perception_blocks=int(raw.get("perception_blocks", 0)),
+            training=_table(raw, "training"),
+            perception_blocks=_block_count(raw.get("perception_blocks", 0)),
             sources=tuple(Source(**source) for source in raw.get("sources", ())),
         )
     except HyperAlignError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise HyperAlignError(
-            f"The HyperAlign header of {path.name} cannot be read ({error!r}). Download or export it again."
+            f"The HyperAlign header of {path.name} cannot be read ({shown(error)}). Download or export it "
+            "again."
         ) from error
+
+
+def _table(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    if not isinstance(raw[key], dict):
+        raise TypeError(f"{key} is {shown(raw[key])}, expected an object")
+    return raw[key]
+
+
+def _targets(raw: Any) -> tuple[Target, ...]:
+    targets = tuple(Target(**target) for target in raw)
+    if twice := [name for name, times in Counter(target.name for target in targets).items() if times > 1]:
+        raise ValueError(f"the layer {twice[0]} is there twice")
+    return targets
+
+
+def _block_count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"perception_blocks is {shown(value)}, expected a whole number from 0 on")
+    return value
+
+
+def _check_count(path: Path, header: Header, found: int) -> None:
+    """Raises HyperAlignError if a header states more than a file holds, before it is built in memory."""
+    stated = 2 * len(header.targets)
+    if header.network.conditioning != "none":
+        stated += header.network.layers + len(header.feature_channels)
+    if stated > found:
+        raise HyperAlignError(
+            f"{path.name} has {found} tensors, its header states {stated} or more "
+            f"({len(header.targets)} layers of the model, {header.network.layers} of the decoder). Download "
+            "or export it again."
+        )
+
+
+def _check_types(path: Path, found: Mapping[str, str]) -> None:
+    """Raises HyperAlignError if weights are not stored as floating-point numbers."""
+    if wrong := [name for name, kind in found.items() if kind not in DTYPES]:
+        raise HyperAlignError(
+            f"{path.name}: {wrong[0]} is stored as {found[wrong[0]]}; expected one of {', '.join(DTYPES)} "
+            f"({len(wrong)} such tensors). Download or export it again."
+        )
 
 
 def _check_shapes(
@@ -271,8 +318,7 @@ def _check_shapes(
     if missing or extra:
         raise HyperAlignError(
             f"{path.name} does not contain the tensors that its header states: {len(missing)} missing "
-            f"({', '.join(missing[:2]) or 'none'}), {len(extra)} unexpected "
-            f"({', '.join(extra[:2]) or 'none'}). Download or export it again."
+            f"({_first(missing)}), {len(extra)} unexpected ({_first(extra)}). Download or export it again."
         )
     if wrong:
         name = wrong[0]
@@ -285,6 +331,10 @@ def _check_shapes(
             f"{path.name}: {name} has shape {found[name]}, its header states {expected[name]} "
             f"({len(wrong)} such tensors). Download or export it again."
         )
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(name[:MAX_NAME] for name in names[:2]) or "none"
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -7,10 +7,10 @@ averaged.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args
 
+from .finite import is_finite
 from .trace_energy import PARTS
 
 Change = Literal["averaged", "averaged over prompts", "averaged over times", "of another prompt"]
@@ -83,8 +83,4 @@ def _table(value: Any) -> dict[str, Any]:
 
 def _numbers(value: Any) -> dict[str, float]:
     """Returns the finite numbers of a table that a file states, whatever else it holds."""
-    return {
-        name: float(number)
-        for name, number in _table(value).items()
-        if isinstance(number, int | float) and math.isfinite(number)
-    }
+    return {name: float(number) for name, number in _table(value).items() if is_finite(number)}

@@ -71,6 +71,14 @@ def check_writable(path: Path, fix: str = "Choose a path that can be written to.
         probe.unlink(missing_ok=True)  # another machine may use the same process number
 
 
+def is_file(path: Path) -> bool:
+    """Returns whether a file is there; a path from a file may be none that a system knows."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, or with a zero in it
+        return False
+
+
 def file_state(path: Path) -> tuple[int, int]:
     """Returns a file's size in bytes and modification time in ns; zeros if there is none."""
     try:

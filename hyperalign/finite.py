@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
+
+
+def is_finite(value: object) -> TypeGuard[int | float]:
+    """Returns whether a value from a file is a finite number; a whole one may be too large for a float."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def all_finite(x: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .delta import core_matrix
-from .errors import HyperAlignError
+from .errors import HyperAlignError, shown
 from .perception import Perceived, Perception, Statistics, index_encoding, unit_linear
 from .targets import Target
 
@@ -43,14 +43,16 @@ class HyperNetworkConfig:
         for name in ("rank", "a", "b", "width", "layers", "heads"):
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
-                raise HyperAlignError(f"{name} is {value!r}; expected a whole number from 1 to {MAX_SIZE}.")
+                raise HyperAlignError(
+                    f"{name} is {shown(value)}; expected a whole number from 1 to {MAX_SIZE}."
+                )
         if self.width % (4 * self.heads):
             raise HyperAlignError(
                 f"width is {self.width} and heads is {self.heads}; width must be a multiple of 4 * heads."
             )
         if self.conditioning not in get_args(Conditioning):
             raise HyperAlignError(
-                f"conditioning is {self.conditioning!r}; expected 'full', 'constant' or 'none'."
+                f"conditioning is {shown(self.conditioning)}; expected 'full', 'constant' or 'none'."
             )
 
 

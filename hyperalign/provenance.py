@@ -7,10 +7,12 @@ rest on these audits: arXiv 2604.13305 (CLIP, HPS, ImageReward and PickScore), 2
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
+
+from .errors import shown
+from .finite import is_finite
 
 Kind = Literal["reward", "preference dataset", "base model"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -36,12 +38,12 @@ class Source:
     def __post_init__(self) -> None:
         """Checks the values, which may come from a file's header. Raises ValueError."""
         if self.kind not in KINDS:
-            raise ValueError(f"a source is {self.kind!r}, expected one of {', '.join(KINDS)}")
+            raise ValueError(f"a source is {shown(self.kind)}, expected one of {', '.join(KINDS)}")
         texts = (self.name, self.licence, self.page, self.biases)
         if not all(isinstance(cast(Any, text), str) for text in texts) or not self.name.strip():
-            raise ValueError(f"a source is {texts!r}, expected a name and three texts")
-        if self.weight is not None and not math.isfinite(self.weight):
-            raise ValueError(f"the weight of {self.name} is {self.weight}, expected a number")
+            raise ValueError(f"a source is {shown(texts)}, expected a name and three texts")
+        if self.weight is not None and not is_finite(self.weight):
+            raise ValueError(f"the weight of {shown(self.name)} is {shown(self.weight)}, expected a number")
 
     @property
     def title(self) -> str:

@@ -5,7 +5,6 @@ Times are normalised: u = 1 is pure noise, u = 0 the finished image.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,7 +13,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .errors import HyperAlignError
+from .errors import HyperAlignError, shown
+from .finite import is_finite
 
 Variant = Literal["S", "P", "I"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -31,13 +31,13 @@ class Schedule:
         """Checks variant and key times. Raises HyperAlignError."""
         if self.variant not in VARIANTS:
             raise HyperAlignError(
-                f"The schedule's variant is {self.variant!r}; expected one of {', '.join(VARIANTS)}."
+                f"The schedule's variant is {shown(self.variant)}; expected one of {', '.join(VARIANTS)}."
             )
         times = self.key_times
-        inside = all(math.isfinite(t) and 0.0 < t < 1.0 for t in times)
+        inside = all(is_finite(t) and 0.0 < t < 1.0 for t in times)
         if not inside or any(later >= earlier for earlier, later in pairwise(times)):
             raise HyperAlignError(
-                f"Key times are {list(times)}; expected falling numbers strictly between 1 and 0."
+                f"Key times are {shown(list(times))}; expected falling numbers strictly between 1 and 0."
             )
         if self.variant == "P" and not times:
             raise HyperAlignError(

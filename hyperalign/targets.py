@@ -6,9 +6,14 @@ Names are diffusers' module paths; a `Place` says where ComfyUI keeps the same l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
+
+from .errors import shown
 
 PerceptionMode = Literal["separate", "prefix"]
+MAX_FEATURES = 1 << 20
+"""Far above the widest layer of any base model."""
+MAX_NAME = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +23,21 @@ class Target:
     name: str
     in_features: int
     out_features: int
+
+    def __post_init__(self) -> None:
+        """Checks the values, which may come from a file's header. Raises ValueError."""
+        name = cast(Any, self.name)
+        if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME:
+            raise ValueError(f"a layer is called {shown(name)}, expected a text of 1 to {MAX_NAME} letters")
+        checked_width(self.in_features)
+        checked_width(self.out_features)
+
+
+def checked_width(value: Any) -> int:
+    """Returns a number of channels. Raises ValueError for anything else."""
+    if type(value) is not int or not 1 <= value <= MAX_FEATURES:
+        raise ValueError(f"a width is {shown(value)}, expected a whole number from 1 to {MAX_FEATURES}")
+    return value
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("fuzz", max_examples=5_000, deadline=None)  # minutes: tests/unit/fuzz
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from hyperalign.errors import HyperAlignError
+from hyperalign.errors import HyperAlignError, shortened
 
 
 def require(holds: bool, name: str, found: object, expected: str) -> None:
     """Raises HyperAlignError with a setting's name, its value and what was expected, unless `holds`."""
     if not holds:
         raise HyperAlignError(
-            f"{name} is {found}; expected {expected}. Change it in the recipe or on the command line."
+            f"{name} is {shortened(str(found))}; expected {expected}. Change it in the recipe or on the "
+            "command line."
         )

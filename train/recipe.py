@@ -10,7 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from hyperalign.errors import HyperAlignError
+from hyperalign.errors import HyperAlignError, shortened, shown
+from hyperalign.files import first_line, is_file
+from hyperalign.finite import is_finite
 from train.config import TrainConfig
 
 if sys.version_info >= (3, 11):
@@ -41,16 +43,19 @@ def load_recipe(path: Path) -> TrainConfig:
 
 def _load(path: Path, above: tuple[Path, ...]) -> TrainConfig:
     """Returns the configuration of a recipe that those above it extend, the last one directly."""
-    if not path.is_file():
+    if not is_file(path):
         needs = f", which {above[-1]} extends" if above else ""
-        raise HyperAlignError(f"There is no recipe {path}{needs}. The shipped ones are in train/recipes.")
+        raise HyperAlignError(
+            f"There is no recipe {shortened(str(path))}{needs}. The shipped ones are in train/recipes."
+        )
     if path.resolve() in [recipe.resolve() for recipe in above]:
         chain = " extends ".join(recipe.name for recipe in (*above, path))
         raise HyperAlignError(f"The recipes are a loop: {chain}. Remove `extends` from one of them.")
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise HyperAlignError(f"The recipe {path} is not valid TOML: {error}. Correct that line.") from error
+    except (OSError, ValueError, RecursionError) as error:  # TOML's errors are of ValueError
+        said = shortened(first_line(error))
+        raise HyperAlignError(f"The recipe {path} is not valid TOML: {said}. Correct that line.") from error
     parent = TrainConfig()
     if "extends" in raw:
         other = _read(Path, raw.pop("extends"), f"{path.name}: extends")
@@ -84,7 +89,8 @@ def _from_table(parent: Any, table: dict[str, Any], where: str) -> Any:
     for key, value in table.items():
         if key not in known:
             raise HyperAlignError(
-                f"{where} has the unknown key {key!r}. {_nearest(key, known)}Known keys: {', '.join(known)}."
+                f"{where} has the unknown key {shown(key)}. {_nearest(key, known)}Known keys: "
+                f"{', '.join(known)}."
             )
         values[key] = _read(known[key], value, f"{where}: {key}", getattr(parent, key))
     return dataclasses.replace(parent, **values)
@@ -95,7 +101,9 @@ def _read(hint: Any, value: Any, where: str, parent: Any = None) -> Any:
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise HyperAlignError(f"{where} is {value!r}; expected a table such as [{where.split()[-1]}].")
+            raise HyperAlignError(
+                f"{where} is {shown(value)}; expected a table such as [{where.split()[-1]}]."
+            )
         return _from_table(parent, cast("dict[str, Any]", value), where)
     if kind is Literal:
         return _member(inner, value, where)
@@ -103,21 +111,21 @@ def _read(hint: Any, value: Any, where: str, parent: Any = None) -> Any:
         number, word = inner
         if type(value) is not number and value not in get_args(word):
             words = " or ".join(map(repr, get_args(word)))
-            raise HyperAlignError(f"{where} is {value!r}; expected {EXPECTED[number]} or {words}.")
+            raise HyperAlignError(f"{where} is {shown(value)}; expected {EXPECTED[number]} or {words}.")
         return value
     if kind is dict:
         if not isinstance(value, dict):
-            raise HyperAlignError(f"{where} is {value!r}; expected a table such as {{ name = 1.0 }}.")
+            raise HyperAlignError(f"{where} is {shown(value)}; expected a table such as {{ name = 1.0 }}.")
         table = cast("dict[str, Any]", value)
         return {key: _read(inner[1], item, f"{where}.{key}") for key, item in table.items()}
     if kind is tuple:
         return _items(inner, value, where)
     if kind is Path and isinstance(value, str):
         return Path(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and is_finite(value):
         return float(value)
     if type(value) is not kind:
-        raise HyperAlignError(f"{where} is {value!r}; expected {EXPECTED[kind]}.")
+        raise HyperAlignError(f"{where} is {shown(value)}; expected {EXPECTED[kind]}.")
     return value
 
 
@@ -126,10 +134,10 @@ def _items(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     count = None if kinds[-1] is Ellipsis else len(kinds)
     if not isinstance(value, list):
         size = "values" if count is None else f"{count} values"
-        raise HyperAlignError(f"{where} is {value!r}; expected a list of {size}.")
+        raise HyperAlignError(f"{where} is {shown(value)}; expected a list of {size}.")
     items = cast("list[Any]", value)
     if count not in (None, len(items)):
-        raise HyperAlignError(f"{where} is {items!r}; expected {count} values, found {len(items)}.")
+        raise HyperAlignError(f"{where} is {shown(items)}; expected {count} values, found {len(items)}.")
     each = kinds if count else (kinds[0],) * len(items)
     pairs = enumerate(zip(each, items, strict=True))
     return tuple(_read(kind, item, f"{where}[{i}]") for i, (kind, item) in pairs)
@@ -139,7 +147,7 @@ def _member(choices: tuple[str, ...], value: Any, where: str) -> str:
     if value not in choices:
         expected = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
         hint = _nearest(str(value), choices)
-        raise HyperAlignError(f"{where} is {value!r}; expected {expected}. {hint}".rstrip())
+        raise HyperAlignError(f"{where} is {shown(value)}; expected {expected}. {hint}".rstrip())
     return value
 
 

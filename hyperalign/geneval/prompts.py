@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from ..errors import HyperAlignError
+from ..errors import HyperAlignError, shown
 from ..tiny.prompts import RELATIONS, Relation
 
 NAMES = (
@@ -67,9 +67,9 @@ def parse_prompt(metadata: Any) -> Prompt:
                     f"{item.name} is {item.relation} object {item.target}, which is no earlier one"
                 )
         return Prompt(str(row["prompt"]), str(row["tag"]), include, exclude)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise HyperAlignError(
-            f"Found the metadata {str(metadata)[:200]} ({error!r}); expected a line of GenEval's "
+            f"Found the metadata {shown(metadata)} ({shown(error)}); expected a line of GenEval's "
             "evaluation_metadata.jsonl with tag, prompt, include and perhaps exclude."
         ) from error
 
@@ -91,7 +91,7 @@ def read_metadata(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         rows = [cast("dict[str, Any]", json.loads(line)) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HyperAlignError(
             f"{path} cannot be read ({error}); expected GenEval's metadata, one JSON object per line."
         ) from error

@@ -55,6 +55,9 @@ def recipe(tmp_path: Path, text: str, name: str = "r.toml") -> Path:
         ("[model]\nvariant = 'P'\nkey_times = [0.2, 0.5]", "Key times"),
         ("optim = 3", "expected a table"),
         ("[optim\nlr = 1", "not valid TOML"),
+        ("[optim]\nsteps = " + "9" * 5000, "not valid TOML: .*digits"),
+        ("[optim]\nlr = " + "9" * 400, "lr is 99.* [.][.][.]; expected a number"),
+        ("x = " + "{a=" * 5000, "not valid TOML: maximum recursion"),
     ],
 )
 def test_wrong_recipes_are_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -136,6 +139,8 @@ def test_a_recipe_changes_only_the_keys_it_names_of_the_one_it_extends(tmp_path:
         ('extends = "base.toml"\n[optim]\nlrr = 1.0', "r.toml: optim has the unknown key 'lrr'"),
         ('extends = "base.toml"\n[objective]\nrollout_steps = 3', "objective.skip_first is 4"),
         ('[optim]\nextends = "base.toml"', "unknown key 'extends'"),
+        (f'extends = "{"a" * 3000}"', "There is no recipe .*aaa ..., which .*r.toml extends"),
+        ('extends = "a\\u0000"', "There is no recipe"),
     ],
 )
 def test_a_wrong_recipe_that_extends_another_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -89,6 +89,11 @@ def test_all_parti_prompts_are_read_quotes_and_all() -> None:
         ("p.tsv", "Prompt\tNote\na\tb\n\n", "line 3 has 0 of 2 columns"),
         ("p.tsv", "Question\tNote\na\tb\n", "has Question, Note; expected one of"),
         ("p.csv", "Prompt\n", "ends in '.csv'"),
+        ("p.jsonl", "[" * 100_000, "line 1 is not JSON .maximum recursion"),
+        ("p.json", "[" * 100_000, "is not JSON .maximum recursion"),
+        ("p.jsonl", "9" * 5000, "line 1 is not JSON .*digits"),
+        ("p.tsv", "prompt\n" + "a" * 140_000, "line 2 is no row of a table .field larger"),
+        ("p.json", r'["\ud83d"]', "half a character"),
     ],
 )
 def test_a_bad_file_is_one_sentence(tmp_path: Path, name: str, text: str, said: str) -> None:

@@ -115,6 +115,19 @@ def test_the_card_states_sources_metrics_and_risks(header: checkpoint.Header) ->
         assert fact in text
 
 
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"metrics": [0.5]},
+        {"metrics": {"reward": 10**400, "other": float("nan")}},
+        {"metrics": {"reward": 0.5}, "recipe": "mine"},
+        {"conditioning": {"shares": {"prompt": 10**400}}},
+    ],
+)
+def test_a_card_of_any_training_facts_is_made(header: checkpoint.Header, training: dict[str, Any]) -> None:
+    assert "## Metrics" in card(dataclasses.replace(header, training=training), "mine")
+
+
 def test_the_card_of_a_file_without_sources_says_so(header: checkpoint.Header) -> None:
     text = card(dataclasses.replace(header, training={}, sources=()), "mine")
     assert "Not recorded in the file." in text

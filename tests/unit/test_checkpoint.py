@@ -188,6 +188,55 @@ def test_unreadable_header(saved: Path, change: dict[str, Any]) -> None:
     refused(rewritten(saved, change), "cannot be read")
 
 
+def with_text(path: Path, text: str) -> Path:
+    target = path.with_name("changed.safetensors")
+    save_file(load_file(path), target, {HEADER_KEY: text})
+    return target
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schedule": {"variant": "P", "key_times": [10**400]}}, "expected falling numbers"),
+        ({"text_channels": float("inf")}, "a width is inf, expected a whole number from 1"),
+        ({"feature_channels": [64.5, 128, 128]}, "a width is 64.5"),
+        ({"perception_blocks": -1}, "perception_blocks is -1"),
+        ({"base": [["family", "tiny"]]}, "base is .*, expected an object"),
+        ({"targets": [{"name": "a", "in_features": 2**62, "out_features": 4}]}, "a width is 4611"),
+        ({"targets": [{"name": 3, "in_features": 4, "out_features": 4}]}, "a layer is called 3"),
+        ({"targets": 2 * [{"name": "a", "in_features": 4, "out_features": 4}]}, "the layer a is there twice"),
+        ({"sources": [{"kind": "reward", "name": "x", "licence": "y", "weight": 10**400}]}, "the weight of"),
+    ],
+)
+def test_values_that_no_header_has_are_named(saved: Path, change: dict[str, Any], said: str) -> None:
+    refused(rewritten(saved, change), said)
+
+
+def test_a_header_that_no_parser_or_message_can_hold_is_refused_in_a_few_lines(saved: Path) -> None:
+    refused(with_text(saved, "[" * 100_000), "RecursionError")
+    refused(with_text(saved, '{"format_version": ' + "9" * 5000 + "}"), "cannot be read")
+    with pytest.raises(HyperAlignError) as raised:
+        checkpoint.load(rewritten(saved, {"format_version": "x" * 10**6}))
+    assert len(str(raised.value)) < 500
+
+
+def test_a_header_of_thousands_of_layers_is_refused_before_they_are_built(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A minute and a gigabyte on the meta device, from one number in a small file."""
+    monkeypatch.setattr(checkpoint, "sized_network", lambda *_: pytest.fail("it was built"))
+    network = json.loads(checkpoint._open_metadata(saved))["network"]
+    refused(
+        rewritten(saved, {"network": network | {"layers": 8192}}), "tensors, its header states .* or more"
+    )
+
+
+def test_tensors_of_whole_numbers_are_refused(saved: Path) -> None:
+    state = load_file(saved)
+    state["queries"] = state["queries"].to(torch.int64)
+    refused(rewritten(saved, tensors=state), "queries is stored as I64; expected one of F16")
+
+
 def test_header_that_lies_about_shapes(saved: Path) -> None:
     network = json.loads(checkpoint._open_metadata(saved))["network"]
     refused(rewritten(saved, {"network": network | {"a": 8}}), "its header states")

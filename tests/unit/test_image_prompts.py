@@ -136,6 +136,14 @@ def test_files_without_one_prompt_say_why(tmp_path: Path, texts: dict[str, Any],
     assert said in found.why
 
 
+def test_declarations_of_subgraphs_that_use_each_other_twice_are_not_opened_for_ever(tmp_path: Path) -> None:
+    subgraphs = [
+        {"id": f"s{n}", "nodes": [{"id": i, "type": f"s{n + 1}"} for i in (1, 2)]} for n in range(40)
+    ]
+    workflow = {"nodes": [{"id": 5, "type": "s0"}], "definitions": {"subgraphs": subgraphs}}
+    assert embedded_prompt(png(tmp_path / "a.png", prompt=graph(), workflow=workflow)).text == TEXT
+
+
 def test_two_prompts_in_one_file_are_refused(tmp_path: Path) -> None:
     tags = {"MODEL": f"prompt:{json.dumps(graph())}", "MAKE": f"Prompt:{json.dumps(graph('else'))}"}
     assert "two graphs" in embedded_prompt(with_exif(tmp_path / "a.webp", **tags)).why

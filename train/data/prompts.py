@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from hyperalign.errors import HyperAlignError
+from hyperalign.errors import HyperAlignError, shortened, shown
+from hyperalign.files import first_line
 from hyperalign.geneval.prompts import parse_prompt
+from hyperalign.rewards.text import check_characters
 from train.data.parquet import open_parquet
 
 CAPTION_KEYS = ("prompt", "caption", "text")
@@ -47,6 +49,8 @@ def load_prompts(path: Path) -> list[str]:
                 f"{path} ends in {other!r}; prompts are read from .txt, .jsonl, .json, .parquet and .tsv."
             )
     prompts = list(dict.fromkeys(stripped for text in texts if (stripped := text.strip())))
+    for prompt in prompts:
+        check_characters(prompt, f" of {path}")
     if not prompts:
         raise HyperAlignError(f"{path} holds no prompt. Put one on each line, or name another file.")
     return prompts
@@ -88,10 +92,15 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise HyperAlignError(
-                    f"{path}, line {number} is not JSON ({error.msg}). Correct or remove that line."
+                    f"{path}, line {number} is not JSON ({_fault(error)}). Correct or remove that line."
                 ) from error
+
+
+def _fault(error: Exception) -> str:
+    """Returns what is wrong with a JSON text, without the place, which the message has already."""
+    return error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
 
 
 def json_list(path: Path) -> list[Any]:
@@ -101,10 +110,9 @@ def json_list(path: Path) -> list[Any]:
         return []
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise HyperAlignError(
-            f"{path}, line {error.lineno} is not JSON ({error.msg}). Correct it."
-        ) from error
+    except (ValueError, RecursionError) as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise HyperAlignError(f"{path}{line} is not JSON ({_fault(error)}). Correct it.") from error
     if not isinstance(value, list):
         raise HyperAlignError(
             f"{path} holds a {type(value).__name__}; expected a list of prompts or of objects. "
@@ -117,7 +125,7 @@ def caption_of(row: object, where: str) -> str:
     """Returns the text of a string or of an object with one of CAPTION_KEYS. Raises HyperAlignError."""
     value = caption_value(row, where)
     if not isinstance(value, str):
-        raise HyperAlignError(f"{where}: the caption is {value!r}; expected a string.")
+        raise HyperAlignError(f"{where}: the caption is {shown(value)}; expected a string.")
     return value
 
 
@@ -139,7 +147,7 @@ def caption_column(columns: Iterable[str], where: str) -> str:
             if column.lower() == key:
                 return column
     raise HyperAlignError(
-        f"{where} has {', '.join(found) or 'nothing'}; expected one of {', '.join(CAPTION_KEYS)}. "
+        f"{where} has {shortened(', '.join(found)) or 'nothing'}; expected one of {', '.join(CAPTION_KEYS)}. "
         "Rename the one that holds the prompt."
     )
 
@@ -154,13 +162,19 @@ def _parquet_captions(path: Path) -> Iterator[str]:
 def _table_captions(path: Path) -> Iterator[str]:
     lines = (line for _, line in text_lines(path))
     rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-    header = next(rows, None)
-    if header is None:
-        return
-    column = header.index(caption_column(header, f"{path}"))
-    for number, row in enumerate(rows, 2):
-        if len(row) <= column:
-            raise HyperAlignError(
-                f"{path}, line {number} has {len(row)} of {len(header)} columns. Correct or remove that line."
-            )
-        yield row[column]
+    try:
+        header = next(rows, None)
+        if header is None:
+            return
+        column = header.index(caption_column(header, f"{path}"))
+        for number, row in enumerate(rows, 2):
+            if len(row) <= column:
+                raise HyperAlignError(
+                    f"{path}, line {number} has {len(row)} of {len(header)} columns. Correct or remove that "
+                    "line."
+                )
+            yield row[column]
+    except csv.Error as error:
+        raise HyperAlignError(
+            f"{path}, line {rows.line_num} is no row of a table ({error}). Correct or remove that line."
+        ) from error

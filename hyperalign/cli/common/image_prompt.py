@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,8 @@ from .graphs.prompt import Found, positive_prompt
 from .parameters import is_parameters, prompt_of
 
 EXIF_IFD = 0x8769
+MOST_NODES = 10_000
+"""A few subgraphs that use each other twice are millions of nodes."""
 JSON_KEYS = ("prompt", "workflow")
 CODES = {b"ASCII\0\0\0": ("utf-8",), b"UNICODE\0": ("utf-16-be", "utf-16-le"), bytes(8): ("utf-8",)}
 """The encodings of EXIF's UserComment by its first eight bytes; UNICODE does not say the order of bytes."""
@@ -72,6 +75,13 @@ def embedded_prompt(path: Path) -> Found:
             found = _read(opened)
     except DECODING_ERRORS as error:
         return Found(None, f"it cannot be decoded ({type(error).__name__})")
+    try:
+        return _prompt_in(found)
+    except RecursionError:
+        return Found(None, "its metadata has too many lists in lists")
+
+
+def _prompt_in(found: Metadata) -> Found:
     outputs = declared_outputs(found.workflow)
     answers = [positive_prompt(prompt, outputs) for prompt in found.prompts]
     if len(texts := {answer.text for answer in answers} - {None}) > 1:
@@ -93,7 +103,7 @@ def declared_outputs(workflow: Mapping[str, Any]) -> dict[str, list[Output]]:
     definitions = cast("Any", workflow.get("definitions"))
     subgraphs = definitions.get("subgraphs") if isinstance(definitions, dict) else None
     inner = {one["id"]: one for one in _objects(subgraphs) if isinstance(one.get("id"), str)}
-    return dict(_declared(workflow, inner, "", ()))
+    return dict(islice(_declared(workflow, inner, "", ()), MOST_NODES))
 
 
 def _declared(

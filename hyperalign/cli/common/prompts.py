@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ...errors import HyperAlignError
+from ...errors import HyperAlignError, shortened
 from ...rewards.text import check_characters
 from .image_prompt import embedded_prompt
 from .tables import NAME_KEYS, PROMPT_KEYS, image_name, read_rows, read_text, value_of
@@ -71,11 +71,13 @@ def read_prompts(path: Path) -> dict[str, str]:
         name, prompt = value_of(row, NAME_KEYS), value_of(row, PROMPT_KEYS)
         if name is None or prompt is None:
             raise HyperAlignError(
-                f"{path.name}, line {number}: found the fields {', '.join(row) or 'none'}; expected a name "
-                f"({', '.join(NAME_KEYS)}) and a prompt ({', '.join(PROMPT_KEYS)})."
+                f"{path.name}, line {number}: found the fields {shortened(', '.join(row)) or 'none'}; "
+                f"expected a name ({', '.join(NAME_KEYS)}) and a prompt ({', '.join(PROMPT_KEYS)})."
             )
         if prompts.setdefault(image_name(name), prompt) != prompt:
-            raise HyperAlignError(f"{path.name}, line {number}: {name} has another prompt above; keep one.")
+            raise HyperAlignError(
+                f"{path.name}, line {number}: {shortened(name)} has another prompt above; keep one."
+            )
     return prompts
 
 

@@ -72,6 +72,6 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]
             continue
         try:
             row: Any = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise HyperAlignError(f"{path.name}, line {number} is not JSON ({error}). Correct it.") from error
         yield number, cast("dict[str, Any]", row) if isinstance(row, dict) else {}

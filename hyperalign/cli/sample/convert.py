@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import HyperAlignError
+from ...errors import HyperAlignError, shown
+from ..common.graphs.graph import is_link
 from .files import ObjectInfo, Prompt, Workflow, is_workflow
 from .levels import Level, Place, Source, root, source_of
 from .widgets import places, widgets
@@ -16,6 +17,7 @@ from .widgets import places, widgets
 EVERYWHERE = ("Anything Everywhere", "Prompts Everywhere", "Seed Everywhere")
 """Nodes of the pack Use Everywhere; some have one more sign."""
 GROUP = ("workflow>", "workflow/")
+SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +55,22 @@ def read(content: Workflow | Prompt, info: ObjectInfo) -> Graph:
 
     Raises HyperAlignError when the server lacks a node, or links form a cycle.
     """
-    content = copy.deepcopy(content)
+    try:
+        return _read(copy.deepcopy(content), info)
+    except RecursionError as error:
+        raise HyperAlignError(
+            "The workflow has hundreds of reroutes or subgraphs in a row; expected fewer. Link their ends "
+            "directly, or export the workflow with Export (API)."
+        ) from error
+
+
+def _read(content: Workflow | Prompt, info: ObjectInfo) -> Graph:
     if not is_workflow(content):
         found: Prompt = content
         check_known({node["class_type"]: "" for node in found.values()}, info)
-        titles = {key: (str(node.get("_meta", {}).get("title") or ""),) for key, node in found.items()}
+        for node in found.values():
+            node["_meta"] = node.get("_meta") or {}
+        titles = {key: (str(node["_meta"].get("title") or ""),) for key, node in found.items()}
         return Graph(found, {}, titles, None)
     nodes = list(root(content).running())
     _check_links(nodes)
@@ -82,11 +95,6 @@ def to_prompt(workflow: Workflow | Prompt, info: ObjectInfo) -> Prompt:
     return read(workflow, info).prompt
 
 
-def is_link(value: Any) -> bool:
-    """Whether an input's value is another node's output."""
-    return isinstance(value, list)
-
-
 def upstream(prompt: Prompt, node: str) -> Iterator[str]:
     """Yields a node and, nearest first, every node it depends on."""
     waiting, seen = [node], {node}
@@ -94,9 +102,9 @@ def upstream(prompt: Prompt, node: str) -> Iterator[str]:
         current = waiting.pop(0)
         yield current
         for value in prompt[current]["inputs"].values():
-            if is_link(value) and value[0] in prompt and value[0] not in seen:
-                seen.add(value[0])
-                waiting.append(value[0])
+            if is_link(value) and str(value[0]) in prompt and str(value[0]) not in seen:
+                seen.add(str(value[0]))
+                waiting.append(str(value[0]))
 
 
 def check_known(kinds: Mapping[str, str], info: ObjectInfo) -> None:
@@ -104,11 +112,14 @@ def check_known(kinds: Mapping[str, str], info: ObjectInfo) -> None:
     missing = sorted(kind for kind in kinds if kind not in info)
     if groups := [kind for kind in missing if kind.startswith(GROUP)]:
         raise HyperAlignError(
-            f"The workflow uses the group node {groups[0]!r}, which only ComfyUI's page knows; convert it to "
-            "a subgraph there, or export the workflow with Export (API)."
+            f"The workflow uses the group node {shown(groups[0])}, which only ComfyUI's page knows; convert "
+            "it to a subgraph there, or export the workflow with Export (API)."
         )
     if missing:
-        named = ", ".join(repr(kind) + (f" (of {kinds[kind]})" if kinds[kind] else "") for kind in missing)
+        named = ", ".join(
+            shown(kind) + (f" (of {kinds[kind]})" if kinds[kind] else "") for kind in missing[:SHOWN]
+        )
+        named += f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise HyperAlignError(
             f"The workflow uses {named}, which this ComfyUI does not know; install its pack, or "
             "remove the node from the workflow."
@@ -122,8 +133,9 @@ def _check_links(nodes: Iterable[tuple[Level, str, dict[str, Any]]]) -> None:
         everywhere = (properties.get("ue_properties") or {}).get("ue_convert")
         if everywhere or str(node["type"]).startswith(EVERYWHERE):
             raise HyperAlignError(
-                f"The node {node['type']!r} (#{level.id_of(key)}) sends its input to others over links that "
-                "only ComfyUI's page knows; export the workflow there with Export (API), or link its inputs."
+                f"The node {shown(node['type'])} (#{level.id_of(key)}) sends its input to others over links "
+                "that only ComfyUI's page knows; export the workflow there with Export (API), or link "
+                "its inputs."
             )
 
 

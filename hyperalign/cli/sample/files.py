@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
-from ...errors import HyperAlignError
+from ...errors import HyperAlignError, shortened
+from ...files import first_line
+from .shape import check_depth, check_prompt, check_workflow
 
 Workflow = dict[str, Any]
 """A graph as the page saves it: nodes with widget values by position, and links."""
@@ -27,13 +29,19 @@ def load(path: Path) -> Workflow | Prompt:
         raise HyperAlignError(f"There is no workflow {path}; give a .json saved from ComfyUI.")
     try:
         content: Any = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise HyperAlignError(f"{path} is not JSON ({error}); save the workflow again.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        said = shortened(first_line(error))
+        raise HyperAlignError(f"{path} is not JSON ({said}); save the workflow again.") from error
     if not isinstance(content, dict) or not (is_workflow(content) or is_prompt(content)):
         raise HyperAlignError(
             f"{path} is no workflow: expected a list of nodes, as ComfyUI's page saves it, or nodes with a "
             "class_type each, as Export (API) does. Save the workflow again."
         )
+    try:
+        check_depth(content)
+        check_workflow(content) if is_workflow(content) else check_prompt(content)
+    except HyperAlignError as error:
+        raise HyperAlignError(f"{path} is damaged: {error}. Save the workflow again.") from error
     return cast("Workflow", content)
 
 

@@ -7,11 +7,12 @@ primitive nodes by their values.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ...errors import HyperAlignError
+from ...errors import HyperAlignError, shown
 from .files import Workflow
 
 MUTED, BYPASSED = 2, 4
@@ -28,6 +29,7 @@ CONTROLS = (
 """Nodes that switch others on and off in the page, which it stores as those nodes' modes."""
 VIRTUAL = (PRIMITIVE, *THROUGH, *GETS, *CONTROLS, "Note", "MarkdownNote")
 """Nodes that exist in the page only."""
+MOST_LEVELS = 10_000
 INSIDE, OUTSIDE = "-10", "-20"
 """The ids that represent a subgraph's inputs and its outputs."""
 
@@ -102,7 +104,7 @@ def root(workflow: Workflow) -> Level:
     Raises HyperAlignError on a subgraph that contains itself.
     """
     subgraphs = (workflow.get("definitions") or {}).get("subgraphs") or []
-    return _level(workflow, {str(one["id"]): one for one in subgraphs}, None, ())
+    return _level(workflow, {str(one["id"]): one for one in subgraphs}, None, (), itertools.count(1))
 
 
 def _level(
@@ -110,27 +112,41 @@ def _level(
     definitions: Mapping[str, Workflow],
     outer: tuple[Level, str] | None,
     around: tuple[str, ...],
+    levels: Iterator[int],
 ) -> Level:
+    if next(levels) > MOST_LEVELS:  # a few definitions that use each other twice are millions of nodes
+        raise HyperAlignError(
+            f"The workflow uses subgraphs more than {MOST_LEVELS} times; remove some of their nodes."
+        )
     nodes = {str(node["id"]): node for node in graph["nodes"]}
     level = Level(nodes, dict(map(_link, filter(None, graph.get("links") or []))), definitions, graph, outer)
     for key, node in nodes.items():
         kind = node["type"]
         if kind in around:
             raise HyperAlignError(
-                f"The subgraph {graph.get('name')!r} contains itself; remove that node from it."
+                f"The subgraph {shown(graph.get('name'))} contains itself; remove that node from it."
             )
         if kind in definitions:
-            level.inner[key] = _level(definitions[kind], definitions, (level, key), (*around, kind))
+            level.inner[key] = _level(definitions[kind], definitions, (level, key), (*around, kind), levels)
     return level
 
 
 def _link(saved: Any) -> tuple[int, Link]:
-    if isinstance(saved, dict):
-        names = ("origin_id", "origin_slot", "target_id", "target_slot")
-        number, (origin, slot, target, end) = saved["id"], (saved[name] for name in names)
-    else:
-        number, origin, slot, target, end = saved[:5]
-    return int(number), Link(str(origin), int(slot), str(target), int(end))
+    names = ("id", "origin_id", "origin_slot", "target_id", "target_slot")
+    try:
+        number, origin, slot, target, end = (
+            (saved[name] for name in names) if isinstance(saved, dict) else saved[:5]
+        )
+        link = int(number), Link(str(origin), int(slot), str(target), int(end))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise HyperAlignError(
+            f"The workflow has the link {shown(saved)}; expected {', '.join(names)}. Save it again."
+        ) from error
+    if min(link[1].origin_slot, link[1].target_slot) < 0:
+        raise HyperAlignError(
+            f"The workflow has the link {shown(saved)}, which starts or ends at no slot. Save it again."
+        )
+    return link
 
 
 Steps = frozenset[tuple[str, str, int]]
@@ -167,7 +183,10 @@ def _outside(level: Level, slot: int, passed: Steps) -> Source | Place | None:
     if level.outer is None:
         return None
     around, key = level.outer
-    name = level.definition["inputs"][slot]["name"]
+    ends = level.definition.get("inputs") or []
+    if not 0 <= slot < len(ends):
+        return None
+    name = ends[slot]["name"]
     instance = around.nodes[key]
     outside = next((i for i, s in enumerate(instance.get("inputs") or []) if s["name"] == name), None)
     if outside is not None and instance["inputs"][outside].get("link") is not None:
@@ -187,7 +206,7 @@ def _behind(level: Level, link: Link, kind: str, passed: Steps) -> Source | Plac
     if node["type"] in THROUGH:
         return source_of(level, link.origin, 0, passed, kind)
     if node["type"] == PRIMITIVE:
-        return Place(node["widgets_values"], 0) if node.get("widgets_values") else None
+        return _first_widget(node)
     if link.origin not in level.inner:
         return Source(level.id_of(link.origin), link.origin_slot)
     inner = level.inner[link.origin]
@@ -209,20 +228,30 @@ def _set_node(level: Level, get: str) -> tuple[Level, str]:
         found = [key for key, node in level.nodes.items() if node["type"] in SETS and _name(node) == name]
         if len(found) > 1:
             ids = ", ".join(f"#{level.id_of(key)}" for key in found)
-            raise HyperAlignError(f"The Set nodes {ids} are all named {name!r}; give each a name of its own.")
+            raise HyperAlignError(
+                f"The Set nodes {ids} are all named {shown(name)}; give each a name of its own."
+            )
         if found:
             return level, found[0]
         around = level.outer
     raise HyperAlignError(
-        f"The Get node #{number} reads {name!r}, and no Set node has that name; add one, or remove the "
+        f"The Get node #{number} reads {shown(name)}, and no Set node has that name; add one, or remove the "
         "Get node."
     )
 
 
 def _name(node: Node) -> str:
     """Returns the name that a Set or Get node has in its only widget."""
-    values = node.get("widgets_values") or [""]
-    return str(next(iter(values.values() if isinstance(values, dict) else values)))
+    place = _first_widget(node)
+    return "" if place is None else str(place.value)
+
+
+def _first_widget(node: Node) -> Place | None:
+    """Returns where a node keeps its first value; some packs save names."""
+    values = node.get("widgets_values")
+    if not values:
+        return None
+    return Place(values, next(iter(values)) if isinstance(values, dict) else 0)
 
 
 def _bypass(node: Node, slot: int, kind: str) -> int | None:
@@ -230,7 +259,8 @@ def _bypass(node: Node, slot: int, kind: str) -> int | None:
     kinds = [str(socket.get("type")) for socket in node.get("inputs") or []]
     if kind in ("*", ""):
         return (slot if slot < len(kinds) else 0) if kinds else None
-    leaving = str(node["outputs"][slot].get("type"))
+    outputs = node.get("outputs") or []
+    leaving = str(outputs[slot].get("type")) if 0 <= slot < len(outputs) else kind
     fits = [_connects(one, leaving) and _connects(one, kind) for one in kinds]
     if slot < len(kinds) and fits[slot]:
         return slot
@@ -250,9 +280,13 @@ def promoted(level: Level, instance: Node) -> dict[str, Place]:
         return {}
     # A proxy with the node -1 is an input of the subgraph; any other only shows the widget inside.
     if proxies := (instance.get("properties") or {}).get("proxyWidgets"):
-        names = [name if str(node) == "-1" else None for node, name in proxies]
+        names = [str(pair[1]) if len(pair) > 1 and str(pair[0]) == "-1" else None for pair in proxies]
     else:
-        names = [one["name"] for slot, one in enumerate(level.definition["inputs"]) if _shows(level, slot)]
+        names = [
+            one["name"]
+            for slot, one in enumerate(level.definition.get("inputs") or [])
+            if _shows(level, slot)
+        ]
     pairs = zip(names, range(len(values)), strict=False)
     return {name: Place(values, at) for name, at in pairs if name and values[at] is not None}
 

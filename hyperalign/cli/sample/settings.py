@@ -8,9 +8,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ...errors import HyperAlignError
-from ..common.graphs.graph import Side, Stop
-from .convert import Graph, is_link
+from ...errors import HyperAlignError, shown
+from ..common.graphs.graph import Side, Stop, is_link
+from .convert import Graph
 from .files import ObjectInfo
 from .texts import Address, feeder, text_widgets, widgets_of
 from .widgets import Widget
@@ -176,7 +176,7 @@ def _number(widget: Widget, text: str, named: str) -> int | float:
 
 def _title(graph: Graph, node: str) -> str:
     title = graph.titles.get(node, ("",))[-1] or graph.prompt[node]["class_type"]
-    return f"{title!r} (#{node})"
+    return f"{shown(title)} (#{node})"
 
 
 def _named(graph: Graph, address: Address) -> str:
@@ -204,7 +204,7 @@ def _ambiguous(graph: Graph, found: Sequence[Address], setting: str) -> str:
 
 
 def _now(value: Any) -> str:
-    return f"linked from #{value[0]}" if is_link(value) else repr(value)
+    return f"linked from #{value[0]}" if is_link(value) else shown(value)
 
 
 def _unknown(graph: Graph, known: Iterable[Address], address: str) -> str:

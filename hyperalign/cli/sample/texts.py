@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from ..common.graphs.graph import Output, Side, TextGraph
+from ..common.graphs.graph import Output, Side, TextGraph, is_link
 from ..common.graphs.strings import HANDED_ON
 from ..common.graphs.walk import Walk, declared_texts
-from .convert import is_link
 from .files import ObjectInfo, Prompt
 from .widgets import Widget, widgets
 

@@ -57,6 +57,7 @@ def test_text_files_beside_the_images(tmp_path: Path) -> None:
     [
         ("t.xlsx", "", "expected a .csv or .jsonl file"),
         ("t.jsonl", '{"name": "a.png"', "line 1 is not JSON"),
+        ("t.jsonl", "[" * 100_000, "line 1 is not JSON .maximum recursion"),
         ("t.jsonl", '"a.png"', "found the fields none; expected a name"),
         ("t.csv", "image,words\na,b\n", "line 2: found the fields image, words; expected a name"),
         ("t.csv", "name,prompt\na.png,x\na.png,y\n", "line 3: a.png has another prompt above"),
