@@ -1,7 +1,9 @@
 """Checks workflow files against the node declarations of a running ComfyUI.
 
-It checks a workflow's graph and its subgraphs: nodes exist, links join the sockets they name, every required
-input has a link or a widget value, and every value is one that the node accepts.
+It checks a workflow's graph and its subgraphs: nodes exist and are switched on, links join the sockets they
+name, every required input has a link or a widget value, and every value is one that the node accepts. Then it
+converts the workflow as `sample` does, through subgraphs, reroutes and primitive nodes, and checks what the
+server would get.
 """
 
 from __future__ import annotations
@@ -9,11 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from hyperalign.cli.sample.convert import read
+from hyperalign.cli.sample.levels import BYPASSED, MUTED, PRIMITIVE
 from hyperalign.cli.sample.widgets import places
+from hyperalign.errors import HyperAlignError
 from scripts.schemas import ObjectInfo, inputs_of
 
 Node = dict[str, Any]
-NOTES = {"Note", "MarkdownNote"}
+OF_THE_PAGE = {"Note", "MarkdownNote", "Reroute", PRIMITIVE}
+"""Nodes of ComfyUI's page itself; those of other packs are not there for everybody."""
 ANY_TYPE = "*"
 # Choices that are the user's files: a workflow names the conventional one.
 FILE_CHOICES = {"ckpt_name", "unet_name", "vae_name", "clip_name1", "clip_name2", "lora_name", "hypernetwork"}
@@ -22,9 +28,16 @@ SUBGRAPH_INPUT, SUBGRAPH_OUTPUT = -10, -20
 
 def problems(workflow: dict[str, Any], info: ObjectInfo) -> Iterator[str]:
     """Yields a sentence for everything wrong with a workflow in the page's format."""
-    subgraphs = workflow.get("definitions", {}).get("subgraphs", [])
-    known = set(info) | NOTES | {each["id"] for each in subgraphs}
-    for graph in (workflow, *subgraphs):
+    found = [*_saved_problems(workflow, info)]
+    if not any("does not know" in each for each in found):
+        found += _run_problems(workflow, info)
+    yield from dict.fromkeys(found)
+
+
+def _saved_problems(workflow: dict[str, Any], info: ObjectInfo) -> Iterator[str]:
+    subgraphs = {each["id"]: each for each in workflow.get("definitions", {}).get("subgraphs", [])}
+    known = set(info) | OF_THE_PAGE | set(subgraphs)
+    for graph in (workflow, *subgraphs.values()):
         links = {link[0]: link for link in map(_link, graph["links"])}
         nodes = {node["id"]: node for node in graph["nodes"]}
         for node in graph["nodes"]:
@@ -33,6 +46,10 @@ def problems(workflow: dict[str, Any], info: ObjectInfo) -> Iterator[str]:
             elif node["type"] in info:
                 name = f"node {node['id']} ({node['type']})"
                 yield from (f"{name}: {each}" for each in _node_problems(node, info[node["type"]], links))
+            elif node["type"] in subgraphs:
+                yield from _instance_problems(node, subgraphs[node["type"]])
+            if node.get("mode") in (MUTED, BYPASSED):
+                yield f"node {node['id']} ({node['type']}) is switched off; what is shipped runs whole"
         yield from _link_problems(links.values(), nodes)
 
 
@@ -64,6 +81,40 @@ def _node_problems(node: Node, declaration: dict[str, Any], links: dict[int, lis
     yield from _output_problems(node, declaration)
 
 
+def _instance_problems(node: Node, subgraph: dict[str, Any]) -> Iterator[str]:
+    """Yields what does not fit between the use of a subgraph and its definition."""
+    name = f"node {node['id']} ({subgraph['name']})"
+    for part, link in (("inputs", "link"), ("outputs", "links")):
+        here = {(each["name"], each["type"]): each for each in node.get(part, [])}
+        there = [(each["name"], each["type"]) for each in subgraph.get(part, [])]
+        yield from (f"{name} lacks {each} of its subgraph's {part}" for each in there if each not in here)
+        linked = [each for each, socket in here.items() if socket.get(link) not in (None, [])]
+        yield from (
+            f"{name} has {each}, which its subgraph's {part} lack" for each in linked if each not in there
+        )
+    inside = {str(each["id"]) for each in subgraph["nodes"]} | {"-1"}
+    for number, widget, *_ in node.get("properties", {}).get("proxyWidgets", []):
+        if str(number) not in inside:
+            yield f"{name} shows the widget {widget!r} of node {number}, which is not in it"
+
+
+def _run_problems(workflow: dict[str, Any], info: ObjectInfo) -> Iterator[str]:
+    """Yields what is wrong with the graph that the server would get."""
+    try:
+        graph = read(workflow, info)
+    except HyperAlignError as error:
+        yield str(error)
+        return
+    if len(workflow["nodes"]) > 1:  # else a blueprint, whose inputs are linked where it is used
+        yield from graph.notes
+    for number, node in graph.prompt.items():
+        name = f"node {number} ({node['class_type']})"
+        for key, _, kind, options in inputs_of(info[node["class_type"]]):
+            if (number, key) in graph.places:
+                value = node["inputs"][key]
+                yield from (f"{name}: {key!r} {each}" for each in _value_problems(key, value, kind, options))
+
+
 def _output_problems(node: Node, declaration: dict[str, Any]) -> Iterator[str]:
     for place, output in enumerate(node.get("outputs", [])):
         if place >= len(declaration["output"]):
@@ -74,7 +125,7 @@ def _output_problems(node: Node, declaration: dict[str, Any]) -> Iterator[str]:
 
 def _value_problems(name: str, value: Any, kind: str, options: dict[str, Any]) -> Iterator[str]:
     types = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool, "COMBO": (str, int, float)}
-    if not isinstance(value, types[kind]) or (isinstance(value, bool) and kind != "BOOLEAN"):
+    if not isinstance(value, types.get(kind, object)) or (isinstance(value, bool) and kind != "BOOLEAN"):
         yield f"is {value!r}, no {kind}"
     elif kind == "COMBO" and name not in FILE_CHOICES and value not in options["options"]:
         yield f"is {value!r}; offered are {options['options']}"

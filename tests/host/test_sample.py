@@ -70,6 +70,22 @@ def test_the_exported_workflow_gives_the_same_image_and_overwrites_nothing(serve
     assert sum(same(a, b) for a in first for b in second) == 2
 
 
+def test_a_muted_output_is_reported_and_does_not_run(server, tmp_path):
+    workflow = load(WORKFLOW)
+    muted = next(node for node in workflow["nodes"] if node["type"] in ("SaveImage", "PreviewImage"))
+    muted["mode"] = 2
+    (tmp_path / "muted.json").write_text(json.dumps(workflow))
+    done = sample("--workflow", "muted.json", *FEW_STEPS, url=server.url, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert f"(#{muted['id']}) is muted and does not run." in done.stderr
+    for node in workflow["nodes"]:
+        node["mode"] = 2 if node["type"] in ("SaveImage", "PreviewImage") else 0
+    (tmp_path / "muted.json").write_text(json.dumps(workflow))
+    done = sample("--workflow", "muted.json", *FEW_STEPS, url=server.url, cwd=tmp_path)
+    assert (done.returncode, "nothing to run: " in done.stderr) == (2, True), done.stderr
+
+
 def test_a_failing_node_is_named_by_its_title_in_one_sentence(server, tmp_path):
     settings = ("--set", "prompt=a dragon", *FEW_STEPS)
     done = sample("--workflow", str(WORKFLOW), *settings, url=server.url, cwd=tmp_path)

@@ -120,6 +120,14 @@ def test_values_that_do_not_fit_are_refused(setting, said):
         changes_of(plain(), INFO, setting)
 
 
+def test_a_value_that_the_file_lacks_can_be_set_and_one_from_nowhere_cannot():
+    content = graph(n1=("Encode", {"clip": ["9", 0]}), n2=("Guidance", {"conditioning": ["1", 0]}))
+    assert changes_of(content, INFO, "text=x") == {("1", "text"): "x"}
+    linked = graph(n1=("Encode", {"text": ["9", 0]}))
+    with pytest.raises(HyperAlignError, match="comes over a link from 'no node' .#9."):
+        changes_of(linked, INFO, "text=x")
+
+
 @given(st.integers(-(10**6), 10**6))
 def test_a_whole_number_is_taken_as_it_is_or_refused(number: int):
     try:

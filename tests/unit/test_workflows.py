@@ -30,7 +30,11 @@ INFO: dict[str, Any] = {
     },
     "Loader": {"input": {"required": {"file": [["a", "b"]]}}, "output": ["MODEL"]},
     "Tuner": {"input": {"required": {"model": ["MODEL"], "amount": ["FLOAT", {}]}}, "output": ["MODEL"]},
-    "Save": {"input": {"required": {"images": ["LATENT"], "prefix": ["STRING", {}]}}, "output": []},
+    "Save": {
+        "input": {"required": {"images": ["LATENT"], "prefix": ["STRING", {}]}},
+        "output": [],
+        "output_node": True,
+    },
     "Number": {"input": {"required": {"value": ["INT", {}]}}, "output": ["INT"]},
     "Image": {
         "input": {"required": {"image": [["x.png"], {"image_upload": True}], "size": ["INT", {}]}},
@@ -279,6 +283,100 @@ def test_a_subgraph_may_hand_its_input_to_its_output_and_links_may_have_the_numb
         definitions={"subgraphs": [outer]},
     )  # fmt: skip
     assert to_prompt(content, INFO)["7"]["inputs"]["model"] == ["4", 0]
+
+
+def test_a_widget_that_subgraphs_hand_on_has_the_value_of_the_outermost():
+    inside = node(
+        5, "sub", (8,), [socket("model", "MODEL", 1), socket("steps", "INT", 3, widget=True)],
+    )  # fmt: skip
+    outer = {
+        "id": "outer", "name": "Outer", "inputs": [{"name": "model"}, {"name": "steps"}],
+        "outputs": [{"name": "LATENT"}], "nodes": [inside],
+        "links": [[1, -10, 0, 5, 0, "MODEL"], [2, 5, 0, -20, 0, "LATENT"], [3, -10, 1, 5, 1, "INT"]],
+    }  # fmt: skip
+    content = around(instance(12, (3,)) | {"type": "outer"})
+    content["definitions"]["subgraphs"].append(outer)
+    graph = read(content, INFO)
+    assert graph.prompt["12:5:2"]["inputs"]["steps"] == 3
+    changed = graph.with_values({("12:5:2", "steps"): 4})
+    assert changed.workflow is not None
+    assert changed.workflow["nodes"][1]["widgets_values"] == [4]
+    assert to_prompt(changed.workflow, INFO) == changed.prompt
+
+
+def test_bypassed_nodes_inside_a_subgraph_link_its_input_to_its_output():
+    tuners = [
+        node(1, "Tuner", (0.5,), [socket("model", "MODEL", 1)], mode=4),
+        node(2, "Tuner", (0.5,), [socket("model", "MODEL", 2)]),
+        node(3, "Tuner", (0.5,), [socket("model", "MODEL", 3)], mode=4),
+    ]
+    links = [[1, -10, 0, 1, 0, "MODEL"], [2, 1, 0, 2, 0, "MODEL"], [3, 2, 0, 3, 0, "MODEL"]]
+    sub = {
+        "id": "sub", "name": "S", "inputs": [{"name": "model"}], "outputs": [{"name": "MODEL"}],
+        "nodes": tuners, "links": [*links, [4, 3, 0, -20, 0, "MODEL"]],
+    }  # fmt: skip
+    shown = node(12, "sub", (), [socket("model", "MODEL", 1)], outputs=[{"type": "MODEL"}])
+    nodes = [node(4, "Loader", ("a",)), shown, sampler(link=2)]
+    content = workflow(
+        nodes, [1, 4, 0, 12, 0, "MODEL"], [2, 12, 0, 7, 0, "MODEL"], definitions={"subgraphs": [sub]}
+    )
+    prompt = to_prompt(content, INFO)
+    assert set(prompt) == {"4", "12:2", "7"}
+    assert (prompt["7"]["inputs"]["model"], prompt["12:2"]["inputs"]["model"]) == (["12:2", 0], ["4", 0])
+    tuners[1]["mode"] = 4
+    assert to_prompt(content, INFO)["7"]["inputs"]["model"] == ["4", 0]
+
+
+def test_a_primitive_s_value_goes_through_reroutes_into_subgraphs():
+    content = around(instance(12, (5,)))
+    content["nodes"] += [
+        node(20, "PrimitiveNode", (30, "fixed"), outputs=[{"type": "INT"}]),
+        node(21, "Reroute", (), [socket("", "*", 5)], outputs=[{"type": "INT"}]),
+    ]
+    content["nodes"][1]["inputs"][1]["link"] = 6
+    content["links"] += [[5, 20, 0, 21, 0, "INT"], [6, 21, 0, 12, 1, "INT"]]
+    graph = read(content, INFO)
+    assert graph.prompt["12:2"]["inputs"]["steps"] == 30
+    changed = graph.with_values({("12:2", "steps"): 31})
+    assert changed.workflow is not None
+    assert changed.workflow["nodes"][3]["widgets_values"] == [31, "fixed"]
+
+
+def save(number: int, link: int | None, **more: Any) -> dict[str, Any]:
+    return node(number, "Save", ("out",), [socket("images", "LATENT", link)], **more)
+
+
+@pytest.mark.parametrize(("mode", "word"), [(2, "muted"), (4, "bypassed")])
+def test_a_switched_off_output_is_reported_and_alone_refused(mode, word):
+    nodes = [node(4, "Loader", ("a",)), sampler(), save(8, 2), save(9, 3, mode=mode, title="Other")]
+    links = [1, 4, 0, 7, 0, "MODEL"], [2, 7, 0, 8, 0, "LATENT"], [3, 7, 0, 9, 0, "LATENT"]
+    assert read(workflow(nodes, *links), INFO).notes == (f"'Other' (#9) is {word} and does not run.",)
+    nodes[2]["mode"] = mode
+    said = rf"nothing to run: 'Save' \(#8\) is {word}; 'Other' \(#9\) is {word}. Switch one on"
+    with pytest.raises(HyperAlignError, match=said):
+        read(workflow(nodes, *links), INFO)
+
+
+def test_a_switched_off_subgraph_with_an_output_inside_is_reported():
+    sub = {"id": "saver", "name": "Saver", "nodes": [save(1, None)], "links": []}
+    nodes = [node(4, "Loader", ("a",)), sampler(), save(8, 2), node(9, "saver", mode=2)]
+    links = [1, 4, 0, 7, 0, "MODEL"], [2, 7, 0, 8, 0, "LATENT"]
+    content = workflow(nodes, *links, definitions={"subgraphs": [sub]})
+    assert read(content, INFO).notes == ("'Saver' (#9) is muted and does not run.",)
+
+
+@pytest.mark.parametrize(("mode", "word"), [(2, "muted"), (4, "bypassed")])
+def test_a_required_input_that_a_switched_off_node_leaves_empty_is_reported(mode, word):
+    nodes = [node(4, "Loader", ("a",), mode=mode), sampler(), save(8, 2)]
+    graph = read(workflow(nodes, [1, 4, 0, 7, 0, "MODEL"], [2, 7, 0, 8, 0, "LATENT"]), INFO)
+    assert graph.notes == (f"model of 'Sampler' (#7) gets nothing: 'Loader' (#4) is {word}.",)
+    assert graph.with_values({("7", "steps"): 3}).notes == graph.notes
+
+
+def test_an_input_that_leads_to_an_open_end_of_a_subgraph_is_reported():
+    graph = read(around(instance(12, link=None)), INFO)
+    assert graph.notes == ("model of 'Tuner' (#12:1) gets nothing: its link ends at nothing.",)
+    assert read(around(instance(12)), INFO).notes == ()
 
 
 def set_node(number: int, name: Any, link: int | None, kind: str = "SetNode") -> dict[str, Any]:

@@ -78,6 +78,8 @@ def run(options: Options) -> list[Path]:
         client = ComfyClient(url)
         info = client.object_info()
         graph = read(content, info)
+        for note in graph.notes:
+            say(note)
         changes: dict[tuple[str, str], Any] = {}
         for setting in options.settings:
             found = changes_of(graph, info, setting, client.upload)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import HyperAlignError, shown
 from ..common.graphs.graph import is_link
 from .files import ObjectInfo, Prompt, Workflow, is_workflow
 from .levels import Level, Place, Source, root, source_of
+from .off import notes
 from .widgets import places, widgets
 
 EVERYWHERE = ("Anything Everywhere", "Prompts Everywhere", "Seed Everywhere")
@@ -31,6 +32,8 @@ class Graph:
     """By node: the titles of the subgraphs around it, then its own."""
     workflow: Workflow | None
     """The page's format, None for a file in API format."""
+    notes: tuple[str, ...] = ()
+    """What switched-off nodes leave out of a run."""
 
     def with_values(self, changes: Mapping[tuple[str, str], Any]) -> Graph:
         """Returns a copy with other values by node and input, also in the page's format.
@@ -47,13 +50,13 @@ class Graph:
             if place is not None:
                 place.container[place.key] = value
                 split = split or owners[id(place.container), place.key] > 1
-        return Graph(changed.prompt, changed.places, changed.titles, None if split else changed.workflow)
+        return replace(changed, workflow=None if split else changed.workflow)
 
 
 def read(content: Workflow | Prompt, info: ObjectInfo) -> Graph:
     """Makes a workflow of either format ready to run.
 
-    Raises HyperAlignError when the server lacks a node, or links form a cycle.
+    Raises HyperAlignError when the server lacks a node, links form a cycle, or all outputs are switched off.
     """
     try:
         return _read(copy.deepcopy(content), info)
@@ -72,7 +75,8 @@ def _read(content: Workflow | Prompt, info: ObjectInfo) -> Graph:
             node["_meta"] = node.get("_meta") or {}
         titles = {key: (str(node["_meta"].get("title") or ""),) for key, node in found.items()}
         return Graph(found, {}, titles, None)
-    nodes = list(root(content).running())
+    whole = root(content)
+    nodes = list(whole.running())
     _check_links(nodes)
     check_known({node["type"]: _pack(node) for _, _, node in nodes if _matters(node, info)}, info)
     prompt: Prompt = {}
@@ -87,7 +91,7 @@ def _read(content: Workflow | Prompt, info: ObjectInfo) -> Graph:
             titles[number] = (*level.titles(), title)
     for node in prompt.values():  # muted nodes have no outputs
         node["inputs"] = {k: v for k, v in node["inputs"].items() if not is_link(v) or v[0] in prompt}
-    return Graph(prompt, at, titles, content)
+    return Graph(prompt, at, titles, content, notes(whole, prompt, info))
 
 
 def to_prompt(workflow: Workflow | Prompt, info: ObjectInfo) -> Prompt:

@@ -47,6 +47,8 @@ def changes_of(graph: Graph, info: ObjectInfo, setting: str, upload: Upload | No
     changes: Changes = {}
     for node, name in _meant(graph, info, known, address.strip(), setting):
         found = feeder(graph.prompt, info, node, name, known[node, name].kind)
+        if found is None and name not in graph.prompt[node]["inputs"]:
+            found = node, name  # the file leaves it to the server's default
         if found is None:
             raise HyperAlignError(
                 f"The value of {_named(graph, (node, name))} comes over a link from "
@@ -175,7 +177,7 @@ def _number(widget: Widget, text: str, named: str) -> int | float:
 
 
 def _title(graph: Graph, node: str) -> str:
-    title = graph.titles.get(node, ("",))[-1] or graph.prompt[node]["class_type"]
+    title = graph.titles.get(node, ("",))[-1] or graph.prompt.get(node, {}).get("class_type", "no node")
     return f"{shown(title)} (#{node})"
 
 
