@@ -1,7 +1,7 @@
 """Damaged files of all kinds, and what must hold when they are read.
 
 Every test here reads a hundred files or more. With `--hypothesis-profile=fuzz` (tests/conftest.py) they are
-2,000, and 10,000 hypernetworks.
+5,000, and 10,000 hypernetworks.
 """
 
 from __future__ import annotations

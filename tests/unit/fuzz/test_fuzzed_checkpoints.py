@@ -77,7 +77,7 @@ def use(path: Path) -> None:
     checkpoint.check_base(made.header, TINY)
 
 
-@fuzzed(times=5)
+@fuzzed(times=2)
 @given(data=st.data())
 def test_any_hypernetwork_file_is_read_or_refused(valid: Valid, case: Case, data: st.DataObject) -> None:
     table, body = valid.table, valid.body

@@ -15,8 +15,8 @@ from hyperalign.errors import HyperAlignError
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have no such limit")
 def test_memory_beyond_the_limit_is_refused_and_the_limit_ends() -> None:
     with limited_memory(), pytest.raises(RuntimeError, match="allocate"):
-        torch.empty(MEMORY + 1, dtype=torch.uint8)
-    torch.empty(MEMORY + 1, dtype=torch.uint8)
+        torch.empty(MEMORY + MEMORY // 4, dtype=torch.uint8)
+    torch.empty(MEMORY + MEMORY // 4, dtype=torch.uint8)
 
 
 def test_a_traceback_a_changed_file_and_half_a_sentence_are_noticed(case: Case) -> None:
