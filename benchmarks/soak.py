@@ -3,9 +3,9 @@
     python -m benchmarks.soak                                   # the embedded model; two minutes on a CPU
 
 Every run reads a hypernetwork from its file, applies it to the one MODEL and samples: S, P, I and a static
-one in turn, four runs each with added and with merged weights. The host interrupts every third run after half its
-steps and frees all models after every fifth. Prints what the process holds after some of the runs and writes
-benchmarks/results/soak_<device>.json. COMFYUI_PATH names another ComfyUI than build/'s.
+one in turn, four runs each with added and with merged weights. The host interrupts every third run after half
+its steps and frees all models after every fifth. Prints what the process holds after some of the runs and
+writes benchmarks/results/soak_<device>.json. COMFYUI_PATH names another ComfyUI than build/'s.
 """
 
 from __future__ import annotations
