@@ -79,7 +79,7 @@ class Options:
     ranks: tuple[int, ...] = (1, 4, 8)
     palettes: tuple[Literal[1, 2, 4], ...] = (1, 2, 4)
     rates: tuple[float, ...] = (1e-3, 2e-3)
-    """Learning rates that the static LoRA tries at the middle rank and number of palettes; the best counts."""
+    """Learning rates of the static LoRA at the middle rank and number of palettes; the best one counts."""
     decoder_rates: tuple[float, ...] = (5e-4, 1e-3)
     """The same of the decoder without conditioning, which as S's needs a lower one."""
     large_rates: tuple[float, ...] = (2.5e-4, 2e-3)

@@ -94,6 +94,8 @@ def _sampled(model: Any, conditions: list[Any], steps: int, stop_at: int | None)
     import comfy.model_management as management
     import comfy.sample
 
+    positive, negative = conditions
+
     def interrupt(step: int, *_: Any) -> None:
         if step == stop_at:
             management.interrupt_current_processing()
@@ -103,7 +105,7 @@ def _sampled(model: Any, conditions: list[Any], steps: int, stop_at: int | None)
     try:
         with torch.inference_mode():
             comfy.sample.sample(
-                model, noise, steps, 4.0, "euler", "normal", *conditions, torch.zeros_like(noise),
+                model, noise, steps, 4.0, "euler", "normal", positive, negative, torch.zeros_like(noise),
                 callback=interrupt, disable_pbar=True, seed=0,
             )  # fmt: skip
     except management.InterruptProcessingException:
