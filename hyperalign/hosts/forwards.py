@@ -1,12 +1,14 @@
 """Replaces the forward of modules for a while, and puts back what was there. The one place that does so.
 
-Accelerate's offload and other patches replace forwards too, so a replacement is put where the present forward
-is stored, and is taken out wherever it has been moved meanwhile.
+Accelerate's offload, diffusers' hooks and other patches replace forwards too. A replacement is put below the
+first two, which keep it when they are taken off and wrap it when they come later: it runs where the module
+itself does. It is taken out wherever it has been moved meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any, cast
@@ -18,10 +20,34 @@ SLOTS = ("_old_forward", "forward")
 """Where a module's forward is stored: Accelerate's offload keeps the one it wraps in the first slot and puts
 it back after every run of a pipeline, so a replacement in that slot stays."""
 
+_Slot = tuple[dict[str, Any], str]
+"""A dictionary, and the key under which it has a forward."""
+
+
+def _slots(module: nn.Module) -> list[_Slot]:
+    """Returns the places that have a module's forward: `SLOTS`, then those of diffusers' hooks."""
+    own = module.__dict__
+    slots: list[_Slot] = [(own, slot) for slot in SLOTS if slot in own]
+    hooks: Any = own.get("_diffusers_hook")
+    for reference in hooks._fn_refs if hooks is not None else ():
+        # A hook that calls the forward itself keeps it apart from its own.
+        key = "forward" if reference.original_forward is None else "original_forward"
+        slots.append((vars(reference), key))
+    return slots
+
+
+def _innermost(module: nn.Module) -> _Slot:
+    """Returns the place of the forward that wraps no other one of `_slots`; hooks' are partial functions."""
+    slots = _slots(module)
+    plain = (slot for slot in slots if not isinstance(slot[0][slot[1]], functools.partial))
+    return next(plain, slots[0] if slots else (module.__dict__, "forward"))
+
 
 def owners(module: nn.Module) -> list[object]:
     """Returns the objects whose methods replace a module's forward."""
-    return [getattr(module.__dict__.get(slot), "__self__", None) for slot in SLOTS]
+    hooked = [where[key] for where, key in _slots(module) if where is not module.__dict__]
+    own = [module.__dict__.get(slot) for slot in SLOTS]
+    return [getattr(forward, "__self__", None) for forward in own + hooked]
 
 
 def is_replaced(module: nn.Module) -> bool:
@@ -31,22 +57,22 @@ def is_replaced(module: nn.Module) -> bool:
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     """Gives a module another forward; returns the one it replaces, for `restore_forward`."""
-    slot = next((slot for slot in SLOTS if slot in module.__dict__), "forward")
-    original = getattr(module, slot)
+    where, key = _innermost(module)
+    original = where[key] if key in where else module.forward
     # Past nn.Module's own __setattr__, which looks through parameters and buffers at every call.
-    module.__dict__[slot] = forward
+    where[key] = forward
     return original
 
 
 def restore_forward(module: nn.Module, forward: Callable[..., Any], original: Callable[..., Any]) -> None:
     """Puts `original` back in place of `forward`, in whichever slot that is now."""
-    for slot in SLOTS:
-        if module.__dict__.get(slot) != forward:
+    for where, key in _slots(module):
+        if where[key] != forward:
             continue
-        if slot == "forward" and getattr(original, "__self__", None) is module:
-            del module.__dict__[slot]  # the class's own forward shows again
+        if where is module.__dict__ and key == "forward" and getattr(original, "__self__", None) is module:
+            del where[key]  # the class's own forward shows again
         else:
-            module.__dict__[slot] = original
+            where[key] = original
 
 
 @contextlib.contextmanager

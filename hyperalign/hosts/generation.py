@@ -48,6 +48,10 @@ class Generator:
             self._layers.folding.begin_run()
         self._network_state = state
 
+    def forget_weights(self) -> None:
+        """Forgets weights that were made for other modules; cores stay."""
+        self._weights.begin_run()
+
     def end_run(self) -> None:
         """Frees all memory."""
         self._network_state = None

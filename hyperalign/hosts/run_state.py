@@ -117,6 +117,11 @@ class Run:
         self._written[chunk] = _Written(cores_RMDA, segment)
         self._joined = None
 
+    def share(self, chunk: Chunk, known: Chunk, rows: Sequence[int]) -> None:
+        """Gives a chunk the cores of some rows of another: a part of its samples goes on alone."""
+        if (written := self._written.get(known)) is not None:
+            self._written[chunk] = _Written(written.cores_RMDA[list(rows)], written.segment)
+
     def cores(self, chunks: Sequence[Chunk]) -> Tensor:
         """Returns the cores (B, M, b, a) of all rows of a call. All chunks must have been written.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,18 @@ from ..weights import Weights
 
 Call = Mapping[str, Any]
 """The keyword arguments of one forward of a base model."""
+
+CONTROL = frozenset(
+    {
+        "down_block_additional_residuals",
+        "mid_block_additional_residual",
+        "down_intrablock_additional_residuals",
+        "controlnet_block_samples",
+        "controlnet_single_block_samples",
+        "block_controlnet_hidden_states",
+    }
+)
+"""The arguments by which control nets and adapters reach a base model."""
 
 
 def is_a(model: nn.Module, name: str) -> bool:
@@ -85,11 +97,12 @@ class Adapter:
         self._spec = spec
         names = [target.name for target in hyperalign.header.targets]
         self._layers = AdaptedLayers(hyperalign.network, [Place(name) for name in names], _like(base, names))
-        self._modules = [base.get_submodule(path) for path in self._layers.paths]
-        self._perception_blocks = _perception_blocks(base, spec, hyperalign.header.perception_blocks)
+        self.run_base: Callable[..., Any] = base
+        """Evaluates the base model; a session that replaces its forward calls the one that was there."""
+        self._inside: dict[nn.Module, list[int]] = {}
+        self._find_modules()
         self._weights: list[LayerWeights] | None = None
         """Of the running forward: one entry, once generated. None while no adapted forward runs."""
-        self._inside: dict[nn.Module, list[int]] = {}
         self._every_step = (schedule or hyperalign.header.schedule).variant == "S"
         self._generator = Generator(self.network, self._layers, Weights(self._layers, merging), capture)
 
@@ -116,7 +129,12 @@ class Adapter:
         base.enable_gradient_checkpointing(run)
 
     def begin_run(self) -> None:
-        """Forgets weights; the hypernetwork must stay as it is during the run."""
+        """Forgets weights; the hypernetwork must stay as it is during the run.
+
+        Raises:
+            HyperAlignError: an adapted layer is no longer there.
+        """
+        self._find_modules()
         self._generator.begin_run()
 
     def end_run(self) -> None:
@@ -127,6 +145,11 @@ class Adapter:
         """Returns the time of a call, whose u is read from the device once something asks for it."""
         t, last = call["timestep"], self._spec.last_timestep
         return Time(lambda: float(torch.as_tensor(t).flatten()[0]) / last)
+
+    @property
+    def targets_reached(self) -> int:
+        """How many targets' layers ran in the last adapted forward."""
+        return self._layers.targets_reached
 
     def predict(self, run: Run, chunk: Chunk, call: Call, u: float | Time, strength: float = 1.0) -> Tensor:
         """Returns the prediction of one evaluation of a run, generating weights when its schedule says so.
@@ -141,24 +164,29 @@ class Adapter:
         chunks = run.enter_call([chunk], u)
         if not run.due(chunks, u):
             return self.forward(call, run.cores(chunks), strength)
-        prediction, cores_BMDA = self.generate_and_forward(call, strength)
-        run.write(chunks[0], cores_BMDA, u)
+        prediction, cores = self._generate_and_forward(call, strength)
+        if cores:
+            run.write(chunks[0], cores[0], u)
         return prediction
 
     @torch.no_grad()
     def perceive(self, call: Call) -> Perceived:
-        """Returns what the hypernetwork reads of a call: unadapted features and the prompt."""
+        """Returns what the hypernetwork reads of a call: unadapted features and the prompt.
+
+        Control of others is left out, so that features are what the hypernetwork was trained on; adapters'
+        control would also be lost to the first of two forwards.
+        """
         collector = collecting(self._perception_blocks, self._feature_map(call), stop_forward)
         with collector as features, contextlib.suppress(PerceptionDone):
-            self.base(**call)
+            self.run_base(**{key: value for key, value in call.items() if key not in CONTROL})
         return Perceived(features, pool_text(call["encoder_hidden_states"]))
 
     def forward(self, call: Call, cores_BMDA: Tensor | None, strength: float = 1.0) -> Tensor:
         """Returns the adapted prediction; `cores_BMDA` None is the base model, bit for bit."""
         if cores_BMDA is None or strength == 0.0:
-            return self.base(**call)[0]
+            return self.run_base(**call)[0]
         with self._adapted([self._generator.weights(cores_BMDA, strength, self._place(call))]):
-            return self.base(**call)[0]
+            return self.run_base(**call)[0]
 
     def generate_and_forward(self, call: Call, strength: float = 1.0) -> tuple[Tensor, Tensor]:
         """Returns the prediction and the cores it was made with, generated from this very input.
@@ -166,6 +194,11 @@ class Adapter:
         In `prefix` mode the hypernetwork runs in the middle of one forward; in `separate` mode the
         perception blocks run once more before it (the paper).
         """
+        prediction, cores = self._generate_and_forward(call, strength)
+        return prediction, cores[0]
+
+    def _generate_and_forward(self, call: Call, strength: float) -> tuple[Tensor, list[Tensor]]:
+        """Returns the prediction, and its cores unless a cache skipped the perception blocks."""
         text_BLC, place = call["encoder_hidden_states"], self._place(call)
         cores: list[Tensor] = []
         weights: list[LayerWeights] = []
@@ -179,21 +212,23 @@ class Adapter:
         if self.header.mode == "separate":
             generate(self.perceive(call).features)
             with self._adapted(weights):
-                return self.base(**call)[0], cores[0]
+                return self.run_base(**call)[0], cores
         collector = collecting(self._perception_blocks, self._feature_map(call), generate)
         x = call[latents_argument(self.base)]
         with collector, self._adapted(weights):
             self._layers.give_constant(len(x), x.dtype, x.device)
-            prediction = self.base(**call)[0]
-        return prediction, cores[0]
+            prediction = self.run_base(**call)[0]
+        return prediction, cores
 
     def _place(self, call: Call) -> WeightsPlace:
+        self._find_exchanged_modules()
         dtype = call[latents_argument(self.base)].dtype
         return WeightsPlace(self._modules, dtype, self._every_step, torch.is_grad_enabled())
 
     @contextlib.contextmanager
     def _adapted(self, weights: list[LayerWeights]) -> Iterator[None]:
         """Adapts a forward with the weights in `weights[0]`, which may be generated in the middle of it."""
+        self._layers.reset()
         self._weights = weights
         try:
             with self._layers.installed(self._modules):
@@ -209,6 +244,30 @@ class Adapter:
         with self._layers.installed(self._modules, inside):
             self._layers.give(weights[0], inside)
             yield
+
+    def _find_modules(self) -> None:
+        """Finds layers and perception blocks. Raises HyperAlignError if one is gone."""
+        split = [path.rpartition(".") for path in self._layers.paths]
+        try:
+            holders = [self.base.get_submodule(path) for path, _, _ in split]
+            self._holders = [
+                (holder._modules, name) for holder, (_, _, name) in zip(holders, split, strict=True)
+            ]
+            self._modules = [self.base.get_submodule(path) for path in self._layers.paths]
+            self._perception_blocks = _perception_blocks(self.base, self._spec, self.header.perception_blocks)
+        except AttributeError as error:
+            raise HyperAlignError(
+                f"The {type(self.base).__name__} has lost a layer ({error}); expected those it was attached "
+                "with. Attach HyperAlign after the model was changed."
+            ) from error
+        self._inside.clear()
+
+    def _find_exchanged_modules(self) -> None:
+        """Finds layers again where one was exchanged, as by a LoRA that is loaded or unloaded."""
+        pairs = zip(self._holders, self._modules, strict=True)
+        if any(held.get(name) is not module for (held, name), module in pairs):
+            self._find_modules()
+            self._generator.forget_weights()
 
     def _layers_inside(self, part: nn.Module) -> list[int]:
         if part not in self._inside:
@@ -238,26 +297,6 @@ def _like(base: nn.Module, adapted: Sequence[str]) -> dict[str, tuple[int, int]]
     paths = {f"{name}.{layer}" for name, block in blocks.items() for layer in kinds[type(block)]}
     layers = {path: modules[path] for path in sorted(paths - set(adapted)) if modules.get(path) is not None}
     return {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
-
-
-def check_projections(base: nn.Module) -> None:
-    """Raises HyperAlignError if fused projections run in place of the adapted to_q, to_k and to_v."""
-    if any(_is_fused(module) for module in base.modules()):
-        raise HyperAlignError(
-            f"The attention projections of the {type(base).__name__} are fused; expected to_q, to_k and to_v "
-            "apart, as each has weights of its own. Call its unfuse_qkv_projections() first."
-        )
-
-
-def _is_fused(module: Any) -> bool:
-    """Returns whether an attention runs with fused projections.
-
-    FLUX.1's attentions say so themselves. The others' mark outlives unfusing, which gives them their own
-    processors back.
-    """
-    if is_a(module, "AttentionModuleMixin"):
-        return module.fused_projections
-    return type(getattr(module, "processor", None)).__name__.startswith("Fused")
 
 
 def latents_argument(base: nn.Module) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
@@ -18,8 +18,9 @@ from ...errors import HyperAlignError
 from ...schedule import Schedule, Variant
 from ..forwards import owners, replace_forward, restore_forward
 from ..merging import MERGINGS, Merging
-from ..run_state import Chunk, Run, Time
-from .adapter import Adapter, Call, check_projections, latents_argument
+from .adapter import Adapter, Call, latents_argument
+from .checks import check_model
+from .runs import Runs
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -31,6 +32,11 @@ ZEROS = (
     "hypernetworks are trained with the encoded empty prompt, as ComfyUI samples."
 )
 """SDXL's pipelines do so without a negative prompt (`force_zeros_for_empty_prompt`)."""
+
+BYPASSED = (
+    "HyperAlign reached only %d of %d layers in an evaluation: a cache, an attention processor or another "
+    "patch bypasses them. Remove it, such as by disable_cache(), or update HyperAlign."
+)
 
 
 class Session:
@@ -47,67 +53,67 @@ class Session:
         self.adapter = adapter
         self.schedule = schedule
         self.strength = strength
-        self._pipeline: Any = pipeline
-        self._timesteps: Tensor | None = None
-        self._u = 0.0
-        self._values: list[float] = []
-        self._inside = False
-        self.new_run()
+        self._lock = threading.RLock()
+        """Of an evaluation: layers have the weights of one at a time."""
+        self._is_whole = True
+        """Whether all layers ran in each evaluation of the current run."""
+        self._runs = Runs(schedule, adapter.time, self._begin_run, pipeline)
         for earlier in owners(adapter.base):
             if isinstance(earlier, Session):
                 earlier.detach()
         self._original = replace_forward(adapter.base, self.forward)
+        adapter.run_base = self._original
         self._signature = inspect.signature(self._original)
         self._attached = True
 
     @property
     def evaluations(self) -> int:
         """Model evaluations of the current or last run."""
-        return self._run.evaluations
+        return self._runs.current.run.evaluations
 
     @property
     def generations(self) -> int:
         """Evaluations of the current or last run at which weights were generated."""
-        return self._run.generations
+        return self._runs.current.run.generations
 
     def new_run(self) -> None:
-        """Forgets the current weights. Runs of a pipeline are recognised without it.
+        """Forgets the current weights. Runs of pipelines are recognised without it.
 
         Raises:
-            HyperAlignError: the base model's attention projections are fused.
+            HyperAlignError: the base model runs as it cannot be aligned, such as with fused projections.
         """
-        check_projections(self.adapter.base)
-        self.adapter.begin_run()
-        self._run = Run(self.schedule)
-        self._contexts: list[Tensor] = []
+        with self._lock:
+            self._runs.open()
 
     def predict(self, call: Call) -> Tensor:
         """Returns the adapted prediction, generating weights when they are due."""
-        time = Time(lambda: self.adapter.time(self.on_host(call)).u)
-        x = call[latents_argument(self.adapter.base)]
-        self._begin_run_if_new(time)
+        x, context_BLC = call[latents_argument(self.adapter.base)], call["encoder_hidden_states"]
+        current, time = self._runs.enter(call)
         if next(self.adapter.network.parameters()).device != x.device:
             self.adapter.network.to(x.device)
-        source = self._conditioning(call["encoder_hidden_states"])
-        return self.adapter.predict(self._run, Chunk(source, 0, tuple(x.shape)), call, time, self.strength)
+        chunk, is_new = current.chunk(context_BLC, tuple(x.shape))
+        if is_new and current.is_pipelines and not bool(context_BLC.flatten(1).any(dim=1).all()):
+            LOG.warning(ZEROS)
+        prediction = self.adapter.predict(current.run, chunk, call, time, self.strength)
+        if not call.get("skip_layers"):  # skipped-layer guidance leaves out what it was asked to
+            self._report(self.adapter.targets_reached)
+        return prediction
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Replaces the base model's forward."""
-        if self._inside or not self._attached or self.strength == 0.0:
+        if not self._attached or self.strength == 0.0:
             return self._original(*args, **kwargs)
         call = dict(self._signature.bind(*args, **kwargs).arguments)
         wants_output = call.pop("return_dict", True)
-        self._inside = True
-        try:
+        with self._lock:
             prediction = self.predict(call)
-        finally:
-            self._inside = False
         return Transformer2DModelOutput(sample=prediction) if wants_output else (prediction,)
 
     def detach(self) -> None:
         """Restores the base model; a second call does nothing."""
         self._attached = False
-        self.adapter.end_run()
+        with self._lock:
+            self.adapter.end_run()
         restore_forward(self.adapter.base, self.forward, self._original)
 
     def __enter__(self) -> Session:
@@ -116,48 +122,17 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-    def _begin_run_if_new(self, time: Time) -> None:
-        """Drops the weights of the last run at the first evaluation of another.
+    def _begin_run(self) -> None:
+        check_model(self.adapter.base, self.adapter.header.mode)
+        self.adapter.begin_run()
+        self._is_whole = True
 
-        Every call of a pipeline begins with `set_timesteps`, which makes a new tensor, so a run is known
-        by the identity of its scheduler's timesteps: also after an interrupted run, with one step a run,
-        and when the scheduler was exchanged. Nothing of the pipeline is wrapped that would have to be
-        restored. A base model without a pipeline starts anew when the time rises.
-        """
-        timesteps = None if self._pipeline is None else self._pipeline.scheduler.timesteps
-        if timesteps is not self._timesteps or (timesteps is None and time.u > self._u):
-            self.new_run()
-        if timesteps is None:
-            self._u = time.u
-        if timesteps is not self._timesteps:
-            self._timesteps, self._values = timesteps, []
-
-    def on_host(self, call: Call) -> Call:
-        """Returns a call whose timestep is on the host, where it is one of the scheduler's own.
-
-        Those are read together once a run: each single look at the device would wait for it.
-        """
-        t, all_T = call["timestep"], self._timesteps
-        if all_T is None or not isinstance(t, Tensor) or t.device.type == "cpu":
-            return call
-        if t.untyped_storage().data_ptr() != all_T.untyped_storage().data_ptr():
-            return call
-        if not self._values:
-            self._values = all_T.tolist()
-        return {"timestep": self._values[(t.storage_offset() - all_T.storage_offset()) // all_T.stride(0)]}
-
-    def _conditioning(self, context_BLC: Tensor) -> int:
-        """Returns a number for the samples' prompts: true CFG and skipped-layer guidance call once for each.
-
-        Pipelines hand over the same tensor at every step, so that contents are rarely compared.
-        """
-        for number, known in enumerate(self._contexts):
-            if known is context_BLC or (known.shape == context_BLC.shape and torch.equal(known, context_BLC)):
-                return number
-        if self._pipeline is not None and not bool(context_BLC.flatten(1).any(dim=1).all()):
-            LOG.warning(ZEROS)
-        self._contexts.append(context_BLC)
-        return len(self._contexts) - 1
+    def _report(self, reached: int) -> None:
+        """Warns once a run of an evaluation in which adapted layers did not run."""
+        targets = len(self.adapter.network.targets)
+        if self._is_whole and reached < targets:
+            self._is_whole = False
+            LOG.warning(BYPASSED, reached, targets)
 
 
 def attach(

@@ -1,0 +1,172 @@
+"""Which run of which pipeline a model evaluation belongs to."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ...schedule import Schedule
+from ..run_state import Chunk, Run, Time
+
+
+@dataclass(slots=True)
+class PipelineRun:
+    """The state of one run: its weights, prompts and timesteps."""
+
+    run: Run
+    loop_timesteps: Tensor | None = None
+    """Of the attached pipeline's scheduler, where a loop outside of pipelines runs the model."""
+    u: float | None = None
+    """Time of the last evaluation in such a loop; None in a pipeline's run."""
+    _contexts: list[Tensor] = field(default_factory=list[Tensor])
+    _values: list[float] = field(default_factory=list[float])
+
+    @property
+    def is_pipelines(self) -> bool:
+        """Whether a pipeline runs the model, and not a loop of somebody's own."""
+        return self.u is None
+
+    def chunk(self, context_BLC: Tensor, shape: tuple[int, ...]) -> tuple[Chunk, bool]:
+        """Returns the identity of samples, known by their prompts, and whether these are new.
+
+        True CFG and skipped-layer guidance call once for each prompt. Pipelines hand over the same tensor at
+        every step, so that contents are rarely compared. Samples that go on without the others of their
+        batch, as where guidance ends, keep their weights.
+        """
+        for number, known in enumerate(self._contexts):
+            if known is context_BLC or (known.shape == context_BLC.shape and torch.equal(known, context_BLC)):
+                return Chunk(number, 0, shape), False
+        chunk = Chunk(len(self._contexts), 0, shape)
+        for number, known in enumerate(self._contexts):
+            rows = rows_within(context_BLC, known)
+            if rows is not None:
+                self.run.share(chunk, Chunk(number, 0, (len(known), *shape[1:])), rows)
+                break
+        self._contexts.append(context_BLC)
+        return chunk, True
+
+    def timestep(self, index: int, timesteps: weakref.ref[Tensor]) -> float:
+        """Returns one of the run's timesteps from the host.
+
+        They are read together once a run: each single look at the device would wait for it.
+        """
+        if not self._values:
+            self._values = cast(Tensor, timesteps()).tolist()
+        return self._values[index]
+
+
+class Runs:
+    """The runs on a base model, whichever pipelines share it; each is known as long as it may go on.
+
+    A pipeline's call makes a new tensor of timesteps, by whose identity the run is known: also with one step
+    a run, after an interrupted run, inside of another, and when the scheduler was exchanged. No pipeline is
+    changed for it, so nothing has to be restored.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        time_of: Callable[[Mapping[str, Any]], Time],
+        begin: Callable[[], None],
+        pipeline: Any = None,
+    ) -> None:
+        """Begins a run.
+
+        Args:
+            schedule: of every run.
+            time_of: the time of a call.
+            begin: is called at the beginning of each run.
+            pipeline: whose scheduler loops outside of pipelines may use.
+        """
+        self._schedule, self._time_of, self._begin, self._pipeline = schedule, time_of, begin, pipeline
+        self._known: Any = WeakTensorKeyDictionary()
+        self.current = self._opened()
+
+    def open(self) -> None:
+        """Forgets all runs and begins one."""
+        self._known.clear()
+        self.current = self._opened()
+
+    def enter(self, call: Mapping[str, Any]) -> tuple[PipelineRun, Time]:
+        """Returns the run of an evaluation, and its time."""
+        timesteps = timesteps_of_caller()
+        if timesteps is None:
+            time = self._time_of(call)
+            self.current = self._of_a_loop(time)
+            return self.current, time
+        known: PipelineRun | None = self._known.get(timesteps)
+        if known is None:
+            self._known[timesteps] = known = self._opened()
+        self.current = run = known
+        index = place_in(timesteps, call["timestep"])
+        if index is None:
+            return run, self._time_of(call)
+        # A run keeps its last time: with the timestep in it, the run would keep the tensor it is known by.
+        kept = weakref.ref(timesteps)
+        return run, Time(lambda: self._time_of({"timestep": run.timestep(index, kept)}).u)
+
+    def _of_a_loop(self, time: Time) -> PipelineRun:
+        """Returns the run of an evaluation outside of pipelines.
+
+        One begins when the time rises, after a pipeline's run, and when the attached pipeline's scheduler has
+        new timesteps.
+        """
+        run = self.current
+        timesteps = None if self._pipeline is None else getattr(self._pipeline.scheduler, "timesteps", None)
+        if run.u is None or time.u > run.u or run.loop_timesteps is not timesteps:
+            run = self._opened()
+            run.loop_timesteps = timesteps
+        run.u = time.u
+        return run
+
+    def _opened(self) -> PipelineRun:
+        self._begin()
+        return PipelineRun(Run(self._schedule))
+
+
+@torch.compiler.disable
+def timesteps_of_caller() -> Tensor | None:
+    """Returns the timesteps of the pipeline's call that is running in this thread; None outside of one.
+
+    They are those over which the call iterates, as another call may have given its scheduler new ones.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__":  # the only frames that are looked into: a look keeps variables
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, DiffusionPipeline):
+                own, scheduler = frame.f_locals.get("timesteps"), cast(Any, owner).scheduler
+                return own if isinstance(own, Tensor) else scheduler.timesteps
+        frame = frame.f_back
+    return None
+
+
+def place_in(timesteps: Tensor, t: object) -> int | None:
+    """Returns which of a scheduler's timesteps a model was given, None if another; looks at no value."""
+    if not isinstance(t, Tensor):
+        return None
+    if t.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+        return None
+    return (t.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)
+
+
+def rows_within(context_BLC: Tensor, known_BLC: Tensor) -> list[int] | None:
+    """Returns which rows of a batch of prompts a smaller one consists of, in order; None if of others."""
+    if len(context_BLC) >= len(known_BLC) or context_BLC.shape[1:] != known_BLC.shape[1:]:
+        return None
+    rows: list[int] = []
+    for row_LC in context_BLC:
+        candidates = range(rows[-1] + 1 if rows else 0, len(known_BLC))
+        found = next((index for index in candidates if torch.equal(known_BLC[index], row_LC)), None)
+        if found is None:
+            return None
+        rows.append(found)
+    return rows
