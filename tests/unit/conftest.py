@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -208,12 +209,15 @@ def _prompt(pipeline: Any, rows: int = 1, seed: int = 3) -> dict[str, Any]:
     def some(*shape: int) -> torch.Tensor:
         return torch.randn(1, *shape, generator=generator).expand(rows, *shape).to(base.dtype)
 
-    arguments = {"prompt_embeds": some(TOKENS, CONTEXT), "height": 64, "width": 64}
-    if not isinstance(pipeline, StableDiffusionPipeline):
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    is_flux = isinstance(base, FluxTransformer2DModel)
+    arguments: dict[str, Any] = {"prompt_embeds": some(TOKENS, CONTEXT)}
+    arguments |= {name: 64 for name in ("height", "width") if name in accepted}
+    if "pooled_prompt_embeds" in accepted:
         arguments["pooled_prompt_embeds"] = some(POOLED)
-    if not isinstance(pipeline, FluxPipeline):
+    if not is_flux:
         arguments["negative_prompt_embeds"] = some(TOKENS, CONTEXT)
-    if not isinstance(pipeline, (FluxPipeline, StableDiffusionPipeline)):
+    if not is_flux and "negative_pooled_prompt_embeds" in accepted:
         arguments["negative_pooled_prompt_embeds"] = some(POOLED)
     return arguments
 

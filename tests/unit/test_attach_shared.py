@@ -154,6 +154,19 @@ def test_a_loop_of_one_s_own_is_a_run_of_its_own(
         assert (session.evaluations, session.generations) == (3, 1)
 
 
+def test_a_loop_over_the_same_timesteps_again_is_another_run(
+    sd15_pipe: Any, make_for: Any, prompt_of: Any
+) -> None:
+    scheduler, arguments = sd15_pipe.scheduler, prompt_of(sd15_pipe)
+    scheduler.set_timesteps(3)
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad(), hyperalign.attach(sd15_pipe, make_for(sd15_pipe), variant="I") as session:
+        for _ in range(2):
+            for t in scheduler.timesteps:
+                sd15_pipe.unet(x, t, encoder_hidden_states=arguments["prompt_embeds"])
+            assert (session.evaluations, session.generations) == (3, 1)
+
+
 @KINDS
 def test_a_stopped_run_leaves_nothing_to_the_next(pipe: Any, second: Any, made: Any, draw: Any) -> None:
     """Pipelines stop at `_interrupt`, and at an error in a callback."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook as OffloadHook
+from accelerate.hooks import add_hook_to_module
+from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from hyperalign.hosts.forwards import is_replaced, owners, replace_forward, restore_forward, watched
@@ -113,3 +116,53 @@ def test_a_traced_watch_breaks_no_graph() -> None:
         expected = model(X)
         assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(X), expected)
     assert len(seen) == 2 and torch.equal(seen[0], seen[1])
+
+
+class Adding(ModelHook):
+    """A hook of diffusers that calls the forward itself, as its caches do."""
+
+    def new_forward(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return self.fn_ref.original_forward(x) + 10
+
+
+@pytest.mark.parametrize(
+    "hooks", [[ModelHook()], [Adding()], [ModelHook(), Adding()], [Adding(), ModelHook()]]
+)
+@pytest.mark.parametrize("hooks_first", [True, False])
+def test_a_forward_below_diffusers_hooks_outlives_them(hooks: list[ModelHook], hooks_first: bool) -> None:
+    layer, other = nn.Identity(), Doubling()
+    registry = HookRegistry.check_if_exists_or_initialize(layer)
+
+    def hook() -> None:
+        for number, each in enumerate(hooks):
+            registry.register_hook(each, str(number))
+
+    if hooks_first:
+        hook()
+    original = replace_forward(layer, other.forward)
+    if not hooks_first:
+        hook()
+    added = 10.0 * sum(isinstance(each, Adding) for each in hooks)
+    assert torch.equal(layer(X), 2 * X + added) and other in owners(layer)
+    for number in reversed(range(len(hooks))):
+        registry.remove_hook(str(number))
+    assert torch.equal(layer(X), 2 * X) and other in owners(layer)
+    hook()
+    restore_forward(layer, other.forward, original)
+    assert torch.equal(layer(X), X + added) and other not in owners(layer)
+
+
+@pytest.mark.parametrize("offload_first", [True, False])
+def test_a_forward_is_replaced_below_offload_and_hooks(offload_first: bool) -> None:
+    layer, other = nn.Identity(), Doubling()
+    steps = [
+        lambda: add_hook_to_module(layer, OffloadHook()),
+        lambda: HookRegistry.check_if_exists_or_initialize(layer).register_hook(Adding(), "adding"),
+    ]
+    for step in steps if offload_first else reversed(steps):
+        step()
+    original = replace_forward(layer, other.forward)
+    assert getattr(original, "__self__", None) is layer
+    assert torch.equal(layer(X), 2 * X + 10)
+    restore_forward(layer, other.forward, original)
+    assert torch.equal(layer(X), X + 10) and other not in owners(layer)

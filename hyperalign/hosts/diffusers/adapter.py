@@ -28,6 +28,7 @@ from ..merging import Merging
 from ..run_state import Chunk, Run, Time
 from ..weights import Place as WeightsPlace
 from ..weights import Weights
+from .parts import layers_in_parts, with_whole_batches
 
 Call = Mapping[str, Any]
 """The keyword arguments of one forward of a base model."""
@@ -185,7 +186,8 @@ class Adapter:
         """Returns the adapted prediction; `cores_BMDA` None is the base model, bit for bit."""
         if cores_BMDA is None or strength == 0.0:
             return self.run_base(**call)[0]
-        with self._adapted([self._generator.weights(cores_BMDA, strength, self._place(call))]):
+        weights = self._generator.weights(cores_BMDA, strength, self._place(call))
+        with self._adapted([weights], len(call[latents_argument(self.base)])):
             return self.run_base(**call)[0]
 
     def generate_and_forward(self, call: Call, strength: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -209,13 +211,13 @@ class Adapter:
             weights.append(made)
             self._layers.give(made)
 
+        x = call[latents_argument(self.base)]
         if self.header.mode == "separate":
             generate(self.perceive(call).features)
-            with self._adapted(weights):
+            with self._adapted(weights, len(x)):
                 return self.run_base(**call)[0], cores
         collector = collecting(self._perception_blocks, self._feature_map(call), generate)
-        x = call[latents_argument(self.base)]
-        with collector, self._adapted(weights):
+        with collector, self._adapted(weights, len(x)):
             self._layers.give_constant(len(x), x.dtype, x.device)
             prediction = self.run_base(**call)[0]
         return prediction, cores
@@ -226,12 +228,13 @@ class Adapter:
         return WeightsPlace(self._modules, dtype, self._every_step, torch.is_grad_enabled())
 
     @contextlib.contextmanager
-    def _adapted(self, weights: list[LayerWeights]) -> Iterator[None]:
+    def _adapted(self, weights: list[LayerWeights], samples: int) -> Iterator[None]:
         """Adapts a forward with the weights in `weights[0]`, which may be generated in the middle of it."""
         self._layers.reset()
         self._weights = weights
         try:
-            with self._layers.installed(self._modules):
+            parts = with_whole_batches(self._in_parts, samples)
+            with self._layers.installed(self._modules), parts:
                 if weights:
                     self._layers.give(weights[0])
                 yield
@@ -249,7 +252,7 @@ class Adapter:
         """Finds layers and perception blocks. Raises HyperAlignError if one is gone."""
         split = [path.rpartition(".") for path in self._layers.paths]
         try:
-            holders = [self.base.get_submodule(path) for path, _, _ in split]
+            holders: list[Any] = [self.base.get_submodule(path) for path, _, _ in split]
             self._holders = [
                 (holder._modules, name) for holder, (_, _, name) in zip(holders, split, strict=True)
             ]
@@ -261,6 +264,8 @@ class Adapter:
                 "with. Attach HyperAlign after the model was changed."
             ) from error
         self._inside.clear()
+        adapted = set(self._modules)
+        self._in_parts = [layer for layer in layers_in_parts(self.base) if layer in adapted]
 
     def _find_exchanged_modules(self) -> None:
         """Finds layers again where one was exchanged, as by a LoRA that is loaded or unloaded."""

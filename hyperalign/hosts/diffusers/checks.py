@@ -20,7 +20,6 @@ def check_model(base: nn.Module, mode: PerceptionMode) -> None:
     """
     for module in base.modules():
         check_projections(base, module)
-        _check_rows(base, module)
         if mode == "separate":
             _check_caches(base, module)
 
@@ -31,17 +30,6 @@ def check_projections(base: nn.Module, module: nn.Module) -> None:
         raise HyperAlignError(
             f"The attention projections of the {type(base).__name__} are fused; expected to_q, to_k and to_v "
             "apart, as each has weights of its own. Call its unfuse_qkv_projections() first."
-        )
-
-
-def _check_rows(base: nn.Module, module: Any) -> None:
-    """Raises HyperAlignError if an attention runs layers on a part of the batch."""
-    processor = type(getattr(module, "processor", None)).__name__
-    if processor.startswith("PAG"):
-        raise HyperAlignError(
-            f"Perturbed-attention guidance is on: {processor} of the {type(base).__name__} runs layers on a "
-            "part of the batch; expected the whole batch, as each sample of it has weights of its own. "
-            "Pass pag_scale=0, or take the pipeline without PAG."
         )
 
 

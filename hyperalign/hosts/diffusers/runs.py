@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,17 +22,18 @@ class PipelineRun:
     """The state of one run: its weights, prompts and timesteps."""
 
     run: Run
-    loop_timesteps: Tensor | None = None
-    """Of the attached pipeline's scheduler, where a loop outside of pipelines runs the model."""
-    u: float | None = None
-    """Time of the last evaluation in such a loop; None in a pipeline's run."""
+    last: tuple[int | None, float] | None = None
+    """Index and time of the last evaluation in a loop outside of pipelines, the time where there is no index;
+    None in a pipeline's run."""
+    timesteps: Tensor | None = None
+    """Of the attached pipeline's scheduler, during such a loop."""
     _contexts: list[Tensor] = field(default_factory=list[Tensor])
     _values: list[float] = field(default_factory=list[float])
 
     @property
     def is_pipelines(self) -> bool:
         """Whether a pipeline runs the model, and not a loop of somebody's own."""
-        return self.u is None
+        return self.last is None
 
     def chunk(self, context_BLC: Tensor, shape: tuple[int, ...]) -> tuple[Chunk, bool]:
         """Returns the identity of samples, known by their prompts, and whether these are new.
@@ -99,46 +100,57 @@ class Runs:
         """Returns the run of an evaluation, and its time."""
         timesteps = timesteps_of_caller()
         if timesteps is None:
-            time = self._time_of(call)
-            self.current = self._of_a_loop(time)
-            return self.current, time
+            return self._enter_loop(call)
         known: PipelineRun | None = self._known.get(timesteps)
         if known is None:
             self._known[timesteps] = known = self._opened()
-        self.current = run = known
-        index = place_in(timesteps, call["timestep"])
-        if index is None:
-            return run, self._time_of(call)
-        # A run keeps its last time: with the timestep in it, the run would keep the tensor it is known by.
-        kept = weakref.ref(timesteps)
-        return run, Time(lambda: self._time_of({"timestep": run.timestep(index, kept)}).u)
+        self.current = known
+        return known, self._time(call, known, timesteps, place_in(timesteps, call["timestep"]))
 
-    def _of_a_loop(self, time: Time) -> PipelineRun:
-        """Returns the run of an evaluation outside of pipelines.
+    def _enter_loop(self, call: Mapping[str, Any]) -> tuple[PipelineRun, Time]:
+        """Returns the run and the time of an evaluation outside of pipelines.
 
-        One begins when the time rises, after a pipeline's run, and when the attached pipeline's scheduler has
-        new timesteps.
+        A run begins when the time rises, after a pipeline's run, and when the attached pipeline's scheduler
+        has new timesteps. Where the loop goes over these, no time is read for it.
         """
         run = self.current
         timesteps = None if self._pipeline is None else getattr(self._pipeline.scheduler, "timesteps", None)
-        if run.u is None or time.u > run.u or run.loop_timesteps is not timesteps:
+        index = None if timesteps is None else place_in(timesteps, call["timestep"])
+        now = (index, 0.0) if index is not None else (None, self._time_of(call).u)
+        if run.last is None or run.timesteps is not timesteps or not _follows(now, run.last):
             run = self._opened()
-            run.loop_timesteps = timesteps
-        run.u = time.u
-        return run
+            run.timesteps = timesteps
+        run.last = now
+        self.current = run
+        return run, self._time(call, run, timesteps, index)
+
+    def _time(
+        self, call: Mapping[str, Any], run: PipelineRun, timesteps: Tensor | None, index: int | None
+    ) -> Time:
+        if timesteps is None or index is None:
+            return self._time_of(call)
+        # A run keeps its last time: with the timestep in it, the run would keep the tensor it is known by.
+        kept = weakref.ref(timesteps)
+        return Time(lambda: self._time_of({"timestep": run.timestep(index, kept)}).u)
 
     def _opened(self) -> PipelineRun:
         self._begin()
         return PipelineRun(Run(self._schedule))
 
 
-@torch.compiler.disable
-def timesteps_of_caller() -> Tensor | None:
+def _follows(now: tuple[int | None, float], last: tuple[int | None, float]) -> bool:
+    """Returns whether an evaluation may go on with the run of the last one."""
+    if now[0] is None or last[0] is None:
+        return now[0] is last[0] and now[1] <= last[1]
+    return now[0] >= last[0]
+
+
+def _timesteps_of_caller() -> Tensor | None:
     """Returns the timesteps of the pipeline's call that is running in this thread; None outside of one.
 
     They are those over which the call iterates, as another call may have given its scheduler new ones.
     """
-    frame = sys._getframe(1)
+    frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "__call__":  # the only frames that are looked into: a look keeps variables
             owner = frame.f_locals.get("self")
@@ -147,6 +159,10 @@ def timesteps_of_caller() -> Tensor | None:
                 return own if isinstance(own, Tensor) else scheduler.timesteps
         frame = frame.f_back
     return None
+
+
+# Frames are not what torch.compile traces.
+timesteps_of_caller = cast(Callable[[], Tensor | None], torch.compiler.disable(_timesteps_of_caller))
 
 
 def place_in(timesteps: Tensor, t: object) -> int | None:
