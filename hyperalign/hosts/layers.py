@@ -18,6 +18,7 @@ from ..targets import Place
 from .folding import Folded, Folding, Layer, LowRank, layers_of
 from .forwards import is_replaced, replace_forward, restore_forward
 from .merging import Merged
+from .rows import Rows
 
 LayerWeights = Sequence[LowRank | Merged]
 """The weights of each layer, all of one kind."""
@@ -29,9 +30,10 @@ class _Adaptation:
     While no forward runs it refers to no module: a cycle would keep the base model in memory.
     """
 
-    def __init__(self, rows: slice | None) -> None:
-        self.first = None if rows is None else rows.start
-        self.last = None if rows is None else rows.stop
+    def __init__(self, outputs: slice | None, rows: Rows) -> None:
+        self.first = None if outputs is None else outputs.start
+        self.last = None if outputs is None else outputs.stop
+        self.rows = rows
         self.down_BID: Tensor | None = None
         self.up_DO: Tensor | None = None
         self.weight_BIO: Tensor | None = None
@@ -77,7 +79,9 @@ class AdaptedLayers:
         self._adapted = len(adapted)
         self._constant = [Layer(path, (), (), None, shape) for path, shape in (constant or {}).items()]
         self._layers = adapted + self._constant
-        self._adaptations = [_Adaptation(layer.rows) for layer in self._layers]
+        self.rows = Rows()
+        """Whose rows the layers get, where a host's patches change that."""
+        self._adaptations = [_Adaptation(layer.rows, self.rows) for layer in self._layers]
         self._kept_zeros: dict[tuple[int, torch.dtype, torch.device], tuple[LowRank, ...]] = {}
         """Of one batch size, precision and device."""
 
@@ -160,6 +164,7 @@ class AdaptedLayers:
                 installed.append((module, forward, adaptation.original))
             yield
         finally:
+            self.rows.forget()
             for module, forward, original in reversed(installed):
                 restore_forward(module, forward, original)
                 module.__dict__.pop("hyperalign", None)
@@ -180,19 +185,29 @@ def _adapted_forward(self: Any, x_BNI: Tensor) -> Tensor:
     if adaptation.weight_BIO is None:
         return _with_delta(type(self).forward(self, x_BNI), x_BNI, adaptation)
     adaptation.ran = True
-    if adaptation.single_OI is not None:  # the tiles of one sample have the same weights too
+    if adaptation.single_OI is not None:  # copies and tiles of one sample have its weights too
         return F.linear(x_BNI, adaptation.single_OI, adaptation.bias_O)
-    return _merged_product(x_BNI, adaptation.weight_BIO, adaptation.bias_O)
+    if x_BNI.shape[0] == adaptation.weight_BIO.shape[0]:
+        return _merged_product(x_BNI, adaptation.weight_BIO, adaptation.bias_O)
+    return _merged_rows(x_BNI, adaptation.weight_BIO, adaptation)
 
 
 def _merged_product(x_BNI: Tensor, weight_BIO: Tensor, bias_O: Tensor | None) -> Tensor:
     """Returns x W + b with each sample's own W: one operator, as the plain layer."""
-    rows, samples = x_BNI.shape[0], weight_BIO.shape[0]
-    if rows != samples:  # tiles of a sample are neighbours: its own weights serve them as one longer sample
-        _tiles(rows, samples)
-        x_BNI = x_BNI.reshape(samples, -1, x_BNI.shape[-1])
-    y_BNO = torch.bmm(x_BNI, weight_BIO) if bias_O is None else torch.baddbmm(bias_O, x_BNI, weight_BIO)
-    return y_BNO if rows == samples else y_BNO.reshape(rows, -1, y_BNO.shape[-1])
+    return torch.bmm(x_BNI, weight_BIO) if bias_O is None else torch.baddbmm(bias_O, x_BNI, weight_BIO)
+
+
+def _merged_rows(x_RNI: Tensor, weight_BIO: Tensor, adaptation: _Adaptation) -> Tensor:
+    """Returns x W + b where a patch has changed the batch. Raises HyperAlignError.
+
+    The weights are not copied for each row: a sample's rows are one longer sample.
+    """
+    samples = adaptation.rows.samples_of(x_RNI.shape[0], weight_BIO)
+    y_RNO = x_RNI.new_empty(*x_RNI.shape[:-1], weight_BIO.shape[-1])
+    for sample in dict.fromkeys(samples):
+        own = [row for row, owner in enumerate(samples) if owner == sample]
+        y_RNO[own] = F.linear(x_RNI[own], weight_BIO[sample].transpose(0, 1), adaptation.bias_O)
+    return y_RNO
 
 
 def _over_another(self: Any, x_BNI: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -209,25 +224,8 @@ def _with_delta(y_BNO: Tensor, x_BNI: Tensor, adaptation: _Adaptation) -> Tensor
             "An adapted layer ran before its weights were generated; another patch reorders the model. "
             "Remove that patch."
         )
-    samples = down_BID.shape[0]
-    if x_BNI.shape[0] != samples:
-        down_BID = _tiled(down_BID, x_BNI.shape[0])
+    if x_BNI.shape[0] != down_BID.shape[0]:
+        down_BID = down_BID[adaptation.rows.samples_of(x_BNI.shape[0], down_BID)]
     rows_BNO = y_BNO if adaptation.first is None else y_BNO[..., adaptation.first : adaptation.last]
     add_delta_(rows_BNO, x_BNI, down_BID, up_DO)
     return y_BNO
-
-
-def _tiled(down_BID: Tensor, samples: int) -> Tensor:
-    """Repeats weights for a patch that tiles attention, which makes of a sample several neighbours."""
-    return down_BID.repeat_interleave(_tiles(samples, down_BID.shape[0]), dim=0)
-
-
-def _tiles(rows: int, samples: int) -> int:
-    """Returns into how many tiles a patch divided each sample. Raises HyperAlignError."""
-    tiles, rest = divmod(rows, samples)
-    if rest:
-        raise HyperAlignError(
-            f"A model patch changed the batch of an attention layer to {rows} samples; expected "
-            f"a multiple of {samples}. Remove that patch or HyperAlign from the model."
-        )
-    return tiles

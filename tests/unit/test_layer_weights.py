@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from benchmarks.launches import Operators
 from hyperalign.errors import HyperAlignError
-from hyperalign.hosts.layers import AdaptedLayers, LowRank
+from hyperalign.hosts.layers import AdaptedLayers, LayerWeights, LowRank
+from hyperalign.hosts.merging import MergedWeights
 from hyperalign.hypernetwork import HyperNetwork, HyperNetworkConfig
 from hyperalign.targets import Place, Target
 
@@ -140,15 +141,63 @@ def test_a_layer_that_runs_before_its_weights_is_refused() -> None:
     assert layers.targets_reached == 3
 
 
-def test_tiled_samples_get_the_weights_of_the_sample_they_came_from() -> None:
+def in_both_ways(layers: AdaptedLayers, module: nn.Linear, cores: Tensor) -> list[LayerWeights]:
+    """The weights to add, and those that are merged."""
+    merged = MergedWeights(layers.folding, [module], len(cores))
+    merged.write(layers.folding.fold(cores, 1.0, torch.float32))
+    return [layers.fold(cores, 1.0, torch.float32), merged.weights]
+
+
+@pytest.mark.parametrize("order", [[0, 0, 1, 1], [0, 1, 0, 1], [1, 0, 0], [1]], ids=str)
+def test_copies_of_a_sample_get_its_weights_in_any_order(order: list[int]) -> None:
+    _, layers, module = fused_layer(first=0)
+    x, cores = torch.randn(2, 5, 8), torch.randn(2, 3, 4, 4)
+    with torch.no_grad(), layers.installed([module]):
+        for weights in in_both_ways(layers, module, cores):
+            layers.give(weights)
+            layers.rows.compare(x[order], x)
+            torch.testing.assert_close(module(x[order]), module(x)[order])
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_tiles_of_a_sample_get_its_weights(alike: bool) -> None:
+    """Samples of the same content, too, as both prompts' are before the first text attention."""
+    _, layers, module = fused_layer(first=0)
+    x, cores = torch.randn(2, 6, 8), torch.randn(2, 3, 4, 4)
+    x = x[:1].expand(2, -1, -1) if alike else x
+    tiles = x.unflatten(1, (3, 2)).flatten(0, 1)
+    with torch.no_grad(), layers.installed([module]):
+        for weights in in_both_ways(layers, module, cores):
+            layers.give(weights)
+            layers.rows.compare(tiles, x)
+            torch.testing.assert_close(module(tiles).unflatten(0, (2, 3)).flatten(1, 2), module(x))
+
+
+def test_tiles_that_may_be_either_sample_s_are_refused() -> None:
+    _, layers, module = fused_layer(first=0)
+    x = torch.randn(1, 6, 8).expand(2, -1, -1)
+    tiles = x.unflatten(1, (3, 2)).transpose(0, 1).flatten(0, 1)
+    with torch.no_grad(), layers.installed([module]):
+        layers.give(layers.fold(torch.randn(2, 3, 4, 4), 1.0, torch.float32))
+        layers.rows.compare(tiles, x)
+        with pytest.raises(HyperAlignError, match="6 rows for 2 samples"):
+            module(tiles)
+
+
+def test_rows_that_are_no_sample_s_are_refused_unless_all_weights_are_the_same() -> None:
     _, layers, module = fused_layer(first=0)
     x, cores = torch.randn(2, 5, 8), torch.randn(2, 3, 4, 4)
     with torch.no_grad(), layers.installed([module]):
         layers.give(layers.fold(cores, 1.0, torch.float32))
+        layers.rows.compare(torch.randn(4, 5, 8), x)
+        with pytest.raises(HyperAlignError, match="4 rows for 2 samples"):
+            module(x.repeat(2, 1, 1))
+        layers.rows.forget()
+        with pytest.raises(HyperAlignError, match="4 rows for 2 samples"):
+            module(x.repeat(2, 1, 1))
+        layers.give(layers.fold(cores[:1].expand(2, -1, -1, -1), 1.0, torch.float32))
         whole = module(x)
-        torch.testing.assert_close(module(x.repeat_interleave(3, 0)), whole.repeat_interleave(3, 0))
-        with pytest.raises(HyperAlignError, match="expected a multiple of 2"):
-            module(x.repeat(2, 1, 1)[:3])
+        torch.testing.assert_close(module(x.repeat(2, 1, 1)), whole.repeat(2, 1, 1))
 
 
 def test_another_forward_is_kept_below_ours_and_put_back() -> None:

@@ -26,7 +26,16 @@ from ..merging import Merging
 from ..run_state import Chunk, Run, Time
 from ..tracing import Recorder, TracedRun
 from ..weights import Place, Weights
-from .calls import chunks_of, eager, options_of, perception_arguments, text_of, will_be_compiled
+from .attention import watching
+from .calls import (
+    chunks_of,
+    eager,
+    options_of,
+    perception_arguments,
+    text_of,
+    will_be_compiled,
+    with_options,
+)
 
 LOG = logging.getLogger(__name__)
 WHOLE_RUN = (0.0, 1.0)
@@ -123,7 +132,9 @@ class Adapter:
             if in_forward:
                 # The unadapted first blocks of this very forward are the perception.
                 stack.enter_context(collecting(*self._perception(base, x_BCHW), call.generate, traced=True))
-            result = executor(*args, **kwargs)
+            watched = watching(options_of(args, kwargs), self.layers.rows)
+            positional, named = with_options(args, kwargs, watched)
+            result = executor(*positional, **named)
         call.store()
         return result
 

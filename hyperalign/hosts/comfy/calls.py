@@ -59,12 +59,13 @@ def perception_arguments(
     fresh = {key: options[key] for key in ("optimized_attention_override",) if key in options}
     without_control = [None if index == OPTIONS_INDEX - 1 else value for index, value in enumerate(args)]
     named = {key: value for key, value in kwargs.items() if key != "control"}
-    return _replace_options(without_control, named, fresh)
+    return with_options(without_control, named, fresh)
 
 
-def _replace_options(
-    args: Sequence[Any], kwargs: dict[str, Any], options: dict[str, Any]
+def with_options(
+    args: Sequence[Any], kwargs: dict[str, Any], options: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the call's arguments with other transformer_options."""
     if len(args) > OPTIONS_INDEX:
         return (*args[:OPTIONS_INDEX], options, *args[OPTIONS_INDEX + 1 :]), kwargs
     return tuple(args), {**kwargs, "transformer_options": options}
