@@ -6,7 +6,8 @@ into tiles. None says so, but their rows are copies: comparing them with the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -27,10 +28,9 @@ class Rows:
         """Declares that the next layers get the samples themselves, as far as is known."""
         self._candidates = None
 
-    @torch.compiler.disable
     def compare(self, rows_RNC: Tensor, samples_BNC: Tensor) -> None:
         """Finds whose copies the rows of the next layers are. Waits for the device."""
-        self._candidates = candidates(rows_RNC, samples_BNC)
+        self._candidates = _untraced_candidates(rows_RNC, samples_BNC)
 
     def samples_of(self, rows: int, weights_B: Tensor) -> list[int]:
         """Returns the sample of each of a layer's rows.
@@ -68,6 +68,9 @@ def candidates(rows_RNC: Tensor, samples_BNC: Tensor) -> Candidates:
     if all(len(each) == 1 for each in found):
         return found
     return _neighbouring_tiles(found, rows_RNC, samples_BNC) or found
+
+
+_untraced_candidates = cast(Callable[..., Candidates], torch.compiler.disable(candidates))
 
 
 def _is_among(tokens_RKC: Tensor, sample_NC: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ nothing is computed before somebody asks for the trace.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -128,6 +129,7 @@ class Recorder:
     keeps_predictions: bool = False
     recordings: list[Recording] = field(default_factory=list[Recording])
     """The last runs, the newest at the end."""
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def open(self, schedule: Schedule) -> TracedRun:
         """Returns the state of a new run."""
@@ -137,9 +139,11 @@ class Recorder:
         """Keeps a finished run that generated weights, and lets go of the oldest where they grow too many."""
         if not run.written:
             return
-        self.recordings.append(_recording(run, network, strength, samples))
-        while len(self.recordings) > 1 and sum(kept.bytes for kept in self.recordings) > KEPT_BYTES:
-            del self.recordings[0]
+        recording = _recording(run, network, strength, samples)
+        with self._lock:
+            self.recordings.append(recording)
+            while len(self.recordings) > 1 and sum(kept.bytes for kept in self.recordings) > KEPT_BYTES:
+                del self.recordings[0]
 
     def select(self, samples_BCHW: Tensor | None = None) -> Recording:
         """Returns the run that sampled these latents, or else the last one.

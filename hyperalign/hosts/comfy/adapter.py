@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
+import comfy.model_patcher
 import torch
 from torch import Tensor, nn
 
@@ -23,26 +25,28 @@ from ..features import FeatureMap, ImageTokens, PerceptionDone, collecting, firs
 from ..generation import Generator
 from ..layers import AdaptedLayers
 from ..merging import Merging
-from ..run_state import Chunk, Run, Time
+from ..run_state import Run, Time
 from ..tracing import Recorder, TracedRun
 from ..weights import Place, Weights
 from .attention import watching
 from .calls import (
     chunks_of,
     eager,
+    evaluation_options,
     options_of,
     perception_arguments,
     text_of,
     will_be_compiled,
     with_options,
 )
+from .run import AdaptedModel, Call, Sampling, turn
 
 LOG = logging.getLogger(__name__)
 WHOLE_RUN = (0.0, 1.0)
 
 
 class Adapter:
-    """The three wrappers of one application of a hypernetwork, and the state of its current run."""
+    """The three wrappers of one application of a hypernetwork, for any number of runs at a time."""
 
     def __init__(
         self,
@@ -62,34 +66,35 @@ class Adapter:
         self._window = window
         names = [target.name for target in hyperalign.header.targets]
         self._strengths = None if curve is None else TargetStrengths(curve, spec.family, names)
+        self._places = [spec.place(name) for name in names]
         self.strength = strength
-        self.layers = AdaptedLayers(hyperalign.network, [spec.place(name) for name in names])
-        weights = Weights(self.layers, merging, free_bytes, not_plain)
-        self.generator = Generator(hyperalign.network, self.layers, weights)
-        self._modules: tuple[nn.Module, list[nn.Module]] | None = None
-        """Of the run: the base model and the module of each adapted layer."""
+        self._merging: Merging = merging
         self._recorder = recorder
-        self._run: Run | None = None
+        self._key = f"hyperalign {uuid.uuid4()}"
+        """Of the run in the host's transformer_options, which go with it into all of its threads."""
 
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Opens a run and drops its state at the end, also after an error or an interrupt."""
-        previous, self._run = self._run, self._new_run()
-        self._reset()
-        self.generator.begin_run()
+        guider, run = executor.class_obj, self._new_run()
+        sampling = Sampling(run, self._adapt_for_a_run)
+        before = guider.model_options
+        guider.model_options = comfy.model_patcher.create_model_options_clone(before)
+        guider.model_options.setdefault("transformer_options", {})[self._key] = sampling
         try:
             result = executor(*args, **kwargs)
-            self._report(self._run)
-            self._keep(self._run, result)
+            self._report(sampling)
+            self._keep(run, result)
             return result
         finally:
-            self._run = previous
-            self._reset()
+            guider.model_options = before
+            sampling.close()
 
     def predict_noise(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Opens an evaluation; all of its calls (cond, uncond, regions) belong together."""
-        run = self._run
-        if run is None:
+        sampling: Sampling | None = evaluation_options(args, kwargs).get(self._key)
+        if sampling is None:
             return executor(*args, **kwargs)
+        run = sampling.run
         run.begin_evaluation()
         try:
             x0_BCHW = executor(*args, **kwargs)
@@ -104,48 +109,70 @@ class Adapter:
 
         A gradient may go through the call, but not through the generation.
         """
-        model, x_BCHW, sigma_B = executor.class_obj, args[0], args[1]
+        options = dict(options_of(args, kwargs))
+        sampling: Sampling | None = options.pop(self._key, None)
+        args, kwargs = with_options(args, kwargs, options)  # a compiled model need not know the run
+        model, sigma_B = executor.class_obj, args[1]
         if not self._is_active(model, sigma_B):
             return executor(*args, **kwargs)
         strengths_M = self._target_strengths(model, sigma_B)
         if strengths_M is not None and not strengths_M.any():
             return executor(*args, **kwargs)
-        run = self._run if self._run is not None else Run(self._schedule)
-        time = self._time(model, sigma_B)
-        chunks = run.enter_call(chunks_of(x_BCHW, options_of(args, kwargs)), time)
-        due = run.due(chunks, time)
-        if isinstance(run, TracedRun):
-            run.note_strengths(strengths_M)
+        if sampling is None:  # a guider that the host does not know: every call stands alone
+            sampling = Sampling(Run(self._schedule), self._adapt)
         base = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)
-        place = self._place(model, base)
+        with turn(base):
+            return self._called(executor, args, kwargs, base, sampling, strengths_M)
+
+    def _called(
+        self,
+        executor: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        base: nn.Module,
+        sampling: Sampling,
+        strengths_M: Tensor | None,
+    ) -> Any:
+        """Returns the output of an active call."""
+        model, x_BCHW, options = executor.class_obj, args[0], options_of(args, kwargs)
+        adapted, time = sampling.model(base), self._time(model, args[1])
+        place = self._place(model, adapted)
         text_BLC = text_of(args, kwargs).to(x_BCHW.device)  # the host moves it in its own `_apply_model`
-        call = _Call(self, run, chunks, due, time, text_BLC, strengths_M, place)
-        is_compiled = base is not model.diffusion_model or will_be_compiled(options_of(args, kwargs))
-        in_forward = bool(due) and self._generates_in_forward(is_compiled)
+        chunks = chunks_of(x_BCHW, options)
+        call = Call(sampling, adapted, chunks, time, text_BLC, self.strength, strengths_M, place)
+        is_compiled = base is not model.diffusion_model or will_be_compiled(options)
+        in_forward = bool(call.due) and self._generates_in_forward(is_compiled)
         if in_forward:
-            self.generator.prepare(x_BCHW.device)  # before the forward, which may be compiled
-        if not due:
+            adapted.generator.prepare(x_BCHW.device)  # before the forward, which may be compiled
+        if not call.due:
             call.give_weights()
         elif not in_forward:
             call.generate([] if self.network.is_static else self._perceive(model, base, args, kwargs))
-        with self.layers.installed(place.modules), contextlib.ExitStack() as stack:
+        with adapted.layers.installed(place.modules), contextlib.ExitStack() as stack:
             if in_forward:
                 # The unadapted first blocks of this very forward are the perception.
                 stack.enter_context(collecting(*self._perception(base, x_BCHW), call.generate, traced=True))
-            watched = watching(options_of(args, kwargs), self.layers.rows)
-            positional, named = with_options(args, kwargs, watched)
+            positional, named = with_options(args, kwargs, watching(options, adapted.layers.rows))
             result = executor(*positional, **named)
         call.store()
         return result
 
-    def _place(self, model: Any, base: nn.Module) -> Place:
+    def _adapt(self, base: nn.Module) -> AdaptedModel:
+        """Returns a base model with adapted layers of its own."""
+        layers = AdaptedLayers(self.network, self._places)
+        weights = Weights(layers, self._merging, free_bytes, not_plain)
+        return AdaptedModel(base, layers, Generator(self.network, layers, weights))
+
+    def _adapt_for_a_run(self, base: nn.Module) -> AdaptedModel:
+        adapted = self._adapt(base)
+        adapted.generator.begin_run()
+        return adapted
+
+    def _place(self, model: Any, adapted: AdaptedModel) -> Place:
         """Returns where the weights of a call go."""
-        known = self._modules
-        if known is None or known[0] is not base:
-            known = self._modules = base, [base.get_submodule(path) for path in self.layers.paths]
         every_step = self._schedule.variant == "S"
         dtype, gradient = _compute_dtype(model), torch.is_grad_enabled()
-        return Place(known[1], dtype, every_step, gradient, _changes_in_runs(model))
+        return Place(adapted.modules, dtype, every_step, gradient, _changes_in_runs(model))
 
     def _generates_in_forward(self, is_compiled: bool) -> bool:
         """Returns whether the hypernetwork runs in the middle of the adapted forward.
@@ -208,11 +235,6 @@ class Adapter:
     def _new_run(self) -> Run:
         return Run(self._schedule) if self._recorder is None else self._recorder.open(self._schedule)
 
-    def _reset(self) -> None:
-        self.layers.reset()
-        self.generator.end_run()
-        self._modules = None
-
     def _note(self, run: TracedRun, model: Any, sigma_B: Tensor, x0_BCHW: Tensor) -> None:
         """Records an evaluation's time and prediction, without waiting for the device."""
         run.note_time(model.model_sampling.timestep(sigma_B).flatten()[0] / self._spec.last_timestep)
@@ -224,8 +246,9 @@ class Adapter:
         if self._recorder is not None and isinstance(run, TracedRun):
             self._recorder.keep(run, self.network, self.strength, samples)
 
-    def _report(self, run: Run) -> None:
-        reached, targets = self.layers.targets_reached, len(self.network.targets)
+    def _report(self, sampling: Sampling) -> None:
+        run, targets = sampling.run, len(self.network.targets)
+        reached = sampling.targets_reached
         LOG.info(
             "HyperAlign run: variant=%s targets=%d/%d evaluations=%d generations=%d",
             run.schedule.variant, reached, targets, run.evaluations, run.generations,
@@ -236,65 +259,6 @@ class Adapter:
                 "Remove other model patches, or update HyperAlign.",
                 reached, targets,
             )  # fmt: skip
-
-
-class _Call:
-    """One call of the model: which weights it generates, and which it reuses."""
-
-    def __init__(
-        self,
-        adapter: Adapter,
-        run: Run,
-        chunks: Sequence[Chunk],
-        due: Sequence[int],
-        time: Time,
-        text_BLC: Tensor,
-        strengths_M: Tensor | None,
-        place: Place,
-    ) -> None:
-        self._adapter, self._run, self._chunks, self._due, self._time = adapter, run, chunks, due, time
-        self._text_BLC, self._strengths_M, self._place = text_BLC, strengths_M, place
-        self._generates_all = len(due) == len(chunks)
-        self._unstored: Tensor | None = None
-
-    @torch.no_grad()
-    def generate(self, features: Sequence[Tensor]) -> None:
-        """Generates the cores of the chunks that are due, and gives the layers their weights.
-
-        Where all chunks are due this may be a part of a compiled graph, which leaves the run's state alone.
-        """
-        adapter = self._adapter
-        if self._generates_all:
-            self._unstored, weights = adapter.generator.generate(
-                features, self._text_BLC, adapter.strength, self._place, self._strengths_M
-            )
-            adapter.layers.give(weights)
-            return
-        selected = [self._due_of(feature) for feature in features]
-        self._store(adapter.generator.cores(selected, self._due_of(self._text_BLC)))
-        self.give_weights()
-
-    def _due_of(self, x: Tensor) -> Tensor:
-        """Returns the samples of the chunks that are due."""
-        per_chunk = x.chunk(len(self._chunks))
-        return torch.cat([per_chunk[index] for index in self._due])
-
-    @torch.no_grad()
-    def give_weights(self) -> None:
-        """Gives the layers the weights of the cores that the run keeps."""
-        adapter, cores_BMDA = self._adapter, self._run.cores(self._chunks)
-        adapter.layers.give(
-            adapter.generator.weights(cores_BMDA, adapter.strength, self._place, self._strengths_M)
-        )
-
-    def store(self) -> None:
-        """Keeps what a whole generation made in the run."""
-        if self._unstored is not None:
-            self._store(self._unstored)
-
-    def _store(self, cores_BMDA: Tensor) -> None:
-        for index, cores_RMDA in zip(self._due, cores_BMDA.chunk(len(self._due)), strict=True):
-            self._run.write(self._chunks[index], cores_RMDA, self._time)
 
 
 def _compute_dtype(model: Any) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The arguments of the host's apply_model. No host inside."""
+"""The arguments of the host's apply_model and predict_noise. No host inside."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from ..run_state import Chunk
 
 TEXT_INDEX, OPTIONS_INDEX = 3, 5
 """Positions of c_crossattn and transformer_options among the arguments of the host's apply_model."""
+MODEL_OPTIONS_INDEX = 2
+"""Position of model_options among the arguments of the host's predict_noise."""
 
 
 @contextlib.contextmanager
@@ -28,6 +30,12 @@ def eager(model: Any, unet: nn.Module) -> Iterator[None]:
 def options_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the call's transformer_options."""
     return args[OPTIONS_INDEX] if len(args) > OPTIONS_INDEX else kwargs.get("transformer_options", {})
+
+
+def evaluation_options(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the transformer_options of a whole evaluation."""
+    given = args[MODEL_OPTIONS_INDEX] if len(args) > MODEL_OPTIONS_INDEX else kwargs.get("model_options", {})
+    return given.get("transformer_options", {})
 
 
 def text_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
