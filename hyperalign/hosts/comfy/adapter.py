@@ -253,7 +253,7 @@ class Adapter:
             "HyperAlign run: variant=%s targets=%d/%d evaluations=%d generations=%d",
             run.schedule.variant, reached, targets, run.evaluations, run.generations,
         )  # fmt: skip
-        if run.generations and reached < targets:
+        if sampling.has_acted and reached < targets:
             LOG.warning(
                 "HyperAlign reached only %d of %d layers: another patch or the host bypasses them. "
                 "Remove other model patches, or update HyperAlign.",

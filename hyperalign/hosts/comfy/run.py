@@ -59,6 +59,11 @@ class Sampling:
             return self._models[base]
 
     @property
+    def has_acted(self) -> bool:
+        """Whether a call was to be adapted: none is outside of a window, or where a strength is 0."""
+        return bool(self._models)
+
+    @property
     def targets_reached(self) -> int:
         """How many targets' layers ran, on the copy on which the fewest did."""
         return min((model.layers.targets_reached for model in self._models.values()), default=0)
