@@ -84,6 +84,16 @@ def test_the_tiny_model_stays_as_compiled(tiny, sample, make_hyperalign, alone):
     check(tiny.model, make_hyperalign(), lambda model: sample(model, steps=5), alone, "tiny")
 
 
+@pytest.mark.parametrize("variant", ["S", "I"])
+def test_further_runs_compile_nothing_more(tiny, sample, make_hyperalign, variant):
+    from hyperalign.hosts.comfy.model import apply
+
+    model = compiled(apply(with_traceable_attention(tiny.model), make_hyperalign(variant=variant)))
+    once, _ = compilations(lambda: sample(model, steps=3))
+    thrice, _ = compilations(lambda: [sample(model, steps=3) for _ in range(3)][-1])
+    assert thrice == once
+
+
 @pytest.mark.skipif("HYPERALIGN_INDUCTOR" not in os.environ, reason="minutes of g++: HYPERALIGN_INDUCTOR=1")
 def test_inductor_compiles_as_much_and_gives_the_same(shallow_unet, make_hyperalign):
     from hyperalign.hosts.comfy.model import apply

@@ -1,4 +1,4 @@
-"""Ten ways in which packs that patch a model fail: for each a naive adapter that does, and ours that does not.
+"""Ten ways in which packs that patch a model fail: a naive adapter that does, and ours that does not.
 
 Further tests of a class: 1 test_sampling.py (exceptions, interrupts), 3 and 10 test_core_nodes.py (caches,
 guidance nodes), 4 and 5 test_sampling.py, test_row_order.py and test_core_nodes.py, 8 test_compiled.py,
