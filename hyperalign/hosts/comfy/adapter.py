@@ -1,4 +1,4 @@
-"""The wrappers by which a ComfyUI MODEL samples with generated weights, and the state of their run."""
+"""The wrappers by which a ComfyUI MODEL samples with generated weights."""
 
 from __future__ import annotations
 
