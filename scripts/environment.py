@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from scripts.common import ROOT, ScriptError, run_pip, say
-from scripts.host_tree import comfyui_tree
+from scripts.host_tree import FETCHED_TREE, comfyui_tree
 
 VENV = ROOT / ".venv"
 STAMP = VENV / "hyperalign-environment.sha256"
@@ -25,6 +25,8 @@ TORCH = "torch==2.13.0"
 MATCHING_TORCHVISION = ["torchvision==0.28.*"]
 # The last torchvision that still imports when its compiled operators do not fit the installed torch.
 TOLERANT_TORCHVISION = ["--no-deps", "torchvision==0.15.2"]
+# The newest: its operators are compiled for torch 2.11 and what comes after.
+TORCHAUDIO = "torchaudio==2.11.0"
 # Installed by hand, or of no use to a server without a browser's template gallery and audio nodes.
 SKIPPED = {"torch", "torchvision", "torchaudio", "comfyui-workflow-templates", "comfyui-embedded-docs"}
 # It asks for torchvision and would make pip replace the one chosen here; all else it needs is present.
@@ -109,7 +111,8 @@ def _digest(tree: Path) -> str:
     """Returns a name for everything that decides what is installed; the tools' settings do not."""
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("\n[tool.")[0]
     texts = (project, (tree / "requirements.txt").read_text(encoding="utf-8"))
-    constants = repr((TORCH, MATCHING_TORCHVISION, TOLERANT_TORCHVISION, sorted(SKIPPED), REFERENCES))
+    torch = (TORCH, MATCHING_TORCHVISION, TOLERANT_TORCHVISION, TORCHAUDIO)
+    constants = repr((*torch, sorted(SKIPPED), REFERENCES))
     return hashlib.sha256("\0".join((*texts, constants)).encode()).hexdigest()
 
 
@@ -133,6 +136,26 @@ def _install(tree: Path) -> None:
     run_pip(python, ["install", TORCH, *together, *project], "ComfyUI's requirements and the project's tools")
     run_pip(python, ["install", "--no-deps", *alone, *REFERENCES], " and ".join([*alone, *REFERENCES]))
     _install_torchvision(python)
+    if tree != FETCHED_TREE:
+        _install_torchaudio(python)
+
+
+def _install_torchaudio(python: Path) -> None:
+    """Installs torchaudio, without which ComfyUI 0.20 and newer do not start.
+
+    Its compiled operators need CUDA's libraries, which a CPU build of torch lacks. It imports once they are
+    gone and computes what it can with torch alone.
+    """
+    if _imports(python, "torchaudio"):
+        return
+    run_pip(python, ["install", "--no-deps", TORCHAUDIO], TORCHAUDIO)
+    if not _imports(python, "torchaudio"):
+        shutil.rmtree(_site_packages(python) / "torchaudio" / "lib")
+
+
+def _site_packages(python: Path) -> Path:
+    statement = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return Path(subprocess.check_output([str(python), "-c", statement], text=True).strip())
 
 
 def _install_torchvision(python: Path) -> None:

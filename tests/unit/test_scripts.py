@@ -54,6 +54,46 @@ def test_host_requirements_leave_torch_to_us(tmp_path: Path):
     assert environment._host_requirements(tmp_path) == (["numpy>=1.25.0", "pydantic~=2.0"], ["spandrel"])
 
 
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """What pip was asked for by an environment in which torchaudio's compiled operators cannot load."""
+    asked: list[str] = []
+    operators = tmp_path / "site-packages" / "torchaudio" / "lib" / "_torchaudio.abi3.so"
+
+    def run_pip(_python: Path, arguments: list[str], _purpose: str) -> None:
+        asked.extend(arguments)
+        if environment.TORCHAUDIO in arguments:
+            operators.parent.mkdir(parents=True)
+            operators.touch()
+
+    def imports(_python: Path, statement: str) -> bool:
+        there = environment.TORCHAUDIO in asked and not operators.exists()
+        return there if statement == "torchaudio" else True
+
+    monkeypatch.setattr(environment, "run_pip", run_pip)
+    monkeypatch.setattr(environment, "_imports", imports)
+    monkeypatch.setattr(environment, "_site_packages", lambda _python: tmp_path / "site-packages")
+    return asked
+
+
+def test_a_checkout_gets_torchaudio_without_operators_that_cannot_load(installed: list[str], tmp_path: Path):
+    """ComfyUI 0.20 and newer import it when they start."""
+    (tmp_path / "requirements.txt").write_text("torch\ntorchaudio\n")
+    environment._install(tmp_path)
+    assert environment.TORCHAUDIO in installed
+    assert environment._imports(tmp_path, "torchaudio")
+
+
+def test_the_fetched_host_starts_without_torchaudio(
+    installed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "requirements.txt").write_text("torch\ntorchaudio\n")
+    monkeypatch.setattr(environment, "FETCHED_TREE", tmp_path)
+    environment._install(tmp_path)
+    assert environment.TORCH in installed
+    assert environment.TORCHAUDIO not in installed
+
+
 def test_the_installed_pack_is_clean(tmp_path: Path):
     pack = host.install_pack(tmp_path)
     names = {path.name for path in pack.iterdir()}
