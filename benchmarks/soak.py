@@ -119,7 +119,8 @@ def figures(run: int, interrupted: int) -> Figures:
     import psutil  # a requirement of ComfyUI
 
     gc.collect()
-    tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+    # Not those of other types, such as torch.compile's, which have no memory of their own.
+    tensors = [item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter)]
     storages = {
         storage.data_ptr(): storage.nbytes() for storage in map(torch.Tensor.untyped_storage, tensors)
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -199,3 +200,17 @@ def family(comfy: ModuleType, request: pytest.FixtureRequest) -> tuple[Any, ...]
     with torch.no_grad():
         ours, theirs = build()
     return spec, ours.eval().requires_grad_(False), theirs, call, velocity
+
+
+@pytest.fixture
+def copied():
+    """Copies a base model, with layers of its own as on another GPU; its configuration cannot be copied."""
+
+    def copy_of(model):
+        current, model.current_patcher = getattr(model, "current_patcher", None), None
+        try:
+            return copy.deepcopy(model, {id(model.model_config): model.model_config})
+        finally:
+            model.current_patcher = current
+
+    return copy_of

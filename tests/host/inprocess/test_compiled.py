@@ -84,13 +84,12 @@ def test_the_tiny_model_stays_as_compiled(tiny, sample, make_hyperalign, alone):
     check(tiny.model, make_hyperalign(), lambda model: sample(model, steps=5), alone, "tiny")
 
 
-@pytest.mark.parametrize("variant", ["S", "I"])
-def test_further_runs_compile_nothing_more(tiny, sample, make_hyperalign, variant):
+def test_further_runs_compile_nothing_more(tiny, sample, make_hyperalign):
     from hyperalign.hosts.comfy.model import apply
 
-    model = compiled(apply(with_traceable_attention(tiny.model), make_hyperalign(variant=variant)))
-    once, _ = compilations(lambda: sample(model, steps=3))
-    thrice, _ = compilations(lambda: [sample(model, steps=3) for _ in range(3)][-1])
+    model = compiled(apply(with_traceable_attention(tiny.model), make_hyperalign()))
+    once, _ = compilations(lambda: sample(model, steps=2))
+    thrice, _ = compilations(lambda: [sample(model, steps=2) for _ in range(3)][-1])
     assert thrice == once
 
 

@@ -8,7 +8,6 @@ guidance nodes), 4 and 5 test_sampling.py, test_row_order.py and test_core_nodes
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import weakref
 from functools import partial
@@ -65,9 +64,9 @@ def changed(module, delta):
         del module.forward
 
 
-def test_class_1_a_patch_that_outlives_its_run(tiny, sample, make_hyperalign, apply):
+def test_class_1_a_patch_that_outlives_its_run(tiny, sample, make_hyperalign, apply, copied):
     base = tiny.model.clone()
-    base.model = copy.deepcopy(tiny.model.model)
+    base.model = copied(tiny.model.model)
     before, layer = sample(base), layer_of(base)
 
     def naive(executor, *args, **kwargs):
@@ -146,10 +145,10 @@ def test_class_5_a_batch_of_several(tiny, sample, make_hyperalign, apply):
     assert_close(sample(aligned, noise=noise(), steps=2), alone(aligned))
 
 
-def test_class_6_quantised_weights(tiny, sample, make_hyperalign, apply):
+def test_class_6_quantised_weights(tiny, sample, make_hyperalign, apply, copied):
     """The host casts float8 when a layer runs; nothing can be added to it where it is kept."""
     base = tiny.model.clone()
-    base.model = copy.deepcopy(tiny.model.model)
+    base.model = copied(tiny.model.model)
     for module in base.model.diffusion_model.modules():
         if isinstance(module, nn.Linear):
             module.weight = nn.Parameter(module.weight.to(torch.float8_e4m3fn), requires_grad=False)
@@ -163,10 +162,10 @@ def test_class_6_quantised_weights(tiny, sample, make_hyperalign, apply):
     assert torch.equal(sample(base), before)
 
 
-def test_class_7_weights_that_are_elsewhere(tiny, sample, make_hyperalign, apply):
+def test_class_7_weights_that_are_elsewhere(tiny, sample, make_hyperalign, apply, copied):
     """Dynamic VRAM: a weight's device says nothing about where its layer computes."""
     base = tiny.model.clone()
-    base.model = copy.deepcopy(tiny.model.model)
+    base.model = copied(tiny.model.model)
     expected = sample(apply(base, make_hyperalign(), merging="additive"))
     layer = layer_of(base)
     held = layer.weight

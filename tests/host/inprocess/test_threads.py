@@ -5,7 +5,6 @@ A barrier in the model's own blocks makes both threads stand in the middle of a 
 
 from __future__ import annotations
 
-import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -37,16 +36,6 @@ class Meeting:
 
     def __call__(self, *_):
         self.barrier.wait()
-
-
-def base_copy(patcher):
-    """A copy of the base model with layers of its own, as on another GPU."""
-    model, current = patcher.model, getattr(patcher.model, "current_patcher", None)
-    model.current_patcher = None
-    try:
-        return copy.deepcopy(model)
-    finally:
-        model.current_patcher = current
 
 
 def meeting_in_blocks(patcher, meeting):
@@ -93,14 +82,14 @@ def assert_same_traces(found, expected):
 
 @pytest.mark.parametrize(("mode", "variant", "merging"), WAYS)
 def test_clones_on_copies_of_the_base_sample_as_each_alone(
-    tiny, sample, make_hyperalign, apply, loading_in_turn, runs, mode, variant, merging
+    tiny, sample, make_hyperalign, apply, copied, loading_in_turn, runs, mode, variant, merging
 ):
     recorder, meeting, before = Recorder(), Meeting(), sample(tiny.model)
     base = meeting_in_blocks(tiny.model, meeting)
     hyperalign = make_hyperalign(mode=mode, variant=variant)
     one = loading_in_turn(apply(base, hyperalign, merging=merging, recorder=recorder))
     other = one.clone()
-    other.model = base_copy(one)
+    other.model = copied(one.model)
     jobs = [
         lambda: sample(one, noise=noise(5), steps=STEPS),
         lambda: sample(other, prompt="a blue square", noise=noise(6), steps=STEPS),
@@ -119,13 +108,13 @@ def test_clones_on_copies_of_the_base_sample_as_each_alone(
 
 @pytest.mark.parametrize(("mode", "variant", "merging"), WAYS)
 def test_a_run_whose_prompts_are_worked_on_by_two_threads(
-    tiny, sample, make_hyperalign, apply, runs, mode, variant, merging
+    tiny, sample, make_hyperalign, apply, copied, runs, mode, variant, merging
 ):
     """The host's work units of a run: the positive prompt on one GPU, the negative one on another."""
     meeting = Meeting()
     base = meeting_in_blocks(tiny.model, meeting)
     aligned = apply(base, make_hyperalign(mode=mode, variant=variant), merging=merging)
-    models = [aligned.model, base_copy(aligned)]
+    models = [aligned.model, copied(aligned.model)]
 
     def in_workers(parties):
         meeting.of(parties)
