@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -81,3 +85,70 @@ def test_load_checkpoint_then_apply_hyperalign(checkpoint, make_hyperalign, runs
         assert torch.equal(draw(model), plain)
         assert nodes.VAEDecode().decode(vae, {"samples": aligned})[0].shape == (1, 64, 64, 3)
     assert runs()[0] == {"variant": "S", "targets": "80/80", "evaluations": "2", "generations": "2"}
+
+
+def quantised(state, path):
+    """Writes a U-Net as ComfyUI-GGUF's users have it, linear layers in Q8_0; returns it dequantised."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType.Q8_0
+    writer = gguf.GGUFWriter(str(path), "sd1")
+    for key, value in state.items():
+        array = value.float().numpy()
+        if array.ndim == 2 and array.shape[-1] % 32 == 0:
+            blocks = gguf.quants.quantize(array, kind)
+            state[key] = torch.from_numpy(gguf.quants.dequantize(blocks, kind))
+            writer.add_tensor(key, blocks, raw_dtype=kind)
+        else:
+            writer.add_tensor(key, array.astype(np.float16 if array.ndim > 1 else np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return state
+
+
+@pytest.mark.skipif("HYPERALIGN_GGUF" not in os.environ, reason="HYPERALIGN_GGUF=/path/to/ComfyUI-GGUF, gguf")
+def test_gguf_layers_are_added_to(checkpoint, make_hyperalign, runs, caplog):
+    import comfy.sample
+    import comfy.sd
+    import comfy.utils
+    import folder_paths
+
+    from hyperalign.hosts.comfy.model import apply
+
+    pack = Path(os.environ["HYPERALIGN_GGUF"])
+    spec = importlib.util.spec_from_file_location(
+        "gguf_pack", pack / "__init__.py", submodule_search_locations=[str(pack)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gguf_pack"] = module
+    spec.loader.exec_module(module)
+    prefix, path = "model.diffusion_model.", checkpoint.parent / "unet.gguf"
+    state = {
+        key.removeprefix(prefix): value
+        for key, value in comfy.utils.load_torch_file(str(checkpoint)).items()
+        if key.startswith(prefix)
+    }
+    state = quantised(state, path)
+    folder_paths.folder_names_and_paths["diffusion_models"] = [str(path.parent)], {".gguf"}
+    (model,) = module.NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]().load_unet(path.name)
+    plain, hyperalign = comfy.sd.load_diffusion_model_state_dict(state), make_hyperalign(spec=SD15)
+    text = torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+
+    def sample(model):
+        with torch.inference_mode():
+            return comfy.sample.sample(
+                model, noise, 2, 4.0, "euler", "normal", [[text, {}]], [[-text, {}]], torch.zeros_like(noise),
+                disable_pbar=True, seed=0,
+            )  # fmt: skip
+
+    before, aligned = sample(model), sample(apply(model, hyperalign, merging="merged"))
+    assert torch.equal(sample(model), before)
+    assert runs()[0]["targets"] == "80/80"
+    assert any("kept as GGMLTensor" in message for message in caplog.messages)
+    assert (aligned - before).abs().max() > before.std()
+    for found, expected in ((before, sample(plain)), (aligned, sample(apply(plain, hyperalign)))):
+        # The pack dequantises in half precision.
+        torch.testing.assert_close(found / expected.std(), expected / expected.std(), atol=2e-2, rtol=0)
