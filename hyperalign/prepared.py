@@ -191,7 +191,7 @@ class PreparedHyperNetwork:
                     scales.append((w_C[:, None] * s_CP, w_C))
                     biases.append((group_CC @ (b_C[:, None] * s_CP + t_CP), group_CC @ b_C + bias_C))
             nothing_CC = torch.zeros_like(weights[-1])
-            constant_C = CONSTANT * F.one_hot(torch.tensor(0, device=self._device), len(nothing_CC)).float()
+            constant_C = F.pad(nothing_CC.new_full((1,), CONSTANT), (0, len(nothing_CC) - 1))
             weights.append(nothing_CC)
             scales.append((nothing_CC, nothing_CC[0]))
             biases.append((nothing_CC, constant_C))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -42,9 +43,10 @@ class PipelineRun:
         every step, so that contents are rarely compared. Samples that go on without the others of their
         batch, as where guidance ends, keep their weights.
         """
-        for number, known in enumerate(self._contexts):
-            if known is context_BLC or (known.shape == context_BLC.shape and torch.equal(known, context_BLC)):
-                return Chunk(number, 0, shape), False
+        for same in (operator.is_, _are_equal):  # contents only where no tensor is the same: that waits
+            for number, known in enumerate(self._contexts):
+                if same(known, context_BLC):
+                    return Chunk(number, 0, shape), False
         chunk = Chunk(len(self._contexts), 0, shape)
         for number, known in enumerate(self._contexts):
             rows = rows_within(context_BLC, known)
@@ -172,6 +174,10 @@ def place_in(timesteps: Tensor, t: object) -> int | None:
     if t.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
         return None
     return (t.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
 
 
 def rows_within(context_BLC: Tensor, known_BLC: Tensor) -> list[int] | None:
