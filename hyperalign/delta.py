@@ -28,13 +28,12 @@ def up_matrix(b_aux_OD: Tensor, strength: float) -> Tensor:
     return (strength * b_aux_OD).transpose(-1, -2)
 
 
-def add_delta_(y_BNO: Tensor, x_BNI: Tensor, down_BID: Tensor, up_DO: Tensor) -> None:
-    """Adds (x down) up to the layer's output in place, in two products."""
-    if x_BNI.dtype == y_BNO.dtype == up_DO.dtype:
-        v_BND = torch.bmm(x_BNI, down_BID)
-        y_BNO.baddbmm_(v_BND, up_DO.expand(v_BND.shape[0], -1, -1))
+def add_delta_(y_BNO: Tensor, x_BNI: Tensor, down_BID: Tensor, up_BDO: Tensor) -> None:
+    """Adds (x down) up to the layer's output in place, in two products; `up` is one matrix, seen B times."""
+    if x_BNI.dtype is y_BNO.dtype is up_BDO.dtype:
+        y_BNO.baddbmm_(torch.bmm(x_BNI, down_BID), up_BDO)
     else:  # autocast, and layers that compute in another precision than that of their input
-        y_BNO += (torch.bmm(x_BNI.to(down_BID), down_BID) @ up_DO).to(y_BNO)
+        y_BNO += torch.bmm(torch.bmm(x_BNI.to(down_BID), down_BID), up_BDO).to(y_BNO)
 
 
 def merged_delta(a_aux_AI: Tensor, b_aux_OD: Tensor, core_DA: Tensor) -> Tensor:

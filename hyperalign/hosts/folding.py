@@ -18,7 +18,8 @@ class LowRank:
     """One layer's change for each sample: its output gets (x down) up."""
 
     down_BID: Tensor
-    up_DO: Tensor
+    up_BDO: Tensor
+    """One matrix for all samples, expanded here once and not in every call of the layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,8 @@ class Folding:
         """Returns the weights of each layer, in the order of the layers."""
         found: dict[int, LowRank] = {}
         for group, weights in zip(self.groups, folded, strict=True):
-            pairs = zip(weights.down_LBIK.unbind(), weights.up_LKO.unbind(), strict=True)
+            up_LBKO = weights.up_LKO[:, None].expand(-1, weights.down_LBIK.shape[1], -1, -1)
+            pairs = zip(weights.down_LBIK.unbind(), up_LBKO.unbind(), strict=True)
             found |= {index: LowRank(*pair) for index, pair in zip(group.layers, pairs, strict=True)}
         return tuple(found[index] for index in range(len(self.layers)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -35,7 +36,7 @@ class _Adaptation:
         self.last = None if outputs is None else outputs.stop
         self.rows = rows
         self.down_BID: Tensor | None = None
-        self.up_DO: Tensor | None = None
+        self.up_BDO: Tensor | None = None
         self.weight_BIO: Tensor | None = None
         self.bias_O: Tensor | None = None
         self.single_OI: Tensor | None = None
@@ -44,9 +45,9 @@ class _Adaptation:
 
     def take(self, weights: LowRank | Merged | None) -> None:
         """Takes the weights of the next forward; None for none."""
-        self.down_BID = self.up_DO = self.weight_BIO = self.bias_O = self.single_OI = None
+        self.down_BID = self.up_BDO = self.weight_BIO = self.bias_O = self.single_OI = None
         if isinstance(weights, LowRank):
-            self.down_BID, self.up_DO = weights.down_BID, weights.up_DO
+            self.down_BID, self.up_BDO = weights.down_BID, weights.up_BDO
         elif weights is not None:
             self.weight_BIO, self.bias_O = weights.weight_BIO, weights.bias_O
             self.single_OI = weights.single_OI
@@ -116,7 +117,7 @@ class AdaptedLayers:
         adapted = self.folding.by_layer(folded)
         if not self._constant:
             return adapted
-        return adapted + self._zeros(samples, adapted[0].up_DO.dtype, adapted[0].up_DO.device)
+        return adapted + self._zeros(samples, adapted[0].up_BDO.dtype, adapted[0].up_BDO.device)
 
     def give_constant(self, samples: int, dtype: torch.dtype, device: torch.device) -> None:
         """Gives the layers that are not adapted their zeros: they may run before weights are generated."""
@@ -128,12 +129,12 @@ class AdaptedLayers:
         """Returns weights of zero, with the strides of those that are folded: torch.compile guards them."""
         key = (samples, dtype, device)
         if key not in self._kept_zeros:
-            width = self._width
+            zeros = partial(torch.zeros, dtype=dtype, device=device)
             self._kept_zeros = {
                 key: tuple(
                     LowRank(
-                        torch.zeros(samples, width, inputs, dtype=dtype, device=device).transpose(-1, -2),
-                        torch.zeros(outputs, width, dtype=dtype, device=device).transpose(-1, -2),
+                        zeros(samples, self._width, inputs).transpose(-1, -2),
+                        zeros(outputs, self._width).t()[None].expand(samples, -1, -1),
                     )
                     for inputs, outputs in (layer.shape for layer in self._constant)
                 )
@@ -218,14 +219,15 @@ def _over_another(self: Any, x_BNI: Tensor, *args: Any, **kwargs: Any) -> Tensor
 def _with_delta(y_BNO: Tensor, x_BNI: Tensor, adaptation: _Adaptation) -> Tensor:
     """Adds the layer's change to its output in place. Raises HyperAlignError."""
     adaptation.ran = True
-    down_BID, up_DO = adaptation.down_BID, adaptation.up_DO
-    if down_BID is None or up_DO is None:
+    down_BID, up_BDO = adaptation.down_BID, adaptation.up_BDO
+    if down_BID is None or up_BDO is None:
         raise HyperAlignError(
             "An adapted layer ran before its weights were generated; another patch reorders the model. "
             "Remove that patch."
         )
     if x_BNI.shape[0] != down_BID.shape[0]:
         down_BID = down_BID[adaptation.rows.samples_of(x_BNI.shape[0], down_BID)]
+        up_BDO = up_BDO[:1].expand(len(down_BID), -1, -1)
     rows_BNO = y_BNO if adaptation.first is None else y_BNO[..., adaptation.first : adaptation.last]
-    add_delta_(rows_BNO, x_BNI, down_BID, up_DO)
+    add_delta_(rows_BNO, x_BNI, down_BID, up_BDO)
     return y_BNO

@@ -21,7 +21,7 @@ def change(
 ) -> torch.Tensor:
     """What an adapted layer adds to an output of zeros."""
     y = x.new_zeros(*x.shape[:2], b_aux.shape[0])
-    add_delta_(y, x, down_matrix(a_aux, core), up_matrix(b_aux, strength))
+    add_delta_(y, x, down_matrix(a_aux, core), up_matrix(b_aux, strength).expand(len(x), -1, -1))
     return y
 
 
@@ -66,14 +66,14 @@ def test_the_change_is_added_and_follows_the_strength_with_its_sign(s: float, i:
     x, a_aux, b_aux, core = draw(1, 2, 3, i), draw(2, 4, i), draw(3, o, 5), draw(4, 2, 5, 4)
     y = draw(6, 2, 3, o)
     expected = y + s * torch.einsum("od,bda,ai,bni->bno", b_aux, core, a_aux, x)
-    add_delta_(y, x, down_matrix(a_aux, core), up_matrix(b_aux, s))
+    add_delta_(y, x, down_matrix(a_aux, core), up_matrix(b_aux, s).expand(len(x), -1, -1))
     torch.testing.assert_close(y, expected)
 
 
 def test_an_input_of_another_precision_gets_the_change_in_the_output_s_precision() -> None:
     x, a_aux, b_aux, core = draw(1, 2, 3, 6), draw(2, 4, 6), draw(3, 5, 2), draw(4, 2, 2, 4)
     expected = change(x, a_aux, b_aux, core)
-    down, up = down_matrix(a_aux, core).float(), up_matrix(b_aux, 1.0).float()
+    down, up = down_matrix(a_aux, core).float(), up_matrix(b_aux, 1.0).float().expand(len(x), -1, -1)
     for kind, output in ((torch.float64, torch.bfloat16), (torch.float32, torch.float64)):
         y = torch.zeros(2, 3, 5, dtype=output)
         add_delta_(y, x.to(kind), down, up)
@@ -96,7 +96,7 @@ def test_input_output_and_factors_may_have_other_precisions(
     y = torch.ones(1, 1, 2, dtype=y_type)
     x = torch.tensor([[[1.0, 2.0]]], dtype=x_type)
     down = torch.tensor([[[1.0, 0.0], [2.0, 1.0]]], dtype=factor_type)
-    up = torch.tensor([[1.0, 2.0], [1.0, -1.0]], dtype=factor_type)
+    up = torch.tensor([[[1.0, 2.0], [1.0, -1.0]]], dtype=factor_type)
     add_delta_(y, x, down, up)
     assert y.dtype == y_type
     assert y.tolist() == [[[8.0, 9.0]]]

@@ -41,18 +41,19 @@ def test_each_target_gets_its_own_folded_matrices_in_order(strength: float) -> N
     assert len(weights) == len(WIDTHS)
     for index, (inside, outside) in enumerate(WIDTHS):
         a_aux, b_aux = made.aux(index)
-        down, up = weights[index].down_BID, weights[index].up_DO
-        assert (down.shape, up.shape) == ((2, inside, 3), (3, outside))
+        down, up = weights[index].down_BID, weights[index].up_BDO
+        assert (down.shape, up.shape) == ((2, inside, 3), (2, 3, outside))
         for row in range(2):
             torch.testing.assert_close(down[row], (cores[row, index] @ a_aux).T)
-        torch.testing.assert_close(up, strength * b_aux.T)
+            torch.testing.assert_close(up[row], strength * b_aux.T)
+        assert up[0].data_ptr() == up[1].data_ptr()
 
 
 def test_a_strength_below_zero_turns_the_change_round() -> None:
     made, cores = network(), random_cores()
     forth, back = (fold(made, cores, strength, torch.float32) for strength in (0.7, -0.7))
     for one, other in zip(forth, back, strict=True):
-        assert torch.equal(one.up_DO, -other.up_DO)
+        assert torch.equal(one.up_BDO, -other.up_BDO)
         assert torch.equal(one.down_BID, other.down_BID)
 
 
@@ -60,7 +61,7 @@ def test_weights_are_folded_in_the_precision_of_the_cores_and_cast_last() -> Non
     made, cores = network().double(), random_cores(dtype=torch.float64)
     exact, rounded = (fold(made, cores, 1 / 3, dtype) for dtype in (torch.float64, torch.bfloat16))
     for layer, cast in zip(exact, rounded, strict=True):
-        for one, other in ((layer.down_BID, cast.down_BID), (layer.up_DO, cast.up_DO)):
+        for one, other in ((layer.down_BID, cast.down_BID), (layer.up_BDO, cast.up_BDO)):
             assert (one.dtype, other.dtype) == (torch.float64, torch.bfloat16)
             assert torch.equal(one.bfloat16(), other)
 
@@ -239,7 +240,7 @@ def test_fused_projections_may_come_in_any_order_and_width() -> None:
     expected[..., 3:9] += formula(x, *made.aux(1), cores[:, 1])
     with torch.no_grad(), layers.installed([module]):
         (weights,) = layers.fold(cores, 1.0, torch.float32)
-        assert weights.down_BID.shape == (2, 2, 6) and weights.up_DO.shape == (6, 11)
+        assert weights.down_BID.shape == (2, 2, 6) and weights.up_BDO.shape == (2, 6, 11)
         layers.give([weights])
         torch.testing.assert_close(module(x), expected.detach())
     assert layers.paths == ["qv"]
@@ -307,10 +308,10 @@ def test_constant_layers_get_zeros_with_the_strides_of_folded_weights() -> None:
     assert layers.paths == ["t0", "t1", "t2", "t3", "plain", "other"]
     assert len(weights) == 6
     for zeros, (inside, outside) in zip(weights[4:], ((6, 4), (3, 5)), strict=True):
-        assert (zeros.down_BID.shape, zeros.up_DO.shape) == ((2, inside, 3), (3, outside))
-        assert zeros.down_BID.stride()[1:] == (1, inside) and zeros.up_DO.stride() == (1, 3)
-        assert not zeros.down_BID.any() and not zeros.up_DO.any()
-    assert weights[0].down_BID.stride()[1:] == (1, 6) and weights[0].up_DO.stride()[0] == 1
+        assert (zeros.down_BID.shape, zeros.up_BDO.shape) == ((2, inside, 3), (2, 3, outside))
+        assert zeros.down_BID.stride()[1:] == (1, inside) and zeros.up_BDO.stride() == (0, 1, 3)
+        assert not zeros.down_BID.any() and not zeros.up_BDO.any()
+    assert weights[0].down_BID.stride()[1:] == (1, 6) and weights[0].up_BDO.stride()[:2] == (0, 1)
     with layers.installed(modules):
         layers.give_constant(2, torch.float32, torch.device("cpu"))
         assert changed(modules) == [None, None, None, None, False, False]
@@ -325,4 +326,4 @@ def test_zeros_are_made_anew_only_for_other_samples_or_another_precision() -> No
     more = layers.fold(random_cores(3), 1.0, torch.float32)[5]
     assert more.down_BID.shape == (3, 3, 3)
     half = layers.fold(random_cores(3), 1.0, torch.bfloat16)[5]
-    assert half.down_BID.dtype == half.up_DO.dtype == torch.bfloat16
+    assert half.down_BID.dtype == half.up_BDO.dtype == torch.bfloat16

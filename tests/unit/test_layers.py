@@ -25,7 +25,7 @@ def test_folded_weights_are_the_formula(make_hyperalign) -> None:
         for index, weights in enumerate(layers.fold(cores, strength, torch.float32)):
             x = torch.randn(3, 5, network.targets[index].in_features)
             expected = strength * formula(x, *network.aux(index), cores[:, index])
-            torch.testing.assert_close(x @ weights.down_BID @ weights.up_DO, expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(x @ weights.down_BID @ weights.up_BDO, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_gradients_are_those_of_the_formula(unet, make_hyperalign, inputs) -> None:
