@@ -62,7 +62,7 @@ ROWS = (
     Row("base", "base model", "base model"),
     _test_time("best-of-n", "best of 20", "best-of-N", "--search.candidates", "20"),
     _test_time("epsilon-greedy", "epsilon-greedy, 20 x 4 a step", "epsilon-greedy-steps"),
-    _test_time("das", "DAS", "das"),
+    _test_time("das", "DAS", "das", "--das.alpha", "1e-4"),
     _test_time("freedom", "FreeDoM", "freedom"),
     _test_time("dymo", "DyMO", "dymo"),
     _static("alignprop", "AlignProp"),

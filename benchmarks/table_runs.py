@@ -19,7 +19,7 @@ from train.data.prompts import load_prompts
 from train.generation.options import Options as Sampling
 from train.generation.passes import image_passes
 from train.methods.passes import Passes
-from train.step_reward import Options as StepReward
+from train.step_reward_options import Options as StepReward
 from train.tiny.dataset import validation_prompts
 from train.tiny.evaluate import PROMPT_SEED
 
@@ -147,12 +147,16 @@ class Run:
     def embedded_sampling(self) -> list[str]:
         """Returns what a method has to be told of the embedded model.
 
-        Its reward is in units of about 1, where the authors' DyMO multiplies cosines by 100.
+        Its reward counts in units, where the cosines that the authors' settings are for count in hundredths.
         """
-        if self.options.base != "tiny" or self.row.key != "dymo":
+        if self.options.base != "tiny":
             return []
         path = self.options.entities
-        return ["--dymo.scale", "1", *(["--dymo.entities", str(path)] if path.is_file() else [])]
+        own = {
+            "das": ["--das.alpha", "0.03"],
+            "dymo": ["--dymo.scale", "1", *(["--dymo.entities", str(path)] if path.is_file() else [])],
+        }
+        return own.get(self.row.key, [])
 
     def image_passes(self, cfg: bool) -> Passes:
         """Returns what an image of it takes."""

@@ -38,7 +38,7 @@ DRAWN = (
     ("base model", "draw base"),
     ("best of 20", "draw best-of-N --test-time best-of-N --search.candidates 20"),
     ("epsilon-greedy, 20 x 4 a step", "draw epsilon-greedy --test-time epsilon-greedy-steps"),
-    ("DAS", "draw das --test-time das"),
+    ("DAS", "draw das --test-time das --das.alpha 1e-4"),
     ("FreeDoM", "draw freedom --test-time freedom"),
     ("DyMO, at most", "draw dymo --test-time dymo"),
 )

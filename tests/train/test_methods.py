@@ -283,18 +283,20 @@ def policy_gradient_by_hand(run: Trainer, method: str) -> Tensor:
 # SRPO
 
 
-@pytest.mark.parametrize("position", [0.0, 0.4, 1.0])
-def test_with_the_true_noise_direct_align_gives_the_image_back(tmp_path: Path, position: float) -> None:
+def test_with_the_true_noise_direct_align_gives_the_image_back_from_any_position(tmp_path: Path) -> None:
     run = trainer(of_method("srpo", tmp_path, guidance_scale=1.0))
     step, generator = run._new_step(), torch.Generator().manual_seed(0)
-    z, eps = (torch.randn(2, *run.base.latent_shape, generator=generator) for _ in range(2))
-    cond = run.inputs.encoder.conditions(["a red heart", "two dogs"])
+    z, eps = (torch.randn(3, *run.base.latent_shape, generator=generator) for _ in range(2))
+    prompts = ["a red heart", "two dogs", "a dog"]
+    cond = run.inputs.encoder.conditions(prompts)
     run.base.prediction = lambda output, x: eps  # type: ignore[method-assign]
-    down, up = srpo.directions(step, position)
-    assert down.start >= down.end == up.end >= up.start
+    down, up = srpo.directions(step, torch.tensor([0.0, 0.4, 1.0]))
+    assert (down.start_B > down.end_B).tolist() == [True, True, False]
+    assert (up.end_B > up.start_B).tolist() == [False, True, True]
+    assert torch.equal(down.end_B, up.end_B)
     for direction in (down, up):
-        images = NoisedImages(z, eps, eps, torch.full((2,), direction.start), ["a red heart", "two dogs"])
-        found = srpo.recovered(step, images, cond, None, direction.end)
+        images = NoisedImages(z, eps, eps, direction.start_B, prompts)
+        found = srpo.recovered(step, images, cond, None, direction.end_B)
         torch.testing.assert_close(found, z, atol=2e-4, rtol=2e-4)
 
 
@@ -304,21 +306,32 @@ def test_a_models_error_is_scaled_down_and_reversed_in_the_other_direction(tmp_p
     z, eps, wrong = (torch.randn(1, *run.base.latent_shape, generator=generator) for _ in range(3))
     cond, sigma = run.inputs.encoder.conditions(["a red heart"]), run.base.noise_schedule.sigma
     run.base.prediction = lambda output, x: eps + wrong  # type: ignore[method-assign]
-    for direction in srpo.directions(step, 0.5):
-        images = NoisedImages(z, eps, eps, torch.full((1,), direction.start), ["a red heart"])
-        error = srpo.recovered(step, images, cond, None, direction.end) - z
-        torch.testing.assert_close(
-            error, (sigma(direction.end) - sigma(direction.start)) * wrong, atol=1e-3, rtol=1e-3
-        )
+    for direction in srpo.directions(step, torch.tensor([0.5])):
+        images = NoisedImages(z, eps, eps, direction.start_B, ["a red heart"])
+        error = srpo.recovered(step, images, cond, None, direction.end_B) - z
+        way = sigma(float(direction.end_B)) - sigma(float(direction.start_B))
+        torch.testing.assert_close(error, way * wrong, atol=1e-3, rtol=1e-3)
 
 
 def test_both_directions_prefer_the_positive_wording(tmp_path: Path) -> None:
     run = trainer(of_method("srpo", tmp_path))
-    down, up = srpo.directions(run._new_step(), 0.0)
-    assert (down.positive, down.negative) == pytest.approx((1.1, -1.0))
-    assert (up.positive, up.negative) == pytest.approx((-1.0, 1.3))
-    down, up = srpo.directions(run._new_step(), 1.0)
-    assert (down.positive, up.negative) == pytest.approx((1.25, 1.01))
+    down, up = srpo.directions(run._new_step(), torch.tensor([0.0, 1.0]))
+    assert down.positive_B.tolist() == pytest.approx([1.1, 1.25])
+    assert up.negative_B.tolist() == pytest.approx([1.3, 1.01])
+    assert down.negative_B.tolist() == up.positive_B.tolist() == [-1.0, -1.0]
+
+
+def test_each_image_has_a_position_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, seen, directions = (
+        trainer(of_method("srpo", tmp_path, prompt_batch=4)),
+        list[Tensor](),
+        srpo.directions,
+    )
+    monkeypatch.setattr(
+        srpo, "directions", lambda step, position_B: seen.append(position_B) or directions(step, position_B)
+    )
+    first_update(run)
+    assert len(set(seen[0].tolist())) == 4
 
 
 # SPO
@@ -362,6 +375,16 @@ def test_spos_gradient_is_that_of_its_equation(tmp_path: Path, micro_batch: int)
     metrics, found = first_update(run)
     close(found, gradient(loss, run))
     assert float(metrics["policy_loss"]) == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_a_rollouts_updates_share_its_pairs(tmp_path: Path) -> None:
+    config = of_method("spo", tmp_path)
+    run = moved(trainer(dataclasses.replace(config, spo=dataclasses.replace(config.spo, updates=16))), WITHIN)
+    loss = spo_by_hand(run)
+    found = [(metrics, gradient_of(run.network.parameters())) for metrics in run._updates()]
+    assert len(found) == 2  # as many as there are steps with candidates
+    assert all(float(metrics["pairs_kept"]) == 1.0 for metrics, _ in found)
+    close(torch.stack([own for _, own in found]).mean(0), gradient(loss, run))
 
 
 def spo_by_hand(run: Trainer) -> Tensor:

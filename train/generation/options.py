@@ -134,7 +134,8 @@ class DasOptions:
     particles: int = 4
     """Images that run together for each one that is kept."""
     alpha: float = 0.005
-    """Temperature of the reward: samples follow exp(reward / alpha)."""
+    """Temperature of the reward: samples follow exp(reward / alpha). This is the authors' for the aesthetic
+    score; for a reward that is a plain cosine, as HPSv2 and CLIP here, theirs is 1e-4."""
     eta: float = 1.0
     """Noise of the steps."""
 
@@ -197,7 +198,7 @@ class DymoOptions:
     {"a red car and a bench": [["car", "red"], ["bench"]]}. Without one, GenEval's metadata tells them."""
     scale: float = 100.0
     """Factor on the reward. It decides how both objectives mix and how often steps are repeated; 100 is the
-    authors' for the cosines of HPSv2 and PickScore."""
+    authors' for cosines, which HPSv2 and CLIP are here. PickScore here has the factor already: give it 1."""
     strength: float = 1.0
     """Factor on the authors' step sizes."""
     optimised: tuple[float, float] = (0.0, 1.0)

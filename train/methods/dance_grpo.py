@@ -12,6 +12,7 @@ import numpy as np
 
 from train.methods.grpo import group_rollout, group_updates
 from train.methods.step import Step, StepMetrics
+from train.models.fsdp import uses_fsdp
 from train.transitions import stochastic
 
 
@@ -20,7 +21,8 @@ def dance_grpo(step: Step) -> Iterator[StepMetrics]:
     steps = step.objective.rollout_steps - 1
     found = group_rollout(step, [stochastic(step.base.noise_schedule, step.config.grpo.eta)] * steps)
     rng = step.randomness.generator(9)
-    first: int = step.randomness.part(len(found.prompts)).start
+    # Processes that share a sharded model wait for each other in every pass, and take as many.
+    first = 0 if uses_fsdp(step.accelerator) else step.randomness.part(len(found.prompts)).start
     chosen = [_trained(steps, step.config.grpo.trained_share, rng) for _ in range(_all_samples(step))]
     yield from group_updates(step, found, lambda sample: chosen[first + sample])
 

@@ -155,7 +155,7 @@ def _spo(config: TrainConfig) -> StepPasses:
     return StepPasses(
         sampled=o.prompt_batch * (1 + first + spo.candidates * compared + reference),
         guided=o.prompt_batch * compared, judged=o.prompt_batch * spo.candidates * compared,
-        rollouts=o.prompt_batch, reward_batch=o.prompt_batch,
+        rollouts=o.prompt_batch, reward_batch=o.prompt_batch, updates=min(spo.updates, compared),
     )  # fmt: skip
 
 

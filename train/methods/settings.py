@@ -161,6 +161,8 @@ class SpoConfig:
     """Of the ratio of densities, which are means over dimensions."""
     skipped_share: float = 0.2
     """Share of a rollout's steps, the first, without candidates."""
+    updates: int = 16
+    """Updates from one rollout, at most one for each step with candidates; each takes its share of them."""
     eta: float = 1.0
     """Noise of a step: DDIM's for diffusion, of the SDE for a flow (0.3)."""
 
@@ -173,6 +175,7 @@ class SpoConfig:
         require(self.beta > 0, "spo.beta", self.beta, "above 0")
         require(0 < clip < 1, "spo.clip_range", clip, "above 0 and below 1")
         require(0 <= share < 1, "spo.skipped_share", share, "0 up to 1")
+        require(self.updates >= 1, "spo.updates", self.updates, "1 or more")
         require(self.eta > 0, "spo.eta", self.eta, "above 0: without noise all candidates are one")
 
     @property

@@ -4,10 +4,11 @@ A rollout draws several candidates for the next x from each x_t, and a preferenc
 timestep scores their one-step predictions. The best (w) and the worst (l) are a pair if softmax gives them
 probabilities that differ by more than a threshold; a random candidate goes on. With
 r = log p(x_s | x_t) - log p_ref(x_s | x_t), clipped to log(1 - c) to log(1 + c), the loss is the mean of
--log sigmoid(beta (r_w - r_l)) over all pairs. Log-densities are means over dimensions.
+-log sigmoid(beta (r_w - r_l)) over an update's pairs: those of whole steps, in random order, where the
+authors' batches mix the steps. Log-densities are means over dimensions.
 
-Scores are in logits: a difference of 1 is odds of e to 1. So are those of a step-aware model (its file is
-`spo.step_reward`); without one the recipe's rewards, times `spo.reward_scale`, score the predictions.
+Scores are in logits: a difference of 1 is odds of e to 1. `spo.step_reward` is a step-aware model's file;
+without one the recipe's rewards, times `spo.reward_scale`, score the predictions.
 """
 
 from __future__ import annotations
@@ -32,12 +33,11 @@ from train.transitions import Gaussian, stochastic
 
 @dataclass(frozen=True, slots=True)
 class StepPairs:
-    """The pairs of one step of a rollout."""
+    """The pairs of one step of a rollout: x of the next timestep."""
 
     index: int
     states: States
     preferred: Tensor
-    """x of the next timestep."""
     rejected: Tensor
     counts_B: Tensor
     """1 for a pair, 0 for two candidates that are none."""
@@ -53,30 +53,32 @@ class Candidate(NamedTuple):
 
 
 def spo(step: Step) -> Iterator[StepMetrics]:
-    """Adds the gradient of the loss on the pairs of a rollout; a rollout without any adds none."""
-    config = step.config.spo
+    """Adds the gradients of a rollout's pairs, those of a few of its steps after the other."""
     with torch.no_grad():
         walk = Walk(step)
         found = walk.pairs()
-    nothing = torch.zeros((), device=step.device)
+    updates = min(step.config.spo.updates, walk.compared_steps)
+    order = walk.rng.permutation(walk.compared_steps) % updates
+    for number in range(updates):
+        share = [one for one in found if order[one.index - walk.first] == number]
+        most = len(walk.prompts) * int((order == number).sum())
+        yield _update(step, share, most) | {"reward": walk.last_score}
+
+
+def _update(step: Step, found: list[StepPairs], most: int) -> StepMetrics:
+    """Adds the gradient of the loss on pairs, of which there are at most `most`, and may be none."""
+    config, nothing = step.config.spo, torch.zeros((), device=step.device)
     pairs = sum((one.counts_B.sum() for one in found), nothing)
-    shared = mean_tensor(pairs, step.accelerator).to(step.device)
-    total = shared.clamp(min=1.0 / step.accelerator.num_processes)
-    loss, right = nothing, nothing
+    shared, loss, right = mean_tensor(pairs, step.accelerator).to(step.device), nothing, nothing
     for one in found:
         for part, _ in step.micro_batches(len(one.states)):
             own = log_ratios(step, one, part)
-            weight_B = one.counts_B[part] / total
+            weight_B = one.counts_B[part] / shared.clamp(min=1.0 / step.accelerator.num_processes)
             part_loss = (weight_B * spo_loss(*own, config.beta, config.clip_range)).sum()
             step.backward(step.objective.reward_weight * part_loss)
             loss = loss + part_loss.detach()
             right = right + (weight_B * (own[0] > own[1])).sum()
-    yield {
-        "policy_loss": loss,
-        "reward": walk.last_score,
-        "pairs_right": right,
-        "pairs_kept": pairs / (len(walk.prompts) * walk.compared_steps),
-    }
+    return {"policy_loss": loss, "pairs_right": right, "pairs_kept": pairs / most}
 
 
 def spo_loss(preferred_B: Tensor, rejected_B: Tensor, beta: float, clip_range: float) -> Tensor:
@@ -99,8 +101,7 @@ def log_ratios(step: Step, pairs: StepPairs, part: slice) -> tuple[Tensor, Tenso
 def density(step: Step, pairs: StepPairs, part: slice, reference: bool = False) -> Gaussian:
     """Returns the next timestep's distribution by the adapted model, or by the base model."""
     timesteps = step.base.noise_schedule.timesteps(step.objective.rollout_steps)
-    states = pairs.states[part]
-    t, s = timesteps[pairs.index], timesteps[pairs.index + 1]
+    states, (t, s) = pairs.states[part], timesteps[pairs.index : pairs.index + 2]
     return transition(step, states.x, *predictions(step, states, reference), t, s)
 
 
@@ -146,8 +147,7 @@ class Walk:
             step.schedule, [t / schedule.last_timestep for t in self.timesteps]
         )
         self.visited: list[Tensor] = []
-        self.last_score = torch.zeros((), device=step.device)
-        """Mean of the last candidates."""
+        self.last_score = torch.zeros((), device=step.device)  # mean of the last candidates
 
     def pairs(self) -> list[StepPairs]:
         """Samples; returns the pairs of each step, without the steps that have none."""

@@ -22,35 +22,34 @@ from train.objective import NoisedImages, guided_prediction, noised_states, with
 from train.randomness import normal
 from train.rollout import rollout
 from train.transfer import to_device
-from train.transitions import coefficients
 
 
 @dataclass(frozen=True, slots=True)
 class Direction:
-    """A step from `start` to `end`, and the weights of both wordings."""
+    """Each sample's step from its start to its end, and the weights of both wordings."""
 
-    start: float
-    end: float
-    positive: float
-    negative: float
+    start_B: Tensor
+    end_B: Tensor
+    positive_B: Tensor
+    negative_B: Tensor
 
 
 def srpo(step: Step) -> Iterator[StepMetrics]:
     """Adds the gradients of both directions."""
     o = step.objective
-    position = float(step.randomness.generator(10).random())
     prompts, z, eps, eps_gen = _images(step)
+    position_B = step.chances(len(prompts), step.randomness.generator(10)).float()
     cond, uncond = cfg_conditions(step.base, step.inputs.encoder, prompts, o.guidance_scale)
     losses, relative = list[Tensor](), list[Tensor]()
     capped = o.reward_cap < float("inf")
-    for direction in directions(step, position):
-        start_B = torch.full((len(prompts),), direction.start)
+    for direction in directions(step, position_B):
         for part, share in step.micro_batches(len(prompts)):
             none = None if uncond is None else take(uncond, part)
-            images = NoisedImages(z[part], eps[part], eps_gen[part], start_B[part], prompts[part])
+            images = NoisedImages(z[part], eps[part], eps_gen[part], direction.start_B[part], prompts[part])
             with step.autocast():
-                z_hat = recovered(step, images, take(cond, part), none, direction.end)
-                reward_B = _relative_reward(step, z_hat, prompts[part], direction)
+                z_hat = recovered(step, images, take(cond, part), none, direction.end_B[part])
+                weights = direction.positive_B[part], direction.negative_B[part]
+                reward_B = _relative_reward(step, z_hat, prompts[part], *weights)
             loss = 0.5 * (F.relu(o.reward_cap - reward_B) if capped else -reward_B).mean()
             step.backward(o.reward_weight * share * loss)
             losses.append(share * loss.detach())
@@ -62,48 +61,52 @@ def srpo(step: Step) -> Iterator[StepMetrics]:
     }
 
 
-def directions(step: Step, position: float) -> tuple[Direction, Direction]:
-    """Returns the step that removes noise and the one that adds it, which meet at a position.
+def directions(step: Step, position_B: Tensor) -> tuple[Direction, Direction]:
+    """Returns the steps that remove noise and those that add it, which meet at each sample's position.
 
-    `position` is a fraction of the range, 1 at its noisier end.
+    A position is a fraction of the range, 1 at its noisier end.
     """
     config, schedule = step.config.srpo, step.base.noise_schedule
     low, high = config.positions
-    at = low + position * (high - low)
-    ends = (min(high, at + config.stride * (high - low)), max(low, at - config.stride * (high - low)))
-    noisier, middle, cleaner = (
-        float(schedule.at_position(torch.tensor(place))) for place in (ends[0], at, ends[1])
+    at_B, length = low + position_B * (high - low), config.stride * (high - low)
+    noisier_B, middle_B, cleaner_B = (
+        schedule.at_position(place_B)
+        for place_B in ((at_B + length).clamp(max=high), at_B, (at_B - length).clamp(min=low))
     )
-    k_down, k_up = (
-        first + position * (last - first)
+    down_B, up_B = (
+        1.0 + first + position_B * (last - first)
         for first, last in (config.discount_denoising, config.discount_inversion)
     )
-    return Direction(noisier, middle, 1.0 + k_down, -1.0), Direction(cleaner, middle, -1.0, 1.0 + k_up)
+    minus_B = -torch.ones_like(position_B)
+    return Direction(noisier_B, middle_B, down_B, minus_B), Direction(cleaner_B, middle_B, minus_B, up_B)
 
 
 def recovered(
-    step: Step, images: NoisedImages, cond: Conditions, uncond: Conditions | None, end: float
+    step: Step, images: NoisedImages, cond: Conditions, uncond: Conditions | None, end_B: Tensor
 ) -> Tensor:
-    """Returns z-hat: the image, noised, moved by the model to the timestep `end`, freed of the noise."""
+    """Returns z-hat: images, noised, moved by the model to the timesteps `end_B`, freed of the noise."""
     schedule = step.base.noise_schedule
     states = noised_states(step.base, step.schedule, images, cond, uncond)
     output = guided_prediction(
         step.adapter, step.base, states, step.objective.guidance_scale, step.objective.conditional_only
     )
     x0, eps_hat = schedule.predictions(states.x, output, states.t_B)
-    moved = schedule.add_noise(x0, eps_hat, torch.full_like(states.t_B, end))
-    alpha, sigma = coefficients(schedule, end)
+    moved = schedule.add_noise(x0, eps_hat, end_B)
+    one, zero = torch.ones_like(moved), torch.zeros_like(moved)
+    alpha, sigma = schedule.add_noise(one, zero, end_B), schedule.add_noise(zero, one, end_B)
     return (moved - sigma * images.eps) / alpha
 
 
-def _relative_reward(step: Step, z: Tensor, prompts: Sequence[str], direction: Direction) -> Tensor:
+def _relative_reward(
+    step: Step, z: Tensor, prompts: Sequence[str], positive_B: Tensor, negative_B: Tensor
+) -> Tensor:
     """Returns the weighted sum of the rewards for both wordings (B,); 0 where an image is not finite."""
     config, number = step.config.srpo, step.number
     images, finite_B = without_nan(step.base.decode(z).float())
     total = torch.zeros_like(finite_B, dtype=torch.float32)
-    for weight, wordings in ((direction.positive, config.positive), (direction.negative, config.negative)):
+    for weight_B, wordings in ((positive_B, config.positive), (negative_B, config.negative)):
         texts = [wordings[number % len(wordings)].format(prompt) for prompt in prompts]
-        total = total + weight * step.inputs.rewards(images, texts)[0]
+        total = total + weight_B * step.inputs.rewards(images, texts)[0]
     return torch.where(finite_B, total, 0.0)
 
 
