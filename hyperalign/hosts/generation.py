@@ -106,7 +106,9 @@ class Generator:
         """Returns new cores (B, M, b, a), without a gradient to the base model."""
         perceived = Perceived(features, pool_text(text_BLC)).detached()
         prepared = self.prepare(text_BLC.device) if self._may_prepare() else None
-        return self._network(perceived) if prepared is None else prepared(perceived)
+        if prepared is not None:
+            return prepared(perceived)
+        return self._network(perceived).to(text_BLC.device)  # a static network may be kept elsewhere
 
     def prepare(self, device: torch.device) -> PreparedHyperNetwork | None:
         """Returns what a declared run generates with on a device; compiled graphs take what is there."""

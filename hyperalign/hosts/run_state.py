@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -121,6 +121,16 @@ class Run:
         """Gives a chunk the cores of some rows of another: a part of its samples goes on alone."""
         if (written := self._written.get(known)) is not None:
             self._written[chunk] = _Written(written.cores_RMDA[list(rows)], written.segment)
+
+    def variations(self, rows: int) -> Run:
+        """Returns a run of so many variations of this one's single sample; it begins with its weights."""
+        written = {
+            replace(chunk, shape=(rows, *chunk.shape[1:])): replace(
+                known, cores_RMDA=known.cores_RMDA[[0] * rows]
+            )
+            for chunk, known in self._written.items()
+        }
+        return Run(self.schedule, _written=written)
 
     def cores(self, chunks: Sequence[Chunk]) -> Tensor:
         """Returns the cores (B, M, b, a) of all rows of a call. All chunks must have been written.

@@ -164,6 +164,7 @@ def _recording(run: TracedRun, network: HyperNetwork, strength: float, samples: 
     count, targets = len(run.times), len(network.targets)
     factors = [torch.ones(targets) if item is None else item.float().cpu() for item in run.strengths]
     predictions = run.predictions
+    are_whole = len(predictions) == count and len({x_BCHW.shape for x_BCHW in predictions}) == 1
     return Recording(
         network=network,
         strength=strength,
@@ -171,7 +172,7 @@ def _recording(run: TracedRun, network: HyperNetwork, strength: float, samples: 
         times=tuple(float(time) for time in run.times),
         factors_EM=torch.stack(factors),
         stretches=tuple(_stretch(run, chunk, count) for chunk in run.written),
-        predictions_EBCHW=torch.stack(predictions).float().cpu() if len(predictions) == count else None,
+        predictions_EBCHW=torch.stack(predictions).float().cpu() if are_whole else None,
         samples_BCHW=samples.detach().cpu() if isinstance(samples, Tensor) else None,
     )
 

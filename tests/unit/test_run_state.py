@@ -136,3 +136,20 @@ def test_a_single_chunk_s_cores_are_not_copied() -> None:
     one, written = run(), cores(1)
     one.write(COND, written, 1.0)
     assert one.cores([COND]) is written
+
+
+def test_variations_of_a_sample_begin_with_its_weights_and_leave_the_run_alone() -> None:
+    one = run("P", (0.5,))
+    (cond,) = one.enter_call([COND], 0.9)
+    one.write(cond, cores(1.0), 0.9)
+    three = Chunk("prompt", 0, (3, *SHAPE[1:]))
+    tried = one.variations(3)
+    tried.begin_evaluation()
+    assert tried.due([three], 0.6) == []
+    assert torch.equal(tried.cores([three]), cores(1.0, rows=3))
+    assert tried.due([three], 0.4) == [0]
+    tried.write(three, cores(2.0, rows=3), 0.4)
+    assert one.due([COND], 0.6) == []
+    assert one.due([COND], 0.4) == [0]
+    assert torch.equal(one.cores([COND]), cores(1.0))
+    assert (one.evaluations, one.generations) == (1, 1)

@@ -95,3 +95,14 @@ def test_a_run_is_known_by_its_latents_in_any_precision():
     assert recorder.select(latents.half()) is first
     assert recorder.select() is second
     assert recorder.select(torch.zeros(1, 4, 3, 3)) is second  # another size: changed since
+
+
+def test_predictions_of_different_shapes_are_not_kept():
+    recorder = Recorder(keeps_predictions=True)
+    for rows in (1, 2):
+        run = recorder.open(Schedule("S"))
+        sampled(run)
+        for count in (1, 1, rows):
+            run.note_prediction(torch.zeros(count, 4, 2, 2))
+        recorder.keep(run, network(), 1.0, None)
+    assert [kept.predictions_EBCHW is None for kept in recorder.recordings] == [False, True]

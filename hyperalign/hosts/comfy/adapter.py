@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.model_sampling
 import torch
 from torch import Tensor, nn
 
@@ -152,8 +154,11 @@ class Adapter:
             if in_forward:
                 # The unadapted first blocks of this very forward are the perception.
                 stack.enter_context(collecting(*self._perception(base, x_BCHW), call.generate, traced=True))
-            positional, named = with_options(args, kwargs, watching(options, adapted.layers.rows))
-            result = executor(*positional, **named)
+            if isinstance(
+                self._spec, UNetSpec
+            ):  # the patches of other families get and return something else
+                args, kwargs = with_options(args, kwargs, watching(options, adapted.layers.rows))
+            result = executor(*args, **kwargs)
         call.store()
         return result
 
@@ -230,14 +235,14 @@ class Adapter:
     def _time(self, model: Any, sigma_B: Tensor) -> Time:
         """Returns the time of a call, which waits for the device once something asks for it."""
         last = self._spec.last_timestep
-        return Time(lambda: float(model.model_sampling.timestep(sigma_B).flatten()[0]) / last)
+        return Time(lambda: float(_time_of(model.model_sampling, sigma_B, last)))
 
     def _new_run(self) -> Run:
         return Run(self._schedule) if self._recorder is None else self._recorder.open(self._schedule)
 
     def _note(self, run: TracedRun, model: Any, sigma_B: Tensor, x0_BCHW: Tensor) -> None:
         """Records an evaluation's time and prediction, without waiting for the device."""
-        run.note_time(model.model_sampling.timestep(sigma_B).flatten()[0] / self._spec.last_timestep)
+        run.note_time(_time_of(model.model_sampling, sigma_B, self._spec.last_timestep))
         if run.keeps_predictions:
             # A sampler may change the prediction in place.
             run.note_prediction(model.process_latent_out(x0_BCHW.detach().clone()))
@@ -259,6 +264,16 @@ class Adapter:
                 "Remove other model patches, or update HyperAlign.",
                 reached, targets,
             )  # fmt: skip
+
+
+def _time_of(sampling: Any, sigma_B: Tensor, last_timestep: float) -> Tensor:
+    """Returns the time of a noise level as a fraction of the run, 1 being pure noise."""
+    if isinstance(
+        sampling, comfy.model_sampling.ModelSamplingContinuousEDM
+    ):  # its timesteps are log(sigma) / 4
+        low, high = (float(end) for end in (sampling.sigma_min, sampling.sigma_max))
+        return (sigma_B.flatten()[0].log() - math.log(low)) / (math.log(high) - math.log(low))
+    return sampling.timestep(sigma_B).flatten()[0] / last_timestep
 
 
 def _compute_dtype(model: Any) -> torch.dtype:

@@ -26,6 +26,8 @@ from .rewards import HostReward, load_models
 
 LOG = logging.getLogger(__name__)
 KEY = "hyperalign_guidance"
+MEMORY = ("dynamic_vbars", "dynamic_pins", "dynamic_patchers", "_v", "_v_block", "_pin_state")
+"""Attributes by which a host of 2026 keeps native memory for a network that it loads piece by piece."""
 Gradient = Literal["prediction", "through model"]
 GRADIENTS: tuple[Gradient, ...] = ("prediction", "through model")
 
@@ -70,6 +72,18 @@ def apply_guidance(
     return clone
 
 
+def _copied(network: nn.Module) -> nn.Module:
+    """Returns a copy without the host's memory: two would free it."""
+    kept = [
+        module.__dict__[name] for module in network.modules() for name in MEMORY if name in module.__dict__
+    ]
+    copied = copy.deepcopy(network, {id(value): value for value in kept})
+    for module in copied.modules():
+        for name in MEMORY:
+            module.__dict__.pop(name, None)
+    return copied
+
+
 class DecoderCopy:
     """A differentiable copy of a VAE's network that decodes at a bounded size."""
 
@@ -79,7 +93,7 @@ class DecoderCopy:
                 "The VAE is for video or audio; expected a VAE for images. Connect the VAE of an image model."
             )
         with torch.inference_mode(False):
-            network: nn.Module = copy.deepcopy(vae.first_stage_model).eval().requires_grad_(False)
+            network = _copied(vae.first_stage_model).eval().requires_grad_(False)
         self.patcher = network_patcher(network)
         self._network: Any = network
         self._dtype: torch.dtype = vae.vae_dtype

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +69,31 @@ class Sampling:
         """How many targets' layers ran, on the copy on which the fewest did."""
         return min((model.layers.targets_reached for model in self._models.values()), default=0)
 
+    @contextlib.contextmanager
+    def trial(self, rows: int) -> Iterator[None]:
+        """Inside, calls evaluate variations of the run's single sample, which leave nothing in the run."""
+        run, self.run = self.run, self.run.variations(rows)
+        try:
+            yield
+        finally:
+            self.run = run
+
     def close(self) -> None:
         """Frees all memory."""
         for model in self._models.values():
             model.layers.reset()
             model.generator.end_run()
         self._models.clear()
+
+
+@contextlib.contextmanager
+def trials(options: Mapping[str, Any], rows: int) -> Iterator[None]:
+    """Inside, the runs in a guider's transformer_options evaluate latents that may be rejected."""
+    with contextlib.ExitStack() as stack:
+        for value in options.values():
+            if isinstance(value, Sampling):
+                stack.enter_context(value.trial(rows))
+        yield
 
 
 class Call:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...errors import HyperAlignError
 from ...search import Plan, epsilon_greedy
+from .run import trials
 
 SAMPLERS = ("euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "ddpm", "lcm")
 """Samplers that add noise once per step and keep no state between steps."""
@@ -140,7 +141,8 @@ class _Step:
         size, scores = self._search.plan.batch, list[float]()
         for at in range(0, len(candidates), size):
             x = self.take(torch.cat(candidates[at : at + size]))
-            x0 = self._model(x, self._sigmas[1].expand(len(x)), **self._extra_args)
+            with trials(self.inner_model.model_options.get("transformer_options", {}), len(x)):
+                x0 = self._model(x, self._sigmas[1].expand(len(x)), **self._extra_args)
             scores += self._search.score(self.inner_model.inner_model.process_latent_out(x0))
             self._load_model()
         return scores

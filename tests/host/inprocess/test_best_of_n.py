@@ -133,6 +133,42 @@ def test_searching_every_step_s_noise_beats_the_sampler_s_own_and_is_reproducibl
     assert torch.allclose(first[1], batched[1], atol=1e-3)
 
 
+@pytest.mark.parametrize("variant", ["S", "P", "I"])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_rejected_candidates_leave_no_weights_and_no_trace(
+    best, pack, tiny, save_hyperalign, tmp_path, monkeypatch, variant, batch_size
+):
+    """Each step has an evaluation of its own and six of candidates, which I serves with the run's weights."""
+    host, tracing, generation = (
+        importlib.import_module(f"{pack.__name__}.hyperalign.hosts.{name}")
+        for name in ("comfy.model", "tracing", "generation")
+    )
+    made, recorder = list[int](), tracing.Recorder(keeps_predictions=True)
+    cores = generation.Generator.cores
+
+    def counted(generator, features, text_BLC):
+        made.append(len(text_BLC))
+        return cores(generator, features, text_BLC)
+
+    monkeypatch.setattr(generation.Generator, "cores", counted)
+    hypernetwork = host.load(save_hyperalign(tmp_path / "made.safetensors", variant=variant))
+    model = host.apply(tiny.model, hypernetwork, recorder=recorder)
+    best(**STEPS | {"steps": 4, "model": model, "count": 1, "batch_size": batch_size})
+    trace = recorder.select().trace()
+    assert len(trace.times) == 4
+    assert list(trace.times) == sorted(trace.times, reverse=True)
+    assert trace.predictions_EBCHW.shape == (4, 1, 4, 16, 16)
+    due = {"S": (0, 1, 2, 3), "P": (0, *first_after(trace.times, (0.8, 0.5))), "I": (0,)}[variant]
+    assert {track.generated_at for track in trace.tracks} == {due}
+    if variant == "I":
+        assert len(made) == 1
+
+
+def first_after(times, keys):
+    """The first evaluation at or below each key time."""
+    return tuple(next(index for index, u in enumerate(times) if u <= key) for key in keys)
+
+
 @pytest.mark.parametrize("sampler", ["dpm_2_ancestral", "dpmpp_2s_ancestral", "ddpm", "lcm"])
 def test_a_search_of_steps_is_the_host_s_sampler_where_all_noise_is_zero(best, tiny, monkeypatch, sampler):
     import comfy.sample

@@ -236,3 +236,26 @@ def test_a_reference_image_does_not_enter_perception(family, make_hyperalign):
     assert torch.isfinite(euler_in_comfyui(apply(theirs, hyperalign), noise, positive, SIGMAS)).all()
     handle.remove()
     assert set(shapes) == {(1, spec.hidden, SIDE // 2, SIDE // 2)}
+
+
+def test_a_transformers_patches_are_left_as_they_are(comfy, family, make_hyperalign):
+    """Hosts of 2026 call an attention's patches with names, and read what they change from a dict."""
+    from hyperalign.hosts.comfy.model import apply
+
+    spec, _, theirs, _, _ = family
+    blocks = theirs.model.diffusion_model.get_submodule("double_blocks" if spec is FLUX else "joint_blocks")
+    seen, forward = [], type(blocks[0]).forward
+
+    def record(block, *args, **kwargs):
+        seen.extend(kwargs["transformer_options"]["patches"]["attn1_patch"])
+        return forward(block, *args, **kwargs)
+
+    def patch(q, k, v, **named):
+        return {"q": q}
+
+    model = apply(theirs, make_hyperalign(spec=spec, perception_blocks=2))
+    model.set_model_attn1_patch(patch)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(blocks[0]), "forward", record)
+        euler_in_comfyui(model, torch.randn(1, 4, SIDE, SIDE), conditioning(spec)[2], SIGMAS)
+    assert set(seen) == {patch}

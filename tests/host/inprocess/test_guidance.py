@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -321,6 +322,37 @@ def test_the_copied_decoder_is_the_vae_s_and_bounded_in_size(comfy, parts):
     small = DecoderCopy(parts.vae, 64)(torch.randn(1, 4, 64, 32))
     assert max(small.shape) == 64
     assert small.shape[2] == 2 * small.shape[3]
+
+
+def test_the_copied_decoder_does_not_share_the_hosts_memory(comfy, parts):
+    """Hosts of 2026 keep native buffers in a network that they load piece by piece, and free them with it."""
+    from hyperalign.hosts.comfy.guidance import DecoderCopy
+
+    freed = list[str]()
+
+    class Buffer:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __del__(self) -> None:
+            freed.append(self.name)
+
+    network = parts.vae.first_stage_model
+    layer = network.decoder.conv_in
+    network.dynamic_vbars, network.dynamic_pins = (
+        {"cuda": Buffer("vbar")},
+        {"cuda": {"buffer": Buffer("pins")}},
+    )
+    layer._v, layer._pin_state = (Buffer("block"), 0, 16), network.dynamic_pins["cuda"]
+    try:
+        copied = DecoderCopy(parts.vae, 512)
+        assert not any("_v" in module.__dict__ for module in copied._network.modules())
+        del copied
+        gc.collect()
+        assert freed == []
+        assert layer._v[0].name == "block" and network.dynamic_vbars["cuda"].name == "vbar"
+    finally:
+        del network.dynamic_vbars, network.dynamic_pins, layer._v, layer._pin_state
 
 
 @pytest.mark.parametrize(

@@ -265,3 +265,21 @@ def test_a_dropped_model_leaves_nothing_behind(tiny, sample, make_hyperalign, ap
     adapter = weakref.ref(next(iter(apply(tiny.model, hyperalign).get_all_wrappers("apply_model"))).__self__)
     assert adapter() is None, "a cycle keeps the adapter, and with it the base model, in memory"
     assert "leak" not in caplog.text
+
+
+def test_the_time_of_a_continuous_noise_range_goes_from_1_to_0(comfy):
+    """Its timesteps are log(sigma) / 4, which key times cannot be compared with."""
+    from comfy.model_sampling import EDM, ModelSamplingContinuousEDM
+
+    from hyperalign.hosts.comfy.adapter import _time_of
+
+    class Continuous(ModelSamplingContinuousEDM, EDM):
+        pass
+
+    sampling = Continuous()
+    ends = [
+        float(_time_of(sampling, sigma[None], 999.0)) for sigma in (sampling.sigma_max, sampling.sigma_min)
+    ]
+    assert ends == pytest.approx([1.0, 0.0], abs=1e-5)
+    middle = sampling.percent_to_sigma(0.25)
+    assert float(_time_of(sampling, torch.tensor([middle]), 999.0)) == pytest.approx(0.75, abs=1e-4)
