@@ -184,7 +184,8 @@ def plot(rows: Sequence[Row]) -> Figure:
         for axes, (varied, fixed) in zip(line, shown, strict=True):
             _panel(axes, rows, metric, varied, fixed)
         line[0].set_ylabel(f"gain in {title} over the base")
-    panels[0][0].legend(fontsize="small")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
     return figure
 
 
@@ -197,7 +198,7 @@ def _panel(axes: Axes, rows: Sequence[Row], metric: str, varied: str, fixed: str
         shown = [row for row in rows if row["method"] == method and row[fixed] == at]
         shown.sort(key=lambda row: row[varied])
         found = [row["metrics"][metric] for row in shown]
-        shift = 0.08 * (place - (len(methods) - 1) / 2)  # so that intervals do not cover each other
+        shift = 0.05 * (place - (len(methods) - 1) / 2)  # so that intervals do not cover each other
         axes.errorbar(
             [values.index(row[varied]) + shift for row in shown], [m["gain"] for m in found],
             yerr=[[m["gain"] - m["low"] for m in found], [m["high"] - m["gain"] for m in found]],

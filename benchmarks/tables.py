@@ -2,7 +2,7 @@
 
     python -m benchmarks.tables --out runs/tables --jobs 2           # the embedded model: hours; resumes
     python -m benchmarks.tables --out T --rows dpo hyperalign-s --seeds 0 --budget 2000
-    python -m benchmarks.tables --out T --base sd15 --budget 0 --prompts data/geneval.jsonl \
+    python -m benchmarks.tables --out T --base sd15 --budget 0 --prompts data/test_geneval.jsonl \
         --launch accelerate launch --config_file train/recipes/accelerate/4_gpus.yaml
 
 Every row is trained by `train/train.py` from each seed for the steps that --budget allows, sampled by

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from .checkpoint import HyperAlign
     from .hosts.diffusers.session import Session
+    from .hosts.merging import Merging
     from .schedule import Variant
 
 __all__ = ["attach"]
@@ -22,6 +23,8 @@ def attach(
     hyperalign: HyperAlign | Path | str,
     strength: float = 1.0,
     variant: Variant | Literal["auto"] = "auto",
+    merging: Merging = "auto",
+    capture: bool = False,
 ) -> Session:
     """Aligns a diffusers pipeline until `detach()`, or inside a `with` block; attaching again replaces.
 
@@ -30,6 +33,9 @@ def attach(
         hyperalign: a hypernetwork's file, or what `hyperalign.checkpoint.load` returned.
         strength: 0 is the base model bit for bit, 1 as trained.
         variant: when weights are generated: S at every evaluation, P at key times, I once; `auto` as trained.
+        merging: `merged` gives each sample its own copy of the adapted layers' weights, `additive` adds the
+            change to the layers' outputs, `auto` takes what is faster and fits.
+        capture: replay the generations of variant S as a CUDA graph, where that is possible.
 
     Returns:
         The session: `detach()`, and `evaluations` and `generations` of the last run.
@@ -39,4 +45,4 @@ def attach(
     """
     from .hosts.diffusers.session import attach as attach_to  # ComfyUI imports this package without diffusers
 
-    return attach_to(pipe, hyperalign, strength, variant)
+    return attach_to(pipe, hyperalign, strength, variant, merging, capture)

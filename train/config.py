@@ -66,7 +66,7 @@ class ModelConfig:
     channels_last: bool = False
     """Lay out the images of U-Net and decoder with their channels last, as a GPU's convolutions like them."""
     compile: bool = False
-    """Compile the blocks of backbone and rewards with torch.compile; the first step then takes minutes."""
+    """Compile the blocks of backbone and rewards with torch.compile; the first step takes about a minute."""
 
     @property
     def recomputes_backbone(self) -> bool:
