@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
 import hyperalign
 from hyperalign.checkpoint import save
 from hyperalign.errors import HyperAlignError
+from hyperalign.hosts.diffusers import session
 from hyperalign.hosts.diffusers.session import denoiser_of
 from hyperalign.schedule import Schedule
 
@@ -259,3 +261,13 @@ def test_compiled_parts_see_the_weights(
     with hyperalign.attach(sd15_pipe, made):
         torch.testing.assert_close(draw(sd15_pipe), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(draw(sd15_pipe), base, atol=1e-4, rtol=1e-4)
+
+
+def test_the_package_s_attach_takes_what_the_session_s_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    public, own = (signature(each).parameters for each in (hyperalign.attach, session.attach))
+    assert list(public)[1:] == list(own)[1:]
+    assert [each.default for each in public.values()] == [each.default for each in own.values()]
+    given = list[object]()
+    monkeypatch.setattr(session, "attach", lambda *arguments: given.append(arguments))
+    hyperalign.attach("pipe", "file", 0.5, "P", merging="merged", capture=True)
+    assert given == [("pipe", "file", 0.5, "P", "merged", True)]
