@@ -8,10 +8,11 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..hyperalign.hosts.comfy.model import apply
+from ..hyperalign.hosts.comfy.sampling import sampled
 from ..hyperalign.hosts.comfy.search import CANCELLED, Sampling, search
 from ..hyperalign.search import MODES, Plan
 from .aliases import aliases
-from .choices import choice_problem
+from .choices import check_choices, choice_problem
 from .sampler import sampling_widgets
 from .sockets import (
     HyperAlignType,
@@ -43,10 +44,10 @@ class HyperAlignBestOfN(io.ComfyNode):
     @classmethod
     def validate_inputs(
         cls,
-        variant: str = "auto",
-        sampler_name: str = "euler",
-        scheduler: str = "normal",
-        mode: str = MODES[0],
+        variant: str | None = None,
+        sampler_name: str | None = None,
+        scheduler: str | None = None,
+        mode: str | None = None,
     ) -> bool | str:
         """Rejects unknown choices before anything runs; the host itself checks numbers."""
         chosen = {"variant": variant, "sampler_name": sampler_name, "scheduler": scheduler, "mode": mode}
@@ -66,6 +67,7 @@ class HyperAlignBestOfN(io.ComfyNode):
         strength: float = 1.0, iterations: int = 4, **sampling: Any,
     ) -> io.NodeOutput:  # fmt: skip
         """Returns the best latents and images with their scores and seeds."""
+        check_choices(cls, mode=mode, variant=variant, **sampling)
         stop_at = threshold if early_stop else math.inf
         plan = Plan(count, seed, mode, batch_size, keep, stop_at, round_size, radius, epsilon, iterations)
         if hypernetwork is not None:
@@ -73,8 +75,8 @@ class HyperAlignBestOfN(io.ComfyNode):
         settings = Sampling(model, latent=latent_image, **sampling)
         found = search(settings, plan, reward, vae, prompt)
         table = found.table(reward.name, count)
-        latent = {key: value for key, value in latent_image.items() if key != "batch_index"}
-        latent["samples"] = found.latents
+        latent = sampled(latent_image, found.latents)
+        latent.pop("batch_index", None)
         return io.NodeOutput(
             latent, found.images_BHWC, found.scores, found.seeds, table, ui=ui.PreviewText(table)
         )

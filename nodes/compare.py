@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from ..hyperalign.hosts.comfy.batches import joined, paired
 from ..hyperalign.prompts import LINES, on_one_line, prompts_for_batches
 from .aliases import aliases
-from .choices import choice_problem
+from .choices import check_choices, choice_problem
 from .drawing import grid, with_badges
 from .sockets import RewardType, lines_input, only, prompt_input
 
@@ -60,7 +60,7 @@ class HyperAlignCompare(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lines: Any = LINES[0]) -> bool | str:
+    def validate_inputs(cls, lines: Any = None) -> bool | str:
         """Rejects an unknown choice before anything runs; inputs are lists here."""
         return choice_problem(cls, lines=lines) or True
 
@@ -73,6 +73,7 @@ class HyperAlignCompare(io.ComfyNode):
         reward, upper, lower, lines = only(
             reward=reward, base_label=base_label, aligned_label=aligned_label, lines=lines
         )
+        check_choices(cls, lines=lines)
         counts = [len(batch) for batch in _batches(base)]
         base, aligned = joined("base", _batches(base)), joined("aligned", _batches(aligned))
         pairs = paired(base, aligned)

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..hyperalign.hosts.comfy.guidance import GRADIENTS, apply_guidance
 from ..hyperalign.prompts import LINES
 from .aliases import aliases
-from .choices import choice_problem
+from .choices import check_choices, choice_problem
 from .sockets import RewardType, lines_input
 
 
@@ -35,7 +35,7 @@ class HyperAlignGuidance(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, gradient: str = "prediction", lines: str = LINES[0]) -> bool | str:
+    def validate_inputs(cls, gradient: str | None = None, lines: str | None = None) -> bool | str:
         """Rejects unknown choices before anything runs."""
         return choice_problem(cls, gradient=gradient, lines=lines) or True
 
@@ -46,6 +46,7 @@ class HyperAlignGuidance(io.ComfyNode):
         lines: Any = LINES[0],
     ) -> io.NodeOutput:  # fmt: skip
         """Returns the patched clone."""
+        check_choices(cls, gradient=gradient, lines=lines)
         window = (start_percent, end_percent)
         guided = apply_guidance(
             model, vae, reward, prompt, strength, window, decode_size, gradient, lines=lines

@@ -11,7 +11,7 @@ from ..hyperalign.hosts.comfy import files
 from ..hyperalign.hosts.comfy.model import apply, load
 from ..hyperalign.hosts.comfy.trace import recorder_for, wanted
 from .aliases import aliases
-from .choices import choice_problem
+from .choices import check_choices, choice_problem
 from .sockets import (
     HyperAlignType,
     merging_input,
@@ -57,25 +57,27 @@ class HyperAlignLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, hypernetwork: str = "") -> bool | str:
-        """Checks the file's header before anything runs; the host passes no value for a linked input."""
+    def validate_inputs(cls, hypernetwork: str | None = None) -> bool | str:
+        """Checks the file's header before anything runs; the host passes None for a linked input."""
         try:
-            if hypernetwork != "":
+            if hypernetwork is not None:
                 files.check_file(str(hypernetwork))
         except HyperAlignError as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, hypernetwork: str) -> tuple[float, int]:
-        """Makes the host load the file again after it was replaced."""
+    def fingerprint_inputs(cls, hypernetwork: str | None) -> tuple[float, int]:
+        """Makes the host load the file again after it was replaced; the name of a linked input is not known."""
+        if hypernetwork is None:
+            return 0.0, 0
         status = files.file_path(hypernetwork).stat()
         return status.st_mtime, status.st_size
 
     @classmethod
     def execute(cls, hypernetwork: str) -> io.NodeOutput:
         """Returns the hypernetwork and its description."""
-        loaded = load(files.file_path(hypernetwork))
+        loaded = load(files.file_path(str(hypernetwork)))
         info = files.describe(loaded.header)
         return io.NodeOutput(loaded, info, ui=ui.PreviewText(info))
 
@@ -131,7 +133,7 @@ class HyperAlignApply(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, variant: str = "auto", merging: str = "auto") -> bool | str:
+    def validate_inputs(cls, variant: str | None = None, merging: str | None = None) -> bool | str:
         """Rejects unknown choices before anything runs; the host itself checks numbers."""
         return choice_problem(cls, variant=variant, merging=merging) or True
 
@@ -153,6 +155,7 @@ class HyperAlignApply(io.ComfyNode):
         merging: Any = "auto",
     ) -> io.NodeOutput:
         """Returns the patched clone, and the recorder of its runs or None if trace is not connected."""
+        check_choices(cls, variant=variant, merging=merging)
         recorder = recorder_for(TRACE_OUTPUT)
         window = (start_percent, end_percent)
         aligned = apply(model, hypernetwork, strength, *window, variant, strength_curve, recorder, merging)

@@ -13,7 +13,7 @@ from ..hyperalign.hosts.comfy.rewards import chained, score_table
 from ..hyperalign.prompts import LINES, prompts_for_batches
 from ..hyperalign.rewards.loading import NAMES
 from .aliases import aliases
-from .choices import choice_problem
+from .choices import check_choices, choice_problem
 from .drawing import with_badges
 from .score_files import save_scored
 from .sockets import RewardType, lines_input, only, prompt_input
@@ -44,16 +44,24 @@ class HyperAlignRewardLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, reward: str = NAMES[0], download: bool = False, combination: str = "sum"
+        cls, reward: str | None = None, download: bool | None = False, combination: str | None = None
     ) -> bool | str:
-        """Names missing weights before anything runs; the host passes no value for a linked input."""
+        """Names missing weights before anything runs; the host passes None for a linked input."""
         unknown = choice_problem(cls, reward=reward, combination=combination)
-        return unknown or (None if download else reward_files.problem(reward)) or True
+        missing = reward_files.problem(reward) if reward is not None and download is False else None
+        return unknown or missing or True
 
     @classmethod
-    def fingerprint_inputs(cls, combination: str | None = "sum", **_: Any) -> float:
-        """Makes the host rebuild z-scores after a new calibration; the value of a linked input is None."""
-        return reward_files.calibrated_at() if combination in ("z-score", None) else 0.0
+    def fingerprint_inputs(
+        cls, reward: str | None = None, combination: str | None = "sum", **_: Any
+    ) -> tuple[float, list[tuple[int, int]]]:
+        """Makes the host load replaced files, and rebuild z-scores after a new calibration.
+
+        The value of a linked input is None: it may be any reward, and z-score.
+        """
+        names = NAMES if reward is None else (reward,)
+        states = [state for name in names for state in reward_files.file_states(name)]
+        return reward_files.calibrated_at() if combination in ("z-score", None) else 0.0, states
 
     @classmethod
     def execute(
@@ -65,6 +73,7 @@ class HyperAlignRewardLoader(io.ComfyNode):
         chain: Any = None,
     ) -> io.NodeOutput:
         """Returns the reward under the host's memory management."""
+        check_choices(cls, reward=reward, combination=combination)
         own = reward_files.load(reward, fetch=download)
         calibrations = reward_files.calibrations() if chain is not None and combination == "z-score" else {}
         return io.NodeOutput(chained(chain, own, weight, combination, calibrations))
@@ -106,7 +115,7 @@ class HyperAlignRewardScore(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, sidecar: Any = "CSV", lines: Any = LINES[0]) -> bool | str:
+    def validate_inputs(cls, sidecar: Any = None, lines: Any = None) -> bool | str:
         """Rejects unknown choices before anything runs; inputs are lists here."""
         return choice_problem(cls, sidecar=sidecar, lines=lines) or True
 
@@ -120,6 +129,7 @@ class HyperAlignRewardScore(io.ComfyNode):
             reward=reward, save=save, filename_prefix=filename_prefix, sidecar=sidecar, calibrate=calibrate,
             lines=lines,
         )  # fmt: skip
+        check_choices(cls, sidecar=sidecar, lines=lines)
         batches = images if isinstance(images, list) else [images]
         prompts = prompts_for_batches(prompt, [len(batch) for batch in batches], lines)
         scored = reward.score_batch(batches, prompts)

@@ -10,7 +10,7 @@ from ..hyperalign.hosts.comfy.model import apply
 from ..hyperalign.hosts.comfy.sampling import SAMPLERS, SCHEDULERS, check_steps, ksample
 from ..hyperalign.hosts.comfy.trace import recorder_for, wanted
 from .aliases import aliases
-from .choices import choice_problem
+from .choices import check_choices, choice_problem
 from .sockets import (
     HyperAlignType,
     conditioning_inputs,
@@ -55,7 +55,7 @@ class HyperAlignSampler(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, variant: str = "auto", sampler_name: str = "euler", scheduler: str = "normal"
+        cls, variant: str | None = None, sampler_name: str | None = None, scheduler: str | None = None
     ) -> bool | str:
         """Rejects unknown choices before anything runs; the host itself checks numbers."""
         chosen = {"variant": variant, "sampler_name": sampler_name, "scheduler": scheduler}
@@ -78,6 +78,7 @@ class HyperAlignSampler(io.ComfyNode):
         **sampling: Any,
     ) -> io.NodeOutput:
         """Returns the sampled latents, and the recorder of the run or None if trace is not connected."""
+        check_choices(cls, variant=variant, **sampling)
         check_steps(sampling["steps"])
         recorder = recorder_for(TRACE_OUTPUT)
         aligned = apply(

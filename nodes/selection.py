@@ -11,7 +11,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..hyperalign.hosts.comfy import batches
 from ..hyperalign.selection import select
 from .aliases import aliases
-from .choices import choice_problem
+from .choices import check_choices, choice_problem
 from .sockets import threshold_input
 
 
@@ -34,7 +34,7 @@ class HyperAlignSelect(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, mode: Any = "top-k") -> bool | str:
+    def validate_inputs(cls, mode: Any = None) -> bool | str:
         """Rejects an unknown mode before anything runs; inputs are lists here."""
         return choice_problem(cls, mode=mode) or True
 
@@ -51,6 +51,7 @@ class HyperAlignSelect(io.ComfyNode):
         seeds: list[int] | None = None,
     ) -> io.NodeOutput:
         """Returns the selected images, then the rejected images."""
+        check_choices(cls, mode=mode)
         images = batches.joined("images", images)
         latent = batches.joined_latents(latents) if latents else None
         mask = batches.joined("masks", masks) if masks else None

@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 from ..hyperalign.errors import HyperAlignError
 from ..hyperalign.strength import EASES, StrengthCurve, parse_values
 from .aliases import aliases
-from .choices import choice_problem
+from .choices import check_choices, choice_problem
 from .sockets import HyperAlignStrengthType
 from .strength_plot import strength_plot
 
@@ -46,20 +46,24 @@ class HyperAlignStrength(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, mode: Sequence[str] = ("ease",), ease: Sequence[str] = ("linear",), values: Sequence[str] = ("",)
+        cls,
+        mode: Sequence[str | None] = (None,),
+        ease: Sequence[str | None] = (None,),
+        values: Sequence[str | None] = (None,),
     ) -> bool | str:
-        """Rejects unknown choices and an invalid list before anything runs."""
+        """Rejects unknown choices and an invalid list before anything runs; a linked input is (None,)."""
         try:
             # The widget may be empty when floats are connected.
-            if mode[0] == "list" and values[0].strip():
+            if mode[0] == "list" and values[0] is not None and values[0].strip():
                 StrengthCurve(parse_values(values[0]))
         except HyperAlignError as error:
             return str(error)
-        return choice_problem(cls, mode=list(mode), ease=list(ease)) or True
+        return choice_problem(cls, mode=mode, ease=ease) or True
 
     @classmethod
     def execute(cls, floats: Any = None, **widgets: list[Any]) -> io.NodeOutput:
         """Returns the curve, and shows its plot in the node."""
+        check_choices(cls, **widgets)
         first = {name: values[0] for name, values in widgets.items()}
         groups = first["early_blocks"], first["middle_blocks"], first["late_blocks"]
         values, ease = _values(first, floats)

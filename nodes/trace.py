@@ -14,7 +14,7 @@ from ..hyperalign.trace import as_json
 from ..hyperalign.trace_energy import image_shares
 from ..hyperalign.trace_pca import spread_of
 from .aliases import aliases
-from .choices import choice_problem
+from .choices import check_choices, choice_problem
 from .sockets import HyperAlignTraceType, RewardType, lines_input
 from .trace_pca_plot import trace_pca_plot
 from .trace_plot import trace_plot
@@ -47,7 +47,7 @@ class HyperAlignTrace(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lines: str = LINES[0]) -> bool | str:
+    def validate_inputs(cls, lines: str | None = None) -> bool | str:
         """Rejects an unknown choice before anything runs."""
         return choice_problem(cls, lines=lines) or True
 
@@ -57,6 +57,7 @@ class HyperAlignTrace(io.ComfyNode):
         lines: Any = LINES[0],
     ) -> io.NodeOutput:  # fmt: skip
         """Returns the plot and its numbers, and shows the plot."""
+        check_choices(cls, lines=lines)
         run = select(trace, latent).trace()
         rewards = None if reward is None else score_predictions(run, vae, reward, prompt, lines)
         shares = image_shares([run])

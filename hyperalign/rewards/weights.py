@@ -76,13 +76,18 @@ def load_state(
     return {key: value.to(device, dtype_of(key, dtype)) for key, value in state.items()}
 
 
-def find(file: WeightFile, folder: Path) -> Path:
-    """Returns the converted file, or else the published one. Raises HyperAlignError with its source."""
+def present(file: WeightFile, folder: Path) -> Path | None:
+    """Returns the converted file, or else the published one; None if there is neither."""
     published = folder / file.path
-    converted = published.with_suffix(SUFFIX)
-    for path in (converted, published):
-        if path.is_file():
-            return path
+    return next((path for path in (published.with_suffix(SUFFIX), published) if path.is_file()), None)
+
+
+def find(file: WeightFile, folder: Path) -> Path:
+    """Returns the file as `present` does. Raises HyperAlignError with its source if there is none."""
+    path = present(file, folder)
+    if path is not None:
+        return path
+    published = folder / file.path
     raise HyperAlignError(
         f"There is no {published.name} ({size_text(file)}) in {published.parent}; get it from "
         f"{page(file.url)} and put it there."

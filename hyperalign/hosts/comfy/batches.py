@@ -39,8 +39,9 @@ def joined_latents(latents: Sequence[Latent]) -> Latent:
         return latents[0]
     joint: Latent = dict(latents[0]) | {"samples": joined("latents", [part["samples"] for part in latents])}
     joint.pop("batch_index", None)
-    if all("noise_mask" in part for part in latents):
-        joint["noise_mask"] = joined("noise masks", [part["noise_mask"] for part in latents])
+    if all(part.get("noise_mask") is not None for part in latents):
+        masks = [_one_per_sample(part["noise_mask"], len(part["samples"])) for part in latents]
+        joint["noise_mask"] = joined("noise masks", masks)
     else:
         joint.pop("noise_mask", None)
     return joint
@@ -64,8 +65,7 @@ def pick(name: str, batch: Tensor, indices: Sequence[int], count: int) -> Tensor
 
 def pick_masks(masks: Tensor, indices: Sequence[int], count: int) -> Tensor:
     """Returns some of `count` masks; a single mask applies to all samples. Raises as `pick`."""
-    every = masks.expand(count, *masks.shape[1:]) if len(masks) == 1 else masks
-    return pick("masks", every, indices, count)
+    return pick("masks", _one_per_sample(masks, count), indices, count)
 
 
 def pick_seeds(seeds: Sequence[int], indices: Sequence[int], count: int) -> list[int]:
@@ -73,6 +73,11 @@ def pick_seeds(seeds: Sequence[int], indices: Sequence[int], count: int) -> list
     every = list(seeds) * count if len(seeds) == 1 else list(seeds)
     _check_count("seeds", len(every), count)
     return [every[index] for index in indices]
+
+
+def _one_per_sample(masks: Tensor, count: int) -> Tensor:
+    """Returns `count` masks if there is a single one, which serves its whole batch in the host."""
+    return masks.expand(count, *masks.shape[1:]) if len(masks) == 1 else masks
 
 
 def _check_count(name: str, found: int, count: int) -> None:

@@ -19,6 +19,7 @@ from ...errors import HyperAlignError
 from ...export import Origin, check_time, lora_tensors, save_lora
 from ...families.dit import TransformerSpec
 from .model import HostHyperAlign, apply, check_strength, spec_of
+from .sampling import start_of
 
 DEFAULT_PREFIX = "loras/hyperalign"
 """The host offers output/loras in Load LoRA as well as models/loras."""
@@ -62,10 +63,11 @@ def export_lora(
             f"The CONDITIONING holds {len(positive)} prompts; expected 1, because each prompt has its own "
             "weights. Export one prompt at a time."
         )
+    clean_BCHW = start_of(patcher, {**latent, "samples": latent["samples"][:1]})
     folder, name, number, *_ = folder_paths.get_save_image_path(
         filename_prefix, folder_paths.get_output_directory()
     )
-    factors = factors_at(patcher, loaded, positive, latent["samples"][:1], seed, time)
+    factors = factors_at(patcher, loaded, positive, clean_BCHW, seed, time)
     names = spec_of(patcher.model).lora_names
     tensors = lora_tensors(loaded.hyperalign.network, names, factors, strength, dtype)
     header = loaded.header
@@ -78,7 +80,7 @@ def factors_at(
     patcher: ModelPatcher,
     loaded: HostHyperAlign,
     positive: Any,
-    samples_BCHW: Tensor,
+    clean_BCHW: Tensor,
     seed: int,
     time: float,
 ) -> tuple[Tensor, Tensor]:
@@ -96,15 +98,15 @@ def factors_at(
     is_flow = isinstance(spec, TransformerSpec)
     t = torch.tensor(float(round(time * spec.last_timestep)))
     sigmas = torch.tensor([time if is_flow else float(sampling.sigma(t)), 0.0])
-    clean = comfy.sample.fix_empty_latent_channels(aligned, samples_BCHW)
-    noise = comfy.sample.prepare_noise(clean, seed)
+    noise = comfy.sample.prepare_noise(clean_BCHW, seed)
     guider = comfy.samplers.CFGGuider(aligned)
     guider.inner_set_conds({"positive": positive})
     network = loaded.hyperalign.network
     seen: list[tuple[Tensor, Tensor]] = []
     handle = network.register_forward_pre_hook(lambda _, inputs: seen.append(network.factors(inputs[0])))
     try:
-        start = torch.zeros_like(clean) if time == 1.0 else clean  # else the host keeps a remainder of it
+        # At time 1 from zeros, else the host keeps a remainder of the image.
+        start = torch.zeros_like(clean_BCHW) if time == 1.0 else clean_BCHW
         euler = comfy.samplers.sampler_object("euler")
         guider.sample(noise, start, euler, sigmas, disable_pbar=True, seed=seed)
     finally:

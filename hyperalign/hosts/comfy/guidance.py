@@ -59,7 +59,7 @@ def apply_guidance(
     Raises:
         HyperAlignError: a value out of range, combination rank, or a VAE that is not for images.
     """
-    _check(strength, window, reward)
+    _check(strength, window, decode_size, reward)
     clone = patcher.clone()
     for wrapper in (WrappersMP.OUTER_SAMPLE, WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE):
         clone.remove_wrappers_with_key(wrapper, KEY)
@@ -237,7 +237,7 @@ def _explained() -> Iterator[None]:
         ) from error
 
 
-def _check(strength: float, window: tuple[float, float], reward: HostReward) -> None:
+def _check(strength: float, window: tuple[float, float], decode_size: int, reward: HostReward) -> None:
     if not math.isfinite(strength):
         raise HyperAlignError(
             f"strength is {strength}; expected a number, 0 for off. Typical values are 0.05 to 0.3."
@@ -247,6 +247,8 @@ def _check(strength: float, window: tuple[float, float], reward: HostReward) -> 
             f"start_percent is {window[0]} and end_percent is {window[1]}; expected "
             "0 <= start_percent < end_percent <= 1. Use 0.1 and 0.7."
         )
+    if decode_size < 1:
+        raise HyperAlignError(f"decode_size is {decode_size}; expected at least 1. 512 is usual.")
     if reward.combination == "rank":
         raise HyperAlignError(
             "The rewards have combination rank; expected sum or z-score. Ranks have no gradient: choose "

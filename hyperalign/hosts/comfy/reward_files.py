@@ -19,14 +19,14 @@ from ...errors import HyperAlignError
 from ...rewards import download, loading
 from ...rewards.ensemble import Calibration, calibrate, load_calibrations, save_calibrations
 from ...rewards.loading import PUBLISHED
-from ...rewards.weights import find
+from ...rewards.weights import present
 from .rewards import BatchScores, HostReward, hosted
 
 LOG = logging.getLogger(__name__)
 FOLDER = "hyperalign_rewards"
 CALIBRATIONS = "calibrations.json"
 
-_LOADED: dict[str, tuple[list[tuple[Path, int, int]], HostReward]] = {}
+_LOADED: dict[str, tuple[list[tuple[int, int]], HostReward]] = {}
 """The loaded reward of each name with its file states, because a node runs again when its weight widget
 changes. A reward that the host unloads, to free memory, is removed."""
 
@@ -52,16 +52,18 @@ def load(name: str, *, fetch: bool = False) -> HostReward:
     Raises:
         HyperAlignError: a file is missing, damaged or contains code; or there is no network.
     """
-    if fetch and name in PUBLISHED and problem(name) is not None:
+    if (missing := problem(name)) is not None:
+        if not fetch:
+            raise HyperAlignError(missing)
         download.download(name, _folder(name), _progress())
-    if name in _LOADED and _LOADED[name][0] == _file_states(name):
+    if name in _LOADED and _LOADED[name][0] == file_states(name):
         return _LOADED[name][1]
     half = comfy.model_management.should_use_fp16(comfy.model_management.get_torch_device())
     dtype = torch.float16 if half else torch.float32
     reward = loading.load(name, _folder(name), dtype=dtype, tokenizer_folder=_host_vocabulary())
     found = hosted(reward)
     found.patchers[0].add_callback(CallbacksMP.ON_DETACH, partial(_forget, name))
-    _LOADED[name] = _file_states(name), found  # only now, because loading converts a published .pt
+    _LOADED[name] = file_states(name), found  # only now, because loading converts a published .pt
     return found
 
 
@@ -74,6 +76,13 @@ def problem(name: str) -> str | None:
     except HyperAlignError as error:
         return f"{error} Or turn on download in Reward Model Loader."
     return None
+
+
+def file_states(name: str) -> list[tuple[int, int]]:
+    """Returns modification time in nanoseconds and size in bytes of a reward's files that exist."""
+    files, folder = PUBLISHED[name].files if name in PUBLISHED else (), _folder(name)
+    found = [path.stat() for file in files if (path := present(file, folder)) is not None]
+    return [(status.st_mtime_ns, status.st_size) for status in found]
 
 
 def calibrations() -> dict[str, Calibration]:
@@ -118,14 +127,6 @@ def _forget(name: str, patcher: ModelPatcher, *_: object) -> None:
             record.hyperalign_reward = entry
 
 
-def _file_states(name: str) -> list[tuple[Path, int, int]]:
-    """Returns path, modification time and size of a reward's files. Raises HyperAlignError without one."""
-    if name not in PUBLISHED:
-        return []
-    paths = [find(file, _folder(name)) for file in PUBLISHED[name].files]
-    return [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
-
-
 def _own_folder() -> Path:
     return Path(folder_paths.get_folder_paths(FOLDER)[0])
 
@@ -134,8 +135,7 @@ def _folder(name: str) -> Path:
     """Returns the first folder that has all files of a reward, else the first folder."""
     files = PUBLISHED[name].files if name in PUBLISHED else ()
     for folder in map(Path, folder_paths.get_folder_paths(FOLDER)):
-        published = [folder / file.path for file in files]
-        if all(path.is_file() or path.with_suffix(".safetensors").is_file() for path in published):
+        if all(present(file, folder) for file in files):
             return folder
     return _own_folder()
 

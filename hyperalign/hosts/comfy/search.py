@@ -27,7 +27,7 @@ from ...finite import all_finite
 from ...search import Candidate, Plan, Search
 from . import trajectory
 from .rewards import HostReward, NotFinite
-from .sampling import check_steps
+from .sampling import check_steps, start_of
 
 CANCELLED: Counter[int] = Counter()
 """Number of cancelled searches by seed. It is part of the host's cache key: otherwise the host would return
@@ -75,7 +75,7 @@ class Sampling:
 
     def start(self) -> Tensor:
         """Returns the latent (1, ...) to start from. Raises HyperAlignError if it is not of one image."""
-        start = comfy.sample.fix_empty_latent_channels(self.model, self.latent["samples"])
+        start = start_of(self.model, self.latent)
         if len(start) != 1:
             raise HyperAlignError(
                 f"Found {len(start)} latents to start from; expected 1, because the node creates its own "

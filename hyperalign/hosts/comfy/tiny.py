@@ -90,7 +90,12 @@ def load_tiny() -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
 
 
 def empty_latents(batch: int) -> Tensor:
-    """Returns zeros (B, 4, 16, 16) on the device where the host keeps latents."""
+    """Returns zeros (B, 4, 16, 16) on the device where the host keeps latents.
+
+    Raises HyperAlignError unless `batch` is at least 1.
+    """
+    if batch < 1:
+        raise HyperAlignError(f"batch_size is {batch}; expected at least 1. Use 1 for one image.")
     size = (batch, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
     return torch.zeros(size, device=comfy.model_management.intermediate_device())
 

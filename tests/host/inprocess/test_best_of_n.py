@@ -104,6 +104,11 @@ def test_the_best_seed_wins_and_ksampler_draws_the_same(best, ksampler, tiny, re
     assert (alone[2], alone[3]) == (scores[:1], seeds[:1])
 
 
+def test_the_result_is_no_empty_latent_of_another_model_s_size(best):
+    empty = {"samples": torch.zeros(1, 4, 16, 16), "downscale_ratio_spacial": 4, "type": "image"}
+    assert best(count=1, latent_image=empty)[0].keys() == {"samples", "type"}
+
+
 def test_batches_draw_the_same_images(best):
     single, batched = best(keep=5), best(keep=5, batch_size=2)
     assert single[3] == batched[3]

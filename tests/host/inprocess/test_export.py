@@ -28,7 +28,8 @@ def export(tiny, tmp_path, monkeypatch):
         settings = {"seed": 5, "time": 1.0, "strength": 1.0, "filename_prefix": "loras/mine"} | options
         positive = tiny.condition(prompt) if isinstance(prompt, str) else prompt
         with torch.inference_mode():
-            return export_lora(tiny.model, loaded, positive, {"samples": latent}, **settings)
+            latent = latent if isinstance(latent, dict) else {"samples": latent}
+            return export_lora(tiny.model, loaded, positive, latent, **settings)
 
     return write
 
@@ -65,6 +66,19 @@ def test_a_run_with_the_lora_is_a_run_of_variant_i(tiny, sample, make_hyperalign
     assert effect > 1e-2
     assert (lora - live).abs().max() < 5e-3 * effect  # float16
     assert torch.equal(sample(tiny.model, PROMPT, cfg=1.0, noise=noise), base)
+
+
+def test_an_empty_latent_gets_the_size_that_ksampler_gives_it(tiny, make_hyperalign, export):
+    from safetensors.torch import load_file
+
+    from nodes import common_ksampler
+
+    loaded, empty = make_hyperalign(), {"samples": torch.zeros(1, 4, 8, 8), "downscale_ratio_spacial": 8}
+    words = tiny.condition(PROMPT)
+    with torch.inference_mode():
+        sampled = common_ksampler(tiny.model, 5, 1, 1.0, "euler", "normal", words, words, empty)[0]["samples"]
+    found, expected = (load_file(export(loaded, latent)) for latent in (empty, torch.zeros_like(sampled)))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("time", [1.0, 0.999, 0.5, 0.0])

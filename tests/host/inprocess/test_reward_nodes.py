@@ -122,9 +122,9 @@ def test_z_scores_need_the_calibration_that_reward_score_keeps(nodes):
         lambda: loaded(nodes, VALIDATION, 1.0, "z-score", chain=loaded(nodes))
     )
     both = loaded(nodes, VALIDATION, chain=loaded(nodes))
-    assert nodes.HyperAlignRewardLoader.fingerprint_inputs(combination="z-score") == 0.0
+    assert nodes.HyperAlignRewardLoader.fingerprint_inputs(combination="z-score")[0] == 0.0
     nodes.HyperAlignRewardScore.execute(both, images(5), PROMPT, calibrate=True)
-    assert nodes.HyperAlignRewardLoader.fingerprint_inputs(combination="z-score") > 0.0
+    assert nodes.HyperAlignRewardLoader.fingerprint_inputs(combination="z-score")[0] > 0.0
     chain = loaded(nodes, VALIDATION, 1.0, "z-score", chain=loaded(nodes))
     assert sum(chain.score(images(5), [PROMPT] * 5)) == pytest.approx(0.0, abs=1e-4)
 
@@ -152,8 +152,9 @@ def test_calibrating_one_reward_keeps_the_others(nodes, folders):
 
 def test_a_linked_combination_may_be_z_score(nodes):
     nodes.HyperAlignRewardScore.execute(loaded(nodes), images(5), PROMPT, calibrate=True)
-    assert nodes.HyperAlignRewardLoader.fingerprint_inputs(combination=None) > 0.0  # the host knows no value
-    assert nodes.HyperAlignRewardLoader.fingerprint_inputs(combination="rank") == 0.0
+    # The host knows no value.
+    assert nodes.HyperAlignRewardLoader.fingerprint_inputs(combination=None)[0] > 0.0
+    assert nodes.HyperAlignRewardLoader.fingerprint_inputs(combination="rank")[0] == 0.0
 
 
 def test_one_reward_twice_is_refused(nodes):
@@ -221,6 +222,7 @@ def test_a_changed_file_is_read_again(nodes, pack, folders, monkeypatch):
 
     published = loading.PublishedReward((file,), lambda: torch.nn.Linear(2, 1), torch.Tensor, reward)
     monkeypatch.setitem(loading.PUBLISHED, "small", published)
+    monkeypatch.setattr(nodes, "NAMES", ("small",))
     path = folders / "models" / "hyperalign_rewards" / file.path
     path.parent.mkdir(parents=True)
     biases = []

@@ -283,3 +283,35 @@ def test_the_time_of_a_continuous_noise_range_goes_from_1_to_0(comfy):
     assert ends == pytest.approx([1.0, 0.0], abs=1e-5)
     middle = sampling.percent_to_sigma(0.25)
     assert float(_time_of(sampling, torch.tensor([middle]), 999.0)) == pytest.approx(0.75, abs=1e-4)
+
+
+def test_an_empty_latent_gets_the_size_that_ksampler_gives_it(tiny):
+    """Newer hosts resize it: Empty Latent Image has 8 pixels per latent, this model 4."""
+    from hyperalign.hosts.comfy.sampling import ksample
+    from hyperalign.hosts.comfy.search import Sampling
+    from nodes import common_ksampler
+
+    latent = {"samples": torch.zeros(1, 4, 8, 8), "downscale_ratio_spacial": 8, "downscale_ratio_temporal": 1}
+    conditions = tiny.condition("a red heart"), tiny.condition("")
+    settings = {"steps": 2, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+    with torch.inference_mode():
+        (theirs,) = common_ksampler(tiny.model, 5, *list(settings.values())[:4], *conditions, latent)
+        ours = ksample(
+            tiny.model, 5, **settings, positive=conditions[0], negative=conditions[1], latent=latent
+        )
+    assert torch.equal(ours["samples"], theirs["samples"])
+    start = Sampling(tiny.model, *conditions, latent, **settings).start()
+    assert start.shape == theirs["samples"].shape
+
+
+def test_a_sampled_latent_keeps_what_is_not_about_empty_ones(tiny):
+    from hyperalign.hosts.comfy.sampling import sampled
+
+    latent = {
+        "samples": torch.zeros(1), "noise_mask": torch.ones(1), "downscale_ratio_spacial": 8,
+        "downscale_ratio_temporal": 4,
+    }  # fmt: skip
+    found = sampled(latent, torch.ones(1))
+    assert found.keys() == {"samples", "noise_mask"}
+    assert found["samples"].tolist() == [1.0]
+    assert latent["samples"].tolist() == [0.0] and "downscale_ratio_spacial" in latent

@@ -53,6 +53,20 @@ def test_a_mask_or_a_seed_alone_serves_all(select):
     assert result[4] == [5, 5, 5, 5]
 
 
+def test_a_mask_of_an_inpainted_batch_serves_its_whole_batch(select):
+    inpainted = [
+        {
+            "samples": torch.full((2, 4, 1, 1), float(place)),
+            "noise_mask": torch.full((1, 1, 8, 8), float(place)),
+        }
+        for place in range(2)
+    ]
+    latents = select(mode="sort", latents=inpainted)[1]
+    assert latents["samples"][:, 0, 0, 0].tolist() == [0, 1, 0, 1]
+    assert latents["noise_mask"].shape == (4, 1, 8, 8)
+    assert latents["noise_mask"][:, 0, 0, 0].tolist() == [0, 1, 0, 1]
+
+
 def test_an_empty_half_blocks_what_follows(select):
     kept = select(mode="threshold", threshold=2.0)
     assert all(blocked(output) for output in kept[:6])

@@ -203,14 +203,22 @@ def test_no_number_takes_a_value_of_another_kind_or_range(node_classes: dict[str
     assert seen >= 15
 
 
-@pytest.mark.parametrize("value", [None, 3, True, {"a": 1}])
+@pytest.mark.parametrize("value", [3, True, {"a": 1}])
 def test_values_of_another_kind_are_refused_too(check: Any, models: Path, value: Any) -> None:
     shutil.copy(HYPERNETWORKS / "tiny_s.safetensors", models / "hyperalign" / "mine.safetensors")
     assert "expected one of auto, S, P, I" in said(check(aligned(variant=value)), "3")
 
 
 def test_a_file_of_no_name_is_refused(check: Any, models: Path) -> None:
-    assert "no hypernetwork 'None'" in said(check(aligned(file=None)), "2")  # type: ignore[arg-type]
+    assert "no hypernetwork ''" in said(check(aligned(file="")), "2")
+
+
+def test_a_value_of_null_is_refused_when_the_node_runs(node_classes: dict[str, Any], models: Path) -> None:
+    """Before the run, the host does not tell it from a linked value."""
+    with pytest.raises(ValueError, match="no hypernetwork 'None'"):
+        node_classes["HyperAlignLoader"].execute(hypernetwork=None)
+    with pytest.raises(ValueError, match="variant is None; expected one of auto, S, P, I"):
+        node_classes["HyperAlignApply"].execute(None, None, 1.0, 0.0, 1.0, variant=None)
 
 
 @pytest.fixture(scope="module")
