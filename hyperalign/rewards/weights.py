@@ -1,7 +1,7 @@
 """The rewards' published weights: finding, reading without running code, checking, converting.
 
 Official `.pt` and `.pth` files are read by torch.load(weights_only=True), checked, and saved as
-`.safetensors` beside the original, in the same layout; from then on that file is read.
+`.safetensors` beside the original, in the same layout; that file is read until the original is replaced.
 """
 
 from __future__ import annotations
@@ -77,9 +77,10 @@ def load_state(
 
 
 def present(file: WeightFile, folder: Path) -> Path | None:
-    """Returns the converted file, or else the published one; None if there is neither."""
+    """Returns the converted file, or the published one if it is newer or alone; None if there is neither."""
     published = folder / file.path
-    return next((path for path in (published.with_suffix(SUFFIX), published) if path.is_file()), None)
+    found = [path for path in (published.with_suffix(SUFFIX), published) if path.is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def find(file: WeightFile, folder: Path) -> Path:

@@ -14,6 +14,7 @@ import pytest
 
 from hyperalign.errors import HyperAlignError
 from hyperalign.rewards.download import download
+from hyperalign.rewards.weights import WeightFile, as_published, present
 
 WEIGHTS = "HPS_v2.1_compressed.pt"
 CONTENT = bytes(range(256)) * 20_000
@@ -160,6 +161,18 @@ def test_a_mirror_without_an_address_is_reported_in_a_sentence(
     monkeypatch.setenv("HF_ENDPOINT", "somewhere")
     with pytest.raises(HyperAlignError, match="could not be downloaded from somewhere/xswu"):
         download("hpsv2.1", tmp_path)
+
+
+def test_a_published_file_that_is_newer_than_what_was_made_of_it_is_read(tmp_path: Path) -> None:
+    file = WeightFile("model.pt", "https://example.org", 0.1, "", as_published)
+    published, converted = tmp_path / "model.pt", tmp_path / "model.safetensors"
+    assert present(file, tmp_path) is None
+    for number, path in enumerate((published, converted)):
+        path.touch()
+        os.utime(path, ns=(0, number))
+    assert present(file, tmp_path) == converted
+    os.utime(published, ns=(0, 2))
+    assert present(file, tmp_path) == published
 
 
 def test_weights_that_were_converted_are_not_fetched_again(hub: Counting, tmp_path: Path) -> None:
