@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from tiny_runs import of_method, trainer
 from torch import Tensor
 
-from train.methods import spo, srpo
+from train.methods import dance_grpo, spo, srpo
 from train.methods.alignprop import steps_with_gradient
 from train.methods.dpo import dpo_loss, margins_of
 from train.methods.grpo import clipped_loss, group_advantages
@@ -332,6 +334,26 @@ def test_each_image_has_a_position_of_its_own(tmp_path: Path, monkeypatch: pytes
     )
     first_update(run)
     assert len(set(seen[0].tolist())) == 4
+
+
+def test_processes_that_share_a_sharded_model_train_the_same_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else they would make different numbers of passes, in each of which they wait for each other."""
+    config = of_method("dance_grpo", tmp_path, prompt_batch=1, rollout_steps=8)
+    run = trainer(dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, trained_share=0.5)))
+    rolled = SimpleNamespace(prompts=["a red heart"] * config.grpo.group)
+    monkeypatch.setattr(dance_grpo, "group_rollout", lambda step, transitions: rolled)
+    monkeypatch.setattr(
+        dance_grpo, "group_updates", lambda step, found, trained: iter([list(map(trained, range(4)))])
+    )
+    chosen = {}
+    for sharded, index in itertools.product((False, True), range(2)):
+        monkeypatch.setattr(dance_grpo, "uses_fsdp", lambda _, sharded=sharded: sharded)
+        process: Any = SimpleNamespace(num_processes=2, process_index=index)
+        step = dataclasses.replace(run._new_step(), accelerator=process)
+        chosen[sharded, index] = next(dance_grpo.dance_grpo(step))
+    assert chosen[True, 0] == chosen[True, 1] == chosen[False, 0] != chosen[False, 1]
 
 
 # SPO
