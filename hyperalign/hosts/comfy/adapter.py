@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -154,9 +153,8 @@ class Adapter:
             if in_forward:
                 # The unadapted first blocks of this very forward are the perception.
                 stack.enter_context(collecting(*self._perception(base, x_BCHW), call.generate, traced=True))
-            if isinstance(
-                self._spec, UNetSpec
-            ):  # the patches of other families get and return something else
+            if isinstance(self._spec, UNetSpec):
+                # The attention patches of other families get and return something else.
                 args, kwargs = with_options(args, kwargs, watching(options, adapted.layers.rows))
             result = executor(*args, **kwargs)
         call.store()
@@ -267,12 +265,11 @@ class Adapter:
 
 
 def _time_of(sampling: Any, sigma_B: Tensor, last_timestep: float) -> Tensor:
-    """Returns the time of a noise level as a fraction of the run, 1 being pure noise."""
-    if isinstance(
-        sampling, comfy.model_sampling.ModelSamplingContinuousEDM
-    ):  # its timesteps are log(sigma) / 4
-        low, high = (float(end) for end in (sampling.sigma_min, sampling.sigma_max))
-        return (sigma_B.flatten()[0].log() - math.log(low)) / (math.log(high) - math.log(low))
+    """Returns the time of a noise level as a fraction of the run, 1 being pure noise, without reading it."""
+    if isinstance(sampling, comfy.model_sampling.ModelSamplingContinuousEDM):
+        # Its own timesteps are log(sigma) / 4.
+        low, high = sampling.sigma_min.log(), sampling.sigma_max.log()
+        return (sigma_B.flatten()[0].log() - low) / (high - low)
     return sampling.timestep(sigma_B).flatten()[0] / last_timestep
 
 
