@@ -65,8 +65,8 @@ class Measured:
     """The reward that trainings raise."""
     metrics: list[Metric]
     """Their sets are the rows; one number a prompt, the mean over images and training seeds."""
-    by_seed: dict[str, list[float]]
-    """GenEval of each training of a row."""
+    by_seed: dict[str, dict[str, list[float]]]
+    """By metric and row, its value for each training; one value where a row is not trained."""
     costs: dict[str, Cost]
     setting: dict[str, Any]
 
@@ -82,10 +82,10 @@ def measured(options: Options, runs: Sequence[Run]) -> Measured:
         metric: {key: np.mean([sets[name] for name in own], axis=0) for key, own in names.items()}
         for metric, sets in by_set.items()
     }
-    metrics, by_seed = metrics_of(scores, tags), dict[str, list[float]]()
-    for metric in metrics_of(by_set, tags):
-        if metric.name == TASK_MEAN:
-            by_seed = {key: [metric.value(name) for name in own] for key, own in names.items()}
+    by_seed = {
+        metric.name: {key: [metric.value(name) for name in own] for key, own in names.items()}
+        for metric in metrics_of(by_set, tags)
+    }
     first = {row.key: next(run for run in runs if run.row == row) for row in rows}
     environment = environment_of(runs[0].images)
     setting = {
@@ -97,7 +97,7 @@ def measured(options: Options, runs: Sequence[Run]) -> Measured:
     times = times_of(options, runs)
     return Measured(
         {row.key: row.title for row in rows}, {row.key: row.group for row in rows},
-        next(iter(runs[0].config.objective.rewards)), metrics, by_seed,
+        next(iter(runs[0].config.objective.rewards)), metrics_of(scores, tags), by_seed,
         {key: cost_of(run, times.get(key)) for key, run in first.items()}, setting,
     )  # fmt: skip
 
@@ -159,7 +159,7 @@ def cost_of(run: Run, time: float | None) -> Cost:
 
 def write_report(found: Measured, figures: Sequence[Figure], folder: Path) -> str:
     """Writes all files; returns the report as Markdown."""
-    claims = claims_of(found.metrics, found.titles, found.optimised)
+    claims = claims_of(found.metrics, found.by_seed, found.titles, found.optimised)
     sections = sections_of(found, claims)
     title = f"The paper's tables on {found.setting['base']}"
     text = markdown(title, setting_line(found), sections, figures)
@@ -235,7 +235,7 @@ def costs_table(found: Measured) -> list[list[str]]:
         table.append([
             found.titles[key], str(cost.steps or ""), *trained,
             f"{cost.training_seconds:,.0f}" if cost.steps else "",
-            ", ".join(f"{value:.3f}" for value in found.by_seed.get(key, [])),
+            ", ".join(f"{value:.3f}" for value in found.by_seed.get(TASK_MEAN, {}).get(key, [])),
             f"{cost.image.forwards:,.0f}", f"{cost.image.backwards:,.0f}",
         ])  # fmt: skip
     return table
@@ -280,12 +280,13 @@ def summary_of(found: Measured, key: str) -> dict[str, Any]:
     for metric in found.metrics:
         cell = column(metric).cells[key]
         metrics[metric.name] = {} if cell is None else values_of(cell)
+        metrics[metric.name]["by_seed"] = found.by_seed[metric.name][key]
     return {
         "title": found.titles[key], "group": found.groups[key], "steps": cost.steps,
         "training_passes": [cost.training.forwards, cost.training.backwards],
         "training_seconds": cost.training_seconds,
         "image_passes": [cost.image.forwards, cost.image.backwards], "time": cost.time,
-        "geneval_by_seed": found.by_seed.get(key, []), "metrics": metrics,
+        "metrics": metrics,
     }  # fmt: skip
 
 

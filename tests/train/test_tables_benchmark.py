@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import tables
-from benchmarks.table_claims import claims_of, gap, verdict
+from benchmarks.table_claims import claims_of, contrast_of, verdict
 from benchmarks.table_report import cell_text, metrics_of
 from benchmarks.table_rows import ROWS, chosen_rows, steps_of
 from benchmarks.table_runs import Options, entities, runs_of, write_prompts
@@ -126,15 +126,19 @@ def sets_of(name: str, **rows: Sequence[float]) -> Metric:
 )
 def test_a_claim_holds_where_its_interval_is_above_zero(ours: list[float], said: str) -> None:
     geneval = sets_of(TASK_MEAN, base=[0.5] * 3, hyperalign_s=ours, s_reward_only=[0.5, 0.5, 0.5])
-    (found,) = claims_of([geneval], TITLES, "reward")
+    found, below = claims_of([geneval], {}, TITLES, "reward")
     assert found.verdict == said
     assert found.text == "Table 3: reward alone loses held-out figures"
     assert "HyperAlign-S less S, reward only" in found.measured
+    assert (below.text, below.verdict) == (
+        "Table 3: reward alone falls below the base model there",
+        "undecided",
+    )
 
 
 def test_the_strongest_rival_is_the_one_that_counts() -> None:
     geneval = sets_of(TASK_MEAN, base=[0.1] * 3, hyperalign_s=[0.5] * 3, dpo=[0.6, 0.61, 0.62], kto=[0.2] * 3)
-    (found,) = claims_of([geneval], TITLES, "reward")
+    (found,) = claims_of([geneval], {}, TITLES, "reward")
     assert (found.verdict, "Diffusion-DPO" in found.measured) == ("refuted", True)
 
 
@@ -142,12 +146,21 @@ def test_diversity_is_kept_where_it_is_above_nine_tenths_of_the_base_models() ->
     diversity = sets_of(
         DIVERSITY, base=[1.0, 1.0, 1.1], hyperalign_s=[0.95, 0.97, 1.0], dance_grpo=[0.5, 0.4, 0.6]
     )
-    found = {claim.text: claim.verdict for claim in claims_of([diversity], TITLES, "reward")}
+    found = {claim.text: claim.verdict for claim in claims_of([diversity], {}, TITLES, "reward")}
     assert found == {
         "Figure 12: group methods lose diversity": "confirmed",
         "Figure 12: HyperAlign keeps diversity": "confirmed",
     }
-    assert verdict(gap(diversity, "hyperalign-s", "base", 1.0)) == "refuted"
+    assert verdict(contrast_of(diversity, {"hyperalign-s": 1, "base": -1})) == "refuted"
+
+
+def test_preferred_images_alone_are_compared_with_half_of_the_gain_of_each_seed() -> None:
+    geneval = sets_of(TASK_MEAN, base=[0.1] * 3, hyperalign_s=[0.5] * 3, s_preference_only=[0.2, 0.25, 0.22])
+    by_seed = {TASK_MEAN: {"base": [0.1], "hyperalign-s": [0.4, 0.6], "s-preference-only": [0.2, 0.25]}}
+    half, adds = claims_of([geneval], by_seed, TITLES, "reward")
+    assert (half.verdict, adds.verdict) == ("confirmed", "confirmed")
+    assert "0.5 x HyperAlign-S + 0.5 x base model less S, preferred images only: +0.077 [" in half.measured
+    assert half.measured.endswith("]; by seed +0.050, +0.100")
 
 
 def test_geneval_is_the_mean_of_families_and_a_cell_says_its_difference() -> None:
@@ -189,7 +202,10 @@ def test_a_few_rows_are_trained_sampled_scored_and_reported(
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert list(report["rows"]) == ["base", "best-of-n", "hyperalign-s", "s-reward-only"]
     ours = report["rows"]["hyperalign-s"]
-    assert len(ours["geneval_by_seed"]) == 2
+    assert all(len(metric["by_seed"]) == 2 for metric in ours["metrics"].values())
+    assert report["rows"]["base"]["metrics"][TASK_MEAN]["by_seed"] == [
+        report["rows"]["base"]["metrics"][TASK_MEAN]["value"]
+    ]
     assert ours["time"] > 0
     assert ours["training_passes"][0] > ours["training_passes"][1] > 0
     assert report["rows"]["best-of-n"]["image_passes"] == [2 * 4 * 2, 0]
