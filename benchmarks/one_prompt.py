@@ -19,7 +19,8 @@ from hyperalign.checkpoint import HyperAlign
 from hyperalign.files import write_text
 from hyperalign.tiny.prompts import Content
 from train.config import TrainConfig
-from train.inputs import PromptList, load_inputs
+from train.data.streams import PromptList
+from train.inputs import load_inputs
 from train.models.tiny import Tiny
 from train.sampling import sample
 from train.tiny.art import Style

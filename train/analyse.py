@@ -48,7 +48,8 @@ from hyperalign.trace import Trace
 from train.analysis import conditioning, diversity, plots, weights
 from train.config import TrainConfig
 from train.data.prompts import load_prompts
-from train.inputs import PromptList, load_rewards, sampling_inputs, validation_prompts
+from train.data.streams import PromptList
+from train.inputs import load_rewards, sampling_inputs, validation_prompts
 from train.models.image_embedding import KEY, Embed, load_encoder, unoptimised_reward
 from train.models.kernels import attention_kernels
 from train.models.load import check_folder

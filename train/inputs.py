@@ -7,12 +7,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from hyperalign.errors import HyperAlignError
 from hyperalign.hosts.diffusers.tiny import load_tiny
@@ -24,6 +21,7 @@ from train.data.embeddings import CachedPromptEncoder
 from train.data.prompts import load_prompts
 from train.data.random_inputs import PROMPTS, TEXT_WIDTHS, RandomImages, RandomPromptEncoder
 from train.data.shards import LatentShards
+from train.data.streams import PairDataset, PreferenceDataset, PreferenceShards, PromptList, Prompts
 from train.models.architectures import ModelSize, architecture, autoencoder, with_random_weights
 from train.models.attention import use_float32_attention
 from train.models.autoencoder import Autoencoder
@@ -51,38 +49,6 @@ PATIENCE = 90.0
 """Seconds within which network disks show what another machine wrote."""
 
 
-class Prompts(Protocol):
-    """The prompts of the reward loss."""
-
-    def sample(self, count: int, rng: np.random.Generator) -> list[str]:
-        """Returns `count` prompts, decided by `rng` alone."""
-        ...
-
-
-class PreferenceDataset(Protocol):
-    """The images of the preference loss, as a stream of batches."""
-
-    def batch(
-        self, position: int, count: int, rng: np.random.Generator, part: slice
-    ) -> tuple[Tensor, list[str]]:
-        """Returns part of a batch: latents (B, C, H, W) and captions.
-
-        The batch holds `count` images of one shape, at this position of the stream; `part` is what is read
-        of it.
-        """
-        ...
-
-
-class PairDataset(Protocol):
-    """Pairs of a preferred and a rejected image of one prompt, as a stream of batches."""
-
-    def pairs(
-        self, position: int, count: int, rng: np.random.Generator, part: slice
-    ) -> tuple[Tensor, Tensor, list[str]]:
-        """Returns part of a batch: preferred and rejected latents (B, C, H, W), and captions."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class SamplingInputs:
     """What sampling a recipe's prompts takes."""
@@ -106,43 +72,6 @@ class RunInputs(SamplingInputs):
     """None where no loss reads pairs."""
     step_reward: StepAware | None = None
     """None where no method scores one-step predictions by their time."""
-
-
-@dataclass(frozen=True, slots=True)
-class PromptList:
-    """Samples from a list, without repetition where it is long enough."""
-
-    prompts: list[str]
-
-    def sample(self, count: int, rng: np.random.Generator) -> list[str]:
-        """Returns `count` prompts."""
-        chosen = rng.choice(len(self.prompts), count, replace=count > len(self.prompts))
-        return [self.prompts[index] for index in chosen.tolist()]
-
-
-@dataclass(frozen=True, slots=True)
-class PreferenceShards:
-    """Latent shards as a stream whose order the run's seed decides; pairs too, where they hold pairs."""
-
-    shards: LatentShards
-    seed: int
-
-    def batch(
-        self, position: int, count: int, rng: np.random.Generator, part: slice
-    ) -> tuple[Tensor, list[str]]:
-        """Returns latents (B, C, H, W) in float32, and captions."""
-        del rng
-        latents, captions = self.shards.read(self.shards.batch(position, count, self.seed)[part])
-        return latents.float(), captions
-
-    def pairs(
-        self, position: int, count: int, rng: np.random.Generator, part: slice
-    ) -> tuple[Tensor, Tensor, list[str]]:
-        """Returns preferred and rejected latents (B, C, H, W) in float32, and captions."""
-        del rng
-        chosen = self.shards.batch(position, count, self.seed)[part]
-        latents, rejected, captions = self.shards.read_pairs(chosen)
-        return latents.float(), rejected.float(), captions
 
 
 def load_inputs(config: TrainConfig, accelerator: Accelerator, smoke: ModelSize | None = None) -> RunInputs:
@@ -325,9 +254,13 @@ def open_preference_shards(config: TrainConfig, fingerprint: str | None) -> Pref
         return None
     folder = config.data.preference
     if not folder.is_dir() or folder == Path():
+        make = (
+            "train/encode.py --pairs"
+            if o.needs_pairs
+            else "train/encode.py, or set objective.preference_weight to 0 and objective.state to rollout"
+        )
         raise HyperAlignError(
-            f"data.preference is {folder}; expected a folder of latent shards. Make them with "
-            "train/encode.py, or set objective.preference_weight to 0 and objective.state to rollout."
+            f"data.preference is {folder}; expected a folder of latent shards. Make them with {make}."
         )
     shards = LatentShards(folder, fingerprint, config.model.resolution)
     if o.needs_pairs:

@@ -12,7 +12,8 @@ from accelerate.utils import broadcast_object_list
 
 from hyperalign.schedule import Schedule, find_key_times, relative_distance
 from train.config import TrainConfig
-from train.inputs import Prompts, SamplingInputs
+from train.data.streams import Prompts
+from train.inputs import SamplingInputs
 from train.models.base import cfg_conditions
 from train.models.fsdp import uses_fsdp
 from train.randomness import StepRandomness, normal

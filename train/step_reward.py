@@ -38,7 +38,8 @@ from hyperalign.rewards import Reward, loading
 from hyperalign.schedule import Schedule
 from train.checkpoints import TrainingCheckpoints
 from train.config import TrainConfig
-from train.inputs import PairDataset, RunInputs, load_inputs
+from train.data.streams import PairDataset
+from train.inputs import RunInputs, load_inputs
 from train.methods.pairs import Pairs
 from train.models.base import cfg_conditions
 from train.models.rewards import load_reward

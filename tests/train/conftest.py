@@ -28,7 +28,8 @@ from train.config import (
     TrainConfig,
     ValidationConfig,
 )
-from train.inputs import PromptList, RunInputs
+from train.data.streams import PromptList
+from train.inputs import RunInputs
 from train.methods.settings import AlignPropConfig, GrpoConfig, KtoConfig, SpoConfig
 from train.models.base import Conditions
 from train.noise import DiffusionSchedule, NoiseSchedule

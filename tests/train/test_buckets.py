@@ -27,8 +27,8 @@ from train.data.order import ImageOrder
 from train.data.preference import FirstImages, open_dataset
 from train.data.preference.dataset import ImageFile, PreferenceDataset
 from train.data.shards import LatentShards, ShardHeader, shard_path, write_shard
+from train.data.streams import PreferenceShards
 from train.encode import Options, summary
-from train.inputs import PreferenceShards
 from train.models.architectures import ModelSize, architecture, autoencoder
 from train.models.autoencoder import Autoencoder
 from train.models.flux import Flux

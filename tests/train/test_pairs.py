@@ -26,7 +26,8 @@ from train.data.encoding import encode_dataset
 from train.data.preference import open_dataset
 from train.data.preference.dataset import BadImage, DatasetItem, ImageFile
 from train.data.shards import LatentShards
-from train.inputs import PreferenceShards, load_inputs
+from train.data.streams import PreferenceShards
+from train.inputs import load_inputs
 from train.models.image_encoder import ImageEncoder, image_encoder
 from train.tiny.dataset import preference_latents, rejected_latents
 

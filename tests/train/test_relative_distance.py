@@ -11,7 +11,8 @@ import torch
 from hyperalign.schedule import Schedule, find_key_times
 from train import relative_distance
 from train.config import ModelConfig, ObjectiveConfig, TrainConfig
-from train.inputs import PromptList, RunInputs
+from train.data.streams import PromptList
+from train.inputs import RunInputs
 from train.noise import FlowSchedule
 from train.objective import Rewards
 from train.randomness import StepRandomness, normal

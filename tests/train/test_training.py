@@ -24,7 +24,7 @@ from hyperalign.hosts.diffusers.tiny import load_tiny
 from hyperalign.schedule import Variant
 from hyperalign.targets import PerceptionMode
 from hyperalign.tiny.prompts import COLORS
-from train.inputs import PreferenceShards
+from train.data.streams import PreferenceShards
 from train.models.tiny import Tiny
 from train.objective import Rewards
 from train.tiny.evaluate import sample_all

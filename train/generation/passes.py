@@ -30,8 +30,9 @@ def image_passes(options: Options, steps: int, cfg: bool) -> Passes:
             taken = 1 + sum(times for times, _ in plan)
             return Passes(samples * taken, samples * sum(times for times, guided in plan if guided))
         case "dymo":
-            moved = samples * options.dymo.moved_steps(steps) * (1 + options.dymo.most_repeats)
-            return Passes(samples * (steps - options.dymo.moved_steps(steps)) + moved, moved)
+            moved = options.dymo.moved_steps(steps)
+            taken = moved * (1 + options.dymo.most_repeats)
+            return Passes(samples * (steps - moved + taken), samples * taken)
         case "epsilon-greedy-steps":
             own = options.step_search
             return Passes(samples * (1 + (steps - 1) * (1 + own.rounds * own.candidates)), 0)
