@@ -24,6 +24,9 @@ from train.tiny.dataset import validation_prompts
 from train.tiny.evaluate import PROMPT_SEED
 
 ROOT = Path(__file__).parents[1]
+BUDGET = 24_000.0
+"""Passes of a training: about 150 steps of tiny_static."""
+PROMPT_COUNT = 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +40,12 @@ class Options:
     """Rows by their names; all where there are none."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of each training."""
-    budget: float = 24_000.0
+    budget: float = BUDGET
     """Samples that pass the backbone in each training, forwards or backwards; 0 takes each recipe's steps.
     24,000 are about 150 steps of tiny_static."""
     prompts: Path = Path()
     """Prompt list; the embedded model has its own validation prompts."""
-    prompt_count: int = 96
+    prompt_count: int = PROMPT_COUNT
     """The first so many prompts of it."""
     images_per_prompt: int = 2
     sampling_steps: int = 12

@@ -16,8 +16,6 @@ the same command resumes.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,9 +26,10 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from benchmarks.rounds import timed
+from benchmarks.table_execution import execute, log_of, make, preference_models, prepare, score
 from benchmarks.table_figures import paper_figures, row_plots
 from benchmarks.table_report import measured, write_report
-from benchmarks.table_runs import ROOT, Options, Run, has_cfg, runs_of, write_prompts
+from benchmarks.table_runs import Options, Run, has_cfg, runs_of, write_prompts
 from hyperalign.errors import HyperAlignError
 from hyperalign.image_sets import read_record
 from hyperalign.schedule import Schedule
@@ -59,7 +58,7 @@ def main(options: Options) -> None:
         for _ in workers.in_order(lambda run: make(run, prompts), runs, ahead=options.jobs):
             bar.update()
     time_images(options, runs, prompts)
-    score(options, runs)
+    score(options, {run.name: run.images for run in runs})
     found = measured(options, runs)
     times = {key: cost.time for key, cost in found.costs.items()}
     figures = row_plots(found.metrics, found.titles, times, options.out)
@@ -91,48 +90,6 @@ def hours(options: Options, runs: Sequence[Run], prompts: Path) -> float:
     return passes * seconds / (batch * (1 + base.cfg)) / options.jobs / 3600
 
 
-def prepare(options: Options, runs: Sequence[Run]) -> None:
-    """Trains SPO's step-aware preference model, unless it is there. Raises HyperAlignError."""
-    for model, run in preference_models(runs).items():
-        execute(run.preparation(model), log_of(options, "step_reward"))
-
-
-def preference_models(runs: Sequence[Run]) -> dict[Path, Run]:
-    """Returns the step-aware preference models that are still to be trained, each with a run of SPO."""
-    needed = {run.step_reward: run for run in runs if run.step_reward is not None}
-    return {model: run for model, run in needed.items() if not model.exists()}
-
-
-def make(run: Run, prompts: Path) -> None:
-    """Trains a row and samples its images, unless they are there. Raises HyperAlignError."""
-    o = run.options
-    if run.steps and not run.hypernetwork.exists():
-        execute(run.training(), log_of(o, f"{run.name}.training"), o.jobs)
-    if not run.is_sampled:
-        execute(run.sampling(prompts, run.images), log_of(o, f"{run.name}.images"), o.jobs)
-
-
-def log_of(options: Options, name: str) -> Path:
-    """Returns the log of a command."""
-    return options.out / "logs" / f"{name}.log"
-
-
-def execute(command: Sequence[str], log: Path, jobs: int = 1) -> None:
-    """Runs a command into a log; commands beside others have a thread each. Raises HyperAlignError."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
-    with log.open("a", encoding="utf-8") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-    if done.returncode:
-        said = [
-            line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
-        ]
-        raise HyperAlignError(
-            f"{' '.join(command)}\nended with {done.returncode}: {said[-1] if said else 'it said nothing'}\n"
-            f"Its output is in {log}. The same command goes on from here."
-        )
-
-
 def time_images(options: Options, runs: Sequence[Run], prompts: Path) -> None:
     """Samples a few images of each row with nothing beside, the base model before and after."""
     base, first = runs[0], [run for run in runs if run.seed == options.seeds[0] or not run.steps]
@@ -142,16 +99,6 @@ def time_images(options: Options, runs: Sequence[Run], prompts: Path) -> None:
         if record is None or not record.complete:
             command = [*run.sampling(prompts, folder, TIMED), "--batch", "1"]
             execute(command, log_of(options, f"{run.name}.timing"))
-
-
-def score(options: Options, runs: Sequence[Run]) -> None:
-    """Scores all images in one table, from which rows are averaged over their seeds."""
-    command = [
-        sys.executable, str(ROOT / "train" / "evaluate.py"), "--out", str(options.out / "evaluation"),
-        "--grid-prompts", "1", *options.evaluation,
-        "--sets", *(f"{run.name}={run.images}" for run in runs),
-    ]  # fmt: skip
-    execute(command, log_of(options, "evaluation"))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import tables
+from benchmarks import table_execution, table_rates, tables
 from benchmarks.table_claims import claims_of, contrast_of, verdict
 from benchmarks.table_report import cell_text, metrics_of
 from benchmarks.table_rows import ROWS, chosen_rows, steps_of
@@ -57,8 +58,8 @@ def test_spo_is_trained_with_a_preference_model_that_is_made_first(
 ) -> None:
     runs = runs_of(Options(out=tmp_path, rows=("spo", "dpo"), seeds=(0, 1)))
     made = list[Sequence[str]]()
-    monkeypatch.setattr(tables, "execute", lambda command, log, jobs=1: made.append(command))
-    tables.prepare(runs[0].options, runs)
+    monkeypatch.setattr(table_execution, "execute", lambda command, log, jobs=1: made.append(command))
+    table_execution.prepare(runs[0].options, runs)
     ((_, script, *arguments),) = made
     assert Path(script).name == "step_reward.py"
     model = arguments[arguments.index("--out") + 1]
@@ -67,17 +68,17 @@ def test_spo_is_trained_with_a_preference_model_that_is_made_first(
     assert "--spo.step-reward" not in by_row["dpo"]
     Path(model).parent.mkdir(parents=True)
     Path(model).touch()
-    tables.prepare(runs[0].options, runs)  # it is there
+    table_execution.prepare(runs[0].options, runs)  # it is there
     assert len(made) == 1
 
 
 def test_spos_preference_model_is_counted_until_it_is_there(tmp_path: Path) -> None:
     runs = runs_of(Options(out=tmp_path, rows=("spo",), seeds=(0,)))
-    ((model, run),) = tables.preference_models(runs).items()
+    ((model, run),) = table_execution.preference_models(runs).items()
     assert run.preparation_passes(model, cfg=True) == 2 * 2 * 16 * 300
     model.parent.mkdir(parents=True)
     model.touch()
-    assert not tables.preference_models(runs)
+    assert not table_execution.preference_models(runs)
 
 
 def test_dymo_is_told_the_entities_of_the_embedded_models_prompts(tmp_path: Path) -> None:
@@ -174,7 +175,7 @@ def test_geneval_is_the_mean_of_families_and_a_cell_says_its_difference() -> Non
 def test_a_command_that_fails_is_named_with_what_it_said(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import sys; print('no such file'); sys.exit(3)"]
     with pytest.raises(HyperAlignError, match="ended with 3: no such file\nIts output is in .*one.log"):
-        tables.execute(command, tmp_path / "logs" / "one.log")
+        table_execution.execute(command, tmp_path / "logs" / "one.log")
 
 
 def test_a_few_rows_are_trained_sampled_scored_and_reported(
@@ -189,6 +190,7 @@ def test_a_few_rows_are_trained_sampled_scored_and_reported(
         assert COMMANDS[script](list(command[2:])) == 0
 
     monkeypatch.setattr(tables, "execute", here)
+    monkeypatch.setattr(table_execution, "execute", here)
     monkeypatch.setattr(tables, "TIMED", 1)
     options = Options(
         out=tmp_path, rows=("best-of-n", "hyperalign-s", "s-reward-only"), seeds=(0, 1), budget=32.0,
@@ -226,3 +228,34 @@ def test_a_few_rows_are_trained_sampled_scored_and_reported(
     tables.main(options)  # everything is there
     assert executed == ["evaluate.py"]
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == report
+
+
+def test_rows_are_trained_at_several_rates_on_prompts_that_the_tables_do_not_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[str] = []
+
+    def here(command: Sequence[str], log: Path, jobs: int = 1) -> None:
+        script = Path(command[1]).name
+        rates.extend(command[at + 1] for at, part in enumerate(command) if part == "--optim.lr")
+        assert COMMANDS[script](list(command[2:])) == 0
+
+    monkeypatch.setattr(table_execution, "execute", here)
+    options = table_rates.Rates(
+        out=tmp_path, rows=("sft",), rates=(1e-4, 3e-4), budget=32.0, prompt_count=4, images_per_prompt=1,
+        sampling_steps=4, training=("--objective.preference-batch", "2", "--data.scenes", "16",
+                                    "--model.statistics-prompts", "2"),
+    )  # fmt: skip
+    table_rates.main(options)
+    assert rates == ["0.0001", "0.0003"]
+    tuned = (tmp_path / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    own = write_prompts(Options(out=tmp_path / "tables")).read_text(encoding="utf-8").splitlines()
+    assert len(tuned) == 4
+    assert not {*tuned} & {*own}
+    found = json.loads((tmp_path / "rates.json").read_text(encoding="utf-8"))
+    first, second = (name for name in found if name != "base")
+    assert (first.split(" at ")[1], second.split(" at ")[1]) == ("0.0001", "0.0003")
+    best = max((first, second), key=lambda name: found[name]["tiny validation reward"])
+    assert f"| **{best}** |" in (tmp_path / "rates.md").read_text(encoding="utf-8")
+    with pytest.raises(HyperAlignError, match=r"Found --base sd15 and --rates .*; expected tiny and"):
+        table_rates.main(dataclasses.replace(options, base="sd15"))
