@@ -58,6 +58,8 @@ def _ours(key: str, title: str, group: Group, *changes: str) -> Row:
     return Row(key, title, group, "BASE_s", changes)
 
 
+S = ("--network.conditioning", "full")
+"""Makes HyperAlign-S of a static LoRA's recipe."""
 ROWS = (
     Row("base", "base model", "base model"),
     _test_time("best-of-n", "best of 20", "best-of-N", "--search.candidates", "20"),
@@ -80,7 +82,7 @@ ROWS = (
     _ours("hyperalign-p", "HyperAlign-P", "hypernetwork", "--model.variant", "P"),
     _ours("hyperalign-s", "HyperAlign-S", "hypernetwork"),
     _ours("s-preference-only", "S, preferred images only", "Table 3", "--objective.reward-weight", "0"),
-    _ours("s-reward-only", "S, reward only", "Table 3", "--objective.preference-weight", "0"),
+    Row("s-reward-only", "S, reward only", "Table 3", "methods/BASE_reward_only", S),
 )
 """In the tables' order."""
 

@@ -20,6 +20,7 @@ from benchmarks.table_rows import ROWS, chosen_rows, steps_of
 from benchmarks.table_runs import Options, entities, runs_of, write_prompts
 from hyperalign.errors import HyperAlignError
 from train import analyse, evaluate, generate, keytimes, train
+from train.config import BaseName
 from train.evaluation.table import DIVERSITY, IMAGE_WEIGHTED, TASK_MEAN, Metric, column
 from train.generation.entities import read_entities
 from train.methods.passes import step_passes
@@ -51,6 +52,24 @@ def test_trainings_of_one_budget_take_as_many_passes(tmp_path: Path) -> None:
     }
     assert set(spent) == {"static", "hyperalign-s", "s-reward-only"}
     assert all(abs(passes / options.budget - 1) < 0.02 for passes in spent.values())
+
+
+@pytest.mark.parametrize("base", ["tiny", "sd15", "flux"])
+def test_rows_of_table_3_are_hyperalign_s_with_one_of_its_losses(base: BaseName) -> None:
+    weights = {
+        row.key: (
+            config.network.conditioning,
+            config.objective.reward_weight > 0,
+            config.objective.preference_weight,
+        )
+        for row in chosen_rows(("hyperalign-s", "s-preference-only", "s-reward-only"))
+        if row.recipe and (config := row.config(base))
+    }
+    assert weights == {
+        "hyperalign-s": ("full", True, 1.0),
+        "s-preference-only": ("full", False, 1.0),
+        "s-reward-only": ("full", True, 0.0),
+    }
 
 
 def test_spo_is_trained_with_a_preference_model_that_is_made_first(
@@ -195,7 +214,7 @@ def test_a_few_rows_are_trained_sampled_scored_and_reported(
     options = Options(
         out=tmp_path, rows=("best-of-n", "hyperalign-s", "s-reward-only"), seeds=(0, 1), budget=32.0,
         prompt_count=6, sampling_steps=4,
-        training=("--objective.preference-batch", "2", "--data.scenes", "16",
+        training=("--objective.prompt-batch", "2", "--objective.preference-batch", "2", "--data.scenes", "16",
                   "--model.statistics-prompts", "2"),
         sampling=("--search.candidates", "2"),
     )  # fmt: skip
