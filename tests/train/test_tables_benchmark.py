@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks import table_execution, table_rates, tables
-from benchmarks.table_claims import claims_of, contrast_of, verdict
+from benchmarks.table_claims import Claim, claims_of, contrast_of, verdict
 from benchmarks.table_report import cell_text, metrics_of
 from benchmarks.table_rows import ROWS, chosen_rows, steps_of
 from benchmarks.table_runs import Options, entities, runs_of, write_prompts
@@ -140,25 +140,38 @@ def sets_of(name: str, **rows: Sequence[float]) -> Metric:
     return Metric(name, {key.replace("_", "-"): np.array(values) for key, values in rows.items()})
 
 
+def claims_by_text(
+    metrics: Sequence[Metric], by_seed: Mapping[str, Mapping[str, Sequence[float]]] | None = None
+) -> dict[str, Claim]:
+    """Returns the claims about one metric by their text."""
+    return {claim.text: claim for claim in claims_of(metrics, by_seed or {}, TITLES, "reward")}
+
+
 @pytest.mark.parametrize(
     ("ours", "said"),
     [([0.9, 0.8, 0.85], "confirmed"), ([0.1, 0.2, 0.15], "refuted"), ([0.4, 0.6, 0.5], "undecided")],
 )
 def test_a_claim_holds_where_its_interval_is_above_zero(ours: list[float], said: str) -> None:
     geneval = sets_of(TASK_MEAN, base=[0.5] * 3, hyperalign_s=ours, s_reward_only=[0.5, 0.5, 0.5])
-    found, below = claims_of([geneval], {}, TITLES, "reward")
-    assert found.verdict == said
-    assert found.text == "Table 3: reward alone loses held-out figures"
-    assert "HyperAlign-S less S, reward only" in found.measured
-    assert (below.text, below.verdict) == (
-        "Table 3: reward alone falls below the base model there",
-        "undecided",
+    found = claims_by_text([geneval])
+    assert found["Table 3: reward alone loses held-out figures"].verdict == said
+    assert (
+        "HyperAlign-S less S, reward only" in found["Table 3: reward alone loses held-out figures"].measured
     )
+    assert found["Table 3: reward alone falls below the base model there"].verdict == "undecided"
+
+
+def test_claims_about_quality_are_measured_by_every_held_out_figure() -> None:
+    rows: dict[str, list[float]] = {"base": [0.5] * 3, "hyperalign_s": [0.9, 0.8, 0.85]}
+    names = ("reward", "other reward", TASK_MEAN, "two object", DIVERSITY)
+    found = claims_of([sets_of(name, **rows) for name in names], {}, TITLES, "reward")
+    beats = [claim.measured for claim in found if claim.text.endswith("HyperAlign-S beats the base model")]
+    assert [said.split(",")[0] for said in beats] == ["other reward", TASK_MEAN]
 
 
 def test_the_strongest_rival_is_the_one_that_counts() -> None:
     geneval = sets_of(TASK_MEAN, base=[0.1] * 3, hyperalign_s=[0.5] * 3, dpo=[0.6, 0.61, 0.62], kto=[0.2] * 3)
-    (found,) = claims_of([geneval], {}, TITLES, "reward")
+    found = claims_by_text([geneval])["Tables 1, 2, 4: HyperAlign-S beats every other trained method"]
     assert (found.verdict, "Diffusion-DPO" in found.measured) == ("refuted", True)
 
 
@@ -177,8 +190,12 @@ def test_diversity_is_kept_where_it_is_above_nine_tenths_of_the_base_models() ->
 def test_preferred_images_alone_are_compared_with_half_of_the_gain_of_each_seed() -> None:
     geneval = sets_of(TASK_MEAN, base=[0.1] * 3, hyperalign_s=[0.5] * 3, s_preference_only=[0.2, 0.25, 0.22])
     by_seed = {TASK_MEAN: {"base": [0.1], "hyperalign-s": [0.4, 0.6], "s-preference-only": [0.2, 0.25]}}
-    half, adds = claims_of([geneval], by_seed, TITLES, "reward")
-    assert (half.verdict, adds.verdict) == ("confirmed", "confirmed")
+    found = claims_by_text([geneval], by_seed)
+    half = found["Table 3: preferred images alone bring less than half of the gain"]
+    assert (half.verdict, found["Table 3: reward adds to preferred images"].verdict) == (
+        "confirmed",
+        "confirmed",
+    )
     assert "0.5 x HyperAlign-S + 0.5 x base model less S, preferred images only: +0.077 [" in half.measured
     assert half.measured.endswith("]; by seed +0.050, +0.100")
 
