@@ -20,7 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks.table_execution import make, prepare, score
-from benchmarks.table_report import markdown_table, metrics_of, read_scores
+from benchmarks.table_report import environment_of, markdown_table, metrics_of, read_scores
 from benchmarks.table_rows import ROWS
 from benchmarks.table_runs import PROMPT_COUNT, Options, Run, runs_of
 from hyperalign.errors import HyperAlignError
@@ -65,7 +65,7 @@ def main(options: Rates) -> None:
         for _ in workers.in_order(lambda run: make(run, prompts), list(sets.values()), ahead=options.jobs):
             bar.update()
     score(options, {name: run.images for name, run in sets.items()})
-    print(write_report(options.out))
+    print(write_report(options, sets["base"]))
 
 
 def write_prompts(options: Rates) -> Path:
@@ -86,8 +86,9 @@ def set_name(run: Run, rate: float) -> str:
     return f"{run.name} at {rate:g}"
 
 
-def write_report(folder: Path) -> str:
-    """Writes rates.md and rates.json of what is scored in a folder; returns the table as Markdown."""
+def write_report(options: Rates, base: Run) -> str:
+    """Writes rates.md and rates.json of what is scored; returns the former."""
+    folder = options.out
     scores, prompts, _ = read_scores(folder / "evaluation" / "prompts.csv")
     metrics = metrics_of(scores, [content_of(prompt).family for prompt in prompts])
     values = {
@@ -97,13 +98,22 @@ def write_report(folder: Path) -> str:
     best: dict[str, str] = {}
     for name, found in values.items():
         row = name.split("-steps")[0]
-        if row not in best or found[JUDGE] > values[best[row]][JUDGE]:
+        if row != "base" and (row not in best or found[JUDGE] > values[best[row]][JUDGE]):
             best[row] = name
     table = [["training", *METRICS]]
     for name, found in values.items():
         shown = f"**{name}**" if name in best.values() else name
         table.append([shown, *(f"{found[metric]:.3f}" for metric in METRICS)])
-    text = markdown_table([table[0], *sorted(table[1:], key=lambda cells: cells[0].strip("*"))]) + "\n"
+    environment = environment_of(base.images)
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    text = (
+        f"Trainings of {options.budget:,.0f} passes from seed {', '.join(map(str, options.seeds))}; "
+        f"{len(prompts)} prompts that the tables do not have x {options.images_per_prompt} images, "
+        f"{options.sampling_steps} steps. Bold is the best of a row's rates by the validation reward. "
+        f"{environment['device']}; {versions}.\n\n"
+        + markdown_table([table[0], *sorted(table[1:], key=lambda cells: cells[0].strip("*"))])
+        + "\n"
+    )
     write_text(folder / "rates.md", text)
     write_text(folder / "rates.json", json.dumps(values, indent=1) + "\n")
     return text
