@@ -39,7 +39,10 @@ METRICS = ("tiny reward", JUDGE, TASK_MEAN)
 class Rates(Options):
     """Which rows are trained at which rates; the rest is as in benchmarks.tables."""
 
-    rows: tuple[str, ...] = tuple(row.key for row in ROWS if row.recipe.startswith("methods/"))
+    rows: tuple[str, ...] = tuple(
+        row.key for row in ROWS if row.recipe.startswith("methods/") and row.key != "sft"
+    )
+    """Rows of benchmarks.tables; fine-tuning has the rate of tiny_static, whose loss it is."""
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     seeds: tuple[int, ...] = (0,)
     prompt_count: int = 48
