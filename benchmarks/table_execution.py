@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from tqdm import tqdm
 
 from benchmarks.table_runs import ROOT, Options, Run
 from hyperalign.errors import HyperAlignError
+from hyperalign.threads import Threads
 
 
 def prepare(options: Options, runs: Sequence[Run]) -> None:
@@ -22,6 +25,13 @@ def preference_models(runs: Sequence[Run]) -> dict[Path, Run]:
     """Returns the step-aware preference models that are still to be trained, each with a run of SPO."""
     needed = {run.step_reward: run for run in runs if run.step_reward is not None}
     return {model: run for model, run in needed.items() if not model.exists()}
+
+
+def make_all(options: Options, runs: Sequence[Run], prompts: Path) -> None:
+    """Makes all runs, as many at a time as there are jobs. Raises HyperAlignError."""
+    with Threads(options.jobs) as workers, tqdm(total=len(runs), unit="run") as bar:
+        for _ in workers.in_order(lambda run: make(run, prompts), runs, ahead=options.jobs):
+            bar.update()
 
 
 def make(run: Run, prompts: Path) -> None:
@@ -62,3 +72,15 @@ def score(options: Options, sets: Mapping[str, Path]) -> None:
         "--sets", *(f"{name}={folder}" for name, folder in sets.items()),
     ]  # fmt: skip
     execute(command, log_of(options, "evaluation"))
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a command's main function; an error ends the program with a sentence."""
+    try:
+        main()
+    except HyperAlignError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on.", file=sys.stderr)
+        sys.exit(130)

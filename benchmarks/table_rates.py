@@ -12,20 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from tqdm import tqdm
 
-from benchmarks.table_execution import make, prepare, score
+from benchmarks.table_execution import make_all, prepare, run_command, score
 from benchmarks.table_report import environment_of, markdown_table, metrics_of, read_scores
 from benchmarks.table_rows import ROWS
 from benchmarks.table_runs import PROMPT_COUNT, Options, Run, runs_of
 from hyperalign.errors import HyperAlignError
 from hyperalign.files import write_text
-from hyperalign.threads import Threads
 from hyperalign.tiny.prompts import content_of
 from train.evaluation.table import TASK_MEAN
 from train.tiny.dataset import validation_prompts
@@ -64,19 +61,18 @@ def main(options: Rates) -> None:
         prepare(own[0].options, own)
     sets = {"base": runs[options.rates[0]][0]}
     sets |= {set_name(run, rate): run for rate, own in runs.items() for run in own if run.steps}
-    with Threads(options.jobs) as workers, tqdm(total=len(sets), unit="training") as bar:
-        for _ in workers.in_order(lambda run: make(run, prompts), list(sets.values()), ahead=options.jobs):
-            bar.update()
+    make_all(options, list(sets.values()), prompts)
     score(options, {name: run.images for name, run in sets.items()})
     print(write_report(options, sets["base"]))
 
 
 def write_prompts(options: Rates) -> Path:
     """Writes the prompts that follow the tables' own; returns the file. Raises HyperAlignError."""
-    if options.base != "tiny" or not options.rates:
+    if options.base != "tiny" or options.prompts != Path() or not options.rates:
         raise HyperAlignError(
-            f"Found --base {options.base} and --rates {options.rates}; expected tiny and one rate or more. "
-            "The recipes of other base models have their authors' rates."
+            f"Found --base {options.base}, --prompts {options.prompts} and --rates {options.rates}; expected "
+            "tiny, no list of prompts, and one rate or more. The recipes of other base models have their "
+            "authors' rates."
         )
     chosen = validation_prompts(PROMPT_COUNT + options.prompt_count, PROMPT_SEED)[PROMPT_COUNT:]
     path = options.out / "prompts.txt"
@@ -123,11 +119,4 @@ def write_report(options: Rates, base: Run) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Rates, description=__doc__))
-    except HyperAlignError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("Stopped; the same command goes on.", file=sys.stderr)
-        sys.exit(130)
+    run_command(lambda: main(tyro.cli(Rates, description=__doc__)))

@@ -16,24 +16,28 @@ the same command resumes.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import tyro
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from benchmarks.rounds import timed
-from benchmarks.table_execution import execute, log_of, make, preference_models, prepare, score
+from benchmarks.table_execution import (
+    execute,
+    log_of,
+    make_all,
+    preference_models,
+    prepare,
+    run_command,
+    score,
+)
 from benchmarks.table_figures import paper_figures, row_plots
 from benchmarks.table_report import measured, write_report
 from benchmarks.table_runs import Options, Run, has_cfg, runs_of, write_prompts
-from hyperalign.errors import HyperAlignError
 from hyperalign.image_sets import read_record
 from hyperalign.schedule import Schedule
-from hyperalign.threads import Threads
 from train.data.prompts import load_prompts
 from train.inputs import sampling_inputs
 from train.methods.passes import step_passes
@@ -54,9 +58,7 @@ def main(options: Options) -> None:
         flush=True,
     )
     prepare(options, runs)
-    with Threads(options.jobs) as workers, tqdm(total=len(runs), unit="row") as bar:
-        for _ in workers.in_order(lambda run: make(run, prompts), runs, ahead=options.jobs):
-            bar.update()
+    make_all(options, runs, prompts)
     time_images(options, runs, prompts)
     score(options, {run.name: run.images for run in runs})
     found = measured(options, runs)
@@ -102,11 +104,4 @@ def time_images(options: Options, runs: Sequence[Run], prompts: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except HyperAlignError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("Stopped; the same command goes on.", file=sys.stderr)
-        sys.exit(130)
+    run_command(lambda: main(tyro.cli(Options, description=__doc__)))

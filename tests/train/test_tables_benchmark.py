@@ -293,5 +293,7 @@ def test_rows_are_trained_at_several_rates_on_prompts_that_the_tables_do_not_hav
     assert (first.split(" at ")[1], second.split(" at ")[1]) == ("0.0001", "0.0003")
     best = max((first, second), key=lambda name: found[name]["tiny validation reward"])
     assert f"| **{best}** |" in (tmp_path / "rates.md").read_text(encoding="utf-8")
-    with pytest.raises(HyperAlignError, match=r"Found --base sd15 and --rates .*; expected tiny and"):
+    with pytest.raises(
+        HyperAlignError, match=r"Found --base sd15, --prompts \. and .*; expected tiny, no list"
+    ):
         table_rates.main(dataclasses.replace(options, base="sd15"))
