@@ -35,20 +35,27 @@ class Figure:
 
 
 def paper_figures(options: Options, runs: Sequence[Run], prompts: Path, execute: Execute) -> list[Figure]:
-    """Draws the paper's figures for which the rows are there; what is drawn already is not drawn again."""
+    """Draws the paper's figures whose hypernetworks are there; what is drawn already is not drawn again."""
     first = {run.row.key: run for run in reversed(runs) if run.steps}
     folder, steps, found = options.out / "figures", str(options.sampling_steps), list[Figure]()
     recipe = ["--recipe", str(base_row().recipe_path(options.base)), "--steps", steps]
     listed = ["--prompts", str(prompts), "--out", str(folder)]
 
-    def draw(script: str, arguments: Sequence[str], made: Mapping[str, str]) -> None:
+    def draw(
+        script: str, arguments: Sequence[str], made: Mapping[str, str], hypernetworks: Sequence[Path] = ()
+    ) -> None:
         """Runs a command unless its figures are there; `made` are their files with their titles."""
-        if not all((folder / name).is_file() for name in made):
+        paths = {
+            name: options.out / f"figure_{title.split(':')[0].split()[-1]}.png"
+            for name, title in made.items()
+        }
+        if not all(path.is_file() for path in paths.values()):
+            if not all(path.is_file() for path in hypernetworks):
+                return  # they were trained on another machine
             execute([sys.executable, str(ROOT / "train" / script), *arguments], Path(script).stem)
-        for name, title in made.items():
-            path = options.out / f"figure_{title.split(':')[0].split()[-1]}.png"
-            shutil.copyfile(folder / name, path)
-            found.append(Figure(title, path))
+            for name, path in paths.items():
+                shutil.copyfile(folder / name, path)
+        found.extend(Figure(made[name], path) for name, path in paths.items())
 
     draw(
         "keytimes.py", [*recipe, "--prompts", "16", "--out", str(folder / "keytimes")],
@@ -58,11 +65,12 @@ def paper_figures(options: Options, runs: Sequence[Run], prompts: Path, execute:
         draw(
             "analyse.py", ["weights", *recipe, "--hypernetwork", str(ours.hypernetwork), *listed],
             {"dynamics.png": "Figure 8: weights by step", "variation.png": "Figure 9: weights of prompts"},
+            [ours.hypernetwork],
         )  # fmt: skip
-    if diverse := [str(first[row].hypernetwork) for row in DIVERSE if row in first]:
+    if diverse := [first[row].hypernetwork for row in DIVERSE if row in first]:
         draw(
-            "analyse.py", ["diversity", *recipe, "--hypernetworks", *diverse, *listed],
-            {"diversity.png": "Figure 12: images of one prompt"},
+            "analyse.py", ["diversity", *recipe, "--hypernetworks", *map(str, diverse), *listed],
+            {"diversity.png": "Figure 12: images of one prompt"}, diverse,
         )  # fmt: skip
     return found
 

@@ -18,12 +18,14 @@ from pathlib import Path
 import tyro
 
 from benchmarks.table_execution import make_all, prepare, run_command, score
-from benchmarks.table_report import environment_of, markdown_table, metrics_of, read_scores
+from benchmarks.table_report import markdown_table, metrics_of
+from benchmarks.table_results import environment_of, read_scores
 from benchmarks.table_rows import ROWS
 from benchmarks.table_runs import PROMPT_COUNT, Options, Run, runs_of
 from hyperalign.errors import HyperAlignError
 from hyperalign.files import write_text
 from hyperalign.tiny.prompts import content_of
+from train.data.prompts import load_prompts
 from train.evaluation.table import TASK_MEAN
 from train.tiny.dataset import validation_prompts
 from train.tiny.evaluate import PROMPT_SEED
@@ -88,7 +90,8 @@ def set_name(run: Run, rate: float) -> str:
 def write_report(options: Rates, base: Run) -> str:
     """Writes rates.md and rates.json of what is scored; returns the former."""
     folder = options.out
-    scores, prompts, _ = read_scores(folder / "evaluation" / "prompts.csv")
+    scores = read_scores(folder / "evaluation" / "prompts.csv")
+    prompts = load_prompts(folder / "prompts.txt")
     metrics = metrics_of(scores, [content_of(prompt).family for prompt in prompts])
     values = {
         name: {metric.name: metric.value(name) for metric in metrics if metric.name in METRICS}

@@ -14,13 +14,12 @@ import numpy as np
 
 from benchmarks.table_claims import Claim, claims_of
 from benchmarks.table_figures import Figure
+from benchmarks.table_results import Result, Scores
 from benchmarks.table_rows import Group
 from benchmarks.table_runs import Options, Run, has_cfg
-from hyperalign.errors import HyperAlignError
 from hyperalign.files import write_text
-from hyperalign.image_sets import read_record
 from hyperalign.pages import render
-from hyperalign.tiny.prompts import content_of
+from train.data.prompts import json_lines
 from train.evaluation.table import (
     DIVERSITY,
     IMAGE_WEIGHTED,
@@ -28,7 +27,6 @@ from train.evaluation.table import (
     Cell,
     Column,
     Metric,
-    Numbers,
     column,
 )
 from train.methods.passes import Passes, step_passes
@@ -36,8 +34,6 @@ from train.methods.passes import Passes, step_passes
 TEMPLATE = Path(__file__).with_name("tables.html")
 ABLATED = ("base", "hyperalign-s", "s-preference-only", "s-reward-only")
 """The rows of Table 3."""
-Scores = dict[str, dict[str, Numbers]]
-"""By metric and row or set: one number a prompt (P,)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +43,7 @@ class Cost:
     steps: int
     training: Passes
     training_seconds: float
-    """Of one training, beside others."""
+    """Of one training, beside others; the mean over seeds."""
     image: Passes
     """Of one image."""
     time: float | None
@@ -71,50 +67,37 @@ class Measured:
     setting: dict[str, Any]
 
 
-def measured(options: Options, runs: Sequence[Run]) -> Measured:
-    """Reads what evaluate.py and the runs' records say. Raises HyperAlignError if a record is missing."""
-    by_set, prompts, tags = read_scores(options.out / "evaluation" / "prompts.csv")
-    if options.base == "tiny":
-        tags = [content_of(prompt).family for prompt in prompts]
+def measured(options: Options, runs: Sequence[Run], results: Mapping[str, Result]) -> Measured:
+    """Returns what the report says of runs, which all have results."""
+    prompts = [row for _, row in json_lines(options.prompt_file)]
+    tags = [row.get("tag", "") for row in prompts]
     rows = list(dict.fromkeys(run.row for run in runs))
-    names = {row.key: [run.name for run in runs if run.row == row] for row in rows}
+    own = {row.key: [results[run.name] for run in runs if run.row == row] for row in rows}
     scores: Scores = {
-        metric: {key: np.mean([sets[name] for name in own], axis=0) for key, own in names.items()}
-        for metric, sets in by_set.items()
+        metric: {key: np.mean([one.scores[metric] for one in found], axis=0) for key, found in own.items()}
+        for metric in next(iter(results.values())).scores
+    }
+    by_set: Scores = {
+        metric: {one.name: np.array(one.scores[metric]) for found in own.values() for one in found}
+        for metric in scores
     }
     by_seed = {
-        metric.name: {key: [metric.value(name) for name in own] for key, own in names.items()}
+        metric.name: {key: [metric.value(one.name) for one in found] for key, found in own.items()}
         for metric in metrics_of(by_set, tags)
     }
     first = {row.key: next(run for run in runs if run.row == row) for row in rows}
-    environment = environment_of(runs[0].images)
+    machines = [one.environment for found in own.values() for one in found]
     setting = {
         "base": options.base, "budget": options.budget, "seeds": list(options.seeds),
         "prompts": len(prompts), "images of each prompt": options.images_per_prompt,
         "sampling steps": options.sampling_steps,
-        "versions": environment["versions"], "device": environment["device"],
+        "machines": [one for n, one in enumerate(machines) if one not in machines[:n]],
     }  # fmt: skip
-    times = times_of(options, runs)
     return Measured(
         {row.key: row.title for row in rows}, {row.key: row.group for row in rows},
         next(iter(runs[0].config.objective.rewards)), metrics_of(scores, tags), by_seed,
-        {key: cost_of(run, times.get(key)) for key, run in first.items()}, setting,
+        {key: cost_of(run, own[key]) for key, run in first.items()}, setting,
     )  # fmt: skip
-
-
-def read_scores(path: Path) -> tuple[Scores, list[str], list[str]]:
-    """Returns the scores of every set by metric, the prompts and their tags."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    names = list(rows[0])[4:]
-    sets = list(dict.fromkeys(row["method"] for row in rows))
-    own = {name: [row for row in rows if row["method"] == name] for name in sets}
-    scores = {
-        metric: {name: np.array([float(row[metric]) for row in found]) for name, found in own.items()}
-        for metric in names
-    }
-    one = own[sets[0]]
-    return scores, [row["prompt"] for row in one], [row["tag"] for row in one]
 
 
 def metrics_of(scores: Scores, tags: Sequence[str]) -> list[Metric]:
@@ -127,33 +110,12 @@ def metrics_of(scores: Scores, tags: Sequence[str]) -> list[Metric]:
     return found + ([Metric(DIVERSITY, scores[DIVERSITY])] if DIVERSITY in scores else [])
 
 
-def environment_of(folder: Path) -> dict[str, Any]:
-    """Returns device and versions of a set of images. Raises HyperAlignError where there is no record."""
-    if (record := read_record(folder)) is None:
-        raise HyperAlignError(f"{folder} has no record. Delete the folder, and run the same command again.")
-    return record.environment
-
-
-def times_of(options: Options, runs: Sequence[Run]) -> dict[str, float]:
-    """Returns the median seconds of an image by row, over that of the base model before and after."""
-    found: dict[str, list[float]] = {}
-    for folder in sorted((options.out / "timing").iterdir()):
-        record = read_record(folder)
-        if record is not None and record.seconds_per_image is not None:
-            found.setdefault(folder.name.split(".")[0], []).append(record.seconds_per_image.median)
-    base = float(np.mean(found["base"]))
-    return {run.row.key: found[run.name][0] / base for run in runs if run.name in found}
-
-
-def cost_of(run: Run, time: float | None) -> Cost:
-    """Returns what a row takes, by its first training."""
+def cost_of(run: Run, results: Sequence[Result]) -> Cost:
+    """Returns what a row takes, from the results of its seeds."""
     cfg = has_cfg(run.config)
-    nothing = Passes(0, 0)
-    each = step_passes(run.config).of_backbone(cfg) if run.steps else nothing
-    seconds = 0.0
-    if run.steps:
-        log = (run.hypernetwork.parent / "log.jsonl").read_text(encoding="utf-8")
-        seconds = sum(json.loads(line).get("seconds", 0.0) for line in log.splitlines())
+    each = step_passes(run.config).of_backbone(cfg) if run.steps else Passes(0, 0)
+    seconds = float(np.mean([result.training_seconds for result in results]))
+    time = next((result.time for result in results if result.time is not None), None)
     return Cost(run.steps, each.times(run.steps), seconds, run.image_passes(cfg), time)
 
 
@@ -245,13 +207,16 @@ def setting_line(found: Measured) -> str:
     """Returns a sentence about how the rows were measured."""
     s = found.setting
     budget = f"a budget of {s['budget']:,.0f} passes" if s["budget"] else "their recipes' steps"
-    versions = ", ".join(f"{name} {version}" for name, version in s["versions"].items())
+    machines = " / ".join(
+        f"{one['device']}; {', '.join(f'{name} {version}' for name, version in one['versions'].items())}"
+        for one in s["machines"]
+    )
     return (
         f"Base model {s['base']}; {s['prompts']} prompts x {s['images of each prompt']} images, "
         f"{s['sampling steps']} steps; trainings of {budget} from seeds {', '.join(map(str, s['seeds']))}. "
         f"In brackets the difference to the base model on the same prompts and noise with its 95 % bootstrap "
         "interval over prompts, * where that excludes zero; bold is the best of a column; time is that of an "
-        f"image over the base model's. {s['device']}; {versions}."
+        f"image over the base model's. {machines}."
     )
 
 

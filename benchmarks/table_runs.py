@@ -13,9 +13,9 @@ from benchmarks.table_rows import Row, chosen_rows, steps_of
 from hyperalign.errors import HyperAlignError
 from hyperalign.files import write_text
 from hyperalign.image_sets import read_record
-from hyperalign.tiny.prompts import COLORS, NOUNS, plural
+from hyperalign.tiny.prompts import COLORS, NOUNS, content_of, plural
 from train.config import BaseName, TrainConfig
-from train.data.prompts import load_prompts
+from train.data.prompts import load_prompt_list
 from train.generation.options import Options as Sampling
 from train.generation.passes import image_passes
 from train.methods.passes import Passes
@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 BUDGET = 24_000.0
 """Passes of a training: about 150 steps of tiny_static."""
 PROMPT_COUNT = 96
+"""Of the embedded model's own prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,8 @@ class Options:
     24,000 are about 150 steps of tiny_static."""
     prompts: Path = Path()
     """Prompt list; the embedded model has its own validation prompts."""
-    prompt_count: int = PROMPT_COUNT
-    """The first so many prompts of it."""
+    prompt_count: int = 0
+    """The first so many prompts of it; 0 takes all, or 96 of the embedded model's own."""
     images_per_prompt: int = 2
     sampling_steps: int = 12
     batch: int = 16
@@ -63,6 +64,11 @@ class Options:
     """Further options of generate.py."""
     evaluation: tuple[str, ...] = ()
     """Further options of evaluate.py, such as --weights and --diversity-encoder."""
+
+    @property
+    def prompt_file(self) -> Path:
+        """The prompts that all rows are sampled with."""
+        return self.out / "prompts.jsonl"
 
     @property
     def entities(self) -> Path:
@@ -174,12 +180,12 @@ def base_row() -> Row:
 
 def runs_of(options: Options) -> list[Run]:
     """Returns all runs. Raises HyperAlignError on an unknown row, a missing recipe or too small a budget."""
-    counts = options.jobs, options.images_per_prompt, options.prompt_count
-    if not options.seeds or options.sampling_steps < 4 or min(counts) < 1:
+    counts = options.jobs, options.images_per_prompt
+    if not options.seeds or options.sampling_steps < 4 or min(counts) < 1 or options.prompt_count < 0:
         raise HyperAlignError(
-            f"Found --seeds {options.seeds}, --sampling-steps {options.sampling_steps}, and --jobs, "
-            f"--images-per-prompt and --prompt-count {counts}; expected a seed, 4 or more sampling steps, "
-            "and 1 or more of the others."
+            f"Found --seeds {options.seeds}, --sampling-steps {options.sampling_steps}, --jobs and "
+            f"--images-per-prompt {counts}, and --prompt-count {options.prompt_count}; expected a seed, "
+            "4 or more sampling steps, 1 or more jobs and images, and no negative count of prompts."
         )
     common = base_row().config(options.base)
     found: list[Run] = []
@@ -199,17 +205,20 @@ def has_cfg(config: TrainConfig) -> bool:
 
 
 def write_prompts(options: Options) -> Path:
-    """Writes the prompts that all rows are sampled with; returns the file. Raises HyperAlignError."""
+    """Writes the prompts that all rows are sampled with; returns the file. Raises HyperAlignError.
+
+    What GenEval's list says about each prompt stays with it: it is scored by that.
+    """
     if options.prompts != Path():
-        prompts = load_prompts(options.prompts)[: options.prompt_count]
+        rows = load_prompt_list(options.prompts)[: options.prompt_count or None]
     elif options.base == "tiny":
-        prompts = [text for text, _ in validation_prompts(options.prompt_count, PROMPT_SEED)]
-        write_text(options.entities, json.dumps({text: entities(text) for text in prompts}, indent=1) + "\n")
+        own = [text for text, _ in validation_prompts(options.prompt_count or PROMPT_COUNT, PROMPT_SEED)]
+        write_text(options.entities, json.dumps({text: entities(text) for text in own}, indent=1) + "\n")
+        rows = [{"prompt": text, "tag": content_of(text).family} for text in own]
     else:
         raise HyperAlignError(f"{options.base} has no prompts of its own. Name a list with --prompts.")
-    path = options.out / "prompts.txt"
-    write_text(path, "\n".join(prompts) + "\n")
-    return path
+    write_text(options.prompt_file, "".join(json.dumps(row) + "\n" for row in rows))
+    return options.prompt_file
 
 
 def entities(prompt: str) -> list[list[str]]:

@@ -11,11 +11,13 @@ pass the backbone, forwards or backwards; without one, recipes keep their steps.
 measured apart, one process at a time, between two measurements of the base model.
 
 Writes --out/report.md, report.csv, report.json, report.html and the figures. What is there is not made again:
-the same command resumes.
+the same command resumes. What a run gave is a line of --out/runs.jsonl. Rows or seeds can be run in parts, on
+several machines too: the lines of all parts in the runs.jsonl of one folder give the report of all.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +37,7 @@ from benchmarks.table_execution import (
 )
 from benchmarks.table_figures import paper_figures, row_plots
 from benchmarks.table_report import measured, write_report
+from benchmarks.table_results import read_results, results_of, write_results
 from benchmarks.table_runs import Options, Run, has_cfg, runs_of, write_prompts
 from hyperalign.image_sets import read_record
 from hyperalign.schedule import Schedule
@@ -51,17 +54,23 @@ TIMED = 4
 def main(options: Options) -> None:
     """Trains, samples, scores and writes the report. Raises HyperAlignError."""
     runs, prompts = runs_of(options), write_prompts(options)
-    trainings, left = sum(run.steps > 0 for run in runs), hours(options, runs, prompts)
+    results = read_results(options)
+    left = [run for run in runs if run.name not in results]
+    trainings, time = sum(run.steps > 0 for run in left), hours(options, left, prompts) if left else 0.0
     print(
-        f"{trainings} trainings and {len(runs)} sets of images: about {left:.1f} hours more, "
+        f"{trainings} trainings and {len(left)} sets of images: about {time:.1f} hours more, "
         f"{options.jobs} at a time.",
         flush=True,
     )
-    prepare(options, runs)
-    make_all(options, runs, prompts)
-    time_images(options, runs, prompts)
-    score(options, {run.name: run.images for run in runs})
-    found = measured(options, runs)
+    if left:
+        prepare(options, left)
+        make_all(options, left, prompts)
+        time_images(options, runs[0], left, prompts)
+        score(options, {run.name: run.images for run in left})
+        results |= results_of(options, left)
+        write_results(options, results)
+        shutil.rmtree(options.out / "timing")  # later runs are compared with the base model of their own time
+    found = measured(options, runs, results)
     times = {key: cost.time for key, cost in found.costs.items()}
     figures = row_plots(found.metrics, found.titles, times, options.out)
     figures += paper_figures(
@@ -92,11 +101,11 @@ def hours(options: Options, runs: Sequence[Run], prompts: Path) -> float:
     return passes * seconds / (batch * (1 + base.cfg)) / options.jobs / 3600
 
 
-def time_images(options: Options, runs: Sequence[Run], prompts: Path) -> None:
+def time_images(options: Options, base: Run, runs: Sequence[Run], prompts: Path) -> None:
     """Samples a few images of each row with nothing beside, the base model before and after."""
-    base, first = runs[0], [run for run in runs if run.seed == options.seeds[0] or not run.steps]
-    for index, run in enumerate([base, *first[1:], base]):
-        folder = options.out / "timing" / (f"{run.name}.{index}" if run is base else run.name)
+    first = [run for run in runs if run is not base and (run.seed == options.seeds[0] or not run.steps)]
+    for run, name in [(base, "base.before"), *((run, run.name) for run in first), (base, "base.after")]:
+        folder = options.out / "timing" / name
         record = read_record(folder) if folder.is_dir() else None
         if record is None or not record.complete:
             command = [*run.sampling(prompts, folder, TIMED), "--batch", "1"]

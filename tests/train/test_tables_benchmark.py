@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,10 +18,11 @@ from benchmarks import table_execution, table_rates, tables
 from benchmarks.table_claims import Claim, claims_of, contrast_of, verdict
 from benchmarks.table_report import cell_text, metrics_of
 from benchmarks.table_rows import ROWS, chosen_rows, steps_of
-from benchmarks.table_runs import Options, entities, runs_of, write_prompts
+from benchmarks.table_runs import PROMPT_COUNT, Options, entities, runs_of, write_prompts
 from hyperalign.errors import HyperAlignError
 from train import analyse, evaluate, generate, keytimes, train
 from train.config import BaseName
+from train.data.prompts import load_prompt_list, load_prompts
 from train.evaluation.table import DIVERSITY, IMAGE_WEIGHTED, TASK_MEAN, Metric, column
 from train.generation.entities import read_entities
 from train.methods.passes import step_passes
@@ -29,6 +31,7 @@ COMMANDS = {
     "train.py": train.main, "generate.py": generate.main, "evaluate.py": evaluate.main,
     "keytimes.py": keytimes.main, "analyse.py": analyse.main,
 }  # fmt: skip
+COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results" / "tables"
 TITLES = {row.key: row.title for row in ROWS}
 
 
@@ -105,7 +108,7 @@ def test_dymo_is_told_the_entities_of_the_embedded_models_prompts(tmp_path: Path
     prompts = write_prompts(options)
     by_row = {run.row.key: run.sampling(prompts, tmp_path) for run in runs_of(options)}
     path = Path(by_row["dymo"][by_row["dymo"].index("--dymo.entities") + 1])
-    texts = prompts.read_text(encoding="utf-8").splitlines()
+    texts = load_prompts(prompts)
     assert set(read_entities(path, texts)) == set(texts)
     assert entities("an icon of a red heart and an orange circle") == [["heart", "red"], ["circle", "orange"]]
     assert entities("three purple squares") == [["squares", "purple"]]
@@ -125,12 +128,30 @@ def test_a_row_without_recipe_for_a_base_model_is_one_sentence() -> None:
         chosen_rows(("static",))[1].config(base)
 
 
+GENEVAL = (
+    {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+    {"tag": "counting", "include": [{"class": "clock", "count": 2}], "prompt": "a photo of two clocks"},
+    {"tag": "counting", "include": [{"class": "clock", "count": 2}], "prompt": "a photo of two clocks"},
+)
+
+
+@pytest.mark.parametrize(("count", "kept"), [(0, 3), (2, 2)])
+def test_what_genevals_list_says_of_its_prompts_stays_with_them(
+    tmp_path: Path, count: int, kept: int
+) -> None:
+    path = tmp_path / "geneval.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in GENEVAL), encoding="utf-8")
+    written = write_prompts(Options(out=tmp_path / "T", base="sd15", prompts=path, prompt_count=count))
+    assert load_prompt_list(written) == list(GENEVAL[:kept])
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"seeds": ()}, {"jobs": 0}, {"images_per_prompt": 0}, {"sampling_steps": 3}]
+    "wrong",
+    [{"seeds": ()}, {"jobs": 0}, {"images_per_prompt": 0}, {"sampling_steps": 3}, {"prompt_count": -1}],
 )
 def test_options_out_of_range_are_one_sentence(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(
-        HyperAlignError, match="expected a seed, 4 or more sampling steps, and 1 or more of the others"
+        HyperAlignError, match="4 or more sampling steps, 1 or more jobs and images, and no negative count"
     ):
         runs_of(Options(out=tmp_path, **wrong))
 
@@ -262,8 +283,38 @@ def test_a_few_rows_are_trained_sampled_scored_and_reported(
     assert "4 trainings and 6 sets of images: about" in capsys.readouterr().out
     executed.clear()
     tables.main(options)  # everything is there
-    assert executed == ["evaluate.py"]
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == report
+    # On another machine, with the lines of two parts and the figures of one.
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    lines = (tmp_path / "runs.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (elsewhere / "runs.jsonl").write_text("".join(lines[3:] + lines[:3]), encoding="utf-8")
+    shutil.copyfile(tmp_path / "figure_4.png", elsewhere / "figure_4.png")
+    joined = dataclasses.replace(options, out=elsewhere)
+    tables.main(joined)
+    assert json.loads((elsewhere / "report.json").read_text(encoding="utf-8")) == report
+    text = (elsewhere / "report.md").read_text(encoding="utf-8")
+    assert "(figure_4.png)" in text
+    assert "(figure_8.png)" not in text  # its hypernetwork was trained elsewhere
+    assert not executed
+    with pytest.raises(
+        HyperAlignError, match=r"line 1: .* was run with {'sampling steps': 4}; found {.*: 5}"
+    ):
+        tables.main(dataclasses.replace(joined, sampling_steps=5))
+    (elsewhere / "runs.jsonl").write_text('{"name": "base"}', encoding="utf-8")
+    with pytest.raises(HyperAlignError, match=r"runs.jsonl, line 1: .* missing .* Delete the line"):
+        tables.main(joined)
+
+
+@pytest.mark.skipif(not (COMMITTED / "runs.jsonl").is_file(), reason="The tables have not been run.")
+def test_the_committed_report_is_that_of_the_committed_results(tmp_path: Path) -> None:
+    report = json.loads((COMMITTED / "report.json").read_text(encoding="utf-8"))
+    shutil.copytree(COMMITTED, tmp_path, dirs_exist_ok=True)
+    options = Options(out=tmp_path, rows=tuple(report["rows"]), seeds=tuple(report["setting"]["seeds"]))
+    tables.main(options)
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == (COMMITTED / "report.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_rows_are_trained_at_several_rates_on_prompts_that_the_tables_do_not_have(
@@ -285,7 +336,8 @@ def test_rows_are_trained_at_several_rates_on_prompts_that_the_tables_do_not_hav
     table_rates.main(options)
     assert rates == ["0.0001", "0.0003"]
     tuned = (tmp_path / "prompts.txt").read_text(encoding="utf-8").splitlines()
-    own = write_prompts(Options(out=tmp_path / "tables")).read_text(encoding="utf-8").splitlines()
+    own = load_prompts(write_prompts(Options(out=tmp_path / "tables")))
+    assert len(own) == PROMPT_COUNT
     assert len(tuned) == 4
     assert not {*tuned} & {*own}
     found = json.loads((tmp_path / "rates.json").read_text(encoding="utf-8"))
