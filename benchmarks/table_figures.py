@@ -95,12 +95,15 @@ def row_plots(
 def _plot(
     metric: Metric, titles: Mapping[str, str], across: Mapping[str, float | None], label: str, path: Path
 ) -> Figure:
-    drawn = matplotlib_figure.Figure(figsize=(8.0, 5.0), layout="constrained")
+    drawn = matplotlib_figure.Figure(figsize=(9.0, 5.0), layout="constrained")
     axes = drawn.add_subplot()
-    for row in metric.prompts:
+    for number, row in enumerate(metric.prompts, 1):
         if (x := across.get(row)) is not None:
-            axes.plot(x, metric.value(row), marker="o", color="C1" if row.startswith("hyperalign") else "C0")
-            axes.annotate(titles[row], (x, metric.value(row)), (4, 4), textcoords="offset points", fontsize=8)
+            axes.plot(
+                x, metric.value(row), marker=f"${number}$", markersize=5 if number < 10 else 9, linestyle="",
+                color="C3" if row.startswith("hyperalign") else "C0", label=titles[row],
+            )  # fmt: skip
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
     if max((x for x in across.values() if x is not None), default=1.0) > 4.0:
         axes.set_xscale("log")
     axes.set_xlabel(label)

@@ -77,7 +77,7 @@ ROWS = (
     _static("srpo", "SRPO"),
     _static("sft", "fine-tuning on preferred images"),
     _static("reward-only", "reward only"),
-    Row("static", "HyperAlign's losses", "static LoRA", "BASE_static"),
+    Row("static", "static LoRA, both losses", "static LoRA", "BASE_static"),
     _ours("hyperalign-i", "HyperAlign-I", "hypernetwork", "--model.variant", "I"),
     _ours("hyperalign-p", "HyperAlign-P", "hypernetwork", "--model.variant", "P"),
     _ours("hyperalign-s", "HyperAlign-S", "hypernetwork"),
