@@ -18,7 +18,7 @@ several machines too: the lines of all parts in the runs.jsonl of one folder giv
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -37,7 +37,8 @@ from benchmarks.table_execution import (
 )
 from benchmarks.table_figures import paper_figures, row_plots
 from benchmarks.table_report import measured, write_report
-from benchmarks.table_results import read_results, results_of, write_results
+from benchmarks.table_results import Result, read_results, results_of, write_results
+from benchmarks.table_rows import Row
 from benchmarks.table_runs import Options, Run, has_cfg, runs_of, write_prompts
 from hyperalign.image_sets import read_record
 from hyperalign.schedule import Schedule
@@ -65,7 +66,7 @@ def main(options: Options) -> None:
     if left:
         prepare(options, left)
         make_all(options, left, prompts)
-        time_images(options, runs[0], left, prompts)
+        time_images(options, runs[0], untimed(runs, results), prompts)
         score(options, {run.name: run.images for run in left})
         results |= results_of(options, left)
         write_results(options, results)
@@ -101,10 +102,19 @@ def hours(options: Options, runs: Sequence[Run], prompts: Path) -> float:
     return passes * seconds / (batch * (1 + base.cfg)) / options.jobs / 3600
 
 
+def untimed(runs: Sequence[Run], results: Mapping[str, Result]) -> list[Run]:
+    """Returns the first new run of each row that has no time yet; the base model's is measured beside."""
+    known = {run.row for run in runs if run.name in results and results[run.name].time is not None}
+    found: dict[Row, Run] = {}
+    for run in runs[1:]:
+        if run.row not in known and run.name not in results:
+            found.setdefault(run.row, run)
+    return list(found.values())
+
+
 def time_images(options: Options, base: Run, runs: Sequence[Run], prompts: Path) -> None:
-    """Samples a few images of each row with nothing beside, the base model before and after."""
-    first = [run for run in runs if run is not base and (run.seed == options.seeds[0] or not run.steps)]
-    for run, name in [(base, "base.before"), *((run, run.name) for run in first), (base, "base.after")]:
+    """Samples a few images of each run with nothing beside, the base model before and after."""
+    for run, name in [(base, "base.before"), *((run, run.name) for run in runs), (base, "base.after")]:
         folder = options.out / "timing" / name
         record = read_record(folder) if folder.is_dir() else None
         if record is None or not record.complete:

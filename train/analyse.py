@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -235,12 +236,19 @@ def analyse_weights(options: Weights, config: TrainConfig, accelerator: Accelera
     return written
 
 
+def names_of(hypernetworks: Sequence[Path]) -> list[str]:
+    """Returns what files are called in a figure: by their folders where two have one name, as runs' ends have."""
+    stems = [path.stem for path in hypernetworks]
+    return stems if len({*stems}) == len(stems) else [path.resolve().parent.name for path in hypernetworks]
+
+
 def analyse_diversity(options: Images, config: TrainConfig, accelerator: Accelerator) -> list[Path]:
     """Writes Figure 12; returns the files. Raises HyperAlignError."""
     prompts = chosen_prompts(options, config, diversity.LEAST_PROMPTS)
     device = accelerator.device
     name, embed = embedding_of(options, config, device)
-    named = [("base", None), *((path.stem, loaded(path, device)) for path in options.hypernetworks)]
+    loads = [loaded(path, device) for path in options.hypernetworks]
+    named = [("base", None), *zip(names_of(options.hypernetworks), loads, strict=True)]
     base, encoder = sampling_inputs(config, accelerator, prompts)
     methods = list[diversity.Diversity]()
     with (

@@ -30,6 +30,8 @@ CELL, LEAST_WIDTH = 1.25, 7.5
 """Inches of an image, and of a figure of images with its title."""
 LETTERS = 11
 """Letters of a prompt that an inch takes."""
+NAME_LETTERS = 14
+"""Letters of a method's name in a line."""
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -182,7 +184,8 @@ def plot_diversity(methods: Sequence[Diversity], prompts: Sequence[str], title: 
         grid = part.subplots(len(methods), seeds, squeeze=False)
         for method, line in zip(methods, grid, strict=True):
             _images(line, method.shown_RS3HW[row])
-            label = f"{method.name}\n{float(method.values_P[row]):.3f}"
+            name = "\n".join(textwrap.wrap(method.name, NAME_LETTERS))
+            label = f"{name}\n{float(method.values_P[row]):.3f}"
             line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize="medium")
     return figure
 
