@@ -132,7 +132,7 @@ def times_of(options: Options) -> dict[str, float]:
         if record is not None and record.seconds_per_image is not None:
             found.setdefault(folder.name.split(".")[0], []).append(record.seconds_per_image.min)
     base = min(found["base"])
-    return {name: seconds[0] / base for name, seconds in found.items()}
+    return {name: min(seconds) / base for name, seconds in found.items()}
 
 
 def training_seconds(run: Run) -> float:

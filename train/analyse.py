@@ -237,7 +237,7 @@ def analyse_weights(options: Weights, config: TrainConfig, accelerator: Accelera
 
 
 def names_of(hypernetworks: Sequence[Path]) -> list[str]:
-    """Returns what files are called in a figure: by their folders where two have one name, as runs' ends have."""
+    """Returns what files are called in a figure: their folders' names where two files have the same."""
     stems = [path.stem for path in hypernetworks]
     return stems if len({*stems}) == len(stems) else [path.resolve().parent.name for path in hypernetworks]
 

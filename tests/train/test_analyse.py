@@ -103,6 +103,12 @@ def test_weights_are_written_as_three_figures_with_their_numbers(
             assert len(plot.convert("RGB").getcolors(1 << 20) or []) > 20
 
 
+def test_hypernetworks_of_one_name_are_called_by_their_folders() -> None:
+    ends = [Path("runs/s/hypernetwork.safetensors"), Path("runs/dance_grpo/hypernetwork.safetensors")]
+    assert analyse.names_of(ends) == ["s", "dance_grpo"]
+    assert analyse.names_of([*ends[:1], Path("mine.safetensors")]) == ["hypernetwork", "mine"]
+
+
 def test_diversity_is_written_with_the_images_of_every_method(tmp_path: Path, prompt_file: Path) -> None:
     files = [HYPERNETWORKS / f"tiny_{variant}.safetensors" for variant in "si"]
     sizes = ("--steps", 2, "--seeds", 2, "--count", 3, "--shown", 2)

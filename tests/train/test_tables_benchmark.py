@@ -17,9 +17,11 @@ import pytest
 from benchmarks import table_execution, table_rates, tables
 from benchmarks.table_claims import Claim, claims_of, contrast_of, verdict
 from benchmarks.table_report import cell_text, metrics_of
+from benchmarks.table_results import Result, times_of
 from benchmarks.table_rows import ROWS, chosen_rows, steps_of
-from benchmarks.table_runs import PROMPT_COUNT, Options, entities, runs_of, write_prompts
+from benchmarks.table_runs import PROMPT_COUNT, Options, Run, entities, runs_of, write_prompts
 from hyperalign.errors import HyperAlignError
+from hyperalign.image_sets import RunRecord, Seconds, Settings, write_record
 from train import analyse, evaluate, generate, keytimes, train
 from train.config import BaseName
 from train.data.prompts import load_prompt_list, load_prompts
@@ -31,6 +33,7 @@ COMMANDS = {
     "train.py": train.main, "generate.py": generate.main, "evaluate.py": evaluate.main,
     "keytimes.py": keytimes.main, "analyse.py": analyse.main,
 }  # fmt: skip
+SETTINGS = Settings("tiny", "", "base", "", "", {}, 12, 5.0, 128, 128, 0, 2, 4, "")
 COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results" / "tables"
 TITLES = {row.key: row.title for row in ROWS}
 
@@ -101,6 +104,29 @@ def test_spos_preference_model_is_counted_until_it_is_there(tmp_path: Path) -> N
     model.parent.mkdir(parents=True)
     model.touch()
     assert not table_execution.preference_models(runs)
+
+
+def test_a_row_is_timed_once_by_the_first_of_its_runs_that_is_new(tmp_path: Path) -> None:
+    base, *runs = runs_of(Options(out=tmp_path, rows=("freedom", "static", "dpo"), seeds=(0, 1)))
+
+    def kept(run: Run, time: float | None) -> Result:
+        return Result(run.name, {}, {}, 1.0, time, {})
+
+    assert [(run.row.key, run.seed) for run in runs] == [
+        ("freedom", 0), ("dpo", 0), ("dpo", 1), ("static", 0), ("static", 1),
+    ]  # fmt: skip
+    results = {run.name: kept(run, time) for run, time in ((base, 1.0), (runs[1], 1.1), (runs[3], None))}
+    assert tables.untimed([base, *runs], {}) == [runs[0], runs[1], runs[3]]
+    assert tables.untimed([base, *runs], results) == [runs[0], runs[4]]
+
+
+def test_times_are_the_least_of_the_images_over_the_base_models_least(tmp_path: Path) -> None:
+    for name, seconds in (("base.before", 2.0), ("base.after", 1.0), ("freedom", 5.0)):
+        write_record(
+            tmp_path / "timing" / name,
+            RunRecord(SETTINGS, seconds_per_image=Seconds(seconds + 1.0, seconds, seconds + 2.0, 8)),
+        )
+    assert times_of(Options(out=tmp_path)) == {"base": pytest.approx(1.0), "freedom": pytest.approx(5.0)}
 
 
 def test_dymo_is_told_the_entities_of_the_embedded_models_prompts(tmp_path: Path) -> None:
