@@ -19,7 +19,7 @@ import tyro
 
 from benchmarks.table_execution import make_all, prepare, run_command, score
 from benchmarks.table_report import markdown_table, metrics_of
-from benchmarks.table_results import environment_of, read_scores
+from benchmarks.table_results import environment_of, machine_text, read_scores
 from benchmarks.table_rows import ROWS
 from benchmarks.table_runs import PROMPT_COUNT, Options, Run, runs_of
 from hyperalign.errors import HyperAlignError
@@ -106,13 +106,11 @@ def write_report(options: Rates, base: Run) -> str:
     for name, found in values.items():
         shown = f"**{name}**" if name in best.values() else name
         table.append([shown, *(f"{found[metric]:.3f}" for metric in METRICS)])
-    environment = environment_of(base.images)
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     text = (
         f"Trainings of {options.budget:,.0f} passes from seed {', '.join(map(str, options.seeds))}; "
         f"{len(prompts)} prompts that the tables do not have x {options.images_per_prompt} images, "
         f"{options.sampling_steps} steps. Bold is the best of a row's rates by the validation reward. "
-        f"{environment['device']}; {versions}.\n\n"
+        f"{machine_text(environment_of(base.images))}.\n\n"
         + markdown_table([table[0], *sorted(table[1:], key=lambda cells: cells[0].strip("*"))])
         + "\n"
     )

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.table_claims import Claim, claims_of
 from benchmarks.table_figures import Figure
-from benchmarks.table_results import Result, Scores
+from benchmarks.table_results import Result, Scores, machine_text
 from benchmarks.table_rows import Group
 from benchmarks.table_runs import Options, Run, has_cfg
 from hyperalign.files import write_text
@@ -207,10 +207,7 @@ def setting_line(found: Measured) -> str:
     """Returns a sentence about how the rows were measured."""
     s = found.setting
     budget = f"a budget of {s['budget']:,.0f} passes" if s["budget"] else "their recipes' steps"
-    machines = " / ".join(
-        f"{one['device']}; {', '.join(f'{name} {version}' for name, version in one['versions'].items())}"
-        for one in s["machines"]
-    )
+    machines = " / ".join(map(machine_text, s["machines"]))
     return (
         f"Base model {s['base']}; {s['prompts']} prompts x {s['images of each prompt']} images, "
         f"{s['sampling steps']} steps; trainings of {budget} from seeds {', '.join(map(str, s['seeds']))}. "

@@ -121,6 +121,12 @@ def environment_of(folder: Path) -> dict[str, Any]:
     return {name: record.environment[name] for name in ("device", "versions")}
 
 
+def machine_text(environment: Mapping[str, Any]) -> str:
+    """Returns device and versions in words."""
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    return f"{environment['device']}; {versions}"
+
+
 def times_of(options: Options) -> dict[str, float]:
     """Returns the least seconds of an image by run, over those of the base model before and after.
 

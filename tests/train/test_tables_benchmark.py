@@ -261,6 +261,29 @@ def test_a_command_that_fails_is_named_with_what_it_said(tmp_path: Path) -> None
         table_execution.execute(command, tmp_path / "logs" / "one.log")
 
 
+def check_parts_give_the_same_report(options: Options) -> None:
+    """Takes the lines of two parts and the figures of one to another machine, where nothing is made again."""
+    report = json.loads((options.out / "report.json").read_text(encoding="utf-8"))
+    elsewhere = options.out / "elsewhere"
+    elsewhere.mkdir()
+    lines = (options.out / "runs.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (elsewhere / "runs.jsonl").write_text("".join(lines[3:] + lines[:3]), encoding="utf-8")
+    shutil.copyfile(options.out / "figure_4.png", elsewhere / "figure_4.png")
+    joined = dataclasses.replace(options, out=elsewhere)
+    tables.main(joined)
+    assert json.loads((elsewhere / "report.json").read_text(encoding="utf-8")) == report
+    text = (elsewhere / "report.md").read_text(encoding="utf-8")
+    assert "(figure_4.png)" in text
+    assert "(figure_8.png)" not in text  # its hypernetwork was trained elsewhere
+    with pytest.raises(
+        HyperAlignError, match=r"line 1: .* was run with {'sampling steps': 4}; found {.*: 5}"
+    ):
+        tables.main(dataclasses.replace(joined, sampling_steps=5))
+    (elsewhere / "runs.jsonl").write_text('{"name": "base"}', encoding="utf-8")
+    with pytest.raises(HyperAlignError, match=r"runs.jsonl, line 1: .* missing .* Delete the line"):
+        tables.main(joined)
+
+
 def test_a_few_rows_are_trained_sampled_scored_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -310,26 +333,8 @@ def test_a_few_rows_are_trained_sampled_scored_and_reported(
     executed.clear()
     tables.main(options)  # everything is there
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == report
-    # On another machine, with the lines of two parts and the figures of one.
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    lines = (tmp_path / "runs.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (elsewhere / "runs.jsonl").write_text("".join(lines[3:] + lines[:3]), encoding="utf-8")
-    shutil.copyfile(tmp_path / "figure_4.png", elsewhere / "figure_4.png")
-    joined = dataclasses.replace(options, out=elsewhere)
-    tables.main(joined)
-    assert json.loads((elsewhere / "report.json").read_text(encoding="utf-8")) == report
-    text = (elsewhere / "report.md").read_text(encoding="utf-8")
-    assert "(figure_4.png)" in text
-    assert "(figure_8.png)" not in text  # its hypernetwork was trained elsewhere
+    check_parts_give_the_same_report(options)
     assert not executed
-    with pytest.raises(
-        HyperAlignError, match=r"line 1: .* was run with {'sampling steps': 4}; found {.*: 5}"
-    ):
-        tables.main(dataclasses.replace(joined, sampling_steps=5))
-    (elsewhere / "runs.jsonl").write_text('{"name": "base"}', encoding="utf-8")
-    with pytest.raises(HyperAlignError, match=r"runs.jsonl, line 1: .* missing .* Delete the line"):
-        tables.main(joined)
 
 
 @pytest.mark.skipif(not (COMMITTED / "runs.jsonl").is_file(), reason="The tables have not been run.")
