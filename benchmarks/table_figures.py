@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib import figure as matplotlib_figure
+from matplotlib.ticker import LogLocator
 
 from benchmarks.table_runs import ROOT, Options, Run, base_row
 from train.analysis.plots import save
@@ -106,6 +107,9 @@ def _plot(
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
     if max((x for x in across.values() if x is not None), default=1.0) > 4.0:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
     axes.set_xlabel(label)
     axes.set_ylabel(metric.name)
     axes.grid(alpha=0.3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,13 @@ class Cost:
     """Of one training, beside others; the mean over seeds."""
     image: Passes
     """Of one image."""
-    time: float | None
-    """Of one image, as a ratio to the base model's."""
+    times: list[float]
+    """Of single images, as ratios to the base model's."""
+
+    @property
+    def time(self) -> float | None:
+        """The median of the times."""
+        return statistics.median(self.times) if self.times else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +121,8 @@ def cost_of(run: Run, results: Sequence[Result]) -> Cost:
     cfg = has_cfg(run.config)
     each = step_passes(run.config).of_backbone(cfg) if run.steps else Passes(0, 0)
     seconds = float(np.mean([result.training_seconds for result in results]))
-    time = next((result.time for result in results if result.time is not None), None)
-    return Cost(run.steps, each.times(run.steps), seconds, run.image_passes(cfg), time)
+    times = [1.0] if run.row.key == "base" else [time for result in results for time in result.times]
+    return Cost(run.steps, each.times(run.steps), seconds, run.image_passes(cfg), times)
 
 
 def write_report(found: Measured, figures: Sequence[Figure], folder: Path) -> str:
@@ -189,7 +195,7 @@ def cell_text(cell: Cell | None) -> str:
 def costs_table(found: Measured) -> list[list[str]]:
     """Returns what every row takes."""
     table = [["", "steps", "forward", "backward", "seconds", "GenEval by seed", "forward an image",
-              "backward an image"]]  # fmt: skip
+              "backward an image", "time an image"]]  # fmt: skip
     for key, cost in found.costs.items():
         trained = (
             [f"{cost.training.forwards:,.0f}", f"{cost.training.backwards:,.0f}"] if cost.steps else ["", ""]
@@ -198,9 +204,17 @@ def costs_table(found: Measured) -> list[list[str]]:
             found.titles[key], str(cost.steps or ""), *trained,
             f"{cost.training_seconds:,.0f}" if cost.steps else "",
             ", ".join(f"{value:.3f}" for value in found.by_seed.get(TASK_MEAN, {}).get(key, [])),
-            f"{cost.image.forwards:,.0f}", f"{cost.image.backwards:,.0f}",
+            f"{cost.image.forwards:,.0f}", f"{cost.image.backwards:,.0f}", time_text(cost),
         ])  # fmt: skip
     return table
+
+
+def time_text(cost: Cost) -> str:
+    """Returns the median of an image's times with the least and the greatest one."""
+    if cost.time is None:
+        return ""
+    least, greatest = min(cost.times), max(cost.times)
+    return f"{cost.time:.2f}" + (f" [{least:.2f}, {greatest:.2f}]" if len(cost.times) > 1 else "")
 
 
 def setting_line(found: Measured) -> str:
@@ -213,7 +227,7 @@ def setting_line(found: Measured) -> str:
         f"{s['sampling steps']} steps; trainings of {budget} from seeds {', '.join(map(str, s['seeds']))}. "
         f"In brackets the difference to the base model on the same prompts and noise with its 95 % bootstrap "
         "interval over prompts, * where that excludes zero; bold is the best of a column; time is that of an "
-        f"image over the base model's. {machines}."
+        f"image over the base model's, the median of several. {machines}."
     )
 
 
@@ -248,7 +262,7 @@ def summary_of(found: Measured, key: str) -> dict[str, Any]:
         "training_passes": [cost.training.forwards, cost.training.backwards],
         "training_seconds": cost.training_seconds,
         "image_passes": [cost.image.forwards, cost.image.backwards], "time": cost.time,
-        "metrics": metrics,
+        "times": cost.times, "metrics": metrics,
     }  # fmt: skip
 
 

@@ -41,8 +41,8 @@ class Result:
     """Device and versions."""
     training_seconds: float
     """Of its training, beside others."""
-    time: float | None
-    """Of one image, as a ratio to the base model's; measured for one seed of a row."""
+    times: list[float]
+    """Of single images, as ratios to the base model's; measured for one seed of a row."""
     scores: dict[str, list[float]]
     """By metric: one number a prompt, the mean over its images."""
 
@@ -89,13 +89,12 @@ def write_results(options: Options, results: Mapping[str, Result]) -> None:
 
 
 def results_of(options: Options, runs: Sequence[Run]) -> dict[str, Result]:
-    """Returns what runs gave that are trained, sampled, timed and scored. Raises HyperAlignError."""
+    """Returns what runs gave that are trained, sampled and scored, without times. Raises HyperAlignError."""
     scores = read_scores(options.out / "evaluation" / "prompts.csv")
-    times = times_of(options)
     return {
         run.name: Result(
             run.name, setting_of(options), environment_of(run.images), training_seconds(run),
-            times.get(run.name),
+            [],
             {name: [round(one, DIGITS) for one in sets[run.name].tolist()] for name, sets in scores.items()},
         )
         for run in runs
@@ -125,20 +124,6 @@ def machine_text(environment: Mapping[str, Any]) -> str:
     """Returns device and versions in words."""
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     return f"{environment['device']}; {versions}"
-
-
-def times_of(options: Options) -> dict[str, float]:
-    """Returns the least seconds of an image by run, over those of the base model before and after.
-
-    Other processes make an image slower, never faster.
-    """
-    found: dict[str, list[float]] = {}
-    for folder in sorted((options.out / "timing").iterdir()):
-        record = read_record(folder)
-        if record is not None and record.seconds_per_image is not None:
-            found.setdefault(folder.name.split(".")[0], []).append(record.seconds_per_image.min)
-    base = min(found["base"])
-    return {name: min(seconds) / base for name, seconds in found.items()}
 
 
 def training_seconds(run: Run) -> float:

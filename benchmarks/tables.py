@@ -8,7 +8,7 @@
 Every row is trained by `train/train.py` from each seed for the steps that --budget allows, sampled by
 `train/generate.py` on the same prompts and noise, and scored by `train/evaluate.py`. A budget is samples that
 pass the backbone, forwards or backwards; without one, recipes keep their steps. The time of an image is
-measured apart, one process at a time, between two measurements of the base model.
+measured apart, in turns with the base model in one process.
 
 Writes --out/report.md, report.csv, report.json, report.html and the figures. What is there is not made again:
 the same command resumes. What a run gave is a line of --out/runs.jsonl. Rows or seeds can be run in parts, on
@@ -17,8 +17,8 @@ several machines too: the lines of all parts in the runs.jsonl of one folder giv
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,19 +37,15 @@ from benchmarks.table_execution import (
 )
 from benchmarks.table_figures import paper_figures, row_plots
 from benchmarks.table_report import measured, write_report
-from benchmarks.table_results import Result, read_results, results_of, write_results
-from benchmarks.table_rows import Row
+from benchmarks.table_results import read_results, results_of, write_results
 from benchmarks.table_runs import Options, Run, has_cfg, runs_of, write_prompts
-from hyperalign.image_sets import read_record
+from benchmarks.table_times import image_times, untimed
 from hyperalign.schedule import Schedule
 from train.data.prompts import load_prompts
 from train.inputs import sampling_inputs
 from train.methods.passes import step_passes
 from train.models.base import cfg_conditions
 from train.rollout import Denoiser, SampledModel
-
-TIMED = 4
-"""Prompts of the timings."""
 
 
 def main(options: Options) -> None:
@@ -66,11 +62,12 @@ def main(options: Options) -> None:
     if left:
         prepare(options, left)
         make_all(options, left, prompts)
-        time_images(options, runs[0], untimed(runs, results), prompts)
         score(options, {run.name: run.images for run in left})
         results |= results_of(options, left)
         write_results(options, results)
-        shutil.rmtree(options.out / "timing")  # later runs are compared with the base model of their own time
+    for run, times in image_times(runs[0], untimed(runs, results)):
+        results[run.name] = dataclasses.replace(results[run.name], times=times)
+        write_results(options, results)
     found = measured(options, runs, results)
     times = {key: cost.time for key, cost in found.costs.items()}
     figures = row_plots(found.metrics, found.titles, times, options.out)
@@ -100,26 +97,6 @@ def hours(options: Options, runs: Sequence[Run], prompts: Path) -> float:
         if not run.is_sampled:
             passes += run.image_passes(cfg).times(images).total
     return passes * seconds / (batch * (1 + base.cfg)) / options.jobs / 3600
-
-
-def untimed(runs: Sequence[Run], results: Mapping[str, Result]) -> list[Run]:
-    """Returns the first new run of each row that has no time yet; the base model's is measured beside."""
-    known = {run.row for run in runs if run.name in results and results[run.name].time is not None}
-    found: dict[Row, Run] = {}
-    for run in runs[1:]:
-        if run.row not in known and run.name not in results:
-            found.setdefault(run.row, run)
-    return list(found.values())
-
-
-def time_images(options: Options, base: Run, runs: Sequence[Run], prompts: Path) -> None:
-    """Samples a few images of each run with nothing beside, the base model before and after."""
-    for run, name in [(base, "base.before"), *((run, run.name) for run in runs), (base, "base.after")]:
-        folder = options.out / "timing" / name
-        record = read_record(folder) if folder.is_dir() else None
-        if record is None or not record.complete:
-            command = [*run.sampling(prompts, folder, TIMED), "--batch", "1"]
-            execute(command, log_of(options, f"{run.name}.timing"))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+import tyro
 from in_processes import in_processes, script
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -18,12 +19,21 @@ from torch import Tensor
 from hyperalign.checkpoint import load
 from hyperalign.families.unet import TINY
 from hyperalign.hosts.diffusers.tiny import load_tiny
-from hyperalign.image_sets import ImageSet, image_path, open_image_set, read_record
+from hyperalign.image_sets import (
+    ImageSet,
+    RunRecord,
+    image_path,
+    open_image_set,
+    read_record,
+    write_record,
+)
 from hyperalign.perception import Perceived
 from hyperalign.rewards import loading
 from hyperalign.tiny.weights import HYPERNETWORKS
 from train.generate import main
 from train.generation.models import LiveEncoder
+from train.generation.options import Options, TestTime
+from train.generation.run import planned
 from train.models.tiny import Tiny
 from train.sampling import sample
 
@@ -269,6 +279,17 @@ def test_a_run_goes_on_where_it_stopped(
     assert images.run is not None
     assert images.run.seconds_per_image is not None
     assert images.run.seconds_per_image.count == 4
+
+
+@pytest.mark.parametrize("method", [name for name in get_args(TestTime) if name != "none"])
+def test_a_run_of_every_method_goes_on_from_its_record(
+    command: Callable[..., list[str]], tmp_path: Path, method: str
+) -> None:
+    options = tyro.cli(Options, args=command(tmp_path, "--test-time", method))
+    write_record(tmp_path, RunRecord(planned(options).settings))
+    record = read_record(tmp_path)
+    assert record is not None
+    assert planned(options).settings == record.settings
 
 
 def test_genevals_metadata_is_kept(command: Callable[..., list[str]], tmp_path: Path) -> None:

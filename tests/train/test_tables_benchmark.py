@@ -13,27 +13,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import table_execution, table_rates, tables
+from benchmarks import table_execution, table_rates, table_times, tables
 from benchmarks.table_claims import Claim, claims_of, contrast_of, verdict
 from benchmarks.table_report import cell_text, metrics_of
-from benchmarks.table_results import Result, times_of
+from benchmarks.table_results import Result
 from benchmarks.table_rows import ROWS, chosen_rows, steps_of
 from benchmarks.table_runs import PROMPT_COUNT, Options, Run, entities, runs_of, write_prompts
 from hyperalign.errors import HyperAlignError
-from hyperalign.image_sets import RunRecord, Seconds, Settings, write_record
 from train import analyse, evaluate, generate, keytimes, train
 from train.config import BaseName
 from train.data.prompts import load_prompt_list, load_prompts
 from train.evaluation.table import DIVERSITY, IMAGE_WEIGHTED, TASK_MEAN, Metric, column
 from train.generation.entities import read_entities
+from train.generation.run import Draw, Job, Plan
 from train.methods.passes import step_passes
 
 COMMANDS = {
     "train.py": train.main, "generate.py": generate.main, "evaluate.py": evaluate.main,
     "keytimes.py": keytimes.main, "analyse.py": analyse.main,
 }  # fmt: skip
-SETTINGS = Settings("tiny", "", "base", "", "", {}, 12, 5.0, 128, 128, 0, 2, 4, "")
 COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results" / "tables"
 TITLES = {row.key: row.title for row in ROWS}
 
@@ -106,27 +106,48 @@ def test_spos_preference_model_is_counted_until_it_is_there(tmp_path: Path) -> N
     assert not table_execution.preference_models(runs)
 
 
-def test_a_row_is_timed_once_by_the_first_of_its_runs_that_is_new(tmp_path: Path) -> None:
-    base, *runs = runs_of(Options(out=tmp_path, rows=("freedom", "static", "dpo"), seeds=(0, 1)))
+def test_a_row_is_timed_once_by_the_first_of_its_runs_that_was_trained_here(tmp_path: Path) -> None:
+    runs = runs_of(Options(out=tmp_path, rows=("freedom", "static", "dpo", "sft"), seeds=(0, 1)))
+    named = {(run.row.key, run.seed): run for run in runs}
+    for key, seed in (("dpo", 1), ("static", 0), ("static", 1)):
+        named[key, seed].hypernetwork.parent.mkdir(parents=True)
+        named[key, seed].hypernetwork.touch()
 
-    def kept(run: Run, time: float | None) -> Result:
-        return Result(run.name, {}, {}, 1.0, time, {})
+    def kept(run: Run, times: list[float]) -> Result:
+        return Result(run.name, {}, {}, 1.0, times, {})
 
-    assert [(run.row.key, run.seed) for run in runs] == [
-        ("freedom", 0), ("dpo", 0), ("dpo", 1), ("static", 0), ("static", 1),
-    ]  # fmt: skip
-    results = {run.name: kept(run, time) for run, time in ((base, 1.0), (runs[1], 1.1), (runs[3], None))}
-    assert tables.untimed([base, *runs], {}) == [runs[0], runs[1], runs[3]]
-    assert tables.untimed([base, *runs], results) == [runs[0], runs[4]]
+    results = {run.name: kept(run, []) for run in runs}
+    expected = [named["freedom", 0], named["dpo", 1], named["static", 0]]
+    assert table_times.untimed(runs, results) == expected
+    timed = results | {run.name: kept(run, [1.1]) for run in (named["freedom", 0], named["static", 1])}
+    assert table_times.untimed(runs, timed) == [named["dpo", 1]]
 
 
-def test_times_are_the_least_of_the_images_over_the_base_models_least(tmp_path: Path) -> None:
-    for name, seconds in (("base.before", 2.0), ("base.after", 1.0), ("freedom", 5.0)):
-        write_record(
-            tmp_path / "timing" / name,
-            RunRecord(SETTINGS, seconds_per_image=Seconds(seconds + 1.0, seconds, seconds + 2.0, 8)),
-        )
-    assert times_of(Options(out=tmp_path)) == {"base": pytest.approx(1.0), "freedom": pytest.approx(5.0)}
+def test_an_image_is_timed_right_after_one_of_the_base_model_on_the_same_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table_times, "ROUNDS", 2)
+    options = Options(out=tmp_path, rows=("freedom",), prompt_count=2, sampling_steps=4)
+    write_prompts(options)
+    base, freedom = runs_of(options)
+    drawn = list[tuple[str, int]]()
+    open_method = table_times.drawing
+
+    def watched(plan: Plan, device: torch.device) -> Draw:
+        draw = open_method(plan, device)
+
+        def one(jobs: Sequence[Job]) -> torch.Tensor:
+            drawn.extend((plan.settings.method, job.prompt) for job in jobs)
+            return draw(jobs)
+
+        return one
+
+    monkeypatch.setattr(table_times, "drawing", watched)
+    ((run, times),) = table_times.image_times(base, [freedom])
+    assert run == freedom
+    assert len(times) == 2
+    assert min(times) > 1.2  # four guided steps, each with a backward pass and three times over
+    assert drawn == [(name, prompt) for prompt in (0, 1, 0) for name in ("base", "freedom")]
 
 
 def test_dymo_is_told_the_entities_of_the_embedded_models_prompts(tmp_path: Path) -> None:
@@ -297,7 +318,7 @@ def test_a_few_rows_are_trained_sampled_scored_and_reported(
 
     monkeypatch.setattr(tables, "execute", here)
     monkeypatch.setattr(table_execution, "execute", here)
-    monkeypatch.setattr(tables, "TIMED", 1)
+    monkeypatch.setattr(table_times, "ROUNDS", 1)
     options = Options(
         out=tmp_path, rows=("best-of-n", "hyperalign-s", "s-reward-only"), seeds=(0, 1), budget=32.0,
         prompt_count=6, sampling_steps=4,
@@ -314,7 +335,8 @@ def test_a_few_rows_are_trained_sampled_scored_and_reported(
     assert report["rows"]["base"]["metrics"][TASK_MEAN]["by_seed"] == [
         report["rows"]["base"]["metrics"][TASK_MEAN]["value"]
     ]
-    assert ours["time"] > 0
+    assert ours["time"] == pytest.approx(ours["times"][0])
+    assert report["rows"]["base"]["times"] == [1.0]
     assert ours["training_passes"][0] > ours["training_passes"][1] > 0
     assert report["rows"]["best-of-n"]["image_passes"] == [2 * 4 * 2, 0]
     assert {"tiny reward", "tiny validation reward", TASK_MEAN, DIVERSITY} <= set(ours["metrics"])

@@ -163,7 +163,7 @@ def method_options(options: Options, config: TrainConfig) -> dict[str, Any]:
         own = options.guidance
         found |= {"strength": own.strength, "start": own.start, "end": own.end}
         found |= {"gradient": own.gradient, "decode_size": own.decode_size}
-    return found
+    return json.loads(json.dumps(found))  # a record is read with lists for tuples
 
 
 def generate(plan: Plan, accelerator: Accelerator, progress: Callable[[int, int], object]) -> RunRecord:
@@ -184,8 +184,7 @@ def generate(plan: Plan, accelerator: Accelerator, progress: Callable[[int, int]
     environment = describe(plan, accelerator)
     progress(0, len(own))
     if missing:
-        sampler = open_sampler(plan.options, plan.config, accelerator.device)
-        draw = _method(plan, sampler)
+        draw = drawing(plan, accelerator.device)
         if accelerator.is_main_process:
             _warn(plan)
             write_record(folder, RunRecord(settings, environment=environment))
@@ -245,9 +244,10 @@ Draw = Callable[[Sequence[Job]], Tensor]
 """Jobs -> images (B, 3, H, W) in [0, 1] on the CPU; one that is not finite stays so."""
 
 
-def _method(plan: Plan, sampler: Sampler) -> Draw:
-    """Returns what draws images by the chosen method. Raises HyperAlignError if a reward is missing."""
+def drawing(plan: Plan, device: torch.device) -> Draw:
+    """Returns what draws images by the chosen method. Raises HyperAlignError on a missing or damaged file."""
     options, prompts = plan.options, [row["prompt"] for row in plan.metadata]
+    sampler = open_sampler(options, plan.config, device)
     base = sampler.base
     if options.searches:
         reward = open_reward(plan.config, base.device)
