@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 
@@ -17,11 +17,11 @@ from benchmarks.table_results import Result
 from benchmarks.table_rows import Row
 from benchmarks.table_runs import Run
 from train.generation.options import Options as Sampling
-from train.generation.run import drawing, planned
+from train.generation.run import Draw, Job, drawing, planned
 from train.models.kernels import attention_kernels
 
-ROUNDS = 6
-"""Images of a row, and of the base model beside it."""
+ROUNDS, SECONDS = 20, 60.0
+"""Images of a row, and of the base model beside it, and after how long no further ones are drawn."""
 
 
 def untimed(runs: Sequence[Run], results: Mapping[str, Result]) -> list[Run]:
@@ -45,23 +45,30 @@ def image_times(base: Run, runs: Sequence[Run]) -> Iterator[tuple[Run, list[floa
     device = Accelerator().device
     torch.set_num_threads(1)
     with attention_kernels(base.config.run.attention_kernels, device):
-        plain = drawn_in_turn(base, device)
-        plain()
+        plain = opened(base, device)
         for run in runs:
-            yield run, ratios(plain, drawn_in_turn(run, device), device)
+            yield run, ratios(plain, opened(run, device), device)
 
 
-def ratios(plain: Drawing, own: Drawing, device: torch.device) -> list[float]:
+def opened(run: Run, device: torch.device) -> tuple[Draw, list[Job]]:
+    """Returns what draws a run's images, and the first one of each prompt. Raises HyperAlignError."""
+    command = run.sampling(run.options.prompt_file, run.images)
+    plan = planned(tyro.cli(Sampling, args=command[2:]))
+    return drawing(plan, device), [job for job in plan.jobs if job.image == 0]
+
+
+def ratios(base: tuple[Draw, list[Job]], own: tuple[Draw, list[Job]], device: torch.device) -> list[float]:
     """Returns the times of a row's images, each over that of the base model's image right before it."""
     found: dict[str, Times] = {}
-    own()
-    rounds(plain, {"own": own}, device, ROUNDS, math.inf, lambda rows, _: found.update(rows))
+    runs = [in_turn(*drawn) for drawn in (base, own)]
+    for warm_up in runs:
+        warm_up()
+    deadline = time.monotonic() + SECONDS
+    rounds(runs[0], {"own": runs[1]}, device, ROUNDS, deadline, lambda rows, _: found.update(rows))
     return found["own"].ratios
 
 
-def drawn_in_turn(run: Run, device: torch.device) -> Drawing:
-    """Returns what draws the next prompt's image at each call. Raises HyperAlignError."""
-    command = run.sampling(run.options.prompt_file, run.images)
-    plan = planned(tyro.cli(Sampling, args=command[2:]))
-    draw, jobs = drawing(plan, device), cycle(job for job in plan.jobs if job.image == 0)
-    return lambda: draw([next(jobs)])
+def in_turn(draw: Draw, jobs: Sequence[Job]) -> Drawing:
+    """Returns what draws the next of these images at each call."""
+    left = cycle(jobs)
+    return lambda: draw([next(left)])

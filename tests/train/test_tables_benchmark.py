@@ -127,9 +127,9 @@ def test_an_image_is_timed_right_after_one_of_the_base_model_on_the_same_prompt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table_times, "ROUNDS", 2)
-    options = Options(out=tmp_path, rows=("freedom",), prompt_count=2, sampling_steps=4)
+    options = Options(out=tmp_path, rows=("freedom", "das"), prompt_count=2, sampling_steps=4)
     write_prompts(options)
-    base, freedom = runs_of(options)
+    base, das, freedom = runs_of(options)
     drawn = list[tuple[str, int]]()
     open_method = table_times.drawing
 
@@ -143,11 +143,14 @@ def test_an_image_is_timed_right_after_one_of_the_base_model_on_the_same_prompt(
         return one
 
     monkeypatch.setattr(table_times, "drawing", watched)
-    ((run, times),) = table_times.image_times(base, [freedom])
-    assert run == freedom
-    assert len(times) == 2
-    assert min(times) > 1.2  # four guided steps, each with a backward pass and three times over
-    assert drawn == [(name, prompt) for prompt in (0, 1, 0) for name in ("base", "freedom")]
+    found = list(table_times.image_times(base, [das, freedom]))
+    assert [run for run, _ in found] == [das, freedom]
+    assert [len(times) for _, times in found] == [2, 2]
+    assert min(found[0][1]) > 1.2  # four particles, each with a backward pass
+    prompts = (0, 1, 0)
+    assert drawn == [
+        (name, prompt) for row in ("das", "freedom") for prompt in prompts for name in ("base", row)
+    ]
 
 
 def test_dymo_is_told_the_entities_of_the_embedded_models_prompts(tmp_path: Path) -> None:
