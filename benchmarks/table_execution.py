@@ -40,7 +40,7 @@ def make_all(options: Options, runs: Sequence[Run], prompts: Path) -> None:
 def make(run: Run, prompts: Path) -> None:
     """Trains a row and samples its images, unless they are there. Raises HyperAlignError."""
     o = run.options
-    if run.steps and not run.hypernetwork.exists():
+    if not run.is_trained:
         execute(run.training(), log_of(o, f"{run.name}.training"), o.jobs)
     if not run.is_sampled:
         execute(run.sampling(prompts, run.images), log_of(o, f"{run.name}.images"), o.jobs)

@@ -111,6 +111,11 @@ class Run:
         return self.options.out / "images" / self.name
 
     @property
+    def is_trained(self) -> bool:
+        """Whether its training has ended, if it has one."""
+        return not self.steps or self.hypernetwork.is_file()
+
+    @property
     def is_sampled(self) -> bool:
         """Whether all its images are there."""
         record = read_record(self.images) if self.images.is_dir() else None

@@ -29,7 +29,7 @@ def untimed(runs: Sequence[Run], results: Mapping[str, Result]) -> list[Run]:
     timed = {run.row for run in runs if results[run.name].times}
     found: dict[Row, Run] = {}
     for run in runs[1:]:
-        if run.row not in timed and (not run.steps or run.hypernetwork.is_file()):
+        if run.row not in timed and run.is_trained:
             found.setdefault(run.row, run)
     return list(found.values())
 

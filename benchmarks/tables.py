@@ -53,9 +53,10 @@ def main(options: Options) -> None:
     runs, prompts = runs_of(options), write_prompts(options)
     results = read_results(options)
     left = [run for run in runs if run.name not in results]
-    trainings, time = sum(run.steps > 0 for run in left), hours(options, left, prompts) if left else 0.0
+    trainings, sets = sum(not run.is_trained for run in left), sum(not run.is_sampled for run in left)
+    time = hours(options, left, prompts) if left else 0.0
     print(
-        f"{trainings} trainings and {len(left)} sets of images: about {time:.1f} hours more, "
+        f"{trainings} trainings and {sets} sets of images: about {time:.1f} hours more, "
         f"{options.jobs} at a time.",
         flush=True,
     )
@@ -92,7 +93,7 @@ def hours(options: Options, runs: Sequence[Run], prompts: Path) -> float:
         passes += run.preparation_passes(model, has_cfg(run.config))
     for run in runs:
         cfg = has_cfg(run.config)
-        if run.steps and not run.hypernetwork.exists():
+        if not run.is_trained:
             passes += step_passes(run.config).of_backbone(cfg).times(run.steps).total
         if not run.is_sampled:
             passes += run.image_passes(cfg).times(images).total
