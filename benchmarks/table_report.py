@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,13 +132,15 @@ def write_report(found: Measured, figures: Sequence[Figure], folder: Path) -> st
     title = f"The paper's tables on {found.setting['base']}"
     text = markdown(title, setting_line(found), sections, figures)
     page = render(TEMPLATE, title=title, setting=setting_line(found), sections=sections, figures=figures)
+    columns = [column(metric) for metric in found.metrics]
+    rows = {key: summary_of(found, key, columns) for key in found.titles}
     summary = {
         "setting": found.setting,
-        "rows": {key: summary_of(found, key) for key in found.titles},
+        "rows": rows,
         "claims": [claim.as_json() for claim in claims],
     }
     write_text(folder / "report.md", text)
-    write_text(folder / "report.csv", as_csv(found))
+    write_text(folder / "report.csv", as_csv(rows.values()))
     write_text(folder / "report.json", json.dumps(summary, indent=1) + "\n")
     write_text(folder / "report.html", page)
     return text
@@ -249,14 +251,14 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def summary_of(found: Measured, key: str) -> dict[str, Any]:
-    """Returns a row as JSON types."""
+def summary_of(found: Measured, key: str, columns: Sequence[Column]) -> dict[str, Any]:
+    """Returns a row as JSON types, from the columns of all metrics."""
     cost = found.costs[key]
     metrics: dict[str, Any] = {}
-    for metric in found.metrics:
-        cell = column(metric).cells[key]
-        metrics[metric.name] = {} if cell is None else values_of(cell)
-        metrics[metric.name]["by_seed"] = found.by_seed[metric.name][key]
+    for each in columns:
+        cell = each.cells[key]
+        metrics[each.name] = {} if cell is None else values_of(cell)
+        metrics[each.name]["by_seed"] = found.by_seed[each.name][key]
     return {
         "title": found.titles[key], "group": found.groups[key], "steps": cost.steps,
         "training_passes": [cost.training.forwards, cost.training.backwards],
@@ -276,16 +278,13 @@ def values_of(cell: Cell) -> dict[str, float]:
     return values
 
 
-def as_csv(found: Measured) -> str:
-    """Returns a line for each row and metric."""
+def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Returns a line for each metric of rows from `summary_of`."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["row", "group", "metric", "value", "difference", "low", "high"])
-    for key in found.titles:
-        for name, values in summary_of(found, key)["metrics"].items():
-            numbers: Mapping[str, float] = values
-            writer.writerow([
-                found.titles[key], found.groups[key], name,
-                *(numbers.get(part, "") for part in ("value", "difference", "low", "high")),
-            ])  # fmt: skip
+    for row in rows:
+        for name, values in row["metrics"].items():
+            numbers = (values.get(part, "") for part in ("value", "difference", "low", "high"))
+            writer.writerow([row["title"], row["group"], name, *numbers])
     return stream.getvalue()

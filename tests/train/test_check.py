@@ -76,7 +76,7 @@ def config(tmp_path: Path, base: Path) -> TrainConfig:
         {"weight": torch.zeros(1)}, tmp_path / "rewards" / "clip-vit-large-patch14" / "model.safetensors"
     )
     made = TrainConfig(
-        model=ModelConfig(base="sd15", path=tmp_path / "base", resolution=64),
+        model=ModelConfig(base="sd15", path=tmp_path / "base", resolution=64, statistics_prompts=2),
         network=HyperNetworkConfig(layers=1, width=32, heads=4),
         objective=ObjectiveConfig(rewards={"clip": 1.0}, prompt_batch=2, preference_batch=4, micro_batch=2),
         data=DataConfig(
