@@ -58,7 +58,7 @@ def of_method(method: MethodName, out: Path, variant: Variant = "S", **objective
         objective=dataclasses.replace(found.objective, method=method, **{"rollout_steps": 4} | objective),
         optim=dataclasses.replace(found.optim, steps=3, lr=1e-4),
         run=dataclasses.replace(found.run, checkpoint_every=1),
-        grpo=GrpoConfig(group=2, updates=2, clip_range=0.2, window=2, window_interval=1),
+        grpo=GrpoConfig(group=4, updates=2, clip_range=0.2, window=2, window_interval=1),
         srpo=dataclasses.replace(found.srpo, positive=("{}",), negative=("a drawing of {}",)),
         spo=SpoConfig(candidates=3, threshold=0.0, updates=1),
         dpo=dataclasses.replace(found.dpo, beta=50.0),
