@@ -21,7 +21,7 @@ from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, TimeoutError, expect
 
 VIEWPORT = {"width": 1600, "height": 1000}
-WAIT_SECONDS = 30
+WAIT_SECONDS = 120
 RUN_SECONDS = 300
 PACK = "hyperalign"
 """The pack's folder under custom_nodes, and so its heading in the template browser."""
