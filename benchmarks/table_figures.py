@@ -101,7 +101,7 @@ def _plot(
     for number, row in enumerate(metric.prompts, 1):
         if (x := across.get(row)) is not None:
             axes.plot(
-                x, metric.value(row), marker=f"${number}$", markersize=5 if number < 10 else 9, linestyle="",
+                x, metric.value(row), marker=f"${number}$", markersize=7 if number < 10 else 9, linestyle="",
                 color="C3" if row.startswith("hyperalign") else "C0", label=titles[row],
             )  # fmt: skip
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
