@@ -18,7 +18,7 @@ from benchmarks.table_figures import Figure
 from benchmarks.table_results import Result, Scores, machine_text
 from benchmarks.table_rows import Group
 from benchmarks.table_runs import Options, Run, has_cfg
-from benchmarks.table_times import ROUNDS
+from benchmarks.table_times import ROUNDS, SECONDS
 from hyperalign.files import write_text
 from hyperalign.pages import render
 from train.data.prompts import json_lines
@@ -230,8 +230,8 @@ def setting_line(found: Measured) -> str:
         f"{s['sampling steps']} steps; trainings of {budget} from seeds {', '.join(map(str, s['seeds']))}. "
         f"In brackets the difference to the base model on the same prompts and noise with its 95 % bootstrap "
         "interval over prompts, * where that excludes zero; bold is the best of a column; time is that of an "
-        f"image over the base model's, the median of as many as a minute allows, {ROUNDS} at most; of DyMO's "
-        f"passes, which vary, the most are given. {machines}."
+        f"image over the base model's, the median of as many as {SECONDS:.0f} s allow, {ROUNDS} at most; its "
+        f"passes are the most it may take. {machines}."
     )
 
 
